@@ -1,0 +1,1 @@
+"""Calotype's producer side."""

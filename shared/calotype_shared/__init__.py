@@ -1,0 +1,1 @@
+"""What producers and workers both serialise or address: configs, jobs, keys, storage, settings, errors."""

@@ -1,0 +1,60 @@
+"""`ModelCard`: what a worker tells producers about a model, so that a bad request is refused before queueing."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from calotype_shared.errors import InvalidRequest
+
+
+class ModelCard(BaseModel):
+    """One model as it can be asked for.
+
+    `size_multiple` is the pixels per latent cell times what the network needs (8 × 2^(levels-1) for a UNet);
+    `native_sizes` are (width, height) in pixels, the default first; `version` identifies the weights.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    name: str
+    family: str  # "sd" now; later "sdxl", "sd3", "flux"
+    version: str
+    size_multiple: int = Field(ge=1)
+    native_sizes: tuple[tuple[int, int], ...] = Field(min_length=1)
+    max_pixels: int = Field(ge=1)
+    max_prompt_tokens: int = Field(ge=1)
+    description: str = ""
+
+    def native_size(self, width: int | None, height: int | None) -> tuple[int, int]:
+        """The size in pixels to use where one or both sides were left open."""
+        default_width, default_height = self.native_sizes[0]
+        if width is None and height is None:
+            return default_width, default_height
+        for native_width, native_height in self.native_sizes:  # a native size that has the side that was given
+            if width in (None, native_width) and height in (None, native_height):
+                return native_width, native_height
+        return width or default_width, height or default_height
+
+    def check_size(self, width: int, height: int) -> None:
+        """Refuse a size that the model cannot make.
+
+        Raises:
+            InvalidRequest: naming the side, its value and sizes that work.
+        """
+        for field, value in (("width", width), ("height", height)):
+            if value % self.size_multiple:
+                below = max(self.size_multiple, value // self.size_multiple * self.size_multiple)
+                raise InvalidRequest(
+                    f"must be a multiple of {self.size_multiple} for model {self.name!r}",
+                    field=field,
+                    value=value,
+                    remedy=f"use {below} or {below + self.size_multiple}",
+                )
+        if width * height > self.max_pixels:
+            native = ", ".join(f"{w}x{h}" for w, h in self.native_sizes)
+            raise InvalidRequest(
+                f"{width}x{height} is {width * height} pixels, above the limit of {self.max_pixels} of model {self.name!r}",
+                field="width" if width >= height else "height",
+                value=max(width, height),
+                remedy=f"use a smaller size; its native sizes are {native}",
+            )
