@@ -1,0 +1,58 @@
+"""Counters of an engine's life so far: `Counters`, which its thread writes, and `EngineStats`, a snapshot of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from calotype_worker.engine.step_batch import StepReport
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineStats:
+    forward_passes: int = 0
+    rows: int = 0  # rows that belonged to a request, over all forward passes
+    padding_rows: int = 0  # rows added to reach a bucket
+    images: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    fallback_steps: int = 0  # row steps taken by a scheduler object instead of a table
+    in_flight: int = 0  # requests submitted and not yet resolved
+    encode_seconds: float = 0.0
+    step_seconds: float = 0.0  # network, guidance and sampler
+    decode_seconds: float = 0.0
+    idle_seconds: float = 0.0  # nothing to do
+
+    @property
+    def mean_rows(self) -> float:
+        """Useful rows a forward pass."""
+        return self.rows / self.forward_passes if self.forward_passes else 0.0
+
+
+@dataclass(kw_only=True)
+class Counters:
+    """Written by the engine's thread; any thread may read, and sees each number whole."""
+
+    forward_passes: int = 0
+    rows: int = 0
+    padding_rows: int = 0
+    images: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    fallback_steps: int = 0
+    encode_seconds: float = 0.0
+    step_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    idle_seconds: float = 0.0
+
+    def count_step(self, report: StepReport, seconds: float) -> None:
+        self.forward_passes += 1
+        self.rows += report.rows
+        self.padding_rows += report.padding_rows
+        self.fallback_steps += report.fallback_steps
+        self.step_seconds += seconds
+
+    def snapshot(self, *, in_flight: int) -> EngineStats:
+        return EngineStats(in_flight=in_flight, **dataclasses.asdict(self))

@@ -1,0 +1,234 @@
+"""`StepBatch`: the tensors of one running group, and one denoising step over all of them.
+
+A *slot* is one request's place. A slot has one row in the forward pass, and a second, unconditional one if it is
+guided: rows are the conditional ones of all slots in order, then the unconditional ones of guided slots, then padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from calotype_worker.engine.request import GenerationRequest
+from calotype_worker.engine.split import run_splitting
+from calotype_worker.models.base import StepModel
+from calotype_worker.sampling.row_scheduler import RowScheduler
+from calotype_worker.sampling.table import SamplerTable
+
+
+@dataclass(kw_only=True)
+class Slot:
+    """One request inside a step batch. `step` is written by the engine's thread and may be read by any."""
+
+    request: GenerationRequest
+    generator: torch.Generator  # the request's own, on the CPU: no neighbour can disturb its noise
+    latents: torch.Tensor  # (1, C, h, w) float32: the start; once it runs, the batch's state is the truth
+    sampler: SamplerTable | RowScheduler
+    total_steps: int  # network evaluations
+    step: int = 0  # evaluations done
+    conditioning: torch.Tensor | None = None  # (tokens, features)
+    negative: torch.Tensor | None = None  # the same, for guided requests
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rows:
+    """How slots map to the rows of a forward pass."""
+
+    source: torch.Tensor  # (R,) the slot each row belongs to
+    conditioning: torch.Tensor  # (R, tokens, features)
+    guided: torch.Tensor  # (G,) slots that have an unconditional row
+    guidance: torch.Tensor  # (G, 1, 1, 1) float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """What one step did. `failed` pairs slots with what they raised; they have left the batch."""
+
+    finished: Sequence[tuple[Slot, torch.Tensor]]  # with their latents, (C, h, w) float32
+    failed: Sequence[tuple[Slot, Exception]]
+    rows: int
+    padding_rows: int
+    fallback_steps: int
+
+
+class StepBatch:
+    """Owned by the engine's thread."""
+
+    def __init__(self, model: StepModel, *, shape: tuple[int, int, int], buckets: Sequence[int] = ()) -> None:
+        self._model = model
+        self._shape = shape  # (C, h, w)
+        self._buckets = sorted(buckets)  # a forward pass is padded to the next of these; none: no padding
+        self.slots: list[Slot] = []
+        # S = [x, s_1 … s_K] of each slot, flattened: (slots, K+1, C*h*w) float32.
+        self._state = torch.zeros(0, 1, shape[0] * shape[1] * shape[2], device=model.device)
+        self._rows: _Rows | None = None  # rebuilt when membership changes
+        # All slots' tables laid end to end, and where each slot stands in them.
+        self._matrices = self._input_scale = self._timesteps = self._position = torch.empty(0)
+
+    def join(self, slots: Sequence[Slot]) -> None:
+        """Take slots in at their first step. Their conditioning must be set."""
+        fresh = torch.cat([slot.latents.reshape(1, 1, -1) for slot in slots]).to(self._model.device)
+        self.slots += slots
+        self._lay_out(torch.cat([self._state, _widen(fresh, self._state.shape[1])]))
+
+    def leave(self, slots: Sequence[Slot]) -> None:
+        """Drop slots, finished or not. The others' states are untouched."""
+        gone = {id(slot) for slot in slots}
+        kept = [index for index, slot in enumerate(self.slots) if id(slot) not in gone]
+        self.slots = [self.slots[index] for index in kept]
+        self._lay_out(self._state[torch.tensor(kept, dtype=torch.long, device=self._state.device)])
+
+    def step(self) -> StepReport:
+        """One denoising step of every slot; finished and failed ones leave."""
+        inputs, timesteps = self._inputs()
+        failed: list[tuple[Slot, Exception]] = []
+        rows = self._rows or self._map_rows(range(len(self.slots)))
+        self._rows = rows
+        useful = len(self.slots) + len(rows.guided)
+        try:
+            outputs = self._forward(rows, inputs, timesteps, len(self.slots))
+        except Exception:
+            outputs, failed = self._forward_apart(inputs, timesteps)
+        fallback_steps = self._advance(outputs)
+        bad = {id(slot) for slot, _ in failed}
+        done = [
+            (slot, self._state[index, 0].reshape(self._shape).clone())
+            for index, slot in enumerate(self.slots)
+            if slot.step == slot.total_steps and id(slot) not in bad
+        ]
+        if done or failed:
+            self.leave([slot for slot, _ in (*done, *failed)])
+        return StepReport(
+            finished=done,
+            failed=failed,
+            rows=useful,
+            padding_rows=len(rows.source) - useful,
+            fallback_steps=fallback_steps,
+        )
+
+    def _inputs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scaled network inputs (slots, C, h, w) and each slot's own timestep (slots,)."""
+        sample = self._state[:, 0].reshape(-1, *self._shape)
+        inputs = sample * self._input_scale[self._position].reshape(-1, 1, 1, 1)
+        timesteps = self._timesteps[self._position]
+        for index, slot in enumerate(self.slots):
+            if isinstance(slot.sampler, RowScheduler):
+                inputs[index] = slot.sampler.model_input(sample[index : index + 1])[0]
+                timesteps[index] = slot.sampler.timestep
+        return inputs, timesteps
+
+    def _forward(self, rows: _Rows, inputs: torch.Tensor, timesteps: torch.Tensor, count: int) -> torch.Tensor:
+        """Guided model output of `count` slots, (count, C, h, w) float32.
+
+        Classifier-free guidance (Ho & Salimans 2022): m = m_u + g * (m_c - m_u), on guided rows only.
+        """
+        outputs = self._model.predict(inputs[rows.source], timesteps[rows.source], rows.conditioning)
+        guided_count = len(rows.guided)
+        if not guided_count:
+            return outputs[:count]
+        result = outputs[:count].clone()
+        unconditional = outputs[count : count + guided_count]
+        conditional = result[rows.guided]
+        result[rows.guided] = unconditional + rows.guidance * (conditional - unconditional)
+        return result
+
+    def _forward_apart(
+        self, inputs: torch.Tensor, timesteps: torch.Tensor
+    ) -> tuple[torch.Tensor, list[tuple[Slot, Exception]]]:
+        """After a forward pass raised: smaller passes, to find who is to blame. The blameless get their outputs."""
+
+        def run(indices: Sequence[int]) -> list[torch.Tensor]:
+            chosen = torch.tensor(indices, device=inputs.device)
+            return list(self._forward(self._map_rows(indices), inputs[chosen], timesteps[chosen], len(indices)))
+
+        outputs = torch.zeros_like(inputs)
+        failed = []
+        for index, result in enumerate(run_splitting(range(len(self.slots)), run)):
+            if isinstance(result, Exception):
+                failed.append((self.slots[index], result))
+            else:
+                outputs[index] = result
+        return outputs, failed
+
+    def _advance(self, outputs: torch.Tensor) -> int:
+        """S' = M_i · [S; m; n] for every slot at its own i. Returns how many slots went the slow way instead."""
+        noise = torch.zeros(len(self.slots), 1, self._state.shape[2])
+        for index, slot in enumerate(self.slots):
+            if isinstance(slot.sampler, SamplerTable) and slot.sampler.draws_noise[slot.step]:
+                noise[index] = torch.randn((1, *self._shape), generator=slot.generator).reshape(1, -1)
+        stacked = torch.cat([self._state, outputs.flatten(1).unsqueeze(1), noise.to(self._state.device)], dim=1)
+        new_state = torch.bmm(self._matrices[self._position], stacked)
+        fallback_steps = 0
+        for index, slot in enumerate(self.slots):
+            if isinstance(slot.sampler, RowScheduler):
+                sample = self._state[index, 0].reshape(1, *self._shape)
+                new_state[index, 0] = slot.sampler.advance(sample, outputs[index : index + 1]).flatten()
+                fallback_steps += 1
+            slot.step += 1
+        self._state = new_state
+        self._position = self._position + 1
+        return fallback_steps
+
+    def _map_rows(self, indices: Sequence[int]) -> _Rows:
+        """Rows for these slots, numbered 0, 1, … in the order given."""
+        slots = [self.slots[index] for index in indices]
+        guided = [number for number, slot in enumerate(slots) if slot.request.guided]
+        source = [*range(len(slots)), *guided]
+        conditioning = [slot.conditioning for slot in slots] + [slots[number].negative for number in guided]
+        # Repeating row 0 pads with numbers the network has seen; uninitialised memory could be NaN and slow.
+        padding = next((bucket - len(source) for bucket in self._buckets if bucket >= len(source)), 0)
+        source += [0] * padding
+        conditioning += [conditioning[0]] * padding
+        device = self._model.device
+        return _Rows(
+            source=torch.tensor(source, device=device),
+            conditioning=torch.stack([rows for rows in conditioning if rows is not None]),
+            guided=torch.tensor(guided, dtype=torch.long, device=device),
+            guidance=torch.tensor(
+                [slots[number].request.guidance_scale for number in guided], dtype=torch.float32, device=device
+            ).reshape(-1, 1, 1, 1),
+        )
+
+    def _lay_out(self, state: torch.Tensor) -> None:
+        """Fit state and tables to the present slots. K is the largest any of them needs."""
+        self._rows = None
+        remembered = max((s.sampler.remembered for s in self.slots if isinstance(s.sampler, SamplerTable)), default=0)
+        self._state = _widen(state, remembered + 1) if remembered + 1 >= state.shape[1] else state[:, : remembered + 1]
+        matrices, scales, timesteps, positions = [], [], [], []
+        offset = 0
+        for slot in self.slots:
+            table = slot.sampler if isinstance(slot.sampler, SamplerTable) else _standstill(slot.total_steps)
+            matrices.append(table.widened(remembered))
+            scales.append(table.input_scale)
+            timesteps.append(table.timesteps)
+            # A slot that just finished points one past its own table; it leaves before the next look-up.
+            positions.append(offset + slot.step)
+            offset += len(table)
+        if not self.slots:
+            return
+        device = self._model.device
+        self._matrices = torch.cat(matrices).to(device)
+        self._input_scale = torch.cat(scales).to(device)
+        self._timesteps = torch.cat(timesteps).to(device)
+        self._position = torch.tensor(positions, device=device)
+
+
+def _widen(state: torch.Tensor, height: int) -> torch.Tensor:
+    """Room for more remembered tensors, zeroed: 0 · NaN would poison the product."""
+    missing = height - state.shape[1]
+    return torch.nn.functional.pad(state, (0, 0, 0, missing)) if missing > 0 else state
+
+
+def _standstill(steps: int) -> SamplerTable:
+    """A table that changes nothing, for slots whose scheduler object does the stepping."""
+    keep = torch.zeros(steps, 1, 3)
+    keep[:, 0, 0] = 1
+    return SamplerTable(
+        matrices=keep,
+        input_scale=torch.ones(steps),
+        timesteps=torch.zeros(steps),
+        draws_noise=(False,) * steps,
+        initial_sigma=1.0,
+    )

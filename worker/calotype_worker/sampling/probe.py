@@ -1,0 +1,126 @@
+"""Reads a scheduler's step off as a matrix, without knowing its formula.
+
+Every linear sampler's step maps (sample, what it remembers, model output, fresh noise) to (new sample, what it
+remembers next). Feeding basis vectors for the inputs and reading the outputs gives that map's matrix. Tensors are
+shaped (1, 1, 1, D), one coordinate an input plus a few that no input uses: there only the drawn noise shows.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Path = tuple[str | int, ...]  # where a remembered tensor lives: ("model_outputs", 1)
+
+# In angle brackets, so that no attribute of a scheduler (Heun has one called `sample`) can be taken for them.
+SAMPLE, OUTPUT, NOISE = ("<sample>",), ("<output>",), ("<noise>",)
+_PURE_NOISE = 4  # coordinates that belong to no input
+_MAX_REMEMBERED = 16  # a history longer than this has no useful table
+
+
+class NotLinear(Exception):
+    """This scheduler's step is no fixed linear map; it needs a scheduler object per row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbedStep:
+    """One step: `new[row] = sum over column of weights[row][column] * old[column]`. Absent weights are zero."""
+
+    input_scale: float  # network input = input_scale * sample
+    draws_noise: bool  # whether the generator advanced, even where the noise then counts for nothing
+    weights: dict[Path, dict[Path, float]]
+
+
+def probe_steps(scheduler: Any) -> list[ProbedStep]:
+    """Probe every step of a scheduler whose timesteps are set. The scheduler itself is left untouched.
+
+    Raises:
+        NotLinear: noise or input scaling does not act as a plain factor, or the history has no bound.
+    """
+    scheduler = copy.deepcopy(scheduler)
+    return [_probe_step(scheduler, timestep) for timestep in scheduler.timesteps]
+
+
+def step_arguments(scheduler: Any, generator: torch.Generator) -> dict[str, Any]:
+    """Keyword arguments for `scheduler.step`, as diffusers pipelines pass them: the generator where it is taken."""
+    accepts = inspect.signature(scheduler.step).parameters
+    return {"return_dict": False, **({"generator": generator} if "generator" in accepts else {})}
+
+
+def _probe_step(scheduler: Any, timestep: torch.Tensor) -> ProbedStep:
+    width = 3 + _MAX_REMEMBERED + _PURE_NOISE
+    shape = (1, 1, 1, width)
+    basis = torch.eye(width, dtype=torch.float64)
+    columns: list[Path] = [SAMPLE, OUTPUT, NOISE]
+
+    def replace(path: Path, _: torch.Tensor) -> torch.Tensor:
+        if len(columns) >= width - _PURE_NOISE:
+            raise NotLinear(f"{type(scheduler).__name__} remembers more than {_MAX_REMEMBERED} tensors")
+        columns.append(path)
+        return basis[len(columns) - 1].reshape(shape).clone()
+
+    _visit_remembered(scheduler, shape, replace)
+    sample, output = basis[0].reshape(shape).clone(), basis[1].reshape(shape).clone()
+    scaled = scheduler.scale_model_input(sample.clone(), timestep).flatten()
+    input_scale = float(scaled[0])
+    if not torch.allclose(scaled, basis[0] * input_scale):
+        raise NotLinear(f"{type(scheduler).__name__} does not scale its input by a plain factor")
+
+    generator = torch.Generator().manual_seed(0)
+    untouched = generator.get_state()
+    new_sample = scheduler.step(output, timestep, sample, **step_arguments(scheduler, generator))[0]
+    draws_noise = not torch.equal(untouched, generator.get_state())
+
+    results: dict[Path, torch.Tensor] = {SAMPLE: new_sample}
+    _visit_remembered(scheduler, shape, results.setdefault)
+    weights: dict[Path, dict[Path, float]] = {}
+    for path, result in results.items():
+        row = result.flatten().to(torch.float64)
+        noise_weight, row = _split_noise(row, untouched) if draws_noise else (0.0, row)
+        weights[path] = {column: w for column, w in zip(columns, row.tolist(), strict=False) if w != 0.0}
+        if noise_weight:
+            weights[path][NOISE] = noise_weight
+    return ProbedStep(input_scale=input_scale, draws_noise=draws_noise, weights=weights)
+
+
+def _split_noise(row: torch.Tensor, state: torch.Tensor) -> tuple[float, torch.Tensor]:
+    """How much drawn noise is in `row`, and the row without it.
+
+    Schedulers draw in the model output's dtype or always in float32, and the two give different numbers, so both
+    are tried: the right one explains the pure-noise coordinates by a single factor.
+    """
+    pure = row[-_PURE_NOISE:]
+    if not pure.any():
+        return 0.0, row
+    for dtype in (torch.float64, torch.float32):
+        generator = torch.Generator()
+        generator.set_state(state)
+        noise = torch.randn((1, 1, 1, row.numel()), generator=generator, dtype=dtype).flatten().to(torch.float64)
+        weight = float(pure @ noise[-_PURE_NOISE:] / noise[-_PURE_NOISE:].square().sum())
+        if torch.allclose(pure, weight * noise[-_PURE_NOISE:], rtol=1e-4, atol=1e-7):
+            clean = row - weight * noise
+            # What is left of float32 rounding is not a weight.
+            return weight, torch.where(clean.abs() < 1e-6 * abs(weight), 0.0, clean)
+    raise NotLinear("the drawn noise does not enter by a plain factor")
+
+
+def _visit_remembered(
+    scheduler: Any, shape: tuple[int, ...], visit: Callable[[Path, torch.Tensor], torch.Tensor]
+) -> None:
+    """Call `visit` on every latent-shaped tensor the scheduler holds, and store what it returns in its place."""
+
+    def walk(value: Any, path: Path) -> Any:
+        if isinstance(value, torch.Tensor) and value.shape == shape:
+            return visit(path, value)
+        if isinstance(value, list):
+            return [walk(item, (*path, index)) for index, item in enumerate(value)]
+        return value
+
+    for name, value in list(vars(scheduler).items()):
+        if isinstance(value, (torch.Tensor, list)):
+            setattr(scheduler, name, walk(value, (name,)))

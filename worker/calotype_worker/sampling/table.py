@@ -1,0 +1,162 @@
+"""`SamplerTable`: a whole sampler trajectory as one small matrix a step.
+
+A row keeps the state `S = [x, s_1 … s_K]` (K remembered tensors) and advances by `S' = M_i · [S; m; n]`, where m is
+the guided model output, n fresh noise and i the row's own step; the network sees `input_scale_i · x`. The matrices
+are read off the diffusers scheduler itself (`probe.py`) and checked against it on a random trajectory.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from calotype_shared.errors import InvalidRequest
+from calotype_worker.sampling.probe import (
+    NOISE,
+    OUTPUT,
+    SAMPLE,
+    NotLinear,
+    Path,
+    ProbedStep,
+    probe_steps,
+    step_arguments,
+)
+
+# Largest error of a table over a whole random trajectory, relative to the trajectory's largest value; the
+# scheduler's own float32 rounding reaches 1.3e-5 (Heun with few steps).
+TOLERANCE = 5e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerTable:
+    """A sampler's N steps with K remembered tensors.
+
+    Columns of a matrix are `[x, s_1 … s_K, m, n]`, rows `[x, s_1 … s_K]`. N counts network evaluations: PNDM makes
+    one more than the steps asked for, Heun nearly twice as many.
+    """
+
+    matrices: torch.Tensor  # (N, K+1, K+3) float32
+    input_scale: torch.Tensor  # (N,) float32
+    timesteps: torch.Tensor  # (N,) float32
+    draws_noise: tuple[bool, ...]  # (N,): draw from the row's generator here, even if the weight is zero
+    initial_sigma: float  # x_0 = randn * initial_sigma
+
+    def __len__(self) -> int:
+        return len(self.draws_noise)
+
+    @property
+    def remembered(self) -> int:
+        """K."""
+        return self.matrices.shape[1] - 1
+
+    def widened(self, remembered: int) -> torch.Tensor:
+        """The matrices for a state with more remembered tensors than this sampler has: (N, remembered+1, +3)."""
+        own = self.remembered
+        wide = torch.zeros(len(self), remembered + 1, remembered + 3)
+        wide[:, : own + 1, : own + 1] = self.matrices[:, :, : own + 1]
+        wide[:, : own + 1, remembered + 1 :] = self.matrices[:, :, own + 1 :]
+        return wide
+
+
+def build_table(scheduler: Any) -> SamplerTable:
+    """Probe a diffusers scheduler whose timesteps are set, and verify the result.
+
+    Raises:
+        NotLinear: no table describes this scheduler; use a scheduler object per row.
+        InvalidRequest: the scheduler's own numbers are not finite for this number of steps.
+    """
+    steps = probe_steps(scheduler)
+    table = SamplerTable(
+        matrices=_pack(steps).to(torch.float32),
+        input_scale=torch.tensor([step.input_scale for step in steps], dtype=torch.float32),
+        timesteps=scheduler.timesteps.to(torch.float32).clone(),
+        draws_noise=tuple(step.draws_noise for step in steps),
+        initial_sigma=float(scheduler.init_noise_sigma),
+    )
+    if not (table.matrices.isfinite().all() and table.input_scale.isfinite().all()):
+        raise InvalidRequest(
+            f"{type(scheduler).__name__} gives no finite numbers for it",
+            field="num_inference_steps",
+            value=len(steps),
+            remedy="use more steps, or another sampler",
+        )
+    error = trajectory_error(table, scheduler)
+    if not error <= TOLERANCE:
+        raise NotLinear(f"{type(scheduler).__name__}: the table is off by {error:.1e} of the trajectory")
+    return table
+
+
+def trajectory_error(table: SamplerTable, scheduler: Any) -> float:
+    """Largest difference between table and scheduler over a random trajectory, relative to its largest value."""
+    scheduler = copy.deepcopy(scheduler)
+    source = torch.Generator().manual_seed(1)  # samples and model outputs
+    ours, theirs = (torch.Generator().manual_seed(2) for _ in range(2))  # the noise both must draw alike
+    shape = (1, 4, 4, 4)
+    sample = torch.randn(shape, generator=source) * table.initial_sigma
+    state = torch.zeros(table.remembered + 1, sample.numel())
+    state[0] = sample.flatten()
+    worst, largest = 0.0, float(sample.abs().max())
+    for index, timestep in enumerate(scheduler.timesteps):
+        scaled = scheduler.scale_model_input(sample, timestep)
+        worst = max(worst, float((state[0] * table.input_scale[index] - scaled.flatten()).abs().max()))
+        output = torch.randn(shape, generator=source)
+        sample = scheduler.step(output, timestep, sample, **step_arguments(scheduler, theirs))[0]
+        noise = torch.randn(shape, generator=ours) if table.draws_noise[index] else torch.zeros(shape)
+        state = table.matrices[index] @ torch.cat([state, output.reshape(1, -1), noise.reshape(1, -1)])
+        worst = max(worst, float((state[0] - sample.flatten()).abs().max()))
+        largest = max(largest, float(sample.abs().max()))
+    return worst / largest
+
+
+def _pack(steps: list[ProbedStep]) -> torch.Tensor:
+    """Give remembered tensors slots, dropping those that nothing reads later: (N, K+1, K+3) float64."""
+    live: list[list[Path]] = [[]]  # live[i]: what must be remembered between step i - 1 and step i
+    for step in reversed(steps):
+        needed = [SAMPLE, *live[0]]
+        used = {column for row in needed for column in step.weights.get(row, {})}
+        live.insert(0, sorted(used - {SAMPLE, OUTPUT, NOISE}, key=str))
+    if live[0]:
+        raise NotLinear("the first step reads something remembered from before it")
+    remembered = max(len(paths) for paths in live)
+    matrices = torch.zeros(len(steps), remembered + 1, remembered + 3, dtype=torch.float64)
+    for index, step in enumerate(steps):
+        columns = {path: slot for slot, path in enumerate([SAMPLE, *live[index]])}
+        columns |= {OUTPUT: remembered + 1, NOISE: remembered + 2}
+        for slot, row in enumerate([SAMPLE, *live[index + 1]]):
+            for column, weight in step.weights.get(row, {}).items():
+                matrices[index, slot, columns[column]] = weight
+    return matrices
+
+
+class TableCache:
+    """Tables by everything they depend on, least recently used out first. Safe to share between threads.
+
+    A cached None says that there is no table and a scheduler object per row is needed.
+    """
+
+    def __init__(self, capacity: int = 256) -> None:
+        self._capacity = capacity
+        self._tables: OrderedDict[Hashable, SamplerTable | None] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable, make_scheduler: Callable[[], Any]) -> SamplerTable | None:
+        """The table under `key`, probed the first time from the scheduler that `make_scheduler` returns."""
+        with self._lock:
+            if key in self._tables:
+                self._tables.move_to_end(key)
+                return self._tables[key]
+        try:
+            table = build_table(make_scheduler())
+        except NotLinear:
+            table = None
+        with self._lock:
+            self._tables[key] = table
+            while len(self._tables) > self._capacity:
+                self._tables.popitem(last=False)
+        return table
