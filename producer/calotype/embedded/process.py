@@ -1,0 +1,78 @@
+"""A child process that never outlives us: started, watched and stopped by pid."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+_GUARD = Path(__file__).with_name("guard.py")
+_GUARD_SLACK_SECONDS = 2.0  # for the guard to kill and reap a child that ignored SIGTERM
+
+
+class ChildProcess:
+    """One command under a guard (see `guard.py`), its output in a log file.
+
+    `pid` is the command's own. Owned by the code that started it; `stop` may be called from any thread, and twice.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        log: Path,
+        cwd: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+        grace_seconds: float = 10.0,
+    ) -> None:
+        self.name = name
+        self.log = log
+        self._grace_seconds = grace_seconds
+        with log.open("ab") as output:
+            self._guard = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(_GUARD), str(grace_seconds), *command],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=output,
+                cwd=cwd,
+                env=None if environment is None else dict(environment),
+                start_new_session=True,  # Ctrl-C in a terminal reaches us alone; we stop the children in order
+            )
+        assert self._guard.stdout is not None
+        first_line = self._guard.stdout.readline()
+        if not first_line:
+            self._guard.wait()
+            raise OSError(f"{command[0]} could not be started: {self.log_tail(3)}")
+        self.pid = int(first_line)
+
+    @property
+    def alive(self) -> bool:
+        return self._guard.poll() is None
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs; 128 + n when signal n ended it."""
+        return self._guard.poll()
+
+    def wait(self, timeout: float | None = None) -> int:
+        return self._guard.wait(timeout)
+
+    def stop(self) -> int:
+        """SIGTERM, a grace period, SIGKILL. Returns the exit status once the process is gone."""
+        assert self._guard.stdin is not None
+        self._guard.stdin.close()
+        try:
+            return self._guard.wait(self._grace_seconds + _GUARD_SLACK_SECONDS)
+        except subprocess.TimeoutExpired:  # the guard hangs: killing it makes the kernel kill the child
+            self._guard.kill()
+            return self._guard.wait()
+        finally:
+            if self._guard.stdout is not None:
+                self._guard.stdout.close()
+
+    def log_tail(self, lines: int = 8) -> str:
+        """The last lines it wrote, for an error message."""
+        text = self.log.read_text(errors="replace") if self.log.exists() else ""
+        return "\n".join(text.strip().splitlines()[-lines:]) or "(it wrote nothing)"

@@ -1,0 +1,1 @@
+"""Tests: `unit` needs no server, `integration` runs real servers and real processes."""

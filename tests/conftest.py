@@ -1,0 +1,106 @@
+"""Shared fixtures: one pair of real servers for the whole run, and a fresh corner of them for each test."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from redis import Redis
+
+from calotype.embedded import EmbeddedServers
+
+if TYPE_CHECKING:
+    from calotype_shared.settings import Settings
+    from calotype_shared.storage import Storage
+    from calotype_shared.store import JobStore
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The developer's own CALOTYPE_* variables must not reach a test."""
+    for name in [name for name in os.environ if name.startswith("CALOTYPE_")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServers]:
+    """A real Valkey and a real SeaweedFS, started once a run. Tests must not stop or flush them."""
+    with EmbeddedServers.start(tmp_path_factory.mktemp("servers")) as servers:
+        yield servers
+
+
+@pytest.fixture(scope="session")
+def valkey(servers: EmbeddedServers) -> str:
+    """The shared Valkey's URL."""
+    return servers.valkey.url
+
+
+@pytest.fixture(scope="session")
+def s3(servers: EmbeddedServers) -> dict[str, str]:
+    """The shared S3 server as keyword arguments of `Settings.load`, without a bucket."""
+    return {
+        "s3_endpoint_url": servers.seaweed.endpoint_url,
+        "s3_access_key_id": servers.seaweed.credentials.access_key_id,
+        "s3_secret_access_key": servers.seaweed.credentials.secret_access_key,
+    }
+
+
+@pytest.fixture
+def settings(valkey: str, s3: dict[str, str]) -> Settings:
+    """Settings whose key prefix and bucket no other test uses. The bucket exists."""
+    from calotype_shared.settings import Settings
+    from calotype_shared.storage import Storage
+
+    name = uuid.uuid4().hex[:12]
+    settings = Settings.load(redis_url=valkey, key_prefix=f"test-{name}:", s3_bucket=f"test-{name}", **s3)
+    Storage(settings).check(create=True)
+    return settings
+
+
+@pytest.fixture
+def redis(valkey: str) -> Iterator[Redis]:
+    """A connection to the shared Valkey, as the store and the workers use it: bytes in, bytes out."""
+    with Redis.from_url(valkey) as connection:
+        yield connection
+
+
+@pytest.fixture
+def store(settings: Settings) -> Iterator[JobStore]:
+    """A job store under this test's own key prefix."""
+    from calotype_shared.settings import connect_redis
+    from calotype_shared.store import JobStore
+
+    with connect_redis(settings) as connection:
+        yield JobStore(connection, key_prefix=settings.key_prefix, retention_seconds=settings.retention_seconds)
+
+
+@pytest.fixture
+def storage(settings: Settings) -> Storage:
+    """This test's own bucket."""
+    from calotype_shared.storage import Storage
+
+    return Storage(settings)
+
+
+@pytest.fixture
+def environment(settings: Settings, servers: EmbeddedServers) -> dict[str, str]:
+    """The environment of a child process that shares this test's corner: variables of the system plus CALOTYPE_*."""
+    system = {name: value for name, value in os.environ.items() if not name.startswith("CALOTYPE_")}
+    return {
+        **system,
+        **servers.environment,
+        "CALOTYPE_KEY_PREFIX": settings.key_prefix,
+        "CALOTYPE_S3_BUCKET": settings.s3_bucket,
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random-weight Stable Diffusion model: small enough to load in a second."""
+    from tests.models import write_tiny_sd
+
+    return write_tiny_sd(tmp_path_factory.mktemp("tiny-model") / "tiny")

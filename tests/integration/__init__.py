@@ -1,0 +1,1 @@
+"""Tests against a real Valkey, a real S3 server and real worker processes."""
