@@ -29,12 +29,14 @@ class CalotypeError(Exception):
 class InvalidRequest(CalotypeError):
     """A request that cannot be honoured as written.
 
-    `field` names the offending field or option, `value` is what was given, `remedy` says what would work.
+    `field` names the offending field or option, `value` is what was given, `problem` what is wrong with it and
+    `remedy` what would work.
     """
 
     code = "invalid_request"
 
     def __init__(self, problem: str, *, field: str, value: object, remedy: str) -> None:
+        self.problem = problem
         self.field = field
         self.value = value
         self.remedy = remedy

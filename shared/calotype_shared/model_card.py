@@ -53,7 +53,7 @@ class ModelCard(BaseModel):
         if width * height > self.max_pixels:
             native = ", ".join(f"{w}x{h}" for w, h in self.native_sizes)
             raise InvalidRequest(
-                f"{width}x{height} is {width * height} pixels, above the limit of {self.max_pixels} of model {self.name!r}",
+                f"{width}x{height} is {width * height} pixels, and model {self.name!r} makes at most {self.max_pixels}",
                 field="width" if width >= height else "height",
                 value=max(width, height),
                 remedy=f"use a smaller size; its native sizes are {native}",

@@ -1,0 +1,11 @@
+-- Lengthens leases. ARGV: lease in ms, then (id, attempt) of each. Returns the ids that are lost to this attempt.
+local ends = whole(now_us() / 1000 + tonumber(ARGV[1]))
+local lost = {}
+for i = 2, #ARGV, 2 do
+  if holds(ARGV[i], ARGV[i + 1]) then
+    redis.call('ZADD', PREFIX .. 'leases', ends, ARGV[i])
+  else
+    lost[#lost + 1] = ARGV[i]
+  end
+end
+return lost

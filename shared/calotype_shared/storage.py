@@ -1,0 +1,197 @@
+"""Pictures in S3-compatible storage. Any endpoint that boto3 can talk to will do.
+
+Layout: `{job}/{attempt}/{index}.png` and, beside each picture, `{job}/{attempt}/{index}.json` with its provenance.
+Attempts never share a key, so a late upload by a worker that lost its job harms nobody: the job's record names the
+winning attempt's keys, and only those are anyone's pictures.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+
+from calotype_shared.config import OutputFormat
+from calotype_shared.errors import StorageUnavailable
+
+if TYPE_CHECKING:
+    from calotype_shared.settings import Settings
+
+ATTEMPTS = 5
+_BACKOFF_BASE, _BACKOFF_CAP = 0.2, 5.0  # seconds; full jitter
+_REFUSED = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "403", "401", "InvalidToken"}
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def image_key(job_id: str, attempt: int, index: int, output_format: OutputFormat) -> str:
+    return f"{job_id}/{attempt}/{index}.{output_format.value}"
+
+
+def sidecar_key(job_id: str, attempt: int, index: int) -> str:
+    return f"{job_id}/{attempt}/{index}.json"
+
+
+def _retried(method: Callable[Concatenate[Storage, P], R]) -> Callable[Concatenate[Storage, P], R]:
+    """Repeats a call over passing trouble, and turns the rest into StorageUnavailable with a remedy."""
+
+    @functools.wraps(method)
+    def wrapped(self: Storage, *args: P.args, **kwargs: P.kwargs) -> R:
+        from botocore.exceptions import BotoCoreError, ClientError  # noqa: PLC0415 - slow, and producers may not need it
+
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return method(self, *args, **kwargs)
+            except (BotoCoreError, ClientError) as error:
+                if attempt == ATTEMPTS or not _passing(error):
+                    raise self._unavailable(error) from error
+                time.sleep(random.uniform(0, min(_BACKOFF_CAP, _BACKOFF_BASE * 2**attempt)))
+        raise AssertionError("unreachable")
+
+    return wrapped  # type: ignore[return-value]  # mypy names the first argument, nothing else differs
+
+
+class Storage:
+    """One bucket. Thread-safe; connects at the first call."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._bucket = settings.s3_bucket
+        self._lock = threading.Lock()
+        self._clients: dict[str | None, Any] = {}
+
+    def check(self, *, create: bool = False) -> None:
+        """Make sure that the bucket is there and may be used; with `create`, make it when missing.
+
+        Raises:
+            StorageUnavailable: unreachable, refused, or no such bucket: which, and what to do.
+        """
+        from botocore.exceptions import BotoCoreError, ClientError  # noqa: PLC0415
+
+        client = self._client()
+        try:
+            try:
+                client.head_bucket(Bucket=self._bucket)
+            except ClientError as error:
+                if _code(error) not in ("404", "NoSuchBucket") or not create:
+                    raise
+                client.create_bucket(Bucket=self._bucket, **self._location())
+        except (BotoCoreError, ClientError) as error:
+            if _code(error) in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
+                return  # another worker was faster
+            raise self._unavailable(error) from error
+
+    @_retried
+    def put(self, key: str, data: bytes, content_type: str) -> None:
+        self._client().put_object(Bucket=self._bucket, Key=key, Body=data, ContentType=content_type)
+
+    @_retried
+    def get(self, key: str) -> bytes:
+        data: bytes = self._client().get_object(Bucket=self._bucket, Key=key)["Body"].read()
+        return data
+
+    @_retried
+    def content_type(self, key: str) -> str:
+        return str(self._client().head_object(Bucket=self._bucket, Key=key)["ContentType"])
+
+    @_retried
+    def delete(self, key: str) -> None:
+        """Remove an object; none there is fine."""
+        self._client().delete_object(Bucket=self._bucket, Key=key)
+
+    def list(self, prefix: str = "") -> Iterator[str]:
+        """Keys that begin with `prefix`, in order."""
+        token: Mapping[str, str] = {}
+        while True:
+            page = self._list_page(prefix, token)
+            yield from (item["Key"] for item in page.get("Contents", ()))
+            if not page.get("IsTruncated"):
+                return
+            token = {"ContinuationToken": page["NextContinuationToken"]}
+
+    @_retried
+    def _list_page(self, prefix: str, token: Mapping[str, str]) -> Any:
+        return self._client().list_objects_v2(Bucket=self._bucket, Prefix=prefix, **token)
+
+    def presigned_url(self, key: str, *, expires_seconds: int | None = None) -> str:
+        """A link that lets anyone fetch one object for a while. Made here, without asking the server."""
+        endpoint = self._settings.s3_public_endpoint_url or self._settings.s3_endpoint_url
+        expires = expires_seconds or self._settings.url_expires_seconds
+        parameters = {"Bucket": self._bucket, "Key": key}
+        return str(self._client(endpoint).generate_presigned_url("get_object", Params=parameters, ExpiresIn=expires))
+
+    # ----
+
+    def _client(self, endpoint: str | None = None) -> Any:
+        endpoint = endpoint or self._settings.s3_endpoint_url
+        with self._lock:
+            if endpoint not in self._clients:
+                self._clients[endpoint] = self._connect(endpoint)
+            return self._clients[endpoint]
+
+    def _connect(self, endpoint: str | None) -> Any:
+        # A tenth of a second to import, which a process that only submits never pays.
+        import boto3  # noqa: PLC0415
+        from botocore.config import Config  # noqa: PLC0415
+
+        secret = self._settings.s3_secret_access_key
+        return boto3.session.Session().client(
+            "s3",
+            endpoint_url=endpoint,
+            region_name=self._settings.s3_region,
+            aws_access_key_id=self._settings.s3_access_key_id,
+            aws_secret_access_key=secret.get_secret_value() if secret else None,
+            config=Config(
+                connect_timeout=5,
+                read_timeout=30,
+                retries={"total_max_attempts": 1},  # ours are jittered and say what failed
+                max_pool_connections=32,
+                signature_version="s3v4",
+                # Virtual-host addressing needs a DNS name a bucket, which self-hosted servers do not have.
+                s3={"addressing_style": "path" if endpoint else "auto"},
+                # Checksum trailers, new in boto3 1.36, are refused by several S3-compatible servers.
+                request_checksum_calculation="when_required",
+                response_checksum_validation="when_required",
+            ),
+        )
+
+    def _location(self) -> dict[str, Any]:
+        if self._settings.s3_region == "us-east-1":
+            return {}
+        return {"CreateBucketConfiguration": {"LocationConstraint": self._settings.s3_region}}
+
+    def _unavailable(self, error: Exception) -> StorageUnavailable:
+        where = self._settings.s3_endpoint_url or "Amazon S3"
+        code = _code(error)
+        if type(error).__name__ == "NoCredentialsError":
+            problem, remedy = "no keys are set", "set CALOTYPE_S3_ACCESS_KEY_ID and CALOTYPE_S3_SECRET_ACCESS_KEY"
+        elif code in _REFUSED:
+            problem = f"the keys were refused ({code})"
+            remedy = "check CALOTYPE_S3_ACCESS_KEY_ID and CALOTYPE_S3_SECRET_ACCESS_KEY, and the key's rights"
+        elif code == "NoSuchKey":
+            problem, remedy = "there is no such object", "it was deleted, or never written"
+        elif code in ("404", "NoSuchBucket"):
+            problem = f"bucket {self._bucket!r} does not exist"
+            remedy = "create it, or point CALOTYPE_S3_BUCKET at one that does"
+        else:
+            problem, remedy = f"{error}", "check CALOTYPE_S3_ENDPOINT_URL and that the server runs"
+        return StorageUnavailable(f"storage at {where}: {problem}; {remedy}")
+
+
+def _code(error: Exception) -> str:
+    """S3's word for what went wrong, or nothing where no answer came."""
+    response = getattr(error, "response", None)
+    return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
+
+
+def _passing(error: Exception) -> bool:
+    """Whether the same call may well succeed a little later: no answer came, or the server said it was busy."""
+    response = getattr(error, "response", None)
+    if not isinstance(response, dict):
+        return type(error).__name__ not in ("NoCredentialsError", "ParamValidationError", "InvalidEndpoint")
+    status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    return status >= 500 or status == 429 or _code(error) in ("SlowDown", "RequestTimeout", "RequestTimeTooSkewed")

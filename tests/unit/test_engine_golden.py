@@ -1,0 +1,224 @@
+"""Golden tests: every sampler in ONE mixed, staggered batch against the plain diffusers pipeline run alone.
+
+The negative controls break one thing each and must miss by far: a comparison that cannot fail proves nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from calotype_shared.config import SamplerType
+from calotype_worker.engine import Engine, EngineSettings, Generated, GenerationRequest
+from calotype_worker.engine.step_batch import StepBatch
+from calotype_worker.models import StepModel, load_model
+from calotype_worker.sampling import make_scheduler
+
+TOLERANCE = 1.0  # of 255 levels, after rounding to uint8
+CAUGHT = 12.0  # what a wrong timestep, guidance or generator must miss by, at least
+
+
+def mixed_requests(size: tuple[int, int] = (64, 64)) -> list[GenerationRequest]:
+    """Every sampler twice: guided and not, three step counts, with and without a negative prompt."""
+    return [
+        GenerationRequest(
+            request_id=f"{sampler.value}-{round_}",
+            prompt=f"picture {index}",
+            negative_prompt="blurry" if index % 2 else "",
+            width=size[0],
+            height=size[1],
+            num_inference_steps=(8, 13, 20)[(index + round_) % 3],
+            guidance_scale=(1.0, 7.5, 3.0)[(index + 2 * round_) % 3],
+            seed=100 + index,
+            sampler=sampler,
+        )
+        for round_ in range(2)
+        for index, sampler in enumerate(SamplerType)
+    ]
+
+
+@pytest.fixture(scope="session")
+def plain_pipeline(tiny_folder: Path) -> Any:
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def alone(pipeline: Any, model: StepModel, request: GenerationRequest) -> np.ndarray:
+    """The same picture by plain diffusers: uint8 (H, W, 3)."""
+    pipeline.scheduler = make_scheduler(request.sampler, model.scheduler_config, request.num_inference_steps)
+    picture = pipeline(
+        request.prompt,
+        negative_prompt=request.negative_prompt,
+        width=request.width,
+        height=request.height,
+        num_inference_steps=request.num_inference_steps,
+        guidance_scale=request.guidance_scale,
+        generator=torch.Generator().manual_seed(request.seed),
+    ).images[0]
+    return np.asarray(picture)
+
+
+def levels(a: np.ndarray, b: np.ndarray) -> float:
+    """Largest difference, of 255."""
+    return float(np.abs(a.astype(int) - b.astype(int)).max())
+
+
+def run_staggered(engine: Engine, requests: list[GenerationRequest]) -> list[Generated]:
+    """Submit a request whenever the engine has taken another two steps, so that rows join batches in mid-flight."""
+    futures = []
+    for request in requests:
+        futures.append(engine.submit(request))
+        seen = engine.stats().forward_passes
+        while engine.stats().forward_passes < seen + 2 and not futures[-1].done():
+            time.sleep(0.001)
+    return [future.result(timeout=120) for future in futures]
+
+
+@pytest.fixture(scope="session")
+def references(plain_pipeline: Any, tiny_step_model: StepModel) -> dict[str, np.ndarray]:
+    return {r.request_id: alone(plain_pipeline, tiny_step_model, r) for r in mixed_requests()}
+
+
+def test_a_mixed_batch_gives_the_pictures_of_the_plain_pipeline(
+    make_engine: Any, references: dict[str, np.ndarray]
+) -> None:
+    """Ten samplers, three step counts, three guidance scales, joining and leaving at any step."""
+    engine = make_engine(max_rows=16)
+    results = run_staggered(engine, mixed_requests())
+    differences = {r.request_id: levels(r.image, references[r.request_id]) for r in results}
+    assert max(differences.values()) <= TOLERANCE, differences
+    stats = engine.stats()
+    assert stats.fallback_steps == 0
+    assert stats.mean_rows > 4, "the requests did not share forward passes, so nothing was shown"
+
+
+def test_sizes_that_are_not_square_match_too(make_engine: Any, plain_pipeline: Any, tiny_step_model: StepModel) -> None:
+    """Two sizes in one engine are two groups; neither disturbs the other."""
+    engine = make_engine(max_rows=16)
+    requests = mixed_requests()[:3] + [
+        GenerationRequest(**{**vars(r), "request_id": f"wide-{r.request_id}"}) for r in mixed_requests((96, 64))[10:13]
+    ]
+    for request, result in zip(requests, run_staggered(engine, requests), strict=True):
+        assert result.image.shape == (request.height, request.width, 3)
+        assert levels(result.image, alone(plain_pipeline, tiny_step_model, request)) <= TOLERANCE
+
+
+def test_v_prediction_models_match(tmp_path: Path, make_engine: Any) -> None:
+    """Stable Diffusion 2.x predicts velocity; only the scheduler's config says so."""
+    from diffusers import StableDiffusionPipeline
+
+    from tests.models import write_tiny_sd
+
+    folder = write_tiny_sd(tmp_path / "v", seed=3, prediction_type="v_prediction")
+    model = load_model("tiny-v", source=str(folder))
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    requests = mixed_requests()[:10]
+    for request, result in zip(requests, run_staggered(make_engine(model, max_rows=16), requests), strict=True):
+        assert levels(result.image, alone(pipeline, model, request)) <= TOLERANCE
+
+
+def test_the_fallback_gives_the_same_pictures(
+    make_engine: Any, references: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With every table refused, each row steps through its own scheduler object in the same batch."""
+    from calotype_worker.sampling import table
+
+    monkeypatch.setattr(table, "TOLERANCE", -1.0)
+    engine = make_engine(max_rows=16)
+    results = run_staggered(engine, mixed_requests()[:10])
+    assert max(levels(r.image, references[r.request_id]) for r in results) <= TOLERANCE
+    assert engine.stats().fallback_steps == sum(r.steps_taken for r in results)
+
+
+def test_tables_and_fallback_rows_share_a_batch(
+    make_engine: Any, references: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half the samplers without a table, half with one, in the same forward passes."""
+    from calotype_worker.engine import engine as engine_module
+    from calotype_worker.sampling import TableCache
+
+    class Half(TableCache):
+        def get(self, key: Any, make_scheduler: Any) -> Any:
+            return (
+                None
+                if key[0] in (SamplerType.UNIPC, SamplerType.EULER, SamplerType.DDPM)
+                else super().get(key, make_scheduler)
+            )
+
+    monkeypatch.setattr(engine_module, "TableCache", Half)
+    engine = make_engine(max_rows=16)
+    results = run_staggered(engine, mixed_requests()[:10])
+    assert max(levels(r.image, references[r.request_id]) for r in results) <= TOLERANCE
+    assert 0 < engine.stats().fallback_steps < sum(r.steps_taken for r in results)
+
+
+# ---- negative controls
+
+
+def worst_with(model: StepModel, references: dict[str, np.ndarray]) -> float:
+    """Largest difference over a small mixed run."""
+    engine = Engine(model, EngineSettings(max_rows=16))
+    engine.start()
+    try:
+        results = [f.result(timeout=60) for f in [engine.submit(r) for r in mixed_requests()[:10]]]
+    finally:
+        engine.stop()
+    return max(levels(r.image, references[r.request_id]) for r in results)
+
+
+def test_control_a_wrong_timestep_is_caught(
+    tiny_step_model: StepModel, references: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every row given the first row's timestep, as a batch with one scalar timestep would."""
+    predict = tiny_step_model.predict
+    monkeypatch.setattr(tiny_step_model, "predict", lambda x, t, c: predict(x, t[:1].expand(len(t)), c))
+    assert worst_with(tiny_step_model, references) > CAUGHT
+
+
+def test_control_shared_guidance_is_caught(
+    tiny_step_model: StepModel, references: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every guided row given the first one's guidance scale."""
+    map_rows = StepBatch._map_rows
+
+    def shared(self: StepBatch, indices: Any) -> Any:
+        rows = map_rows(self, indices)
+        if len(rows.guidance):
+            rows.guidance[:] = rows.guidance[0].clone()
+        return rows
+
+    monkeypatch.setattr(StepBatch, "_map_rows", shared)
+    assert worst_with(tiny_step_model, references) > CAUGHT
+
+
+def test_control_a_shared_generator_is_caught(
+    tiny_step_model: StepModel, references: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All rows drawing their step noise from one generator."""
+    join = StepBatch.join
+
+    def shared(self: StepBatch, slots: Any) -> None:
+        join(self, slots)
+        for slot in self.slots:
+            slot.generator = self.slots[0].generator
+
+    monkeypatch.setattr(StepBatch, "join", shared)
+    assert worst_with(tiny_step_model, references) > CAUGHT
+
+
+def test_control_swapped_prompts_are_caught(
+    tiny_step_model: StepModel, references: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Conditioning rows out of order by one."""
+    predict = tiny_step_model.predict
+    monkeypatch.setattr(tiny_step_model, "predict", lambda x, t, c: predict(x, t, c.roll(1, 0)))
+    assert worst_with(tiny_step_model, references) > TOLERANCE
