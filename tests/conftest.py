@@ -62,20 +62,20 @@ def settings(valkey: str, s3: dict[str, str]) -> Settings:
 
 
 @pytest.fixture
-def redis(valkey: str) -> Iterator[Redis]:
-    """A connection to the shared Valkey, as the store and the workers use it: bytes in, bytes out."""
-    with Redis.from_url(valkey) as connection:
+def redis(settings: Settings) -> Iterator[Redis]:
+    """A connection to the shared Valkey, as clients and workers make it: answers are strings."""
+    from calotype_shared.settings import connect_redis
+
+    with connect_redis(settings) as connection:
         yield connection
 
 
 @pytest.fixture
-def store(settings: Settings) -> Iterator[JobStore]:
+def store(settings: Settings, redis: Redis) -> JobStore:
     """A job store under this test's own key prefix."""
-    from calotype_shared.settings import connect_redis
     from calotype_shared.store import JobStore
 
-    with connect_redis(settings) as connection:
-        yield JobStore(connection, key_prefix=settings.key_prefix, retention_seconds=settings.retention_seconds)
+    return JobStore(redis, key_prefix=settings.key_prefix, retention_seconds=settings.retention_seconds)
 
 
 @pytest.fixture

@@ -1,1 +1,97 @@
-"""Calotype's producer side."""
+"""Calotype's producer side: submit generation jobs, follow them, fetch their pictures.
+
+Names load when first used, so that importing the package costs little and never loads torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from calotype.aio import AsyncClient, AsyncJobHandle
+    from calotype.client import Client
+    from calotype.handle import JobHandle
+    from calotype.picture import Picture
+    from calotype_shared.config import GenerationConfig, OutputFormat, SamplerType
+    from calotype_shared.errors import (
+        CalotypeError,
+        InvalidRequest,
+        JobCancelled,
+        JobFailed,
+        JobNotFound,
+        RedisUnavailable,
+        ServiceUnavailable,
+        SettingsError,
+        StorageUnavailable,
+        UnknownModel,
+        WaitTimeout,
+    )
+    from calotype_shared.jobs import ImageRef, JobRecord, JobState, Lane
+    from calotype_shared.model_card import ModelCard
+    from calotype_shared.settings import Settings
+
+__all__ = [
+    "AsyncClient",
+    "AsyncJobHandle",
+    "CalotypeError",
+    "Client",
+    "GenerationConfig",
+    "ImageRef",
+    "InvalidRequest",
+    "JobCancelled",
+    "JobFailed",
+    "JobHandle",
+    "JobNotFound",
+    "JobRecord",
+    "JobState",
+    "Lane",
+    "ModelCard",
+    "OutputFormat",
+    "Picture",
+    "RedisUnavailable",
+    "SamplerType",
+    "ServiceUnavailable",
+    "Settings",
+    "SettingsError",
+    "StorageUnavailable",
+    "UnknownModel",
+    "WaitTimeout",
+]
+
+_HOMES = {
+    "calotype.aio": ("AsyncClient", "AsyncJobHandle"),
+    "calotype.client": ("Client",),
+    "calotype.handle": ("JobHandle",),
+    "calotype.picture": ("Picture",),
+    "calotype_shared.config": ("GenerationConfig", "OutputFormat", "SamplerType"),
+    "calotype_shared.errors": (
+        "CalotypeError",
+        "InvalidRequest",
+        "JobCancelled",
+        "JobFailed",
+        "JobNotFound",
+        "RedisUnavailable",
+        "ServiceUnavailable",
+        "SettingsError",
+        "StorageUnavailable",
+        "UnknownModel",
+        "WaitTimeout",
+    ),
+    "calotype_shared.jobs": ("ImageRef", "JobRecord", "JobState", "Lane"),
+    "calotype_shared.model_card": ("ModelCard",),
+    "calotype_shared.settings": ("Settings",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            value = getattr(import_module(home), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module 'calotype' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

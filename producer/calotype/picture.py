@@ -1,0 +1,54 @@
+"""`Picture`: one finished picture, downloaded."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from calotype_shared.errors import StorageUnavailable
+from calotype_shared.jobs import ImageRef
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """The encoded bytes of a picture, checked against its record. `index` counts within the job, from 0."""
+
+    job_id: str
+    index: int
+    ref: ImageRef
+    data: bytes
+
+    def __post_init__(self) -> None:
+        if hashlib.sha256(self.data).hexdigest() != self.ref.sha256:
+            raise StorageUnavailable(
+                f"object {self.ref.key!r} is not the picture its job recorded ({len(self.data)} bytes, "
+                f"{self.ref.bytes} expected); something else wrote to the bucket, submit the job again"
+            )
+
+    @property
+    def name(self) -> str:
+        """A file name no other picture has."""
+        return f"{self.job_id}-{self.index}.{self.ref.content_type.removeprefix('image/')}"
+
+    @cached_property
+    def image(self) -> Image:
+        """The decoded picture (Pillow)."""
+        import PIL.Image  # noqa: PLC0415 - decoding is optional and Pillow not free to import
+
+        return PIL.Image.open(io.BytesIO(self.data))
+
+    def save(self, path: str | Path) -> Path:
+        """Write the bytes as they are, to a file or, under `name`, into an existing folder; returns the file."""
+        file = Path(path)
+        if file.is_dir():
+            file = file / self.name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(self.data)
+        return file
