@@ -308,7 +308,7 @@ class JobStore:
         names = sorted(map(str, self._redis.smembers(self.keys.workers)))
         if not names:
             return []
-        reports: list[str | None] = self._redis.mget([self.keys.worker(name) for name in names])
+        reports = self._redis.mget([self.keys.worker(name) for name in names])
         gone = [name for name, report in zip(names, reports, strict=True) if report is None]
         if gone:
             self._redis.srem(self.keys.workers, *gone)

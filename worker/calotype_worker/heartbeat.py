@@ -1,0 +1,158 @@
+"""`Heartbeat`: keeps the leases of running jobs, reports their progress, and learns when one is lost.
+
+Runs beside the step loop in threads of its own, so that neither a busy device nor a slow upload starves a lease.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from calotype_shared.errors import ServiceUnavailable
+from calotype_shared.store import Claim, JobStore
+
+log = logging.getLogger(__name__)
+
+_PROGRESS_SECONDS = 0.3
+_REPORT_SECONDS = 1.0
+_LISTEN_SECONDS = 1.0
+_BACKOFF_SECONDS = 2.0
+
+
+@dataclass(kw_only=True, eq=False)
+class Held:
+    """A job this process works on. `lost` and `released` are set once and never cleared."""
+
+    claim: Claim
+    request_ids: tuple[str, ...]
+    lost: bool = False  # cancelled, or someone else's now: nothing we do with it counts
+    released: bool = False  # we are leaving and hand it back
+    shown: tuple[int, int] = field(default=(0, 0))  # progress last written
+
+
+class Heartbeat:
+    """`progress(request_id)` says how far one picture is; `stop_request(request_id)` takes it out of the engine."""
+
+    def __init__(
+        self,
+        store: JobStore,
+        *,
+        lease_seconds: float,
+        progress: Callable[[str], tuple[int, int] | None],
+        stop_request: Callable[[str], object],
+        report: Callable[[], None],
+    ) -> None:
+        self._store = store
+        self._lease_seconds = lease_seconds
+        self._progress = progress
+        self._stop_request = stop_request
+        self._report = report  # announces the worker itself
+        self._lock = threading.Lock()
+        self._held: dict[str, Held] = {}
+        self._stopped = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._beat, name="calotype-heartbeat", daemon=True),
+            threading.Thread(target=self._listen, name="calotype-cancellations", daemon=True),
+        ]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    @contextmanager
+    def holding(self, claim: Claim, request_ids: Sequence[str]) -> Iterator[Held]:
+        """Renew this claim until the block ends."""
+        held = Held(claim=claim, request_ids=tuple(request_ids))
+        with self._lock:
+            self._held[claim.job_id] = held
+        try:
+            yield held
+        finally:
+            with self._lock:
+                if self._held.get(claim.job_id) is held:
+                    del self._held[claim.job_id]
+
+    def held(self) -> list[Held]:
+        with self._lock:
+            return list(self._held.values())
+
+    def release_all(self) -> None:
+        """Give up on what is left: every job's requests leave the engine, and its thread hands it back."""
+        for held in self.held():
+            held.released = True
+            self._stop(held)
+
+    def _beat(self) -> None:
+        renew_every = self._lease_seconds / 4
+        renewed = reported = 0.0
+        while not self._stopped.wait(_PROGRESS_SECONDS):
+            try:
+                self._show_progress()
+                if time.monotonic() - renewed >= renew_every:
+                    self._renew()
+                    renewed = time.monotonic()
+                if time.monotonic() - reported >= _REPORT_SECONDS:
+                    self._report()
+                    reported = time.monotonic()
+            except ServiceUnavailable as error:
+                log.warning("heartbeat missed", extra={"reason": str(error)})
+                self._stopped.wait(random.uniform(0, _BACKOFF_SECONDS))
+            except Exception:  # this thread must not die: the leases of good jobs depend on it
+                log.exception("heartbeat met a bug")
+
+    def _show_progress(self) -> None:
+        updates = []
+        for held in self.held():
+            known = [self._progress(request_id) for request_id in held.request_ids]
+            present = [progress for progress in known if progress is not None]
+            if not present:
+                continue
+            total = present[0][1]  # every picture of a job takes the same steps
+            # A picture the engine no longer has is done with its steps.
+            done = sum(step for step, _ in present) + total * (len(known) - len(present))
+            if (done, total * len(known)) != held.shown:
+                held.shown = (done, total * len(known))
+                updates.append((held.claim, *held.shown))
+        self._store.progress(updates)
+
+    def _renew(self) -> None:
+        holding = self.held()
+        lost = self._store.renew([held.claim for held in holding], lease_seconds=self._lease_seconds)
+        for held in holding:
+            if held.claim.job_id in lost:
+                self._lose(held)
+
+    def _listen(self) -> None:
+        while not self._stopped.is_set():
+            try:
+                with self._store.cancellations() as wait:
+                    while not self._stopped.is_set():
+                        self._heard(wait(_LISTEN_SECONDS))
+            except ServiceUnavailable:
+                self._stopped.wait(random.uniform(0.2, _BACKOFF_SECONDS))  # the heartbeat tells of it
+            except Exception:
+                log.exception("the cancellation listener met a bug")
+                self._stopped.wait(_BACKOFF_SECONDS)
+
+    def _heard(self, job_id: str | None) -> None:
+        with self._lock:
+            held = self._held.get(job_id) if job_id else None
+        if held is not None:
+            self._lose(held)
+
+    def _lose(self, held: Held) -> None:
+        held.lost = True
+        log.info("claim lost", extra={"job_id": held.claim.job_id, "attempt": held.claim.attempt})
+        self._stop(held)
+
+    def _stop(self, held: Held) -> None:
+        for request_id in held.request_ids:
+            self._stop_request(request_id)

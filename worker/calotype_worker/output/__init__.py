@@ -1,0 +1,1 @@
+"""From finished pixels to stored pictures: encoding with provenance, and upload."""

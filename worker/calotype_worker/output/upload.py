@@ -1,0 +1,82 @@
+"""`Uploader`: encodes a generated picture and puts it, with a JSON beside it, under its attempt's own key."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from typing import Any
+
+from calotype_shared.errors import StorageUnavailable
+from calotype_shared.jobs import ImageRef
+from calotype_shared.model_card import ModelCard
+from calotype_shared.storage import Storage, image_key, sidecar_key
+from calotype_shared.store import Claim
+from calotype_worker.engine import Generated
+from calotype_worker.output.image import encode_image, parameters_line
+
+log = logging.getLogger(__name__)
+
+
+class Uploader:
+    """Called by many threads at once."""
+
+    def __init__(self, storage: Storage, *, card: ModelCard, version: str) -> None:
+        self._storage = storage
+        self._card = card
+        self._version = version  # of Calotype
+
+    def upload(
+        self, claim: Claim, index: int, generated: Generated, uploaded: list[str]
+    ) -> tuple[ImageRef, dict[str, float]]:
+        """Store one picture. Its keys are added to `uploaded` before they are written; returns seconds by phase.
+
+        Raises:
+            StorageUnavailable: after its retries.
+        """
+        config = claim.config
+        began = time.monotonic()
+        provenance = self._provenance(claim, index, generated)
+        data = encode_image(generated.image, config.output_format, provenance)
+        encoded = time.monotonic()
+        key = image_key(claim.job_id, claim.attempt, index, config.output_format)
+        beside = sidecar_key(claim.job_id, claim.attempt, index)
+        uploaded += [key, beside]
+        self._storage.put(key, data, config.output_format.content_type)
+        self._storage.put(beside, json.dumps(provenance, indent=1, sort_keys=True).encode(), "application/json")
+        height, width = generated.image.shape[:2]
+        reference = ImageRef(
+            key=key,
+            seed=generated.seed,
+            width=width,
+            height=height,
+            content_type=config.output_format.content_type,
+            bytes=len(data),
+            sha256=hashlib.sha256(data).hexdigest(),
+        )
+        return reference, {"encode_image": encoded - began, "upload": time.monotonic() - encoded}
+
+    def discard(self, uploaded: list[str]) -> None:
+        """Remove what an attempt without a commit has written. Best effort: nothing refers to it."""
+        for key in uploaded:
+            try:
+                self._storage.delete(key)
+            except StorageUnavailable as error:
+                log.warning("orphan left", extra={"key": key, "reason": str(error)})
+
+    def _provenance(self, claim: Claim, index: int, generated: Generated) -> dict[str, Any]:
+        config = claim.config
+        single = config.model_copy(update={"seed": generated.seed, "num_images": 1})
+        return {
+            "calotype": self._version,
+            "config": single.model_dump(mode="json"),  # makes this very picture again
+            "digest": single.digest(),
+            "job_id": claim.job_id,
+            "index": index,
+            "seed": generated.seed,
+            "model": self._card.name,
+            "model_version": self._card.version,
+            "steps_taken": generated.steps_taken,
+            "parameters": parameters_line(config, seed=generated.seed, steps=config.num_inference_steps),
+        }
