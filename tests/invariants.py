@@ -48,7 +48,7 @@ def check_store(store: JobStore, redis: Redis) -> None:
     unknown = {
         name
         for name in names - ours - celerys
-        if not name.startswith((keys.job(""), keys.worker(""), f"{keys.prefix}_kombu.binding."))
+        if not name.startswith((keys.job(""), keys.worker(""), f"{keys.prefix}_kombu.binding"))
     }
     assert not unknown, f"keys that nothing documents: {unknown}"
 

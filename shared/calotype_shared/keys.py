@@ -17,7 +17,7 @@
 | `cancelled` | channel | ids of jobs as they are cancelled | – |
 
 Celery's Redis transport keeps its own keys under the same prefix: `unacked`, `unacked_index`, `unacked_mutex`,
-`_kombu.binding.*`. They are Celery's and nothing here reads them.
+`_kombu.binding*`. They are Celery's and nothing here reads them.
 """
 
 from __future__ import annotations

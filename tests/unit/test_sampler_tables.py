@@ -110,3 +110,9 @@ def test_more_steps_than_a_sampler_can_do_is_refused_clearly() -> None:
     """LCM was distilled for 50 steps; the message names the field and the sampler."""
     with pytest.raises(InvalidRequest, match=r"num_inference_steps=80: sampler 'lcm'"):
         make_scheduler(SamplerType.LCM, SD_CONFIG, 80)
+
+
+def test_steps_off_the_end_of_the_schedule_are_refused_clearly() -> None:
+    """A thousand steps with an offset of one ask for timestep 1000 of 0 to 999: diffusers' IndexError says nothing."""
+    with pytest.raises(InvalidRequest, match="num_inference_steps=1000: DDIMScheduler cannot step"):
+        build_table(make_scheduler(SamplerType.DDIM, SD_CONFIG, 1000))

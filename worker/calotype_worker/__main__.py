@@ -9,7 +9,9 @@ import warnings
 from typing import TYPE_CHECKING
 
 from calotype_shared.errors import CalotypeError, ServiceUnavailable, SettingsError
-from calotype_shared.settings import Settings
+from calotype_shared.settings import Settings, connect_redis
+from calotype_shared.storage import Storage
+from calotype_shared.store import JobStore
 from calotype_worker.logs import set_up_logging
 from calotype_worker.settings import WorkerSettings
 
@@ -46,11 +48,23 @@ def main(arguments: list[str] | None = None) -> int:
         return EXIT_USAGE
     set_up_logging(log_format=worker_settings.log_format, level=worker_settings.log_level)
     try:
+        check_services(settings, worker_settings)
         worker = _make(settings, worker_settings)
     except CalotypeError as error:
         print(f"calotype worker: {error}", file=sys.stderr)
         return EXIT_UNAVAILABLE if isinstance(error, ServiceUnavailable) else EXIT_MODEL
     return worker.run()
+
+
+def check_services(settings: Settings, options: WorkerSettings) -> None:
+    """Redis answers, the bucket is there: looked at before the seconds that torch takes to import.
+
+    Raises:
+        ServiceUnavailable: which service, where, and what to do.
+    """
+    with connect_redis(settings) as redis:
+        JobStore(redis, key_prefix=settings.key_prefix).ping()
+    Storage(settings).check(create=options.create_bucket)
 
 
 def devices() -> list[str]:
@@ -67,9 +81,12 @@ def _make(settings: Settings, options: WorkerSettings) -> Worker:
     warnings.filterwarnings("ignore", category=FutureWarning)
     import diffusers  # noqa: PLC0415
     import transformers  # noqa: PLC0415
+    from celery.exceptions import SecurityWarning  # noqa: PLC0415
 
     from calotype_worker.worker import Worker  # noqa: PLC0415
 
+    # It warns of root with pickled messages; ours are JSON only, and the images run as another user.
+    warnings.filterwarnings("ignore", category=SecurityWarning)
     diffusers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

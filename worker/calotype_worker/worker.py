@@ -38,17 +38,15 @@ _LEAVE_NOW_SECONDS = 0.6
 
 
 class Worker:
-    """Construct it to check the services and load the model; `run` works until a signal ends it."""
+    """Construct it to load the model; `run` works until a signal ends it."""
 
     def __init__(self, settings: Settings, options: WorkerSettings) -> None:
-        """Raises ServiceUnavailable or ModelLoadError before anything is announced."""
+        """Raises ModelLoadError before anything is announced."""
         self._options = options
         self._store = JobStore(
             connect_redis(settings), key_prefix=settings.key_prefix, retention_seconds=settings.retention_seconds
         )
-        self._store.ping()
         storage = Storage(settings)
-        storage.check(create=options.create_bucket)
         model = load_model(options.model_name, source=options.model_source, device=options.device, dtype=options.dtype)
         self._card = model.card
         self._version = version("calotype")
@@ -84,6 +82,8 @@ class Worker:
         self._report()
         self._heartbeat.start()
         threading.Thread(target=self._reap, name="calotype-reaper", daemon=True).start()
+        signals.worker_ready.connect(self._ready, weak=False)
+        signals.setup_logging.connect(_keep_our_logging, weak=False)
         consumer = self._app.Worker(
             hostname=self.name,
             pool_cls="threads",
@@ -93,7 +93,6 @@ class Worker:
             without_heartbeat=True,
             quiet=True,
         )
-        signals.worker_ready.connect(self._ready, weak=False)
         consumer.start()  # returns when a warm shutdown is done
         self._heartbeat.stop()
         self._engine.stop()
@@ -192,6 +191,10 @@ class Worker:
             idle_seconds=stats.idle_seconds,
         )
         self._store.announce_worker(info, ttl_seconds=_REPORT_TTL_SECONDS)
+
+
+def _keep_our_logging(**_: Any) -> None:
+    """A receiver of Celery's `setup_logging` makes it leave the root logger alone."""
 
 
 def _leave_for_dead(error: BaseException) -> None:

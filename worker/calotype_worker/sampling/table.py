@@ -69,9 +69,21 @@ def build_table(scheduler: Any) -> SamplerTable:
 
     Raises:
         NotLinear: no table describes this scheduler; use a scheduler object per row.
-        InvalidRequest: the scheduler's own numbers are not finite for this number of steps.
+        InvalidRequest: the scheduler cannot do this number of steps, or its numbers are not finite for it.
     """
-    steps = probe_steps(scheduler)
+    try:
+        steps = probe_steps(scheduler)
+    except NotLinear:
+        raise
+    except Exception as error:
+        # What a scheduler raises where it can't step is anybody's guess: 1,000 steps from a config with an offset
+        # of one, for instance, run off the end of its own table with an IndexError.
+        raise InvalidRequest(
+            f"{type(scheduler).__name__} cannot step through that many ({error})",
+            field="num_inference_steps",
+            value=len(scheduler.timesteps),
+            remedy="use fewer steps, or another sampler",
+        ) from error
     table = SamplerTable(
         matrices=_pack(steps).to(torch.float32),
         input_scale=torch.tensor([step.input_scale for step in steps], dtype=torch.float32),

@@ -1,0 +1,220 @@
+"""The whole path with real parts: Valkey, S3, worker processes, pictures."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from PIL import Image
+from redis import Redis
+
+from calotype import Client, GenerationConfig
+from calotype_shared.broker import envelope
+from calotype_shared.errors import InvalidRequest, JobFailed
+from calotype_shared.jobs import JobState, Lane
+from calotype_shared.storage import Storage
+from calotype_shared.store import JobStore
+from calotype_worker.output.image import read_provenance
+from tests.integration.conftest import WorkerProcess, until
+
+pytestmark = pytest.mark.usefixtures("invariants")
+
+SAMPLERS = ["ddim", "euler_a", "unipc", "dpmpp_2m_karras", "ddpm", "heun"]
+
+
+def mixed(count: int, steps: int = 6) -> list[GenerationConfig]:
+    return [
+        GenerationConfig(
+            prompt=f"cat {i}",
+            model="tiny",
+            seed=i,
+            num_inference_steps=steps + i % 5,
+            sampler=SAMPLERS[i % len(SAMPLERS)],
+            guidance_scale=(1.0, 7.5)[i % 2],
+        )
+        for i in range(count)
+    ]
+
+
+def pixels(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data))).astype(int)
+
+
+def test_jobs_become_pictures_with_their_provenance(  # noqa: PLR0915 - one worker process for many looks
+    start_worker: Callable[..., WorkerProcess], client: Client, storage: Storage, store: JobStore, redis: Redis
+) -> None:
+    """One worker, a mixed batch, and everything a user can ask of it afterwards."""
+    worker = start_worker()
+    jobs = client.submit_many(mixed(12))
+    records = client.wait([job.id for job in jobs], timeout=60)
+    assert {record.state for record in records} == {JobState.SUCCEEDED}
+    assert all(record.attempt == 1 and record.step == record.total_steps > 0 for record in records)
+    report = client.workers()[0]
+    until(lambda: client.workers()[0].images == 12)
+    report = client.workers()[0]
+    assert report.mean_rows > 2, "jobs did not share forward passes"
+
+    # The file tells how to make it again, and so does the JSON beside it.
+    picture = jobs[1].images()[0]
+    said = read_provenance(picture.data)
+    assert said["config"] == records[1].config.model_dump(mode="json")
+    assert (said["seed"], said["model"], said["job_id"]) == (1, "tiny", jobs[1].id)
+    assert picture.image.text["parameters"].startswith("cat 1\nSteps: 7, Sampler: Euler a, CFG scale: 7.5, Seed: 1")
+    key = records[1].images[0].key
+    assert key == f"{jobs[1].id}/1/0.png"
+    assert json.loads(storage.get(f"{jobs[1].id}/1/0.json"))["digest"] == said["digest"]
+    assert storage.content_type(key) == "image/png"
+    with urllib.request.urlopen(jobs[1].urls()[0]) as answer:
+        assert answer.read() == picture.data
+
+    # The same config gives the same picture, whatever stood beside it.
+    again = client.submit(GenerationConfig.parse(said["config"]))
+    assert np.abs(pixels(again.images(timeout=30)[0].data) - pixels(picture.data)).max() <= 1
+
+    # Several pictures a job: number i is what seed + i gives alone.
+    several = client.submit("cat", model="tiny", seed=5, num_images=3, num_inference_steps=4)
+    alone = client.submit("cat", model="tiny", seed=7, num_inference_steps=4)
+    made = several.images(timeout=30)
+    assert [read_provenance(p.data)["seed"] for p in made] == [5, 6, 7]
+    assert np.abs(pixels(made[2].data) - pixels(alone.images(timeout=30)[0].data)).max() <= 1
+    assert np.abs(pixels(made[1].data) - pixels(made[2].data)).mean() > 12
+
+    # The other formats carry their provenance too.
+    for output_format in ("webp", "jpeg"):
+        other = client.submit("cat", model="tiny", seed=5, num_inference_steps=2, output_format=output_format)
+        [picture] = other.images(timeout=30)
+        assert picture.ref.content_type == f"image/{output_format}"
+        assert read_provenance(picture.data)["seed"] == 5
+        assert picture.image.format == output_format.upper()
+
+    # A drawn seed is stored.
+    assert client.submit("cat", model="tiny", num_inference_steps=2).wait(30).config.seed is not None
+
+    # A job that cannot be done fails alone, with the field, the value and the remedy.
+    bad = client.submit("x" * 60, model="tiny")
+    good = client.submit_many(mixed(4))
+    with pytest.raises(JobFailed, match=r"invalid_request: prompt='x+'.*62 tokens.*shorten it by 38 tokens"):
+        bad.wait(30)
+    assert all(job.wait(30).state is JobState.SUCCEEDED for job in good)
+    with pytest.raises(InvalidRequest, match="width=60"):
+        client.submit("cat", model="tiny", width=60)
+    with pytest.raises(InvalidRequest, match="use a smaller size"):
+        client.submit("cat", model="tiny", width=512, height=512)
+
+    # Duplicate and senseless messages are dropped; the worker lives on.
+    queue = store.keys.messages("tiny.bulk")
+    before = client.counts()
+    strange = json.loads(envelope("x", "tiny.bulk"))
+    strange["body"] = json.dumps([["a", "b", {"c": 1}], {"d": 2}, {}])
+    unknown_task = json.loads(envelope("x", "tiny.bulk"))
+    unknown_task["headers"]["task"] = "os.system"
+    messages = [envelope(jobs[0].id, "tiny.bulk"), envelope("nothing", "tiny.bulk"), strange, unknown_task]
+    redis.lpush(queue, *(m if isinstance(m, str) else json.dumps(m) for m in messages))
+    assert client.submit("after", model="tiny", num_inference_steps=2, lane=Lane.BULK).wait(30)
+    assert client.counts()[JobState.SUCCEEDED] == before[JobState.SUCCEEDED] + 1
+    assert client.status(jobs[0].id).attempt == 1
+    assert worker.process.poll() is None
+    assert "cat 1" not in worker.text(), "prompts do not belong in logs"
+
+
+def test_cancel_frees_a_running_job_and_a_queued_one(
+    start_worker: Callable[..., WorkerProcess], client: Client
+) -> None:
+    """Its steps stop at once, and a waiting job gets its place."""
+    start_worker("--concurrency", "1")
+    long = client.submit("long", model="tiny", num_inference_steps=900, sampler="ddim")
+    queued = client.submit("queued", model="tiny")
+    last = client.submit("last", model="tiny", num_inference_steps=2)
+    until(lambda: long.status().step > 0)
+    assert queued.cancel() is JobState.CANCELLED
+    assert long.cancel() is JobState.CANCELLED
+    assert last.wait(20).state is JobState.SUCCEEDED
+    assert long.status().step < 900
+    assert client.workers()[0].images <= 1
+    assert queued.status().attempt == 0
+
+
+def test_interactive_jobs_go_first(start_worker: Callable[..., WorkerProcess], client: Client) -> None:
+    """An interactive job submitted behind a bulk backlog starts before the rest of it."""
+    start_worker("--concurrency", "2")
+    backlog = client.submit_many(mixed(20, steps=20))
+    until(lambda: backlog[0].status().state is not JobState.QUEUED)
+    urgent = client.submit("now", model="tiny", num_inference_steps=2, lane=Lane.INTERACTIVE)
+    urgent.wait(60)
+    assert backlog[-1].status().state is JobState.QUEUED
+    client.wait([job.id for job in backlog], timeout=90)
+    started = sorted(r.started_at or 0 for r in (job.status() for job in backlog))
+    assert sum(t < (urgent.status().started_at or 0) for t in started) < 10
+
+
+def test_two_workers_share_a_queue(start_worker: Callable[..., WorkerProcess], client: Client) -> None:
+    """Both do some of it, and every job is done once."""
+    for worker in [start_worker("--concurrency", "3", ready=False) for _ in range(2)]:
+        worker.wait_until_ready()
+    records = client.wait([job.id for job in client.submit_many(mixed(24, steps=15))], timeout=90)
+    assert all(record.attempt == 1 for record in records)
+    by_worker = Counter(record.worker for record in records)
+    assert len(by_worker) == 2
+    assert min(by_worker.values()) >= 3
+
+
+def test_a_killed_worker_loses_nothing(
+    start_worker: Callable[..., WorkerProcess], client: Client, storage: Storage
+) -> None:
+    """SIGKILL in mid-batch; another worker finishes every job, each committed once."""
+    short = {"CALOTYPE_WORKER_LEASE_SECONDS": "2"}
+    victim = start_worker("--concurrency", "8", **short)
+    jobs = client.submit_many(mixed(16, steps=60))
+    until(lambda: sum(j.status().state is JobState.RUNNING and j.status().step > 0 for j in jobs) >= 4)
+    victim.process.send_signal(signal.SIGKILL)
+    start_worker("--concurrency", "8", **short)
+    records = client.wait([job.id for job in jobs], timeout=120)
+    assert {record.state for record in records} == {JobState.SUCCEEDED}
+    assert max(record.attempt for record in records) == 2, "no job was taken over"
+    assert client.counts()[JobState.SUCCEEDED] == 16
+    for record in records:
+        assert [image.key for image in record.images] == [f"{record.id}/{record.attempt}/0.png"]
+        assert storage.get(record.images[0].key)
+
+
+def test_sigterm_finishes_or_returns_what_is_in_flight(
+    start_worker: Callable[..., WorkerProcess], client: Client
+) -> None:
+    """Short jobs finish within the grace period, long ones go back at once; a second worker takes them over."""
+    first = start_worker("--concurrency", "4", "--grace-seconds", "2")
+    long = [client.submit("long", model="tiny", num_inference_steps=900, seed=i, sampler="ddim") for i in range(2)]
+    until(lambda: all(job.status().step > 0 for job in long))
+    short = client.submit_many(mixed(2, steps=5))
+    until(lambda: all(job.status().state is not JobState.QUEUED for job in short))
+    first.process.send_signal(signal.SIGTERM)
+    assert first.process.wait(20) == 0, first.text()
+    assert [job.status().state for job in short] == [JobState.SUCCEEDED] * 2
+    assert [(job.status().state, job.status().failures) for job in long] == [(JobState.QUEUED, 0)] * 2
+    assert client.workers() == []
+    start_worker()
+    until(lambda: all(job.status().step > 0 for job in long))
+    assert all(job.status().attempt == 2 for job in long)
+    for job in long:
+        job.cancel()
+
+
+def test_a_second_signal_leaves_within_a_second(start_worker: Callable[..., WorkerProcess], client: Client) -> None:
+    """And still hands its job back, so that nobody waits for the lease to run out."""
+    worker = start_worker()
+    job = client.submit("long", model="tiny", num_inference_steps=900, sampler="ddim")
+    until(lambda: job.status().step > 0)
+    worker.process.send_signal(signal.SIGTERM)
+    until(lambda: "worker drains" in worker.text())
+    began = time.monotonic()
+    worker.process.send_signal(signal.SIGTERM)
+    assert worker.process.wait(5) == 75
+    assert time.monotonic() - began < 1.5
+    assert job.status().state is JobState.QUEUED
+    job.cancel()
