@@ -159,7 +159,7 @@ class StepBatch:
             if isinstance(slot.sampler, SamplerTable) and slot.sampler.draws_noise[slot.step]:
                 noise[index] = torch.randn((1, *self._shape), generator=slot.generator).reshape(1, -1)
         stacked = torch.cat([self._state, outputs.flatten(1).unsqueeze(1), noise.to(self._state.device)], dim=1)
-        new_state = torch.bmm(self._matrices[self._position], stacked)
+        new_state = _product(self._matrices[self._position], stacked)
         fallback_steps = 0
         for index, slot in enumerate(self.slots):
             if isinstance(slot.sampler, RowScheduler):
@@ -213,6 +213,18 @@ class StepBatch:
         self._input_scale = torch.cat(scales).to(device)
         self._timesteps = torch.cat(timesteps).to(device)
         self._position = torch.tensor(positions, device=device)
+
+
+def _product(matrices: torch.Tensor, stacked: torch.Tensor) -> torch.Tensor:
+    """Each slot's matrix times its column of tensors: (n, K+1, K+3) x (n, K+3, L) -> (n, K+1, L).
+
+    Written as sums of products, column by column: a batched matrix product picks its kernel, and so the order of its
+    sums, by n and K, and a row's last bits would depend on its neighbours. Here adding zeros for a larger K is exact.
+    """
+    result = matrices[:, :, 0, None] * stacked[:, None, 0]
+    for column in range(1, stacked.shape[1]):
+        result = result + matrices[:, :, column, None] * stacked[:, None, column]
+    return result
 
 
 def _widen(state: torch.Tensor, height: int) -> torch.Tensor:
