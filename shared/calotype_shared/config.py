@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from calotype_shared.errors import InvalidRequest
 from calotype_shared.model_card import ModelCard
@@ -22,6 +23,7 @@ from calotype_shared.model_card import ModelCard
 MAX_PROMPT_CHARACTERS = 4_000
 MAX_SIDE = 8_192  # pixels
 MAX_STEPS = 1_000  # the training timesteps of every supported family
+LCM_MAX_STEPS = 50  # original_inference_steps of diffusers' LCMScheduler
 MAX_GUIDANCE = 100.0
 MAX_IMAGES = 64
 MAX_SEED = 2**53 - 1  # the largest integer that survives JSON readers which use doubles
@@ -83,15 +85,16 @@ class GenerationConfig(BaseModel):
     num_images: Annotated[int, Field(ge=1, le=MAX_IMAGES)] = 1
     output_format: OutputFormat = OutputFormat.PNG
 
-    @field_validator("prompt", "negative_prompt")
-    @classmethod
-    def _encodable(cls, text: str) -> str:
-        """A lone surrogate passes as `str` but can never be written as UTF-8."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError("contains characters that cannot be written as UTF-8") from error
-        return text
+    @model_validator(mode="after")
+    def _within_the_sampler(self) -> Self:
+        """LCM's schedule has 50 original steps, and it can do no more than those."""
+        if self.sampler is SamplerType.LCM and self.num_inference_steps > LCM_MAX_STEPS:
+            raise PydanticCustomError(
+                "lcm_steps",
+                "sampler 'lcm' runs at most {most} steps",
+                {"field": "num_inference_steps", "value": self.num_inference_steps, "most": LCM_MAX_STEPS},
+            )
+        return self
 
     @property
     def guided(self) -> bool:
@@ -158,7 +161,8 @@ def invalid_request(error: ValidationError) -> InvalidRequest:
     field = ".".join(str(part) for part in first["loc"]) or "config"
     kind = first["type"]
     context = first.get("ctx", {})
-    value = None if kind == "missing" else first.get("input")
+    field = str(context.get("field", field))
+    value = None if kind == "missing" else context.get("value", first.get("input"))
     remedies = {
         "missing": "give it",
         "extra_forbidden": f"remove it, or use one of: {', '.join(GenerationConfig.model_fields)}",
@@ -166,6 +170,7 @@ def invalid_request(error: ValidationError) -> InvalidRequest:
         "multiple_of": f"use {_nearest_multiple(value, context.get('multiple_of', 8))}",
         "greater_than_equal": f"use at least {context.get('ge')}",
         "less_than_equal": f"use at most {context.get('le')}",
+        "lcm_steps": f"use at most {context.get('most')}, or another sampler",
         "string_too_long": f"shorten it to {context.get('max_length')} characters",
         "finite_number": "use a finite number",
         "string_pattern_mismatch": "use lower-case letters, digits, '.', '_' and '-' (a registered name, not a path)",

@@ -1,0 +1,102 @@
+"""Storage against a real S3 server: what it stores, and what it says when it cannot."""
+
+from __future__ import annotations
+
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+
+from calotype_shared.config import OutputFormat
+from calotype_shared.errors import StorageUnavailable
+from calotype_shared.settings import Settings
+from calotype_shared.storage import Storage, image_key, sidecar_key
+
+
+def changed(settings: Settings, **changes: object) -> Storage:
+    return Storage(Settings.load(**{**settings.model_dump(), **changes}))
+
+
+def test_objects_come_back_as_they_went(storage: Storage) -> None:
+    """Bytes, type and key; listing is by prefix; deleting twice is fine."""
+    key, beside = image_key("job", 2, 0, OutputFormat.WEBP), sidecar_key("job", 2, 0)
+    assert (key, beside) == ("job/2/0.webp", "job/2/0.json")
+    data = bytes(range(256)) * 1000
+    storage.put(key, data, "image/webp")
+    storage.put(beside, b"{}", "application/json")
+    storage.put("other/1/0.png", b"x", "image/png")
+    assert storage.get(key) == data
+    assert storage.content_type(key) == "image/webp"
+    assert list(storage.list("job/")) == sorted([key, beside])
+    for _ in range(2):
+        storage.delete(key)
+    assert list(storage.list("job/")) == [beside]
+    with pytest.raises(StorageUnavailable, match="no such object"):
+        storage.get(key)
+
+
+def test_presigned_links_work_without_keys_and_run_out(storage: Storage) -> None:
+    """What a user passes on to a browser."""
+    storage.put("a.png", b"pixels", "image/png")
+    with urllib.request.urlopen(storage.presigned_url("a.png", expires_seconds=60)) as answer:
+        assert answer.read() == b"pixels"
+        assert answer.headers["Content-Type"] == "image/png"
+    with pytest.raises(urllib.error.HTTPError):
+        urllib.request.urlopen(storage.presigned_url("a.png").replace("Signature=", "Signature=0"))
+
+
+def test_links_can_point_at_another_address(settings: Settings) -> None:
+    """Behind a proxy, users reach storage under another name than workers do."""
+    storage = changed(settings, s3_public_endpoint_url="https://pictures.example.org")
+    assert storage.presigned_url("a.png").startswith("https://pictures.example.org/")
+
+
+def test_a_missing_bucket_is_named_and_can_be_made(settings: Settings) -> None:
+    """Twice at once is fine: many workers start together."""
+    storage = changed(settings, s3_bucket=f"{settings.s3_bucket}-new")
+    with pytest.raises(StorageUnavailable, match=r"bucket 'test-\w+-new' does not exist; .*CALOTYPE_S3_BUCKET"):
+        storage.check()
+    for _ in range(2):
+        storage.check(create=True)
+    storage.check()
+
+
+def test_refused_keys_are_said_without_repeating_them(settings: Settings) -> None:
+    """At once, since trying again would not help."""
+    storage = changed(settings, s3_secret_access_key="hunter2")
+    began = time.monotonic()
+    for call in (storage.check, lambda: storage.put("a", b"", "text/plain")):
+        with pytest.raises(StorageUnavailable, match="keys were refused") as caught:
+            call()
+        assert "hunter2" not in str(caught.value)
+    assert time.monotonic() - began < 5
+
+
+def test_an_unreachable_server_is_tried_again_and_then_said(settings: Settings) -> None:
+    """Within a bound, naming the address and the setting."""
+    storage = changed(settings, s3_endpoint_url="http://127.0.0.1:1")
+    began = time.monotonic()
+    with pytest.raises(StorageUnavailable, match=r"http://127\.0\.0\.1:1: .*CALOTYPE_S3_ENDPOINT_URL"):
+        storage.put("a", b"", "text/plain")
+    assert time.monotonic() - began < 20
+
+
+def test_passing_trouble_is_outlived(settings: Settings, storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two answers of "slow down" and one broken connection, and the object is there all the same."""
+    from botocore.exceptions import ClientError, EndpointConnectionError
+
+    client = storage._client()
+    slow = ClientError({"Error": {"Code": "SlowDown"}, "ResponseMetadata": {"HTTPStatusCode": 503}}, "PutObject")
+    troubles = [slow, slow, EndpointConnectionError(endpoint_url="x")]
+    put = client.put_object
+
+    def troubled(**arguments: object) -> object:
+        if troubles:
+            raise troubles.pop()
+        return put(**arguments)
+
+    monkeypatch.setattr(client, "put_object", troubled)
+    storage.put("a", b"late", "text/plain")
+    assert storage.get("a") == b"late"
+    assert not troubles

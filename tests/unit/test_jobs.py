@@ -1,0 +1,86 @@
+"""Job states, the transition table, ids, keys, settings: what both sides agree on."""
+
+from __future__ import annotations
+
+import re
+from importlib import resources
+
+import pytest
+
+from calotype_shared.errors import SettingsError
+from calotype_shared.jobs import TRANSITIONS, JobState, Lane, new_job_id
+from calotype_shared.keys import Keys, queue_name
+from calotype_shared.scripts import script_source
+from calotype_shared.settings import Settings, redis_address
+
+
+def test_final_states_are_those_without_a_way_out() -> None:
+    """And every other state can be reached and left."""
+    assert {state for state in JobState if state.final} == {
+        JobState.SUCCEEDED,
+        JobState.FAILED,
+        JobState.CANCELLED,
+    }
+    reachable = {JobState.QUEUED} | {new for _, new in TRANSITIONS}
+    assert reachable == set(JobState)
+
+
+def test_the_scripts_know_exactly_the_legal_edges() -> None:
+    """The table in Lua is made from the one in Python, and no script writes a state around it."""
+    edges = set(re.findall(r"\['(\w+)>(\w+)'\] = true", script_source("claim")))
+    assert edges == {(old.value, new.value) for old, new in TRANSITIONS}
+    for file in (resources.files("calotype_shared") / "lua").iterdir():
+        writes = re.findall(r"'state', ('?\w+'?)", file.read_text())
+        # The prelude's first is the reading of ('state', 'attempt').
+        allowed = {"prelude.lua": ["to", "'attempt'"], "create.lua": ["'queued'"]}.get(file.name, [])
+        assert writes == allowed, f"{file.name} writes a state by itself"
+
+
+def test_ids_sort_by_time_and_never_repeat() -> None:
+    """26 characters of Crockford's base 32, so they are safe in URLs, keys and file names."""
+    ids = [new_job_id() for _ in range(2000)]
+    assert len(set(ids)) == 2000
+    assert all(re.fullmatch(r"[0-9a-hjkmnp-tv-z]{26}", job_id) for job_id in ids)
+    assert [job_id[:8] for job_id in ids] == sorted(job_id[:8] for job_id in ids)
+
+
+def test_every_key_is_documented_and_under_the_prefix() -> None:
+    """A key that the table at the head of keys.py does not list is a key nobody will find."""
+    keys = Keys("p:")
+    made = [keys.job("ID"), keys.messages("Q"), keys.waiting("Q"), keys.mark("Q"), keys.worker("W")]
+    made += [getattr(keys, name) for name, value in vars(Keys).items() if isinstance(value, property)]
+    document = __import__("calotype_shared.keys", fromlist=["x"]).__doc__
+    for key in made:
+        assert key.startswith("p:")
+        name = key.removeprefix("p:").split(":")[0]
+        assert name == "Q" or f"`{name}" in document, f"{name} is not documented"
+    assert queue_name("demo", Lane.BULK) == "demo.bulk"
+
+
+def test_unknown_and_malformed_variables_stop_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A typo must not silently leave a default in force; secrets are not repeated."""
+    monkeypatch.setenv("CALOTYPE_WORKER_MODEL", "belongs to the worker, which checks it")
+    Settings.load()
+    for name, value, said in (
+        ("CALOTYPE_REDIS_ULR", "x", "CALOTYPE_REDIS_ULR is not a setting; known settings: CALOTYPE_REDIS_URL"),
+        ("CALOTYPE_RETENTION_SECONDS", "soon", "CALOTYPE_RETENTION_SECONDS='soon'"),
+        ("CALOTYPE_S3_BUCKET", "Not A Bucket", "CALOTYPE_S3_BUCKET"),
+        ("CALOTYPE_REDIS_URL", "http://u:hunter2@h", r"CALOTYPE_REDIS_URL=\(hidden\)"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            with pytest.raises(SettingsError, match=said) as caught:
+                Settings.load()
+            assert "hunter2" not in str(caught.value)
+
+
+def test_overrides_win_and_survive_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a process hands to its children is exactly what it has."""
+    monkeypatch.setenv("CALOTYPE_S3_BUCKET", "from-environment")
+    settings = Settings.load(key_prefix="mine:", s3_secret_access_key="hunter2")
+    assert (settings.s3_bucket, settings.key_prefix) == ("from-environment", "mine:")
+    assert "hunter2" not in repr(settings)
+    for name, value in settings.environment().items():
+        monkeypatch.setenv(name, value)
+    assert Settings.load() == settings
+    assert redis_address("redis://user:hunter2@host:6380/1") == "redis://host:6380/1"
