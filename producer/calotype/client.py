@@ -68,8 +68,6 @@ class Client:
         self._cards: dict[str, ModelCard] = {}
         self._cards_until = float("-inf")
 
-    # Submitting
-
     def submit(
         self,
         config: Submission,
@@ -127,8 +125,6 @@ class Client:
                 remedy=f"{known} a worker for it: calotype worker --model {model}",
             )
         return card
-
-    # Following
 
     def status(self, job_id: str) -> JobRecord:
         """The job as it is now. Raises JobNotFound."""
@@ -217,8 +213,6 @@ class Client:
         """Cancel it, at once and for good; returns `cancelled`, or the final state it had already reached."""
         return self._store.cancel(job_id)
 
-    # Results
-
     def images(self, job_id: str) -> list[Picture]:
         """Download the pictures of a finished job.
 
@@ -247,8 +241,6 @@ class Client:
             )
         require_success(record)
         return record
-
-    # What there is
 
     def jobs(self, *, state: JobState | None = None, limit: int = 50) -> list[JobRecord]:
         """Jobs, newest first."""

@@ -59,10 +59,14 @@ class ChildProcess:
     def wait(self, timeout: float | None = None) -> int:
         return self._guard.wait(timeout)
 
-    def stop(self) -> int:
-        """SIGTERM, a grace period, SIGKILL. Returns the exit status once the process is gone."""
+    def begin_stop(self) -> None:
+        """Ask it to end and return at once; the guard kills it after its grace period."""
         assert self._guard.stdin is not None
         self._guard.stdin.close()
+
+    def stop(self) -> int:
+        """SIGTERM, a grace period, SIGKILL. Returns the exit status once the process is gone."""
+        self.begin_stop()
         try:
             return self._guard.wait(self._grace_seconds + _GUARD_SLACK_SECONDS)
         except subprocess.TimeoutExpired:  # the guard hangs: killing it makes the kernel kill the child

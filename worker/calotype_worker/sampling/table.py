@@ -98,9 +98,9 @@ def build_table(scheduler: Any) -> SamplerTable:
             value=len(steps),
             remedy="use more steps, or another sampler",
         )
-    error = trajectory_error(table, scheduler)
-    if not error <= TOLERANCE:
-        raise NotLinear(f"{type(scheduler).__name__}: the table is off by {error:.1e} of the trajectory")
+    off = trajectory_error(table, scheduler)
+    if not off <= TOLERANCE:
+        raise NotLinear(f"{type(scheduler).__name__}: the table is off by {off:.1e} of the trajectory")
     return table
 
 

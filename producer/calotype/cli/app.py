@@ -1,0 +1,72 @@
+"""The `calotype` command: its table of commands, and the one place where errors become exit statuses."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+
+import typer
+
+from calotype.cli import jobs, serve
+from calotype.cli.exit_codes import ExitCode, exit_code, exit_code_help
+from calotype.cli.output import error_details, print_json, report
+from calotype_shared.errors import CalotypeError
+
+
+def build_app() -> typer.Typer:
+    app = typer.Typer(
+        name="calotype",
+        add_completion=False,
+        invoke_without_command=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        help="An asynchronous job queue for diffusion models.",
+        epilog=exit_code_help(),
+    )
+    app.callback()(_root)
+    app.command()(serve.up)
+    app.command()(serve.demo)
+    # Its options are the worker's own: passed on as they are, --help too.
+    app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
+        serve.worker
+    )
+    app.command()(jobs.submit)
+    app.command()(jobs.status)
+    app.command()(jobs.cancel)
+    app.command()(jobs.jobs)
+    app.command()(jobs.models)
+    app.command()(version)
+    return app
+
+
+def _root(context: typer.Context) -> None:
+    """An asynchronous job queue for diffusion models."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def version(as_json: jobs.AsJson = False) -> None:
+    """Print the version."""
+    number = metadata.version("calotype")
+    print_json({"version": number}) if as_json else print(f"calotype {number}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status (`exit_codes.MEANINGS`)."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    as_json = "--json" in arguments
+    try:
+        code = build_app()(args=arguments, prog_name="calotype", standalone_mode=False)
+        return code if isinstance(code, int) else ExitCode.OK
+    except CalotypeError as error:
+        report(error.code, str(error), as_json=as_json, details=error_details(error))
+        return exit_code(error)
+    except typer.TyperException as error:
+        report("usage", f"{error.format_message()} (see calotype --help)", as_json=as_json)
+        return ExitCode.USAGE
+    except (KeyboardInterrupt, typer.Abort):
+        return ExitCode.INTERRUPTED
+    except OSError as error:
+        report("os_error", str(error), as_json=as_json)
+        return ExitCode.JOB_FAILED

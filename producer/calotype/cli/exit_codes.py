@@ -1,0 +1,63 @@
+"""What the command's exit status means. The one place: `calotype --help` and the documentation print this table."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+from calotype_shared.errors import (
+    CalotypeError,
+    InvalidRequest,
+    JobCancelled,
+    JobFailed,
+    JobNotFound,
+    ModelLoadError,
+    ServiceUnavailable,
+    SettingsError,
+    WaitTimeout,
+)
+
+
+class ExitCode(IntEnum):
+    OK = 0
+    JOB_FAILED = 1
+    USAGE = 2
+    NOT_FOUND = 3
+    UNAVAILABLE = 4
+    TIMEOUT = 5
+    MODEL = 6
+    INTERRUPTED = 130
+
+
+MEANINGS: dict[ExitCode, str] = {
+    ExitCode.OK: "done",
+    ExitCode.JOB_FAILED: "a job failed or was cancelled, or another error",
+    ExitCode.USAGE: "bad usage: an option, a setting or a request is wrong; nothing was queued",
+    ExitCode.NOT_FOUND: "no such job",
+    ExitCode.UNAVAILABLE: "Redis, the storage, a worker or an extra is not there; worth a retry",
+    ExitCode.TIMEOUT: "the wait ended before the job; the job goes on",
+    ExitCode.MODEL: "a worker cannot use its model",
+    ExitCode.INTERRUPTED: "interrupted",
+}
+
+_BY_ERROR: dict[type[CalotypeError], ExitCode] = {
+    JobFailed: ExitCode.JOB_FAILED,
+    JobCancelled: ExitCode.JOB_FAILED,
+    InvalidRequest: ExitCode.USAGE,
+    SettingsError: ExitCode.USAGE,
+    JobNotFound: ExitCode.NOT_FOUND,
+    ServiceUnavailable: ExitCode.UNAVAILABLE,
+    ModelLoadError: ExitCode.MODEL,
+    WaitTimeout: ExitCode.TIMEOUT,
+}
+
+
+def exit_code(error: CalotypeError) -> ExitCode:
+    """The status for an error: that of its nearest ancestor in the table."""
+    for ancestor in type(error).__mro__:
+        if ancestor in _BY_ERROR:
+            return _BY_ERROR[ancestor]
+    return ExitCode.JOB_FAILED
+
+
+def exit_code_help() -> str:
+    return "Exit status: " + "; ".join(f"{code.value} {meaning}" for code, meaning in MEANINGS.items()) + "."

@@ -1,0 +1,177 @@
+"""The commands about jobs: submit, status, cancel, jobs, models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from calotype.cli.exit_codes import ExitCode
+from calotype.cli.output import clock_time, print_json, print_table, record_json, record_line, report, say
+from calotype.client import Client, require_success
+from calotype_shared.config import QUALITY_PRESETS, OutputFormat, SamplerType
+from calotype_shared.errors import JobNotFound
+from calotype_shared.jobs import JobState, Lane
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, errors too.")]
+JobId = Annotated[str, typer.Argument(metavar="ID")]
+
+
+def _client() -> Client:
+    return Client(on_warning=lambda text: say(f"warning: {text}"))
+
+
+def submit(  # noqa: PLR0917 - the command's options; Typer passes them by name
+    prompt: Annotated[str, typer.Argument(help="What the picture should show.")],
+    negative: Annotated[str | None, typer.Option(help="What it should not show.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps [50].")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 or less turns guidance off [7.5].")] = None,
+    sampler: Annotated[str | None, typer.Option(help=f"{', '.join(SamplerType)} [ddim].")] = None,
+    seed: Annotated[int | None, typer.Option(help="Drawn and stored if not given.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels [the model's own size].")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels [the model's own size].")] = None,
+    model: Annotated[str | None, typer.Option(help="One of `calotype models` [demo].")] = None,
+    quality: Annotated[
+        str | None, typer.Option(help=f"Steps and guidance at once: {', '.join(QUALITY_PRESETS)}.")
+    ] = None,
+    num_images: Annotated[int | None, typer.Option(help="Pictures, with seeds that count up [1].")] = None,
+    output_format: Annotated[str | None, typer.Option("--format", help=f"{', '.join(OutputFormat)} [png].")] = None,
+    lane: Annotated[Lane, typer.Option(help="interactive jobs go first.")] = Lane.INTERACTIVE,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until it is done.")] = False,
+    timeout: Annotated[float | None, typer.Option(help="Give up waiting after so many seconds.", min=0)] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", file_okay=False, help="Save the pictures in this folder (waits).")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Queue a job; prints its id."""
+    given: dict[str, Any] = {
+        "negative_prompt": negative,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "sampler": sampler,
+        "seed": seed,
+        "width": width,
+        "height": height,
+        "model": model,
+        "quality": quality,
+        "num_images": num_images,
+        "output_format": output_format,
+    }
+    with _client() as client:
+        job = client.submit(prompt, lane=lane, **{name: value for name, value in given.items() if value is not None})
+        if not (wait or output):
+            print_json(record_json(job.status())) if as_json else print(job.id)
+            return
+        if not as_json:
+            say(f"job {job.id}")
+        try:
+            _follow_with_bar(client, job.id, timeout)
+        except KeyboardInterrupt:
+            say(f"job {job.id} goes on; see it with: calotype status {job.id}, stop it with: calotype cancel {job.id}")
+            raise
+        record = job.status()
+        require_success(record)
+        files = []
+        if output is not None:
+            output.mkdir(parents=True, exist_ok=True)
+            files = [str(picture.save(output)) for picture in client.images(job.id)]
+        urls = client.urls(job.id)
+        if as_json:
+            print_json({**record_json(record), "files": files, "urls": urls})
+        else:
+            print("\n".join(files or urls))
+
+
+def status(
+    job_id: JobId,
+    watch: Annotated[bool, typer.Option("--watch", help="Print each change until the job is done.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show a job. With --watch the exit status tells how it ended."""
+    with _client() as client:
+        if not watch:
+            record = client.status(job_id)
+            print_json(record_json(record)) if as_json else print(record_line(record))
+            return
+        for record in client.follow([job_id]):
+            print_json(record_json(record)) if as_json else print(record_line(record), flush=True)
+        require_success(record)
+
+
+def cancel(
+    job_ids: Annotated[list[str], typer.Argument(metavar="ID…", help="Jobs to cancel.")], as_json: AsJson = False
+) -> None:
+    """Cancel jobs, queued or running, at once. A job that is done already stays as it is."""
+    missing = False
+    with _client() as client:
+        for job_id in job_ids:
+            try:
+                state = client.cancel(job_id)
+            except JobNotFound as error:  # the others are still cancelled
+                report(error.code, str(error), as_json=as_json)
+                missing = True
+                continue
+            if as_json:
+                print_json({"id": job_id, "state": state.value})
+            else:
+                print(f"{job_id}  {'' if state is JobState.CANCELLED else 'was already '}{state.value}")
+    if missing:
+        raise typer.Exit(ExitCode.NOT_FOUND)
+
+
+def jobs(
+    state: Annotated[JobState | None, typer.Option(help="Only those in this state.")] = None,
+    limit: Annotated[int, typer.Option(help="At most so many.", min=1)] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """List jobs, newest first."""
+    with _client() as client:
+        records = client.jobs(state=state, limit=limit)
+        counts = client.counts()
+    if as_json:
+        for record in records:
+            print_json(record_json(record))
+        return
+    print_table(
+        ("ID", "STATE", "DONE", "MODEL", "SUBMITTED", "PROMPT"),
+        (
+            (r.id, r.state.value, f"{r.progress:.0%}", r.config.model, clock_time(r.created_at), r.config.prompt[:60])
+            for r in records
+        ),
+    )
+    say(", ".join(f"{count} {of.value}" for of, count in counts.items()))
+
+
+def models(as_json: AsJson = False) -> None:
+    """List the models that workers have announced, and who serves them now."""
+    with _client() as client:
+        cards = client.models()
+        workers = client.workers()
+    serving = {name: sum(worker.model == name for worker in workers) for name in cards}
+    if as_json:
+        print_json([{**card.model_dump(mode="json"), "workers": serving[name]} for name, card in cards.items()])
+        return
+    if not cards:
+        say("no model has been announced yet; start a worker: calotype worker --model demo")
+        return
+    print_table(
+        ("MODEL", "FAMILY", "SIZES", "WORKERS", "DESCRIPTION"),
+        (
+            (name, card.family, ", ".join(f"{w}x{h}" for w, h in card.native_sizes), serving[name], card.description)
+            for name, card in cards.items()
+        ),
+    )
+
+
+def _follow_with_bar(client: Client, job_id: str, timeout: float | None) -> None:
+    """Wait for a job with a progress bar on standard error, which shows only in a terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task(JobState.QUEUED.value, total=1.0)
+        for record in client.follow([job_id], timeout=timeout):
+            progress.update(bar, completed=record.progress, description=record.state.value)

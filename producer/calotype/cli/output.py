@@ -1,0 +1,68 @@
+"""What the command prints: results on standard output, everything for people or about errors on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from calotype_shared.errors import CalotypeError, InvalidRequest
+from calotype_shared.jobs import JobRecord
+
+
+def print_json(value: object) -> None:
+    """One line of JSON: what scripts read."""
+    print(json.dumps(value, ensure_ascii=False), flush=True)
+
+
+def say(text: str) -> None:
+    """A line for people."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def report(code: str, message: str, *, as_json: bool, details: Mapping[str, Any] | None = None) -> None:
+    """An error: one clear line, or one JSON object."""
+    if as_json:
+        say(json.dumps({"error": {"code": code, "message": message, **(details or {})}}, ensure_ascii=False))
+    else:
+        say(f"error: {message}")
+
+
+def error_details(error: CalotypeError) -> dict[str, Any]:
+    if isinstance(error, InvalidRequest):
+        return {"field": error.field, "value": repr(error.value), "remedy": error.remedy}
+    return {}
+
+
+def record_json(record: JobRecord) -> dict[str, Any]:
+    return {**record.model_dump(mode="json"), "progress": round(record.progress, 4)}
+
+
+def record_line(record: JobRecord) -> str:
+    """A job in one line."""
+    line = f"{record.id}  {record.state.value:<9}  {record.progress:4.0%}"
+    if record.worker:
+        line += f"  {record.worker}"
+    if record.error is not None:
+        line += f"  {record.error.code}: {record.error.message}"
+    return line
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """A table as wide as its content in a pipe, as wide as the window in a terminal."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*map(str, row))
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console.print(table)
+
+
+def clock_time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M:%S")

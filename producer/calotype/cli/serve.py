@@ -1,0 +1,159 @@
+"""The commands that run things: up, worker, demo."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from calotype.cli.exit_codes import ExitCode
+from calotype.cli.jobs import AsJson
+from calotype.cli.output import print_json, say
+from calotype.demo import run_demo
+from calotype.embedded import EmbeddedServers, LocalWorkers, local_devices, require_worker
+from calotype_shared.errors import SettingsError
+from calotype_shared.settings import Settings, connect_redis
+from calotype_shared.store import JobStore
+
+_READY_SECONDS = 300.0  # loading a large model from a slow disk
+_WATCH_SECONDS = 0.5
+
+Model = Annotated[str, typer.Option(help="A model's name, or NAME=FOLDER, or NAME=HUB-ID.")]
+Devices = Annotated[
+    list[str] | None, typer.Option("--device", help="cpu, cuda:0, …; may be repeated [every CUDA device, else cpu].")
+]
+WorkerCount = Annotated[int | None, typer.Option("--workers", help="Workers, spread over the devices.", min=1)]
+
+
+def up(
+    model: Model = "demo",
+    device: Devices = None,
+    workers: WorkerCount = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Where jobs and pictures are kept [~/.local/share/calotype].")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Start a Valkey, an S3 server and a worker a device here; run until interrupted, then stop them all.
+
+    With --json, one line tells their addresses and the environment that points other commands at them.
+    """
+    require_worker()
+    data_dir = (data_dir or default_data_dir()).expanduser().resolve()
+    ready = False
+    try:
+        with sigterm_interrupts(), ExitStack() as stack:
+            say(f"starting in {data_dir}")
+            servers = stack.enter_context(EmbeddedServers.start(data_dir))
+            settings = own_settings(servers)
+            pool = stack.enter_context(
+                LocalWorkers(
+                    model=model,
+                    devices=spread(device or local_devices(), workers),
+                    environment=servers.environment,
+                    log_dir=data_dir / "logs",
+                    say=say,
+                )
+            )
+            pool.await_ready(job_store(settings, stack), _READY_SECONDS)
+            ready = True
+            announce(servers, pool, data_dir, as_json=as_json)
+            while True:
+                time.sleep(_WATCH_SECONDS)
+                pool.watch()
+    except KeyboardInterrupt:
+        say("stopped" if ready else "interrupted while starting; stopped")
+        if not ready:
+            raise typer.Exit(ExitCode.INTERRUPTED) from None
+
+
+def worker(context: typer.Context) -> None:
+    """Run one worker process on one device; `calotype worker --help` shows its options."""
+    require_worker()
+    os.execv(sys.executable, [sys.executable, "-m", "calotype_worker", *context.args])
+
+
+def demo(
+    prompts: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="JSON lines of configs [those that come with it].")
+    ] = None,
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for the pictures.")] = Path("out"),
+    model: Model = "demo",
+    device: Devices = None,
+    workers: WorkerCount = None,
+) -> None:
+    """Start everything, make the example pictures, show how it went, stop everything."""
+    require_worker()
+    with sigterm_interrupts():
+        failed = run_demo(prompts=prompts, out=out, model=model, devices=spread(device or local_devices(), workers))
+    if failed:
+        raise typer.Exit(ExitCode.JOB_FAILED)
+
+
+def default_data_dir() -> Path:
+    return Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share") / "calotype"
+
+
+def spread(devices: list[str], workers: int | None) -> list[str]:
+    """One worker a device, or `workers` of them taking the devices in turn."""
+    if not devices:
+        raise SettingsError("no device to run a worker on; give one with --device, for instance --device cpu")
+    return [devices[number % len(devices)] for number in range(workers or len(devices))]
+
+
+def own_settings(servers: EmbeddedServers) -> Settings:
+    """Settings of the servers just started; the rest as the environment says."""
+    fields = {name.removeprefix("CALOTYPE_").lower(): value for name, value in servers.environment.items()}
+    return Settings.load(**fields)
+
+
+def job_store(settings: Settings, stack: ExitStack) -> JobStore:
+    redis = connect_redis(settings)
+    stack.callback(redis.close)
+    return JobStore(redis, key_prefix=settings.key_prefix, retention_seconds=settings.retention_seconds)
+
+
+def announce(servers: EmbeddedServers, pool: LocalWorkers, data_dir: Path, *, as_json: bool) -> None:
+    """Say where everything is: one line of JSON, or what to paste into a shell."""
+    if as_json:
+        print_json(
+            {
+                "redis_url": servers.valkey.url,
+                "s3_endpoint_url": servers.seaweed.endpoint_url,
+                "s3_bucket": servers.bucket,
+                "model": pool.model.partition("=")[0],
+                "workers": [{"device": device, "pid": pid} for device, pid in pool.processes],
+                "data_dir": str(data_dir),
+                "pid": os.getpid(),
+                "environment": servers.environment,
+            }
+        )
+        return
+    devices = ", ".join(device for device, _ in pool.processes)
+    print(f"ready: model {pool.model.partition('=')[0]} on {devices}; logs in {data_dir / 'logs'}\n")
+    print("In another terminal:\n")
+    for name, value in servers.environment.items():
+        print(f"  export {name}={value}")
+    print('\n  calotype submit "a red circle on a blue background" --wait -o out\n', flush=True)
+    say("Ctrl-C stops everything")
+
+
+@contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM as a KeyboardInterrupt, so that either signal takes the same way out."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

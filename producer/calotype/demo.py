@@ -1,0 +1,228 @@
+"""`calotype demo`: everything started, the example pictures made, measured and laid out, everything stopped."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from importlib import resources
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from calotype.client import Client
+from calotype.contact_sheet import Print, contact_sheet
+from calotype.embedded import EmbeddedServers, LocalWorkers
+from calotype.picture import Picture
+from calotype_shared.config import GenerationConfig
+from calotype_shared.errors import InvalidRequest
+from calotype_shared.jobs import JobRecord, JobState
+from calotype_shared.settings import Settings, connect_redis
+from calotype_shared.store import JobStore
+from calotype_shared.worker_info import WorkerInfo
+
+_READY_SECONDS = 300.0
+_ALL_JOBS_SECONDS = 1800.0
+_REPORT_SECONDS = 15.0  # workers report every few seconds
+_PLAIN_SECONDS = 5.0  # between progress lines where there is no terminal
+_ENGINE_PHASES = ("wait", "encode", "denoise", "decode")
+
+
+def run_demo(
+    *, prompts: Path | None, out: Path, model: str, devices: Sequence[str], console: Console | None = None
+) -> int:
+    """Run it; returns how many jobs did not succeed.
+
+    Raises:
+        InvalidRequest: a line of `prompts` is wrong. ServiceUnavailable: a server or worker did not start.
+    """
+    console = console or Console()
+    configs = read_prompts(prompts, model.partition("=")[0])
+    out.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="calotype-demo-")))
+        began = time.monotonic()
+        console.print(f"Starting Valkey, SeaweedFS and {len(devices)} worker(s) on {', '.join(devices)} …")
+        servers = stack.enter_context(EmbeddedServers.start(folder / "servers"))
+        settings = Settings.load(
+            **{name.removeprefix("CALOTYPE_").lower(): value for name, value in servers.environment.items()}
+        )
+        workers = stack.enter_context(
+            LocalWorkers(
+                model=model,
+                devices=devices,
+                environment=servers.environment,
+                log_dir=folder / "logs",
+                say=console.print,
+            )
+        )
+        redis = connect_redis(settings)
+        stack.callback(redis.close)
+        store = JobStore(redis, key_prefix=settings.key_prefix, retention_seconds=settings.retention_seconds)
+        workers.await_ready(store, _READY_SECONDS)
+        console.print(f"Ready after {time.monotonic() - began:.1f} s. Submitting {len(configs)} jobs.")
+
+        client = stack.enter_context(Client(settings=settings))
+        began = time.monotonic()
+        ids = [job.id for job in client.submit_many(configs)]
+        submit_seconds = time.monotonic() - began
+        records, pictures = follow(client, ids, workers, console)
+        reports = final_reports(store, sum(len(record.images) for record in records))
+        console.print("Stopping the worker and the servers …")
+    save(records, pictures, out)
+    console.print(summary(records, reports, submit_seconds))
+    failed = [record for record in records if record.state is not JobState.SUCCEEDED]
+    for record in failed:
+        console.print(f"job {record.id} {record.state.value}: {record.error.message if record.error else ''}")
+    console.print(f"Pictures in {out}/, all of them on {out / 'contact-sheet.png'}")
+    return len(failed)
+
+
+def read_prompts(path: Path | None, model: str) -> list[GenerationConfig]:
+    """Configs from JSON lines; by default the examples that come with the package. `model` fills in where none is said.
+
+    Raises:
+        InvalidRequest: naming the line.
+    """
+    text = path.read_text() if path else (resources.files("calotype") / "assets" / "prompts.jsonl").read_text()
+    configs = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        where = f"line {number} of {path or 'the example prompts'}"
+        try:
+            fields = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InvalidRequest(str(error), field=where, value=line, remedy="write one JSON object a line") from error
+        if not isinstance(fields, Mapping):
+            raise InvalidRequest("is no JSON object", field=where, value=line, remedy="write one JSON object a line")
+        try:
+            configs.append(GenerationConfig.parse({"model": model, **fields}))
+        except InvalidRequest as error:
+            field = f"{where}: {error.field}"
+            raise InvalidRequest(error.problem, field=field, value=error.value, remedy=error.remedy) from error
+    if not configs:
+        raise InvalidRequest("has no prompts", field="prompts", value=str(path), remedy="write one JSON object a line")
+    return configs
+
+
+def follow(
+    client: Client, ids: Sequence[str], workers: LocalWorkers, console: Console
+) -> tuple[list[JobRecord], dict[str, list[Picture]]]:
+    """Show progress until all jobs are final; pictures are downloaded as they appear."""
+    columns = (
+        TextColumn("{task.description:<44}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[rate]}"),
+    )
+    final: dict[str, JobRecord] = {}
+    downloads: dict[str, Future[list[Picture]]] = {}
+    with (
+        Progress(*columns, console=console, disable=not console.is_terminal) as progress,
+        ThreadPoolExecutor(4) as pool,
+    ):
+        whole = progress.add_task("pictures", total=0, rate="")
+        bars: dict[str, TaskID] = {}
+        began = told = time.monotonic()
+        images = 0
+        waiting = client.begin_wait(ids, timeout=_ALL_JOBS_SECONDS)
+        while not waiting.done:
+            for record in client.look(waiting):
+                if record.id not in bars:
+                    bars[record.id] = progress.add_task(_label(record.config), total=None, visible=False, rate="")
+                    progress.update(whole, total=sum(1 for _ in ids))
+                running = record.state is JobState.RUNNING
+                progress.update(
+                    bars[record.id], completed=record.step, total=record.total_steps or None, visible=running
+                )
+                if record.state.final:
+                    final[record.id] = record
+                    images += len(record.images)
+                    if record.state is JobState.SUCCEEDED:
+                        downloads[record.id] = pool.submit(client.images, record.id)
+                    rate = f"{images / (time.monotonic() - began):.2f} pictures/s"
+                    progress.update(whole, completed=len(final), rate=rate)
+            workers.watch()
+            if not console.is_terminal and (waiting.done or time.monotonic() - told >= _PLAIN_SECONDS):
+                told = time.monotonic()
+                console.print(f"{len(final)}/{len(ids)} jobs done, {images / (told - began):.2f} pictures/s")
+            if not waiting.done:
+                time.sleep(client.pause(waiting))
+        pictures = {job_id: download.result() for job_id, download in downloads.items()}
+    return [final[job_id] for job_id in ids], pictures
+
+
+def final_reports(store: JobStore, images: int) -> list[WorkerInfo]:
+    """The workers' reports, once they count every picture."""
+    deadline = time.monotonic() + _REPORT_SECONDS
+    while True:
+        reports = store.workers()
+        if sum(report.images for report in reports) >= images or time.monotonic() > deadline:
+            return reports
+        time.sleep(0.1)
+
+
+def save(records: Sequence[JobRecord], pictures: Mapping[str, Sequence[Picture]], out: Path) -> None:
+    """Each picture under a name that sorts as submitted, and the contact sheet."""
+    prints = []
+    for number, record in enumerate(records, start=1):
+        for picture in pictures.get(record.id, ()):
+            extension = record.config.output_format.value
+            picture.save(out / f"{number:02}-{picture.index}.{extension}")
+            config = record.config
+            guidance = f"guidance {config.guidance_scale:g}" if config.guided else "no guidance"
+            details = (
+                f"{config.sampler.value}, {config.num_inference_steps} steps",
+                f"{guidance}, seed {picture.ref.seed}",
+            )
+            prints.append(Print(image=picture.image, title=config.prompt, details=details))
+    if prints:
+        contact_sheet(prints).save(out / "contact-sheet.png")
+
+
+def summary(records: Sequence[JobRecord], reports: Sequence[WorkerInfo], submit_seconds: float) -> Table:
+    """What the run amounted to."""
+    done = [record for record in records if record.state is JobState.SUCCEEDED]
+    table = Table(title="Demo", show_header=False)
+    table.add_row("pictures", f"{sum(len(record.images) for record in done)} from {len(done)} of {len(records)} jobs")
+    times = [(record.created_at, record.started_at, record.finished_at, record.timings) for record in done]
+    whole = [(made, begun, ended, timings) for made, begun, ended, timings in times if begun and ended]
+    if not whole:
+        return table
+    seconds = max(ended for _, _, ended, _ in whole) - min(made for made, *_ in whole)
+    table.add_row("rate", f"{sum(len(record.images) for record in done) / seconds:.2f} pictures/s over {seconds:.1f} s")
+    passes = sum(report.forward_passes for report in reports)
+    if passes:
+        mean_rows = sum(report.rows for report in reports) / passes
+        table.add_row("step batch", f"{mean_rows:.1f} rows a step on average, {passes} forward passes")
+    latencies = sorted(ended - made for made, _, ended, _ in whole)
+    table.add_row(
+        "latency, submit to done", f"p50 {_quantile(latencies, 50):.1f} s, p95 {_quantile(latencies, 95):.1f} s"
+    )
+    outside = [
+        max(0.0, ended - begun - sum(timings.get(phase, 0.0) for phase in _ENGINE_PHASES))
+        for _, begun, ended, timings in whole
+    ]
+    table.add_row("submitting", f"{1000 * submit_seconds / len(records):.1f} ms a job, all in one call")
+    table.add_row(
+        "queue overhead", f"{1000 * statistics.median(outside):.0f} ms a job: claim, PNG, upload, commit (p50)"
+    )
+    return table
+
+
+def _quantile(ordered: Sequence[float], percent: int) -> float:
+    """The nearest-rank percentile of values in ascending order."""
+    return ordered[max(0, -(-len(ordered) * percent // 100) - 1)]
+
+
+def _label(config: GenerationConfig) -> str:
+    label = f"{config.sampler.value} {config.num_inference_steps}: {config.prompt}"
+    return label if len(label) <= 44 else f"{label[:43]}…"
