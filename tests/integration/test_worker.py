@@ -47,7 +47,7 @@ def pixels(data: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(data))).astype(int)
 
 
-def test_jobs_become_pictures_with_their_provenance(  # noqa: PLR0915 - one worker process for many looks
+def test_jobs_become_pictures_with_their_provenance(
     start_worker: Callable[..., WorkerProcess], client: Client, storage: Storage, store: JobStore, redis: Redis
 ) -> None:
     """One worker, a mixed batch, and everything a user can ask of it afterwards."""

@@ -1,0 +1,124 @@
+"""`calotype up` and the other commands as a user runs them: processes, exit statuses, files."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tests.integration.conftest import until
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+class Up:
+    """A running `calotype up`."""
+
+    def __init__(self, process: subprocess.Popen[str], said: dict[str, Any]) -> None:
+        self.process = process
+        self.said = said
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    from tests.models import write_tiny_sd
+
+    folder = tmp_path_factory.mktemp("up")
+    model = write_tiny_sd(folder / "tiny")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("CALOTYPE_")}
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "calotype",
+            "up",
+            "--json",
+            "--model",
+            f"tiny={model}",
+            "--data-dir",
+            str(folder / "data"),
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=clean,
+    )
+    assert process.stdout is not None
+    try:
+        line = process.stdout.readline()
+        assert line, "calotype up ended without a word"
+        yield Up(process, json.loads(line))
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            process.wait(40)
+        process.stdout.close()
+
+
+@pytest.fixture
+def run(up: Up) -> Run:
+    """Runs a `calotype` command against it."""
+
+    def run(*arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "calotype", *arguments],
+            capture_output=True,
+            text=True,
+            env={**os.environ, **up.said["environment"]},
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == status, done.stderr
+        return done
+
+    return run
+
+
+def test_submit_wait_and_save(run: Run, tmp_path: Path) -> None:
+    """The picture lands in the folder, and JSON says where."""
+    done = run("submit", "a cat", "--model", "tiny", "--steps", "4", "--seed", "3", "-o", str(tmp_path), "--json")
+    said = json.loads(done.stdout)
+    assert (said["state"], said["config"]["seed"], said["progress"]) == ("succeeded", 3, 1.0)
+    assert said["urls"][0].startswith("http://127.0.0.1:")
+    with Image.open(said["files"][0]) as picture:
+        assert picture.size == (64, 64)
+
+
+def test_status_jobs_models_and_cancel(run: Run) -> None:
+    """A job's life as the commands show it."""
+    job_id = run("submit", "a long one", "--model", "tiny", "--steps", "900").stdout.strip()
+    assert job_id in run("status", job_id).stdout
+    assert job_id in run("jobs").stdout
+    assert json.loads(run("cancel", job_id, "--json").stdout) == {"id": job_id, "state": "cancelled"}
+    run("cancel", job_id)  # again: no harm
+    assert json.loads(run("status", job_id, "--json").stdout)["state"] == "cancelled"
+    run("status", job_id, "--watch", status=1)
+    assert json.loads(run("models", "--json").stdout)[0]["name"] == "tiny"
+
+
+def test_what_goes_wrong_has_its_own_status(run: Run) -> None:
+    """Unknown id, unknown model, a size the model cannot make, a wait that is too short, a job that fails."""
+    assert "'nothing'" in run("status", "nothing", status=3).stderr
+    assert "model='sdxl': no worker has announced" in run("submit", "x", "--model", "sdxl", status=2).stderr
+    assert "width=60" in run("submit", "x", "--model", "tiny", "--width", "60", status=2).stderr
+    late = ("submit", "x", "--model", "tiny", "--steps", "900", "--wait", "--timeout", "0.5")
+    late_said = run(*late, status=5).stderr
+    run("cancel", late_said.split()[1])
+    assert "tokens" in run("submit", "x" * 60, "--model", "tiny", "--wait", status=1).stderr
+
+
+def test_interrupt_stops_everything(up: Up) -> None:
+    """Exit status 0, and neither server nor worker is left. Last: the others need it running."""
+    pids = [worker["pid"] for worker in up.said["workers"]]
+    children = [int(p) for p in subprocess.check_output(["pgrep", "-P", str(up.process.pid)], text=True).split()]
+    assert all(Path(f"/proc/{pid}").exists() for pid in pids)
+    up.process.send_signal(signal.SIGINT)
+    assert up.process.wait(40) == 0
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids + children), 10)

@@ -1,0 +1,70 @@
+"""The demo model's scenes and the checker that scores its pictures."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+
+from calotype_worker.training.demo.checker import look
+from calotype_worker.training.demo.scenes import (
+    COLOURS,
+    SHAPES,
+    Item,
+    Scene,
+    draw,
+    held_out_captions,
+    random_scene,
+)
+from calotype_worker.training.demo.tokenizer import POSITIONS, build_tokenizer
+
+
+def drawn(shape: str, colour: str, background: str, *, radius: float = 0.25, seed: int = 0) -> np.ndarray:
+    scene = Scene(
+        background=background, items=(Item(shape=shape, colour=colour, x=0.0, y=0.0, radius=radius),), caption=""
+    )
+    return np.asarray(draw(scene, width=128, height=128, rng=random.Random(seed)))
+
+
+def test_the_checker_reads_what_was_drawn() -> None:
+    """Every shape, colour and size on random backgrounds: a score below 100% is then the model's fault."""
+    rng = random.Random(1)
+    for shape in SHAPES:
+        for colour in COLOURS:
+            background = rng.choice([name for name in COLOURS if name != colour])
+            radius = rng.choice([0.15, 0.22, 0.33])
+            seen = look(drawn(shape, colour, background, radius=radius))
+            assert (seen.shape, seen.colour, seen.background) == (shape, colour, background)
+
+
+def test_the_checker_catches_what_is_wrong() -> None:
+    """An empty picture, noise, and another shape, colour or background."""
+    assert look(np.full((128, 128, 3), 90, dtype=np.uint8)).shape is None
+    seen = look(drawn("ring", "red", "white"))
+    assert (seen.shape, seen.colour, seen.background) != ("circle", "red", "white")
+    noise = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
+    seen = look(noise)
+    assert seen.colour == seen.background, "which no caption asks for, so noise never scores"
+
+
+def test_training_never_sees_a_held_out_combination() -> None:
+    """Or the score would measure memory."""
+    rng = random.Random(2)
+    seen = {
+        (item.shape, item.colour, scene.background)
+        for scene in (random_scene(rng, width=128, height=128) for _ in range(4000))
+        for item in scene.items
+    }
+    held_out = {(shape, colour, background) for _, shape, colour, background in held_out_captions(500)}
+    assert len(held_out) > 60
+    assert not seen & held_out
+
+
+def test_every_caption_fits_the_text_encoder_and_words_are_whole() -> None:
+    """Truncated captions would teach the wrong thing; a colour in pieces would be harder to learn."""
+    tokenizer = build_tokenizer(captions=3000)
+    rng = random.Random(3)
+    lengths = [len(tokenizer(random_scene(rng, width=160, height=96).caption).input_ids) for _ in range(500)]
+    assert max(lengths) <= POSITIONS
+    assert len(tokenizer("a red star on a blue background").input_ids) == 9
+    assert tokenizer.decode(tokenizer("zebra!").input_ids, skip_special_tokens=True).replace(" ", "") == "zebra!"

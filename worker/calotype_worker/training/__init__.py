@@ -1,0 +1,1 @@
+"""Training that the project does itself: the bundled demo model."""
