@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
@@ -22,10 +22,9 @@ from calotype_worker.engine.decoder import Decoder, Finished
 from calotype_worker.engine.request import Generated, GenerationRequest, GroupKey
 from calotype_worker.engine.scheduler import Scheduler
 from calotype_worker.engine.stats import Counters, EngineStats
-from calotype_worker.engine.step_batch import Slot, StepBatch
+from calotype_worker.engine.step_batch import StepBatch
+from calotype_worker.engine.ticket import Ticket, prepare
 from calotype_worker.models.base import StepModel
-from calotype_worker.sampling.row_scheduler import RowScheduler
-from calotype_worker.sampling.samplers import make_scheduler
 from calotype_worker.sampling.table import TableCache
 
 log = logging.getLogger(__name__)
@@ -58,23 +57,6 @@ class EngineSettings:
                 raise InvalidRequest("is too small", field=name, value=value, remedy=f"use at least {least}")
 
 
-@dataclass(kw_only=True, eq=False)
-class _Ticket:
-    """A request's way through the engine. `submit` makes it; from then on the engine's thread owns it."""
-
-    slot: Slot
-    group: GroupKey
-    future: Future[Generated]
-    submitted: float  # all times are time.monotonic()
-    admitted: float = 0.0
-    encode_seconds: float = 0.0
-    denoised: float = 0.0
-
-    @property
-    def id(self) -> str:
-        return self.slot.request.request_id
-
-
 class Engine:
     """Start it, submit requests from any thread, stop it. `on_fatal` is called once if the device is lost."""
 
@@ -91,9 +73,9 @@ class Engine:
         self._on_fatal = on_fatal
         self._tables = tables or TableCache()
         self._wake = threading.Condition()  # guards the four below
-        self._inbox: deque[_Ticket] = deque()
+        self._inbox: deque[Ticket] = deque()
         self._cancelled: set[str] = set()
-        self._tickets: dict[str, _Ticket] = {}  # every request not yet resolved
+        self._tickets: dict[str, Ticket] = {}  # every request not yet resolved
         self._stop_at: float | None = None
         # From here on the engine's thread alone.
         self._scheduler: Scheduler[GroupKey] = Scheduler(self._row_budget)
@@ -128,7 +110,7 @@ class Engine:
             InvalidRequest: the model cannot do this; nothing was queued.
             GenerationFailed: the engine is stopping or its device is lost.
         """
-        ticket = self._prepare(request)
+        ticket = prepare(request, self.model, self._tables)
         with self._wake:
             if self._stop_at is not None or not self.alive:
                 raise GenerationFailed(f"request {request.request_id!r}: the engine is not running; try another worker")
@@ -167,41 +149,6 @@ class Engine:
             self._wake.notify()
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join()
-
-    # ---- preparing, in the submitter's thread
-
-    def _prepare(self, request: GenerationRequest) -> _Ticket:
-        """Checks, the sampler's table and the starting noise: all that can be done beside the step loop."""
-        self.model.card.check_size(request.width, request.height)
-        self.model.check_prompt("prompt", request.prompt)
-        if request.guided:
-            self.model.check_prompt("negative_prompt", request.negative_prompt)
-
-        def scheduler() -> object:
-            return make_scheduler(request.sampler, self.model.scheduler_config, request.num_inference_steps)
-
-        # The size is in the key because some families shift their noise levels with it.
-        key = (request.sampler, request.num_inference_steps, request.width, request.height)
-        table = self._tables.get(key, scheduler)
-        generator = torch.Generator().manual_seed(request.seed)
-        shape = self.model.latent_shape(request.width, request.height)
-        noise = torch.randn((1, *shape), generator=generator)
-        if table is not None:
-            sampler: object = table
-            total_steps, sigma = len(table), table.initial_sigma
-        else:
-            own = scheduler()
-            sampler = RowScheduler(own, generator)
-            total_steps, sigma = len(own.timesteps), float(own.init_noise_sigma)  # type: ignore[attr-defined]
-        slot = Slot(
-            request=request,
-            generator=generator,
-            latents=noise * sigma,
-            sampler=sampler,  # type: ignore[arg-type]
-            total_steps=total_steps,
-        )
-        group = GroupKey(model=self.model.card.name, latent_shape=shape)
-        return _Ticket(slot=slot, group=group, future=Future(), submitted=time.monotonic())
 
     def _row_budget(self, group: GroupKey) -> int:
         native_width, native_height = self.model.card.native_sizes[0]
@@ -264,7 +211,7 @@ class Engine:
             self._forget(ticket)
             self._counters.cancelled += 1
 
-    def _step(self, group: GroupKey, admitted: list[_Ticket]) -> None:
+    def _step(self, group: GroupKey, admitted: list[Ticket]) -> None:
         """Admit, then run one denoising step of a group."""
         self._admit(group, admitted)
         batch = self._batches.get(group)
@@ -284,7 +231,7 @@ class Engine:
         if not batch.slots:
             del self._batches[group]
 
-    def _admit(self, group: GroupKey, tickets: list[_Ticket]) -> None:
+    def _admit(self, group: GroupKey, tickets: list[Ticket]) -> None:
         if not tickets:
             return
         began = time.monotonic()
@@ -323,27 +270,11 @@ class Engine:
             if isinstance(image, Exception):
                 self._fail(ticket, image)
                 continue
-            timings = {
-                "wait": ticket.admitted - ticket.submitted,
-                "encode": ticket.encode_seconds,
-                "denoise": ticket.denoised - ticket.admitted - ticket.encode_seconds,
-                "decode": now - ticket.denoised,
-            }
-            slot = ticket.slot
             self._counters.images += 1
             self._forget(ticket)
-            _resolve(
-                ticket.future,
-                Generated(
-                    request_id=request_id,
-                    image=image,
-                    seed=slot.request.seed,
-                    steps_taken=slot.total_steps,
-                    timings=timings,
-                ),
-            )
+            ticket.resolve(ticket.generated(image, now))
 
-    def _fail(self, ticket: _Ticket, error: Exception) -> None:
+    def _fail(self, ticket: Ticket, error: Exception) -> None:
         """One request fails; the others never notice."""
         self._counters.failed += 1
         self._leave(ticket)
@@ -353,9 +284,9 @@ class Engine:
             failure = GenerationFailed(f"request {ticket.id!r}: {type(error).__name__}: {error}")
             failure.__cause__ = error
             error = failure
-        _resolve(ticket.future, error)
+        ticket.resolve(error)
 
-    def _leave(self, ticket: _Ticket) -> None:
+    def _leave(self, ticket: Ticket) -> None:
         """Out of the scheduler and its step batch, wherever it stands."""
         if self._scheduler.has(ticket.id):
             self._scheduler.remove(ticket.id)
@@ -365,7 +296,7 @@ class Engine:
             if not batch.slots:
                 del self._batches[ticket.group]
 
-    def _forget(self, ticket: _Ticket) -> None:
+    def _forget(self, ticket: Ticket) -> None:
         with self._wake:
             self._tickets.pop(ticket.id, None)
 
@@ -379,19 +310,8 @@ class Engine:
             if error is None:
                 ticket.future.cancel()
             else:
-                _resolve(ticket.future, error)
+                ticket.resolve(error)
 
 
 def _texts(request: GenerationRequest) -> tuple[str, ...]:
     return (request.prompt, request.negative_prompt) if request.guided else (request.prompt,)
-
-
-def _resolve(future: Future[Generated], outcome: Generated | Exception) -> None:
-    """Set the outcome, unless the caller cancelled the future in the same moment."""
-    try:
-        if isinstance(outcome, Exception):
-            future.set_exception(outcome)
-        else:
-            future.set_result(outcome)
-    except InvalidStateError:
-        log.debug("outcome dropped: the request was cancelled")
