@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test check format bench clean
+.PHONY: help demo test check static format bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -12,15 +12,17 @@ help: ## list the targets
 demo: $(VENV)/.demo ## a real queue, worker and storage on this machine; pictures in out/
 	$(BIN)/calotype demo --out out
 
-test: $(VENV)/.dev ## every test
+test: static ## every test, after the static checks
 	$(BIN)/python -m pytest
 
-check: $(VENV)/.dev ## formatter, linter, types, import contracts, unit tests
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
+check: static ## formatter, linter, types, import contracts, unit tests
+	$(BIN)/python -m pytest tests/unit
+
+static: $(VENV)/.dev
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest tests/unit
 
 format: $(VENV)/.dev ## format and fix what can be fixed
 	$(BIN)/ruff format .

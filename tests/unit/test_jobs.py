@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from importlib import resources
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,8 @@ from calotype_shared.jobs import TRANSITIONS, JobState, Lane, new_job_id
 from calotype_shared.keys import Keys, queue_name
 from calotype_shared.scripts import script_source
 from calotype_shared.settings import Settings, redis_address
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_final_states_are_those_without_a_way_out() -> None:
@@ -84,3 +87,23 @@ def test_overrides_win_and_survive_the_environment(monkeypatch: pytest.MonkeyPat
         monkeypatch.setenv(name, value)
     assert Settings.load() == settings
     assert redis_address("redis://user:hunter2@host:6380/1") == "redis://host:6380/1"
+
+
+def test_the_documents_say_what_the_code_says() -> None:
+    """The state table of ARCHITECTURE.md and the settings table of the README, against the code itself."""
+    from calotype_worker.settings import WorkerSettings
+
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    for (old, new), by in TRANSITIONS.items():
+        assert f"| {old.value} | {new.value} | {by} |" in text
+    states = "|".join(state.value for state in JobState)
+    assert len(re.findall(rf"^\| ({states}) \| ({states}) \|", text, re.M)) == len(TRANSITIONS)
+    readme = (ROOT / "README.md").read_text()
+    for settings in (Settings, WorkerSettings):
+        prefix = str(settings.model_config["env_prefix"])
+        for field in settings.model_fields:
+            name = field.upper()
+            # The table names a family once, then the endings: `CALOTYPE_S3_BUCKET`, `_REGION`.
+            parts = name.split("_")
+            endings = ["_" + "_".join(parts[i:]) for i in range(1, len(parts))] + [f"_{name}"]
+            assert f"`{prefix}{name}`" in readme or any(f"`{end}`" in readme for end in endings), name

@@ -200,7 +200,8 @@ class Engine:
 
     def _drop(self, cancelled: set[str]) -> None:
         """Free the rows of requests that were cancelled, here or through their future."""
-        cancelled |= {request_id for request_id, ticket in list(self._tickets.items()) if ticket.future.cancelled()}
+        with self._wake:
+            cancelled |= {request_id for request_id, ticket in self._tickets.items() if ticket.future.cancelled()}
         for request_id in cancelled:
             ticket = self._tickets.get(request_id)
             if ticket is None:
