@@ -62,6 +62,11 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
         process.stdout.close()
 
 
+def children_of(pid: int) -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
+    return [int(child) for child in found.stdout.split()]
+
+
 @pytest.fixture
 def run(up: Up) -> Run:
     """Runs a `calotype` command against it."""
@@ -114,11 +119,32 @@ def test_what_goes_wrong_has_its_own_status(run: Run) -> None:
     assert "tokens" in run("submit", "x" * 60, "--model", "tiny", "--wait", status=1).stderr
 
 
+def test_a_killed_worker_is_replaced(run: Run, up: Up) -> None:
+    """`up` starts another in its place, and jobs submitted meanwhile are done."""
+    [worker] = up.said["workers"]
+    os.kill(worker["pid"], signal.SIGKILL)
+    run("submit", "after a crash", "--model", "tiny", "--steps", "3", "--wait")
+    assert not Path(f"/proc/{worker['pid']}").exists()
+
+
+def test_a_model_that_cannot_be_loaded_ends_up_with_the_workers_own_words(tmp_path: Path) -> None:
+    """Status 4, the worker's message on standard error, and both servers stopped again."""
+    (tmp_path / "broken").mkdir()
+    command = [sys.executable, "-m", "calotype", "up", "--model", f"broken={tmp_path / 'broken'}", "--device", "cpu"]
+    done = subprocess.run(
+        [*command, "--data-dir", str(tmp_path / "data")], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 4
+    assert "worker on cpu exited with status 6" in done.stderr
+    assert "model_index.json" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_interrupt_stops_everything(up: Up) -> None:
     """Exit status 0, and neither server nor worker is left. Last: the others need it running."""
-    pids = [worker["pid"] for worker in up.said["workers"]]
-    children = [int(p) for p in subprocess.check_output(["pgrep", "-P", str(up.process.pid)], text=True).split()]
-    assert all(Path(f"/proc/{pid}").exists() for pid in pids)
+    guards = children_of(up.process.pid)
+    pids = [*guards, *(pid for guard in guards for pid in children_of(guard))]
+    assert len(pids) == 6  # Valkey, SeaweedFS and a worker, each under its guard
     up.process.send_signal(signal.SIGINT)
     assert up.process.wait(40) == 0
-    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids + children), 10)
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 10)

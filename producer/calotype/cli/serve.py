@@ -16,11 +16,10 @@ import typer
 from calotype.cli.exit_codes import ExitCode
 from calotype.cli.jobs import AsJson
 from calotype.cli.output import print_json, say
+from calotype.client import Client
 from calotype.demo import run_demo
 from calotype.embedded import EmbeddedServers, LocalWorkers, local_devices, require_worker
 from calotype_shared.errors import SettingsError
-from calotype_shared.settings import Settings, connect_redis
-from calotype_shared.store import JobStore
 
 _READY_SECONDS = 300.0  # loading a large model from a slow disk
 _WATCH_SECONDS = 0.5
@@ -52,7 +51,6 @@ def up(
         with sigterm_interrupts(), ExitStack() as stack:
             say(f"starting in {data_dir}")
             servers = stack.enter_context(EmbeddedServers.start(data_dir))
-            settings = own_settings(servers)
             pool = stack.enter_context(
                 LocalWorkers(
                     model=model,
@@ -62,7 +60,8 @@ def up(
                     say=say,
                 )
             )
-            pool.await_ready(job_store(settings, stack), _READY_SECONDS)
+            client = stack.enter_context(Client(settings=servers.settings()))
+            pool.await_ready(client.workers, _READY_SECONDS)
             ready = True
             announce(servers, pool, data_dir, as_json=as_json)
             while True:
@@ -106,18 +105,6 @@ def spread(devices: list[str], workers: int | None) -> list[str]:
     if not devices:
         raise SettingsError("no device to run a worker on; give one with --device, for instance --device cpu")
     return [devices[number % len(devices)] for number in range(workers or len(devices))]
-
-
-def own_settings(servers: EmbeddedServers) -> Settings:
-    """Settings of the servers just started; the rest as the environment says."""
-    fields = {name.removeprefix("CALOTYPE_").lower(): value for name, value in servers.environment.items()}
-    return Settings.load(**fields)
-
-
-def job_store(settings: Settings, stack: ExitStack) -> JobStore:
-    redis = connect_redis(settings)
-    stack.callback(redis.close)
-    return JobStore(redis, key_prefix=settings.key_prefix, retention_seconds=settings.retention_seconds)
 
 
 def announce(servers: EmbeddedServers, pool: LocalWorkers, data_dir: Path, *, as_json: bool) -> None:

@@ -6,11 +6,12 @@ import fcntl
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Protocol, Self, TypeVar
+from typing import IO, Any, Protocol, Self, TypeVar
 
 from calotype.embedded.seaweed import SeaweedServer
 from calotype.embedded.valkey import ValkeyServer
 from calotype_shared.errors import ServiceUnavailable
+from calotype_shared.settings import PREFIX, Settings
 
 DEFAULT_BUCKET = "calotype"
 _TAKEN = "address already in use"
@@ -74,6 +75,11 @@ class EmbeddedServers:
             "CALOTYPE_S3_SECRET_ACCESS_KEY": self.seaweed.credentials.secret_access_key,
             "CALOTYPE_S3_BUCKET": self.bucket,
         }
+
+    def settings(self, **overrides: Any) -> Settings:
+        """Settings that point at these servers; the rest as the environment or `overrides` say."""
+        fields = {name.removeprefix(PREFIX).lower(): value for name, value in self.environment.items()}
+        return Settings.load(**{**fields, **overrides})
 
     def stop(self) -> None:
         for server in (self.seaweed, self.valkey):  # each takes its own grace period: not one after the other

@@ -15,7 +15,7 @@ from typing import Self
 
 from calotype.embedded.process import ChildProcess
 from calotype_shared.errors import ServiceUnavailable
-from calotype_shared.store import JobStore
+from calotype_shared.worker_info import WorkerInfo
 
 MAX_RESTARTS = 3  # of one worker; then something is wrong that a restart does not cure
 _DEVICES_TIMEOUT_SECONDS = 120.0  # the first import of torch on a cold disk is slow
@@ -103,8 +103,8 @@ class LocalWorkers:
         """Device and pid of each worker."""
         return [(slot.device, slot.process.pid) for slot in self._slots]
 
-    def await_ready(self, store: JobStore, timeout: float) -> None:
-        """Return once every worker has loaded its model and announced itself.
+    def await_ready(self, reports: Callable[[], Sequence[WorkerInfo]], timeout: float) -> None:
+        """Return once every worker has loaded its model and announced itself in `reports()`.
 
         Raises:
             ServiceUnavailable: one died, or was not ready in time; the message carries its last log lines.
@@ -117,7 +117,7 @@ class LocalWorkers:
                         f"the worker on {slot.device} exited with status {slot.process.exit_code} while starting; "
                         f"its last log lines:\n{slot.process.log_tail()}"
                     )
-            announced = {worker.pid for worker in store.workers()}
+            announced = {report.pid for report in reports()}
             waited_for = [slot for slot in self._slots if slot.process.pid not in announced]
             if not waited_for:
                 return

@@ -1,0 +1,82 @@
+"""The state of a wait, driven by hand: no server, no clock."""
+
+from __future__ import annotations
+
+import pytest
+
+from calotype.waiting import Waiting
+from calotype_shared.config import GenerationConfig
+from calotype_shared.errors import JobNotFound
+from calotype_shared.jobs import JobRecord, JobState, Lane
+
+_CONFIG = GenerationConfig(prompt="x", width=64, height=64, seed=1)
+
+
+def record(job_id: str, state: JobState = JobState.QUEUED, step: int = 0) -> JobRecord:
+    return JobRecord(
+        id=job_id,
+        state=state,
+        lane=Lane.BULK,
+        config=_CONFIG,
+        digest="",
+        created_at=0.0,
+        queued_at=0.0,
+        step=step,
+        total_steps=10,
+    )
+
+
+def test_only_changes_are_told() -> None:
+    """The first look tells everything, the next only what moved, and a final job is not looked at again."""
+    waiting = Waiting(["a", "b"], started=0.0, timeout=None)
+    assert waiting.observe(["a", "b"], [record("a"), record("b")]) == [record("a"), record("b")]
+    assert waiting.observe(["a", "b"], [record("a"), record("b", JobState.RUNNING)]) == [record("b", JobState.RUNNING)]
+    assert waiting.observe(["a", "b"], [record("a", JobState.CANCELLED), record("b", JobState.RUNNING)]) == [
+        record("a", JobState.CANCELLED)
+    ]
+    assert waiting.window == ["b"]
+    waiting.observe(["b"], [record("b", JobState.SUCCEEDED)])
+    assert waiting.done
+
+
+def test_looks_grow_rarer_while_nothing_moves_and_quicken_when_it_does() -> None:
+    """Pauses grow to a second at most, and start again small after a change."""
+    waiting = Waiting(["a"], started=0.0, timeout=None)
+    pauses = []
+    for _ in range(20):
+        waiting.observe(["a"], [record("a")])
+        pauses.append(waiting.pause(0.0))
+    assert pauses == sorted(pauses)
+    assert pauses[0] == 0.05
+    assert pauses[-1] == 1.0
+    waiting.observe(["a"], [record("a", JobState.RUNNING, step=1)])
+    assert waiting.pause(0.0) == 0.05
+
+
+def test_a_pause_ends_with_the_time_out() -> None:
+    """The last sleep is cut short, and only an unfinished wait expires."""
+    waiting = Waiting(["a"], started=10.0, timeout=5.0)
+    for _ in range(20):
+        waiting.observe(["a"], [record("a")])
+    assert waiting.pause(14.75) == 0.25
+    assert waiting.pause(99.0) == 0.0
+    assert not waiting.expired(14.9)
+    assert waiting.expired(15.0)
+    waiting.observe(["a"], [record("a", JobState.SUCCEEDED)])
+    assert not waiting.expired(15.0)
+
+
+def test_many_jobs_are_looked_at_in_windows() -> None:
+    """One look takes 500 at most, oldest first; the rest follow as those finish."""
+    ids = [str(number) for number in range(1200)]
+    waiting = Waiting(ids, started=0.0, timeout=None)
+    assert waiting.window == ids[:500]
+    waiting.observe(waiting.window, [record(job_id, JobState.SUCCEEDED) for job_id in waiting.window])
+    assert waiting.window == ids[500:1000]
+
+
+def test_a_job_without_a_record_is_told_at_once() -> None:
+    """It is named; it is never waited for in vain."""
+    waiting = Waiting(["a", "lost"], started=0.0, timeout=None)
+    with pytest.raises(JobNotFound, match="'lost'"):
+        waiting.observe(["a", "lost"], [record("a"), None])
