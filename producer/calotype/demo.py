@@ -29,7 +29,7 @@ _READY_SECONDS = 300.0
 _ALL_JOBS_SECONDS = 1800.0
 _REPORT_SECONDS = 15.0  # workers report every few seconds
 _PLAIN_SECONDS = 5.0  # between progress lines where there is no terminal
-_ENGINE_PHASES = ("wait", "encode", "denoise", "decode")
+_ENGINE_PHASES = ("prepare", "wait", "encode", "denoise", "decode")
 _OUTPUT_PHASES = ("encode_image", "upload")
 
 

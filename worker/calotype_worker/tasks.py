@@ -91,10 +91,12 @@ class JobRunner:
         """All of a job's pictures, made, encoded and uploaded; and where the time went, summed over them."""
         record = claim.record
         timings = {"queue": max(0.0, (record.started_at or record.queued_at) - record.queued_at)}
+        began = time.monotonic()
         futures: list[Future[Generated]] = [
             self._engine.submit(GenerationRequest.from_config(claim.config, index=index, request_id=request_id))
             for index, request_id in enumerate(ids)
         ]
+        timings["prepare"] = time.monotonic() - began  # checks, sampler tables, starting noise
         images = []
         for index, future in enumerate(futures):
             generated = future.result()
