@@ -134,13 +134,17 @@ def announce(servers: EmbeddedServers, pool: LocalWorkers, data_dir: Path, *, as
 
 @contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM as a KeyboardInterrupt, so that either signal takes the same way out."""
+    """SIGTERM and SIGINT as a KeyboardInterrupt, so that either signal takes the same way out.
+
+    SIGINT too is set here: a shell starts background jobs with it ignored, and Python then leaves it so.
+    """
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
