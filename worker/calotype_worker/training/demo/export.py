@@ -33,6 +33,12 @@ def export(folder: Path, *, vae: Any, unet: Any, text_encoder: Any, tokenizer: A
     shutil.rmtree(scratch, ignore_errors=True)
     pipeline.to(torch.float16).save_pretrained(scratch, safe_serialization=True)
     save_tokenizer(tokenizer, scratch / "tokenizer")
+    for config in scratch.glob("*/config.json"):
+        values = json.loads(config.read_text())
+        values.pop("_name_or_path", None)  # where it lay while it was trained is nobody's business
+        config.write_text(json.dumps(values, indent=2) + "\n")
+    for file in scratch.rglob("*.safetensors"):
+        file.chmod(0o644)  # safetensors writes for the owner alone, and an installed model has other readers
     own = {
         "description": DESCRIPTION,
         "native_sizes": [list(size) for size in SIZES],
