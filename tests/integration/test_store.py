@@ -118,7 +118,10 @@ def test_retries_are_counted_and_releases_are_not(store: JobStore) -> None:
     for _ in range(5):
         claim = store.claim(job_id, worker="w", lease_seconds=20)
         assert claim is not None
+        store.progress([(claim, 3, 10)])
+        assert store.get(job_id).step == 3
         assert store.release(claim)
+        assert store.get(job_id).progress == 0.0, "a queued job has done nothing yet"
     assert store.get(job_id).failures == 0
     outcomes = []
     for _ in range(2):

@@ -199,7 +199,7 @@ def test_sigterm_finishes_or_returns_what_is_in_flight(
     assert [(job.status().state, job.status().failures) for job in long] == [(JobState.QUEUED, 0)] * 2
     assert client.workers() == []
     start_worker()
-    until(lambda: all(job.status().step > 0 for job in long))
+    until(lambda: all(job.status().step > 0 for job in long))  # no step of the first attempt is left over
     assert all(job.status().attempt == 2 for job in long)
     for job in long:
         job.cancel()

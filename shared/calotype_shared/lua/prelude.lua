@@ -33,10 +33,10 @@ local function publish(id, queue, template, push, now)
   redis.call(push, PREFIX .. queue, message)
 end
 
--- Back to the front of the line. Claims of such a job must not move the queue's mark: it is out of turn.
+-- Back to the front of the line, with no step done: its next attempt starts anew. Claims of such a job must not move the queue's mark: it is out of turn.
 local function requeue(id, template, now)
   local queue = redis.call('HGET', job_key(id), 'queue')
-  redis.call('HSET', job_key(id), 'out_of_turn', '1')
+  redis.call('HSET', job_key(id), 'out_of_turn', '1', 'step', '0', 'total_steps', '0')
   publish(id, queue, template, 'RPUSH', now)
 end
 
