@@ -2,6 +2,8 @@
 
 A config is frozen. `resolved()` fills in what a caller may leave open (seed, size) and checks it against the
 model's card; what is queued and stored is always resolved, so every stored config reproduces its picture.
+Pictures that go in are named by the SHA-256 of their uploaded file (`uploads.py`), LoRAs, ControlNets and models by
+the names their operator registered: a config never holds a path or an address.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ MAX_GUIDANCE = 100.0
 MAX_IMAGES = 64
 MAX_SEED = 2**53 - 1  # the largest integer that survives JSON readers which use doubles
 DRAWN_SEED_BITS = 32
+DEFAULT_STRENGTH = 0.75  # of image-to-image
 
 
 class SamplerType(StrEnum):
@@ -49,10 +52,72 @@ class OutputFormat(StrEnum):
     PNG = "png"
     WEBP = "webp"
     JPEG = "jpeg"
+    GIF = "gif"  # video
+    MP4 = "mp4"  # video
+    PLY = "ply"  # 3D mesh with vertex colours
 
     @property
     def content_type(self) -> str:
-        return f"image/{self.value}"
+        return {"mp4": "video/mp4", "ply": "model/ply"}.get(self.value, f"image/{self.value}")
+
+
+class Feature(StrEnum):
+    """What a config may ask for beyond a prompt. A model's card says which of these it can do."""
+
+    TEXT_TO_IMAGE = "text_to_image"
+    IMAGE_TO_IMAGE = "image_to_image"
+    INPAINTING = "inpainting"
+    PROMPT_WEIGHTS = "prompt_weights"
+    LORA = "lora"
+    CONTROLNET = "controlnet"
+    REFINER = "refiner"
+    ENSEMBLE = "ensemble"
+    PREVIEW = "preview"
+    TEXT_TO_VIDEO = "text_to_video"
+    TEXT_TO_3D = "text_to_3d"
+
+
+_NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+Name = Annotated[str, Field(pattern=_NAME_PATTERN)]  # of a model, a LoRA or a ControlNet: registered, never a path
+UploadId = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # SHA-256 of an uploaded picture
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class LoraUse(_Part):
+    """A LoRA (Hu et al. 2021) by its registered name, and how strongly it acts; 1 is as it was trained."""
+
+    name: Name
+    weight: Annotated[float, Field(ge=-10.0, le=10.0)] = 1.0
+
+
+class ControlUse(_Part):
+    """A ControlNet (Zhang et al. 2023) with its control picture.
+
+    `start` and `end` are shares of the steps between which it acts, as in diffusers' `control_guidance_start`.
+    """
+
+    name: Name
+    image: UploadId
+    scale: Annotated[float, Field(ge=0.0, le=10.0)] = 1.0
+    start: Share = 0.0
+    end: Share = 1.0
+
+    @model_validator(mode="after")
+    def _starts_before_it_ends(self) -> Self:
+        if self.start >= self.end:
+            raise PydanticCustomError("range", "start must be below end", {"remedy": "use a start below end"})
+        return self
+
+
+class RefinerUse(_Part):
+    """Another model takes over the unfinished latents after the share `start` of the steps (SDXL's hand-over)."""
+
+    model: Name
+    start: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.8
 
 
 Prompt = Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)]
@@ -81,9 +146,55 @@ class GenerationConfig(BaseModel):
     guidance_scale: Annotated[float, Field(ge=0.0, le=MAX_GUIDANCE)] = 7.5
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
     sampler: SamplerType = SamplerType.DDIM
-    model: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")] = "demo"
+    model: Name = "demo"
     num_images: Annotated[int, Field(ge=1, le=MAX_IMAGES)] = 1
     output_format: OutputFormat = OutputFormat.PNG
+    # Image-to-image and inpainting. Uploads are fitted to width and height before they are used.
+    init_image: UploadId | None = None
+    mask_image: UploadId | None = None  # white is painted anew, black is kept
+    strength: Share | None = None  # 0 gives the source back, 1 ignores it; None: 0.75, or 1 with a mask
+    loras: Annotated[tuple[LoraUse, ...], Field(max_length=8)] = ()
+    controls: Annotated[tuple[ControlUse, ...], Field(max_length=4)] = ()
+    refiner: RefinerUse | None = None
+    ensemble: Annotated[tuple[Name, ...], Field(max_length=7)] = ()  # further models that make the same pictures
+    preview_every: Annotated[int, Field(ge=0, le=MAX_STEPS)] = 0  # steps between previews while it runs; 0: none
+    num_frames: Annotated[int, Field(ge=1, le=128)] | None = None  # of a video; None: the model's own
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        """Fields that only mean something together."""
+        for wrong, field, problem, remedy in (
+            (
+                self.mask_image is not None and self.init_image is None,
+                "mask_image",
+                "a mask needs the picture it belongs to",
+                "give init_image too, or leave the mask out",
+            ),
+            (
+                self.strength is not None and self.init_image is None,
+                "strength",
+                "says how far a source picture changes, but there is none",
+                "give init_image too, or leave strength out",
+            ),
+            (
+                len(set(self.ensemble) | {self.model}) <= len(self.ensemble),
+                "ensemble",
+                "names a model twice",
+                "name each further model once, and not `model` itself",
+            ),
+            (
+                len({lora.name for lora in self.loras}) < len(self.loras),
+                "loras",
+                "names a LoRA twice",
+                "name each LoRA once, with the sum of its weights",
+            ),
+        ):
+            if wrong:
+                value = self.model_dump(mode="json")[field]
+                raise PydanticCustomError(
+                    "parts", "{problem}", {"field": field, "value": value, "problem": problem, "remedy": remedy}
+                )
+        return self
 
     @model_validator(mode="after")
     def _within_the_sampler(self) -> Self:
@@ -101,6 +212,37 @@ class GenerationConfig(BaseModel):
         """Whether classifier-free guidance is on; the same rule as diffusers' `do_classifier_free_guidance`."""
         return self.guidance_scale > 1.0
 
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Every model that must be at hand to run this, `model` first."""
+        return (self.model, *self.ensemble, *((self.refiner.model,) if self.refiner else ()))
+
+    @property
+    def picture_count(self) -> int:
+        """Pictures the whole job makes: `num_images` by each model of the ensemble."""
+        return self.num_images * (1 + len(self.ensemble))
+
+    @property
+    def uploads(self) -> tuple[str, ...]:
+        """Uploaded pictures this refers to."""
+        named = (self.init_image, self.mask_image, *(control.image for control in self.controls))
+        return tuple(dict.fromkeys(upload for upload in named if upload is not None))
+
+    @property
+    def features(self) -> frozenset[Feature]:
+        """What this asks of its model, beyond a prompt."""
+        asked = {
+            Feature.IMAGE_TO_IMAGE: self.init_image is not None and self.mask_image is None,
+            Feature.INPAINTING: self.mask_image is not None,
+            Feature.TEXT_TO_IMAGE: self.init_image is None,
+            Feature.LORA: bool(self.loras),
+            Feature.CONTROLNET: bool(self.controls),
+            Feature.REFINER: self.refiner is not None,
+            Feature.ENSEMBLE: bool(self.ensemble),
+            Feature.PREVIEW: self.preview_every > 0,
+        }
+        return frozenset(feature for feature, wanted in asked.items() if wanted)
+
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Self:
         """Build from untrusted values; the first problem becomes one clear `InvalidRequest`."""
@@ -110,10 +252,13 @@ class GenerationConfig(BaseModel):
             raise invalid_request(error) from error
 
     def resolved(self, card: ModelCard) -> Self:
-        """The same config with seed and size filled in, checked against the model's card.
+        """The same config with all that was left open filled in, checked against the model's card.
+
+        Seed and size are filled in, and `strength`; sampler and output format become the model's own if the caller
+        left them at their default and the model does not have that.
 
         Raises:
-            InvalidRequest: a side is no multiple of the model's factor, or above its limits.
+            InvalidRequest: the model cannot do this: a size, a sampler, a feature, a LoRA or ControlNet it lacks.
         """
         native_width, native_height = card.native_size(self.width, self.height)
         seed = self.seed if self.seed is not None else secrets.randbits(DRAWN_SEED_BITS)
@@ -124,18 +269,32 @@ class GenerationConfig(BaseModel):
                 value=seed,
                 remedy=f"use a seed of at most {MAX_SEED - self.num_images + 1}",
             )
-        config = self.model_copy(update={"width": native_width, "height": native_height, "seed": seed})
-        card.check_size(native_width, native_height)
+        found: dict[str, Any] = {"width": native_width, "height": native_height, "seed": seed}
+        if "sampler" not in self.model_fields_set and self.sampler not in card.samplers:
+            found["sampler"] = card.samplers[0]
+        if "output_format" not in self.model_fields_set and self.output_format not in card.output_formats:
+            found["output_format"] = card.output_formats[0]
+        if self.init_image is not None and self.strength is None:
+            found["strength"] = DEFAULT_STRENGTH if self.mask_image is None else 1.0
+        config = self.model_copy(update=found)
+        card.check(config)
         return config
 
     def canonical_json(self) -> str:
-        """One spelling for equal configs: sorted keys, no spaces, every field present."""
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        """One spelling for equal configs: sorted keys, no spaces; parts that are not used are left out."""
+        values = {k: v for k, v in self.model_dump(mode="json").items() if k not in _PARTS or v not in (None, 0, [])}
+        return json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
     def digest(self) -> str:
         """SHA-256 of the canonical JSON, in hex. Equal configs, and only those, have equal digests."""
         return hashlib.sha256(self.canonical_json().encode()).hexdigest()
 
+
+# Absent from the canonical spelling while unused, so that plain jobs stay small in Redis and keep their digests when
+# a later version adds parts.
+_PARTS = frozenset(
+    ["init_image", "mask_image", "strength", "loras", "controls", "refiner", "ensemble", "preview_every", "num_frames"]
+)
 
 # Quality presets, by the numbers of the project's founding document.
 QUALITY_PRESETS: Mapping[str, Mapping[str, int | float]] = {
@@ -176,6 +335,7 @@ def invalid_request(error: ValidationError) -> InvalidRequest:
         "string_pattern_mismatch": "use lower-case letters, digits, '.', '_' and '-' (a registered name, not a path)",
     }
     problem = str(first["msg"]).removeprefix("Value error, ")
+    remedies |= {kind: str(context["remedy"])} if "remedy" in context else {}
     return InvalidRequest(
         problem[:1].lower() + problem[1:], field=field, value=value, remedy=remedies.get(kind, "correct it")
     )

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from calotype import AsyncClient, Client, GenerationConfig, JobHandle, Lane
-from calotype_shared.config import OutputFormat
+from calotype_shared.config import OutputFormat, SamplerType
 from calotype_shared.errors import (
     InvalidRequest,
     JobCancelled,
@@ -41,6 +41,7 @@ CARD = ModelCard(
     native_sizes=((128, 128), (160, 96)),
     max_pixels=256 * 256,
     max_prompt_tokens=32,
+    samplers=tuple(SamplerType),
 )
 
 

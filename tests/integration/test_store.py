@@ -8,7 +8,7 @@ import time
 import pytest
 from redis import Redis
 
-from calotype_shared.config import GenerationConfig
+from calotype_shared.config import GenerationConfig, SamplerType
 from calotype_shared.errors import InvalidRequest, JobNotFound, RedisUnavailable
 from calotype_shared.jobs import ImageRef, JobError, JobState, Lane
 from calotype_shared.model_card import ModelCard
@@ -274,6 +274,7 @@ def test_models_and_workers_announce_themselves(store: JobStore) -> None:
         native_sizes=((64, 64),),
         max_pixels=9,
         max_prompt_tokens=9,
+        samplers=tuple(SamplerType),
     )
     store.announce_model(card)
     assert store.models() == {"demo": card}

@@ -29,6 +29,7 @@ CARD = ModelCard(
     native_sizes=((128, 128), (160, 96)),
     max_pixels=256 * 256,
     max_prompt_tokens=32,
+    samplers=tuple(SamplerType),
 )
 
 
@@ -102,9 +103,22 @@ def test_equal_configs_have_equal_digests_and_others_do_not() -> None:
         "model": "other",
         "num_images": 2,
         "output_format": "webp",
+        "init_image": "a" * 64,
+        "mask_image": "b" * 64,
+        "strength": 0.5,
+        "loras": [{"name": "sketch"}],
+        "controls": [{"name": "outline", "image": "c" * 64}],
+        "refiner": {"model": "other"},
+        "ensemble": ["other"],
+        "preview_every": 5,
+        "num_frames": 8,
     }
     assert set(changes) == set(GenerationConfig.model_fields), "a new field must be tried here too"
-    others = {GenerationConfig.parse(config.model_dump() | {name: value}).digest() for name, value in changes.items()}
+    with_image = {name: {"init_image": "d" * 64} for name in ("mask_image", "strength")}
+    others = {
+        GenerationConfig.parse(config.model_dump() | with_image.get(name, {}) | {name: value}).digest()
+        for name, value in changes.items()
+    }
     assert len(others | {config.digest()}) == len(changes) + 1
 
 

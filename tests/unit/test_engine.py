@@ -16,6 +16,7 @@ from calotype_shared.errors import GenerationFailed, InvalidRequest
 from calotype_worker.engine import EngineSettings, GenerationRequest
 from calotype_worker.engine.split import run_splitting
 from calotype_worker.models import StepModel
+from calotype_worker.models.base import Conditioning, Rows, Text
 
 
 def request(name: str, *, steps: int = 6, guidance: float = 4.0, **changes: Any) -> GenerationRequest:
@@ -43,18 +44,18 @@ class Faulty:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def encode(self, prompts: Sequence[str]) -> torch.Tensor:
-        if self._fault == "encode" and "bad" in prompts:
+    def encode(self, texts: Sequence[Text]) -> Sequence[Conditioning]:
+        if self._fault == "encode" and "bad" in [text.prompt for text in texts]:
             raise RuntimeError("no words for this")
-        rows = self._model.encode(prompts)
-        self._bad += [row for prompt, row in zip(prompts, rows, strict=True) if prompt == "bad"]
-        return rows
+        found = self._model.encode(texts)
+        self._bad += [own["text"] for text, own in zip(texts, found, strict=True) if text.prompt == "bad"]
+        return found
 
-    def predict(self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
-        bad = [i for i, row in enumerate(conditioning) if any(torch.equal(row, b) for b in self._bad)]
+    def predict(self, rows: Rows) -> torch.Tensor:
+        bad = [i for i, row in enumerate(rows.conditioning["text"]) if any(torch.equal(row, b) for b in self._bad)]
         if self._fault == "predict" and bad:
             raise RuntimeError("this row is too much")
-        output = self._model.predict(latents, timesteps, conditioning)
+        output = self._model.predict(rows)
         if self._fault == "nan":
             output[bad] = float("nan")
         return output
@@ -80,10 +81,10 @@ def test_out_of_memory_splits_the_batch(make_engine: Any, tiny_step_model: StepM
     """A step batch too large for the device goes through in parts; no request that fits alone fails."""
 
     class Small(Faulty):
-        def predict(self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
-            if len(latents) > 4:
+        def predict(self, rows: Rows) -> torch.Tensor:
+            if len(rows.latents) > 4:
                 raise torch.OutOfMemoryError("tried to allocate more than there is")
-            return self._model.predict(latents, timesteps, conditioning)
+            return self._model.predict(rows)
 
     engine = make_engine(Small(tiny_step_model, fault=""))
     futures = [engine.submit(request(f"r{i}")) for i in range(8)]
@@ -147,10 +148,10 @@ def test_what_the_model_cannot_do_is_refused_at_submit(make_engine: Any) -> None
         engine.submit(request("a", width=60))
     with pytest.raises(InvalidRequest, match="pixels"):
         engine.submit(request("a", width=1024, height=1024))
-    with pytest.raises(InvalidRequest, match=r"prompt='x+'.*tokens"):
-        engine.submit(request("a", prompt="x" * 50))
-    with pytest.raises(InvalidRequest, match=r"negative_prompt='x+'"):
-        engine.submit(request("a", negative_prompt="x" * 50))
+    with pytest.raises(InvalidRequest, match=r"prompt=.*windows"):
+        engine.submit(request("a", prompt="x" * 400))
+    with pytest.raises(InvalidRequest, match=r"negative_prompt=.*windows"):
+        engine.submit(request("a", negative_prompt="x" * 400))
     first = engine.submit(request("a"))
     with pytest.raises(InvalidRequest, match="already in the engine"):
         engine.submit(request("a"))
@@ -173,7 +174,7 @@ def test_a_lost_device_ends_every_request_and_is_reported(make_engine: Any, tiny
     """The worker must leave, so that others can take its jobs over."""
 
     class Lost(Faulty):
-        def predict(self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
+        def predict(self, rows: Rows) -> torch.Tensor:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     told: list[BaseException] = []

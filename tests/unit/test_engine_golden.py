@@ -6,6 +6,7 @@ The negative controls break one thing each and must miss by far: a comparison th
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,11 @@ def test_control_a_wrong_timestep_is_caught(
 ) -> None:
     """Every row given the first row's timestep, as a batch with one scalar timestep would."""
     predict = tiny_step_model.predict
-    monkeypatch.setattr(tiny_step_model, "predict", lambda x, t, c: predict(x, t[:1].expand(len(t)), c))
+    monkeypatch.setattr(
+        tiny_step_model,
+        "predict",
+        lambda rows: predict(replace(rows, timesteps=rows.timesteps[:1].expand(len(rows.timesteps)))),
+    )
     assert worst_with(tiny_step_model, references) > CAUGHT
 
 
@@ -188,15 +193,15 @@ def test_control_shared_guidance_is_caught(
     tiny_step_model: StepModel, references: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every guided row given the first one's guidance scale."""
-    map_rows = StepBatch._map_rows
+    lay_out = StepBatch._lay_out_rows
 
-    def shared(self: StepBatch, indices: Any) -> Any:
-        rows = map_rows(self, indices)
+    def shared(self: StepBatch, slots: Any) -> Any:
+        rows = lay_out(self, slots)
         if len(rows.guidance):
             rows.guidance[:] = rows.guidance[0].clone()
         return rows
 
-    monkeypatch.setattr(StepBatch, "_map_rows", shared)
+    monkeypatch.setattr(StepBatch, "_lay_out_rows", shared)
     assert worst_with(tiny_step_model, references) > CAUGHT
 
 
@@ -220,5 +225,9 @@ def test_control_swapped_prompts_are_caught(
 ) -> None:
     """Conditioning rows out of order by one."""
     predict = tiny_step_model.predict
-    monkeypatch.setattr(tiny_step_model, "predict", lambda x, t, c: predict(x, t, c.roll(1, 0)))
+    monkeypatch.setattr(
+        tiny_step_model,
+        "predict",
+        lambda rows: predict(replace(rows, conditioning={"text": rows.conditioning["text"].roll(1, 0)})),
+    )
     assert worst_with(tiny_step_model, references) > TOLERANCE

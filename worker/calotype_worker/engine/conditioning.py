@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 
-import torch
-
 from calotype_worker.engine.split import run_splitting
-from calotype_worker.models.base import StepModel
+from calotype_worker.models.base import Conditioning, StepModel, Text
 
 
 class ConditioningCache:
@@ -17,26 +15,26 @@ class ConditioningCache:
     `together` encodes new prompts in one call; without it one by one, which gives the same bits in any company.
     """
 
-    def __init__(self, model: StepModel, *, capacity: int, together: bool) -> None:
-        self._model = model
+    def __init__(self, *, capacity: int, together: bool) -> None:
         self._capacity = capacity
         self._together = together
-        self._cache: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._cache: OrderedDict[tuple[str, Text], Conditioning] = OrderedDict()
 
-    def encode(self, prompts: Iterable[str]) -> Mapping[str, torch.Tensor | Exception]:
-        """Conditioning (tokens, features) of each prompt, or what its encoding raised."""
-        wanted = sorted(set(prompts))
-        missing = [prompt for prompt in wanted if prompt not in self._cache]
-        found: dict[str, torch.Tensor | Exception] = {p: self._cache[p] for p in wanted if p in self._cache}
-        chunks = [missing] if self._together else [[prompt] for prompt in missing]
+    def encode(self, model: StepModel, texts: Iterable[Text]) -> Mapping[Text, Conditioning | Exception]:
+        """Conditioning of each text by this model, or what its encoding raised."""
+        name = model.card.name
+        wanted = sorted(set(texts))
+        missing = [text for text in wanted if (name, text) not in self._cache]
+        found: dict[Text, Conditioning | Exception] = {
+            text: self._cache[name, text] for text in wanted if (name, text) in self._cache
+        }
+        chunks = [missing] if self._together else [[text] for text in missing]
         for chunk in filter(None, chunks):
-            # Rows of one result are views of it; a clone lets the others' memory go when they leave the cache.
-            results = run_splitting(chunk, lambda texts: [row.clone() for row in self._model.encode(texts)])
-            found |= dict(zip(chunk, results, strict=True))
-        for prompt, conditioning in found.items():
-            if isinstance(conditioning, torch.Tensor):
-                self._cache[prompt] = conditioning
-                self._cache.move_to_end(prompt)
+            found |= dict(zip(chunk, run_splitting(chunk, model.encode), strict=True))
+        for text, conditioning in found.items():
+            if not isinstance(conditioning, Exception):
+                self._cache[name, text] = conditioning
+                self._cache.move_to_end((name, text))
         while len(self._cache) > self._capacity:
             self._cache.popitem(last=False)
         return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -11,29 +12,32 @@ import torch
 from calotype_shared.errors import GenerationFailed
 from calotype_worker.engine.split import run_splitting
 from calotype_worker.models.base import StepModel
+from calotype_worker.models.pool import ModelPool
 
 
 @dataclass(kw_only=True, eq=False)
 class Finished:
     request_id: str
+    model: str
     latents: torch.Tensor  # (C, h, w) float32
     turns: int = 0  # turns of the loop it has waited
 
 
 class Decoder:
-    """Owned by the engine's thread. Decodes `batch` latents of one shape together, or fewer after `patience` turns."""
+    """Owned by the engine's thread. Decodes `batch` latents of one model and shape together, fewer after `patience`
+    turns of the loop."""
 
-    def __init__(self, model: StepModel, *, batch: int, patience: int) -> None:
-        self._model = model
+    def __init__(self, pool: ModelPool, *, batch: int, patience: int) -> None:
+        self._pool = pool
         self._batch = batch
         self._patience = patience
-        self._pending: dict[torch.Size, list[Finished]] = {}
+        self._pending: dict[tuple[str, torch.Size], list[Finished]] = {}
 
     def __len__(self) -> int:
         return sum(len(line) for line in self._pending.values())
 
     def add(self, finished: Finished) -> None:
-        self._pending.setdefault(finished.latents.shape, []).append(finished)
+        self._pending.setdefault((finished.model, finished.latents.shape), []).append(finished)
 
     def discard(self, request_id: str) -> None:
         """Forget a request that was cancelled before its decode."""
@@ -41,16 +45,16 @@ class Decoder:
             line[:] = [finished for finished in line if finished.request_id != request_id]
 
     def run(self, *, flush: bool) -> list[tuple[str, np.ndarray | Exception]]:
-        """Decode at most one batch a shape, whatever is due; all of it on `flush`. Pairs of request id and result."""
+        """Decode whatever is due; all of it on `flush`. Pairs of request id and result."""
         results: list[tuple[str, np.ndarray | Exception]] = []
-        for shape, line in list(self._pending.items()):
+        for kind, line in list(self._pending.items()):
             for finished in line:
                 finished.turns += 1
             while line and (flush or len(line) >= self._batch or line[0].turns > self._patience):
                 chosen, line[:] = line[: self._batch], line[self._batch :]
                 results += zip([f.request_id for f in chosen], run_splitting(chosen, self._decode), strict=True)
             if not line:
-                del self._pending[shape]
+                del self._pending[kind]
         return results
 
     def _decode(self, chosen: Sequence[Finished]) -> list[np.ndarray]:
@@ -61,4 +65,5 @@ class Decoder:
                 "the network's output was not finite (NaN or infinity); "
                 "use a lower guidance_scale or another sampler, or run the model in float32 or bfloat16"
             )
-        return list(self._model.decode(latents))
+        model = cast("StepModel", self._pool.use(chosen[0].model))
+        return list(model.decode(latents))

@@ -6,6 +6,7 @@ decode finished latents a few at a time. `submit` does in the caller's thread al
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 import time
@@ -14,17 +15,20 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from calotype_shared.errors import CalotypeError, GenerationFailed, InvalidRequest
-from calotype_worker.engine.conditioning import ConditioningCache
+from calotype_worker.engine.admission import Admission
 from calotype_worker.engine.decoder import Decoder, Finished
 from calotype_worker.engine.request import Generated, GenerationRequest, GroupKey
 from calotype_worker.engine.scheduler import Scheduler
+from calotype_worker.engine.split import run_splitting
 from calotype_worker.engine.stats import Counters, EngineStats
 from calotype_worker.engine.step_batch import StepBatch
 from calotype_worker.engine.ticket import Ticket, prepare
-from calotype_worker.models.base import StepModel
+from calotype_worker.models.base import OpaqueModel, StepModel
+from calotype_worker.models.pool import AnyModel, ModelPool
 from calotype_worker.sampling.table import TableCache
 
 log = logging.getLogger(__name__)
@@ -58,19 +62,25 @@ class EngineSettings:
 
 
 class Engine:
-    """Start it, submit requests from any thread, stop it. `on_fatal` is called once if the device is lost."""
+    """Start it, submit requests from any thread, stop it. `on_fatal` is called once if the device is lost.
+
+    `on_preview(request_id, step, picture)` gets rough pictures, uint8 (h, w, 3), in the engine's thread: it must not
+    wait.
+    """
 
     def __init__(
         self,
-        model: StepModel,
+        models: AnyModel | ModelPool,
         settings: EngineSettings | None = None,
         *,
         on_fatal: Callable[[BaseException], None] | None = None,
+        on_preview: Callable[[str, int, np.ndarray], None] | None = None,
         tables: TableCache | None = None,
     ) -> None:
-        self.model = model
+        self.models = models if isinstance(models, ModelPool) else ModelPool([models])
         self.settings = settings or EngineSettings()
         self._on_fatal = on_fatal
+        self._on_preview = on_preview
         self._tables = tables or TableCache()
         self._wake = threading.Condition()  # guards the four below
         self._inbox: deque[Ticket] = deque()
@@ -80,11 +90,11 @@ class Engine:
         # From here on the engine's thread alone.
         self._scheduler: Scheduler[GroupKey] = Scheduler(self._row_budget)
         self._batches: dict[GroupKey, StepBatch] = {}
-        self._conditioning = ConditioningCache(
-            model, capacity=self.settings.conditioning_cache, together=not self.settings.deterministic
+        self._admission = Admission(
+            cache_capacity=self.settings.conditioning_cache, together=not self.settings.deterministic
         )
         self._decoder = Decoder(
-            model,
+            self.models,
             batch=1 if self.settings.deterministic else self.settings.decode_batch,
             patience=self.settings.decode_patience,
         )
@@ -110,7 +120,10 @@ class Engine:
             InvalidRequest: the model cannot do this; nothing was queued.
             GenerationFailed: the engine is stopping or its device is lost.
         """
-        ticket = prepare(request, self.model, self._tables)
+        ticket = prepare(request, self.models, self._tables)
+        if ticket.total_steps == 0 and request.init_image is not None:
+            ticket.resolve(ticket.generated(request.init_image, ticket.submitted))  # strength 0: the source itself
+            return ticket.future
         with self._wake:
             if self._stop_at is not None or not self.alive:
                 raise GenerationFailed(f"request {request.request_id!r}: the engine is not running; try another worker")
@@ -135,7 +148,7 @@ class Engine:
     def progress(self, request_id: str) -> tuple[int, int] | None:
         """(network evaluations done, evaluations in total), or None if the engine does not have the request."""
         ticket = self._tickets.get(request_id)
-        return (ticket.slot.step, ticket.slot.total_steps) if ticket else None
+        return (ticket.steps_done, ticket.total_steps) if ticket else None
 
     def stats(self) -> EngineStats:
         with self._wake:
@@ -151,9 +164,12 @@ class Engine:
             self._thread.join()
 
     def _row_budget(self, group: GroupKey) -> int:
-        native_width, native_height = self.model.card.native_sizes[0]
-        _, native_h, native_w = self.model.latent_shape(native_width, native_height)
-        _, h, w = group.latent_shape
+        model = self.models.get(group.model)
+        if isinstance(model, OpaqueModel):
+            return model.max_batch
+        native_width, native_height = model.card.native_sizes[0]
+        _, native_h, native_w = model.latent_shape(native_width, native_height)
+        _, h, w = group.step_shape
         budget = max(2, min(self.settings.max_rows, self.settings.max_rows * native_h * native_w // (h * w)))
         if self.settings.deterministic:
             # Measured: with 6 rows on two threads a row's last bits depend on its position, with 4 or 8 they do not.
@@ -190,11 +206,16 @@ class Engine:
         if stop_at is not None and time.monotonic() >= stop_at:
             return False
         for ticket in fresh:
-            self._scheduler.add(ticket.id, ticket.group, ticket.slot.request.rows)
+            self._scheduler.add(ticket.id, ticket.group, ticket.rows)
         self._drop(cancelled)
         plan = self._scheduler.plan()
         if plan is not None:
-            self._step(plan.group, [self._tickets[request_id] for request_id in plan.admitted])
+            admitted = [self._tickets[request_id] for request_id in plan.admitted]
+            model = self.models.use(plan.group.model)
+            if isinstance(model, OpaqueModel):
+                self._run(model, admitted)
+            else:
+                self._step(model, plan.group, admitted)
         self._decode()
         return True
 
@@ -212,9 +233,9 @@ class Engine:
             self._forget(ticket)
             self._counters.cancelled += 1
 
-    def _step(self, group: GroupKey, admitted: list[Ticket]) -> None:
+    def _step(self, model: StepModel, group: GroupKey, admitted: list[Ticket]) -> None:
         """Admit, then run one denoising step of a group."""
-        self._admit(group, admitted)
+        self._admit(model, group, admitted)
         batch = self._batches.get(group)
         if batch is None:
             return
@@ -222,41 +243,77 @@ class Engine:
         report = batch.step()
         now = time.monotonic()
         self._counters.count_step(report, now - began)
+        if self._on_preview is not None:
+            for slot, picture in report.previews:
+                ticket = self._tickets[slot.request.request_id]
+                self._on_preview(ticket.id, ticket.steps_done, picture)
         for slot, error in report.failed:
             self._fail(self._tickets[slot.request.request_id], error)
         for slot, latents in report.finished:
             ticket = self._tickets[slot.request.request_id]
-            ticket.denoised = now
             self._scheduler.remove(ticket.id)
-            self._decoder.add(Finished(request_id=ticket.id, latents=latents))
+            if ticket.next_stage(latents):
+                self._scheduler.add(ticket.id, ticket.group, ticket.rows)
+                continue
+            ticket.denoised = now
+            self._decoder.add(Finished(request_id=ticket.id, model=group.model, latents=latents))
         if not batch.slots:
             del self._batches[group]
 
-    def _admit(self, group: GroupKey, tickets: list[Ticket]) -> None:
+    def _admit(self, model: StepModel, group: GroupKey, tickets: list[Ticket]) -> None:
         if not tickets:
             return
         began = time.monotonic()
-        prompts = {text for t in tickets for text in _texts(t.slot.request)}
-        encoded = self._conditioning.encode(prompts)
+        outcomes = self._admission.admit(model, [ticket.stages[0] for ticket in tickets])
         seconds = time.monotonic() - began
         self._counters.encode_seconds += seconds
         ready = []
-        for ticket in tickets:
-            request = ticket.slot.request
-            error = next((e for text in _texts(request) if isinstance(e := encoded[text], Exception)), None)
+        for ticket, error in zip(tickets, outcomes, strict=True):
             if error is not None:
                 self._fail(ticket, error)
                 continue
-            ticket.slot.conditioning = encoded[request.prompt]  # type: ignore[assignment]
-            ticket.slot.negative = encoded[request.negative_prompt] if request.guided else None  # type: ignore[assignment]
-            ticket.admitted, ticket.encode_seconds = began, seconds
+            ticket.admitted = ticket.admitted or began
+            ticket.encode_seconds += seconds
             ready.append(ticket.slot)
         if not ready:
             return
         if group not in self._batches:
             buckets = (self._row_budget(group),) if self.settings.deterministic else self.settings.row_buckets
-            self._batches[group] = StepBatch(self.model, shape=group.latent_shape, buckets=buckets)
+            self._batches[group] = StepBatch(
+                model, shape=group.step_shape, buckets=buckets, exact=self.settings.deterministic
+            )
         self._batches[group].join(ready)
+
+    def _run(self, model: OpaqueModel, tickets: list[Ticket]) -> None:
+        """A whole run of a pipeline that cannot be stepped."""
+        began = time.monotonic()
+
+        def watch(steps_done: int) -> frozenset[str]:
+            with self._wake:
+                leaving = self._stop_at is not None and time.monotonic() >= self._stop_at
+                cancelled = set(self._cancelled)
+            for ticket in tickets:
+                ticket.steps_before = steps_done
+            return frozenset(t.id for t in tickets if leaving or t.id in cancelled or t.future.cancelled())
+
+        for ticket in tickets:
+            ticket.admitted = began
+        results = run_splitting(tickets, lambda chosen: model.run([ticket.request for ticket in chosen], watch))
+        now = time.monotonic()
+        self._counters.step_seconds += now - began
+        for ticket, result in zip(tickets, results, strict=True):
+            if isinstance(result, Exception):
+                self._fail(ticket, result)
+                continue
+            self._leave(ticket)
+            self._forget(ticket)
+            if result is None:
+                ticket.future.cancel()
+                self._counters.cancelled += 1
+                continue
+            self._counters.images += 1
+            timings = {"wait": began - ticket.submitted, "denoise": now - began}
+            ticket.resolve(dataclasses.replace(result, timings=timings))
 
     def _decode(self) -> None:
         """Decode what is due: a full small batch, what waited long enough, or all when nothing else can run."""
@@ -291,7 +348,7 @@ class Engine:
         """Out of the scheduler and its step batch, wherever it stands."""
         if self._scheduler.has(ticket.id):
             self._scheduler.remove(ticket.id)
-        batch = self._batches.get(ticket.group)
+        batch = self._batches.get(ticket.group) if ticket.stages else None
         if batch is not None and any(slot is ticket.slot for slot in batch.slots):
             batch.leave([ticket.slot])
             if not batch.slots:
@@ -312,7 +369,3 @@ class Engine:
                 ticket.future.cancel()
             else:
                 ticket.resolve(error)
-
-
-def _texts(request: GenerationRequest) -> tuple[str, ...]:
-    return (request.prompt, request.negative_prompt) if request.guided else (request.prompt,)

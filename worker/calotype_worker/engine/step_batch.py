@@ -1,45 +1,18 @@
-"""`StepBatch`: the tensors of one running group, and one denoising step over all of them.
-
-A *slot* is one request's place. A slot has one row in the forward pass, and a second, unconditional one if it is
-guided: rows are the conditional ones of all slots in order, then the unconditional ones of guided slots, then padding.
-"""
+"""`StepBatch`: the tensors of one running group, and one denoising step over all of them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from calotype_worker.engine.request import GenerationRequest
-from calotype_worker.engine.split import run_splitting
-from calotype_worker.models.base import StepModel
+from calotype_worker.engine.slot import Layout, Slot, layout
+from calotype_worker.engine.split import is_fatal, run_splitting
+from calotype_worker.models.base import Rows, StepModel
 from calotype_worker.sampling.row_scheduler import RowScheduler
 from calotype_worker.sampling.table import SamplerTable
-
-
-@dataclass(kw_only=True)
-class Slot:
-    """One request inside a step batch. `step` is written by the engine's thread and may be read by any."""
-
-    request: GenerationRequest
-    generator: torch.Generator  # the request's own, on the CPU: no neighbour can disturb its noise
-    latents: torch.Tensor  # (1, C, h, w) float32: the start; once it runs, the batch's state is the truth
-    sampler: SamplerTable | RowScheduler
-    total_steps: int  # network evaluations
-    step: int = 0  # evaluations done
-    conditioning: torch.Tensor | None = None  # (tokens, features)
-    negative: torch.Tensor | None = None  # the same, for guided requests
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Rows:
-    """How slots map to the rows of a forward pass."""
-
-    source: torch.Tensor  # (R,) the slot each row belongs to
-    conditioning: torch.Tensor  # (R, tokens, features)
-    guided: torch.Tensor  # (G,) slots that have an unconditional row
-    guidance: torch.Tensor  # (G, 1, 1, 1) float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +21,7 @@ class StepReport:
 
     finished: Sequence[tuple[Slot, torch.Tensor]]  # with their latents, (C, h, w) float32
     failed: Sequence[tuple[Slot, Exception]]
+    previews: Sequence[tuple[Slot, np.ndarray]]  # uint8 (h, w, 3); the slot's step is the preview's
     rows: int
     padding_rows: int
     fallback_steps: int
@@ -56,20 +30,29 @@ class StepReport:
 class StepBatch:
     """Owned by the engine's thread."""
 
-    def __init__(self, model: StepModel, *, shape: tuple[int, int, int], buckets: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        model: StepModel,
+        *,
+        shape: tuple[int, int, int],
+        buckets: Sequence[int] = (),
+        exact: bool = False,
+    ) -> None:
         self._model = model
         self._shape = shape  # (C, h, w)
         self._buckets = sorted(buckets)  # a forward pass is padded to the next of these; none: no padding
+        self._exact = exact  # the same bits in any company
         self.slots: list[Slot] = []
         # S = [x, s_1 … s_K] of each slot, flattened: (slots, K+1, C*h*w) float32.
         self._state = torch.zeros(0, 1, shape[0] * shape[1] * shape[2], device=model.device)
-        self._rows: _Rows | None = None  # rebuilt when membership changes
+        self._layout: Layout | None = None  # rebuilt when membership changes
         # All slots' tables laid end to end, and where each slot stands in them.
         self._matrices = self._input_scale = self._timesteps = self._position = torch.empty(0)
 
     def join(self, slots: Sequence[Slot]) -> None:
-        """Take slots in at their first step. Their conditioning must be set."""
-        fresh = torch.cat([slot.latents.reshape(1, 1, -1) for slot in slots]).to(self._model.device)
+        """Take slots in at their first step. Their latents and conditioning must be set."""
+        starts = [slot.latents for slot in slots if slot.latents is not None]
+        fresh = torch.cat([latents.reshape(1, 1, -1) for latents in starts]).to(self._model.device)
         self.slots += slots
         self._lay_out(torch.cat([self._state, _widen(fresh, self._state.shape[1])]))
 
@@ -84,15 +67,18 @@ class StepBatch:
         """One denoising step of every slot; finished and failed ones leave."""
         inputs, timesteps = self._inputs()
         failed: list[tuple[Slot, Exception]] = []
-        rows = self._rows or self._map_rows(range(len(self.slots)))
-        self._rows = rows
-        useful = len(self.slots) + len(rows.guided)
+        self._layout = self._layout or self._lay_out_rows(self.slots)
+        useful = len(self.slots) + len(self._layout.guided)
+        padding = len(self._layout.owners) - useful
         try:
-            outputs = self._forward(rows, inputs, timesteps, len(self.slots))
-        except Exception:
+            outputs = self._forward(self._layout, self.slots, inputs, timesteps)
+        except Exception as error:
+            if is_fatal(error):
+                raise
             outputs, failed = self._forward_apart(inputs, timesteps)
-        fallback_steps = self._advance(outputs)
         bad = {id(slot) for slot, _ in failed}
+        previews = self._previews(inputs, outputs, timesteps, bad)
+        fallback_steps = self._advance(outputs)
         done = [
             (slot, self._state[index, 0].reshape(self._shape).clone())
             for index, slot in enumerate(self.slots)
@@ -103,8 +89,9 @@ class StepBatch:
         return StepReport(
             finished=done,
             failed=failed,
+            previews=previews,
             rows=useful,
-            padding_rows=len(rows.source) - useful,
+            padding_rows=padding,
             fallback_steps=fallback_steps,
         )
 
@@ -119,13 +106,24 @@ class StepBatch:
                 timesteps[index] = slot.sampler.timestep
         return inputs, timesteps
 
-    def _forward(self, rows: _Rows, inputs: torch.Tensor, timesteps: torch.Tensor, count: int) -> torch.Tensor:
-        """Guided model output of `count` slots, (count, C, h, w) float32.
+    def _forward(
+        self, rows: Layout, slots: Sequence[Slot], inputs: torch.Tensor, timesteps: torch.Tensor
+    ) -> torch.Tensor:
+        """Guided model output of the slots, (slots, C, h, w) float32.
 
         Classifier-free guidance (Ho & Salimans 2022): m = m_u + g * (m_c - m_u), on guided rows only.
         """
-        outputs = self._model.predict(inputs[rows.source], timesteps[rows.source], rows.conditioning)
-        guided_count = len(rows.guided)
+        outputs = self._model.predict(
+            Rows(
+                latents=inputs[rows.source],
+                timesteps=timesteps[rows.source],
+                conditioning=rows.conditioning,
+                loras=rows.loras,
+                controls=rows.controls(slots),
+                exact=self._exact,
+            )
+        )
+        count, guided_count = len(slots), len(rows.guided)
         if not guided_count:
             return outputs[:count]
         result = outputs[:count].clone()
@@ -141,7 +139,8 @@ class StepBatch:
 
         def run(indices: Sequence[int]) -> list[torch.Tensor]:
             chosen = torch.tensor(indices, device=inputs.device)
-            return list(self._forward(self._map_rows(indices), inputs[chosen], timesteps[chosen], len(indices)))
+            slots = [self.slots[index] for index in indices]
+            return list(self._forward(self._lay_out_rows(slots), slots, inputs[chosen], timesteps[chosen]))
 
         outputs = torch.zeros_like(inputs)
         failed = []
@@ -151,6 +150,24 @@ class StepBatch:
             else:
                 outputs[index] = result
         return outputs, failed
+
+    def _previews(
+        self, inputs: torch.Tensor, outputs: torch.Tensor, timesteps: torch.Tensor, bad: set[int]
+    ) -> list[tuple[Slot, np.ndarray]]:
+        """Rough pictures of where slots are heading, for those that want one after this step."""
+        due = [
+            index
+            for index, slot in enumerate(self.slots)
+            if slot.request.preview_every
+            and (slot.step + 1) % slot.request.preview_every == 0
+            and slot.step + 1 < slot.total_steps
+            and id(slot) not in bad
+        ]
+        if not due:
+            return []
+        chosen = torch.tensor(due, device=inputs.device)
+        clean = self._model.predicted_original(inputs[chosen], outputs[chosen], timesteps[chosen])
+        return [(self.slots[index], self._model.preview(own)) for index, own in zip(due, clean, strict=True)]
 
     def _advance(self, outputs: torch.Tensor) -> int:
         """S' = M_i · [S; m; n] for every slot at its own i. Returns how many slots went the slow way instead."""
@@ -167,33 +184,18 @@ class StepBatch:
                 new_state[index, 0] = slot.sampler.advance(sample, outputs[index : index + 1]).flatten()
                 fallback_steps += 1
             slot.step += 1
+            if slot.kept is not None:
+                new_state[index, 0] = slot.kept.blend(new_state[index, 0].reshape(self._shape), slot.step).flatten()
         self._state = new_state
         self._position = self._position + 1
         return fallback_steps
 
-    def _map_rows(self, indices: Sequence[int]) -> _Rows:
-        """Rows for these slots, numbered 0, 1, … in the order given."""
-        slots = [self.slots[index] for index in indices]
-        guided = [number for number, slot in enumerate(slots) if slot.request.guided]
-        source = [*range(len(slots)), *guided]
-        conditioning = [slot.conditioning for slot in slots] + [slots[number].negative for number in guided]
-        # Repeating row 0 pads with numbers the network has seen; uninitialised memory could be NaN and slow.
-        padding = next((bucket - len(source) for bucket in self._buckets if bucket >= len(source)), 0)
-        source += [0] * padding
-        conditioning += [conditioning[0]] * padding
-        device = self._model.device
-        return _Rows(
-            source=torch.tensor(source, device=device),
-            conditioning=torch.stack([rows for rows in conditioning if rows is not None]),
-            guided=torch.tensor(guided, dtype=torch.long, device=device),
-            guidance=torch.tensor(
-                [slots[number].request.guidance_scale for number in guided], dtype=torch.float32, device=device
-            ).reshape(-1, 1, 1, 1),
-        )
+    def _lay_out_rows(self, slots: Sequence[Slot]) -> Layout:
+        return layout(slots, buckets=self._buckets, device=self._model.device)
 
     def _lay_out(self, state: torch.Tensor) -> None:
         """Fit state and tables to the present slots. K is the largest any of them needs."""
-        self._rows = None
+        self._layout = None
         remembered = max((s.sampler.remembered for s in self.slots if isinstance(s.sampler, SamplerTable)), default=0)
         self._state = _widen(state, remembered + 1) if remembered + 1 >= state.shape[1] else state[:, : remembered + 1]
         matrices, scales, timesteps, positions = [], [], [], []

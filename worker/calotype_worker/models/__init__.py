@@ -1,6 +1,19 @@
 """Model families behind one interface, found by name."""
 
-from calotype_worker.models.base import StepModel
+from calotype_worker.models.base import OpaqueModel, StepModel
+from calotype_worker.models.latent import Adapters, Memory
+from calotype_worker.models.pool import AnyModel, ModelPool
 from calotype_worker.models.registry import default_dtype, demo_folder, load_model, resolve_source
 
-__all__ = ["StepModel", "default_dtype", "demo_folder", "load_model", "resolve_source"]
+__all__ = [
+    "Adapters",
+    "AnyModel",
+    "Memory",
+    "ModelPool",
+    "OpaqueModel",
+    "StepModel",
+    "default_dtype",
+    "demo_folder",
+    "load_model",
+    "resolve_source",
+]

@@ -3,44 +3,160 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
 from calotype_shared.model_card import ModelCard
 
+if TYPE_CHECKING:
+    from calotype_worker.engine.request import Generated, GenerationRequest
 
+# Per-row inputs of a network by name: text embeddings, added conditioning, extra channels. A family chooses the names;
+# the engine stacks what has the same name, and where first dimensions differ pads with zeros and adds `{name}_mask`.
+Conditioning = Mapping[str, torch.Tensor]
+
+
+class Text(NamedTuple):
+    """A prompt as its encoding depends on it. Hashable: the engine caches encodings under it."""
+
+    prompt: str
+    negative: bool = False
+    loras: tuple[tuple[str, float], ...] = ()  # those that change the text encoder
+    windows: int = 1  # of the text encoder, at least: a request's two prompts are encoded to the same length
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlRows:
+    """One ControlNet's part in a forward pass. Rows with scale 0 have nothing of it."""
+
+    name: str
+    images: torch.Tensor  # (R, 3, H, W) in 0..1, pixels
+    scales: torch.Tensor  # (R,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """What goes through the network together. R rows need to share nothing but the latent shape."""
+
+    latents: torch.Tensor  # (R, C, h, w) float32, scaled as the sampler wants
+    timesteps: torch.Tensor  # (R,) float32, each row its own
+    conditioning: Conditioning  # each (R, …)
+    loras: Sequence[tuple[str, torch.Tensor]] = ()  # name, and each row's weight (R,); 0: not this row
+    controls: Sequence[ControlRows] = ()
+    exact: bool = False  # the same bits in any company: no work on a part of the rows
+
+
+@runtime_checkable
 class StepModel(Protocol):
-    """A latent diffusion model that can be called one denoising step at a time. Called by the engine's thread only.
-
-    Rows of one call need to share nothing but the latent shape: each has its own timestep and conditioning.
-    """
+    """A latent diffusion model that can be called one denoising step at a time. Called by the engine's thread only,
+    but for what says otherwise."""
 
     card: ModelCard
     device: torch.device
     dtype: torch.dtype
-    scheduler_config: Mapping[str, Any]  # of the model's own scheduler, after its pipeline's constructor
+    mask_channels: int  # extra input channels, for mask and masked picture; 0: inpainting by blending
+    embedded_guidance: bool  # the network reads the guidance scale itself, so no row is doubled for it
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
-        """(C, h, w) for a picture of that size in pixels."""
+        """(C, h, w) for a picture of that size in pixels. Any thread."""
         ...
 
-    def check_prompt(self, field: str, prompt: str) -> None:
-        """Raise InvalidRequest if the text encoder cannot take the whole prompt. May be called from any thread."""
-        ...
+    def make_scheduler(self, request: GenerationRequest) -> Any:
+        """A fresh diffusers scheduler with the timesteps of the request's full trajectory. Any thread.
 
-    def encode(self, prompts: Sequence[str]) -> torch.Tensor:
-        """Conditioning of each prompt: (len(prompts), tokens, features), on the device, in the network's dtype."""
-        ...
-
-    def predict(self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
-        """One forward pass: latents (R, C, h, w) already scaled, timesteps (R,), conditioning (R, tokens, features).
-
-        Returns the raw model output, (R, C, h, w) float32.
+        Raises:
+            InvalidRequest: this model's samplers cannot do that.
         """
+        ...
+
+    def text_windows(self, field: str, prompt: str) -> int:
+        """How many windows of the text encoder a prompt takes. Any thread.
+
+        Raises:
+            InvalidRequest: naming `field`: the prompt's weights are malformed, or it is longer than the model reads.
+        """
+        ...
+
+    def text_loras(self, names: Sequence[str]) -> frozenset[str]:
+        """Those of the LoRAs that change the text encoder, all loaded now. Any thread.
+
+        Raises:
+            InvalidRequest: no LoRA of that name, or it does not fit this model.
+        """
+        ...
+
+    def encode(self, texts: Sequence[Text]) -> Sequence[Conditioning]:
+        """Conditioning of each text, on the device, in the network's dtype, without a batch dimension."""
+        ...
+
+    def row_inputs(self, request: GenerationRequest, *, negative: bool) -> Conditioning:
+        """What a row's network call wants besides text: sizes, an embedded guidance scale. No batch dimension."""
+        ...
+
+    def predict(self, rows: Rows) -> torch.Tensor:
+        """One forward pass. Returns the raw model output, (R, C, h, w) float32."""
+        ...
+
+    def predicted_original(self, latents: torch.Tensor, outputs: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Where each row is heading: the clean latents that (scaled) latents and model outputs imply, same shapes."""
+        ...
+
+    def encode_images(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of the latents of pictures (B, 3, H, W) in -1..1: each (B, C, h, w) float32,
+        scaled like the latents that the sampler works on."""
         ...
 
     def decode(self, latents: torch.Tensor) -> np.ndarray:
         """Pictures of finished latents (B, C, h, w) float32: uint8 (B, H, W, 3)."""
+        ...
+
+    def preview(self, latents: torch.Tensor) -> np.ndarray:
+        """A rough picture of latents (C, h, w) for next to nothing: uint8 (h, w, 3), one pixel a latent cell."""
+        ...
+
+    def to(self, device: torch.device) -> None:
+        """Move all weights, for `ModelPool`."""
+        ...
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of all weights."""
+        ...
+
+
+@runtime_checkable
+class OpaqueModel(Protocol):
+    """A pipeline that cannot be stepped from outside. One unit of work is a whole run of a static batch."""
+
+    card: ModelCard
+    device: torch.device
+    dtype: torch.dtype
+    max_batch: int  # requests of one run
+
+    def batch_key(self, request: GenerationRequest) -> tuple[Any, ...]:
+        """What requests must share to run together. Any thread. Raises InvalidRequest if this model cannot do it."""
+        ...
+
+    def total_steps(self, request: GenerationRequest) -> int:
+        """Network evaluations of a run. Any thread."""
+        ...
+
+    def run(self, requests: Sequence[GenerationRequest], watch: Watch) -> Sequence[Generated | None]:
+        """Make them all; None for those that `watch` says were cancelled meanwhile."""
+        ...
+
+    def to(self, device: torch.device) -> None: ...
+
+    @property
+    def weight_bytes(self) -> int: ...
+
+
+class Watch(Protocol):
+    """How a run tells of its progress and hears of cancellations. Called by the engine's thread."""
+
+    def __call__(self, steps_done: int) -> frozenset[str]:
+        """Note progress; returns the ids of requests cancelled so far. All of them: the run should end."""
         ...

@@ -13,12 +13,17 @@ import torch
 
 from calotype_shared.errors import ModelLoadError
 from calotype_shared.model_card import ModelCard
-from calotype_worker.models.base import StepModel
+from calotype_worker.models.latent import Adapters, LatentModel, Memory
+from calotype_worker.models.pool import AnyModel
 from calotype_worker.models.sd import StableDiffusion
+from calotype_worker.sampling.samplers import sampler_of
 
 # `_class_name` in a folder's model_index.json -> the family and the adapter that runs it.
-FAMILIES: dict[str, tuple[str, Callable[..., StepModel]]] = {
+FAMILIES: dict[str, tuple[str, Callable[..., AnyModel]]] = {
     "StableDiffusionPipeline": ("sd", StableDiffusion),
+    "StableDiffusionInpaintPipeline": ("sd", StableDiffusion),
+    "StableDiffusionImg2ImgPipeline": ("sd", StableDiffusion),
+    "LatentConsistencyModelPipeline": ("sd", StableDiffusion),
 }
 
 # Pictures above this many times the native area are refused: memory and quality both give way.
@@ -54,8 +59,16 @@ def default_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
-def load_model(name: str, *, source: str | None = None, device: str = "cpu", dtype: str | None = None) -> StepModel:
-    """Load a model onto a device.
+def load_model(
+    name: str,
+    *,
+    source: str | None = None,
+    device: str = "cpu",
+    dtype: str | None = None,
+    adapters: Adapters | None = None,
+    memory: Memory | None = None,
+) -> AnyModel:
+    """Load a model onto a device, with the LoRAs, textual inversions and ControlNets that were registered for it.
 
     Raises:
         ModelLoadError: the device is not there, the source is missing or broken, its weights are pickled, or its
@@ -71,8 +84,19 @@ def load_model(name: str, *, source: str | None = None, device: str = "cpu", dty
         raise ModelLoadError(f"model {name!r}: folder {location!r} does not exist; check the path after '='")
     pipeline = _pipeline(name, location, torch_dtype)
     family, adapter = FAMILIES[type(pipeline).__name__]
-    card = _card(name, family, pipeline, folder if folder.is_dir() else None, location)
-    return adapter(pipeline, card=card, device=torch_device, dtype=torch_dtype)
+    adapters = adapters or Adapters()
+    card = _card(
+        name,
+        family,
+        pipeline,
+        folder=folder if folder.is_dir() else None,
+        location=location,
+        adapters=adapters,
+        adapter=adapter,
+    )
+    return adapter(
+        pipeline, card=card, device=torch_device, dtype=torch_dtype, adapters=adapters, memory=memory or Memory()
+    )
 
 
 def _device(device: str) -> torch.device:
@@ -142,21 +166,42 @@ def _pipeline(name: str, location: str, dtype: torch.dtype) -> Any:
     return pipeline
 
 
-def _card(name: str, family: str, pipeline: Any, folder: Path | None, location: str) -> ModelCard:
+def _card(
+    name: str,
+    family: str,
+    pipeline: Any,
+    *,
+    folder: Path | None,
+    location: str,
+    adapters: Adapters,
+    adapter: Callable[..., AnyModel],
+) -> ModelCard:
     """The card, from the pipeline's own configs and, where a folder has one, its calotype.json."""
     own = folder / "calotype.json" if folder else None
     notes = json.loads(own.read_text()) if own and own.is_file() else {}
     factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
-    side = int(pipeline.unet.config.sample_size) * factor
+    network = getattr(pipeline, "unet", None) or pipeline.transformer
+    side = int(network.config.sample_size) * factor
     native = tuple((int(w), int(h)) for w, h in notes.get("native_sizes", [(side, side)]))
+    assert isinstance(adapter, type)
+    assert issubclass(adapter, LatentModel)
+    samplers = list(adapter.samplers)
+    own_sampler = sampler_of(pipeline.scheduler, adapter.samplers)
+    if own_sampler is not None:
+        samplers.sort(key=lambda sampler: sampler is not own_sampler)
     return ModelCard(
         name=name,
         family=family,
         version=_version(folder, location),
-        size_multiple=factor,
+        size_multiple=factor * adapter.size_factor,
         native_sizes=native,
         max_pixels=_AREA_LIMIT * max(w * h for w, h in native),
         max_prompt_tokens=int(pipeline.tokenizer.model_max_length),
+        samplers=tuple(sampler.value for sampler in samplers),
+        features=frozenset(feature.value for feature in adapter.features_of(pipeline, adapters)),
+        loras=tuple(sorted(adapters.loras)),
+        controls=tuple(sorted(adapters.controls)),
+        embeddings=tuple(sorted(adapters.embeddings)),
         description=str(notes.get("description", "")),
     )
 

@@ -2,85 +2,145 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from calotype_shared.errors import InvalidRequest, ModelLoadError
+from calotype_shared.config import Feature
+from calotype_shared.errors import ModelLoadError
 from calotype_shared.model_card import ModelCard
+from calotype_worker.engine.request import GenerationRequest
+from calotype_worker.models.base import Conditioning, Rows, Text
+from calotype_worker.models.clip_text import ClipText
+from calotype_worker.models.controlnet import control_residuals, load_controlnets
+from calotype_worker.models.latent import Adapters, LatentModel, Memory
+
+_LATENT_CHANNELS = 4
+_INPAINTING_CHANNELS = 9  # latents, mask, and the latents of the masked picture
 
 
-class StableDiffusion:
+class StableDiffusion(LatentModel):
     """A `StepModel` around the parts of a `StableDiffusionPipeline` that was loaded in `dtype`.
 
-    Epsilon and v-prediction differ only in the scheduler's config, so one class serves both.
+    Epsilon and v-prediction differ only in the scheduler's config, so one class serves both; so it does for U-Nets
+    of 9 input channels, made for inpainting, and for those that read their guidance scale themselves (LCM).
     """
 
-    def __init__(self, pipeline: Any, *, card: ModelCard, device: torch.device, dtype: torch.dtype) -> None:
-        _refuse_other_inputs(pipeline.unet.config, card.name)
-        self.card = card
-        self.device = device
-        self.dtype = dtype
-        self.scheduler_config: Mapping[str, Any] = dict(pipeline.scheduler.config)
-        self._tokenizer = pipeline.tokenizer
-        # A fast tokenizer keeps its truncation as state and refuses two threads at once ("Already borrowed").
-        self._tokenizer_lock = threading.Lock()
-        self._text_encoder = pipeline.text_encoder.to(device).eval()
-        self._unet = pipeline.unet.to(device).to(memory_format=torch.channels_last).eval()
-        self._vae = pipeline.vae.to(device).eval()
-        self._vae_factor = 2 ** (len(self._vae.config.block_out_channels) - 1)
+    @classmethod
+    def features_of(cls, pipeline: Any, adapters: Adapters) -> frozenset[Feature]:
+        features = super().features_of(pipeline, adapters)
+        if pipeline.unet.config.in_channels == _INPAINTING_CHANNELS:
+            features -= {Feature.TEXT_TO_IMAGE, Feature.IMAGE_TO_IMAGE}
+        return features
 
-    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
-        return self._unet.config.in_channels, height // self._vae_factor, width // self._vae_factor
+    def __init__(
+        self,
+        pipeline: Any,
+        *,
+        card: ModelCard,
+        device: torch.device,
+        dtype: torch.dtype,
+        adapters: Adapters | None = None,
+        memory: Memory | None = None,
+    ) -> None:
+        adapters = adapters or Adapters()
+        unet = pipeline.unet
+        _refuse_other_inputs(unet.config, card.name)
+        load_embeddings(pipeline, adapters.embeddings)
+        self._controls = load_controlnets(
+            adapters.controls, dtype=dtype, cross_attention_dim=unet.config.cross_attention_dim
+        )
+        super().__init__(
+            pipeline,
+            card=card,
+            device=device,
+            dtype=dtype,
+            denoiser=unet.to(memory_format=torch.channels_last),
+            text_encoders={"text_encoder": pipeline.text_encoder},
+            adapters=adapters,
+            memory=memory or Memory(),
+        )
+        for net in self._controls.values():
+            net.to(device)
+        self._text = ClipText(pipeline.tokenizer, pipeline.text_encoder)
+        self._guidance_features = int(unet.config.time_cond_proj_dim or 0)
+        self.embedded_guidance = self._guidance_features > 0
+        self.mask_channels = unet.config.in_channels - _LATENT_CHANNELS
 
-    def check_prompt(self, field: str, prompt: str) -> None:
-        limit = self._tokenizer.model_max_length
-        with self._tokenizer_lock:
-            tokens = len(self._tokenizer(prompt, truncation=False, verbose=False).input_ids)
-        if tokens > limit:
-            raise InvalidRequest(
-                f"is {tokens} tokens long, and model {self.card.name!r} reads at most {limit} with its two markers",
-                field=field,
-                value=prompt,
-                remedy=f"shorten it by {tokens - limit} tokens",
-            )
-
-    @torch.inference_mode()
-    def encode(self, prompts: Sequence[str]) -> torch.Tensor:
-        with self._tokenizer_lock:
-            tokens = self._tokenizer(
-                list(prompts),
-                padding="max_length",
-                max_length=self._tokenizer.model_max_length,
-                truncation=True,
-                return_tensors="pt",
-            )
-        # Most CLIP encoders attend to padding; the few that do not say so in their config.
-        uses_mask = getattr(self._text_encoder.config, "use_attention_mask", False)
-        mask = tokens.attention_mask.to(self.device) if uses_mask else None
-        return self._text_encoder(tokens.input_ids.to(self.device), attention_mask=mask)[0].to(self.dtype)
-
-    @torch.inference_mode()
-    def predict(self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
-        rows = latents.to(self.dtype, memory_format=torch.channels_last)
-        return self._unet(rows, timesteps, encoder_hidden_states=conditioning, return_dict=False)[0].float()
+    def text_windows(self, field: str, prompt: str) -> int:
+        return self._text.windows(field, prompt)
 
     @torch.inference_mode()
-    def decode(self, latents: torch.Tensor) -> np.ndarray:
-        scaled = (latents / self._vae.config.scaling_factor).to(self.dtype)
-        pixels = self._vae.decode(scaled, return_dict=False)[0].float()  # (B, 3, H, W) in -1..1
-        return (pixels / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    def encode(self, texts: Sequence[Text]) -> Sequence[Conditioning]:
+        with self._using("text_encoder"):
+            return [
+                {"text": embedded.to(self.dtype)}
+                for embedded in self._by_loras(
+                    texts, lambda own: self._text.encode_all([(text.prompt, text.windows) for text in own])
+                )
+            ]
+
+    def row_inputs(self, request: GenerationRequest, *, negative: bool) -> Conditioning:
+        if not self.embedded_guidance:
+            return {}
+        return {"guidance": guidance_embedding(request.guidance_scale, self._guidance_features)}
+
+    @torch.inference_mode()
+    def predict(self, rows: Rows) -> torch.Tensor:
+        down, middle = control_residuals(self._controls, rows, dtype=self.dtype)
+        latents = rows.latents
+        if self.mask_channels:
+            latents = torch.cat([latents, rows.conditioning["inpainting"].to(latents)], dim=1)
+        guidance = rows.conditioning.get("guidance")
+        with self._using("denoiser"), self.loras.active(rows.loras):
+            output = self._denoiser(
+                latents.to(self.dtype, memory_format=torch.channels_last),
+                rows.timesteps,
+                encoder_hidden_states=rows.conditioning["text"],
+                encoder_attention_mask=rows.conditioning.get("text_mask"),
+                timestep_cond=guidance.to(self.dtype) if guidance is not None else None,
+                down_block_additional_residuals=down,
+                mid_block_additional_residual=middle,
+                return_dict=False,
+            )[0]
+        return output.float()
+
+
+def guidance_embedding(guidance_scale: float, features: int) -> torch.Tensor:
+    """Sinusoidal embedding of a guidance scale, (features,), as distilled networks read it (Meng et al. 2023).
+
+    The formula of diffusers' `get_guidance_scale_embedding`, of (scale - 1) in thousandths.
+    """
+    half = features // 2
+    frequencies = torch.exp(torch.arange(half) * -(torch.log(torch.tensor(10000.0)) / (half - 1)))
+    angles = (guidance_scale - 1) * 1000.0 * frequencies
+    embedding = torch.cat([angles.sin(), angles.cos()])
+    return torch.nn.functional.pad(embedding, (0, features - 2 * half))
+
+
+def load_embeddings(pipeline: Any, files: dict[str, Path] | Any) -> None:
+    """Teach a pipeline's text encoder the tokens of textual inversions (Gal et al. 2022), by token and file.
+
+    Raises:
+        ModelLoadError: a file is no safetensors textual inversion for this model.
+    """
+    for token, path in files.items():
+        try:
+            pipeline.load_textual_inversion(str(path), token=token, use_safetensors=True)
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ModelLoadError(
+                f"textual inversion {token!r}: {Path(path).name!r} could not be loaded: {reason}; give a safetensors "
+                "file of {token: vectors} trained for this model"
+            ) from error
 
 
 def _refuse_other_inputs(config: Any, name: str) -> None:
-    """A U-Net that wants more than latents, a timestep and text would run and give wrong pictures: refuse it."""
-    latent_channels = 4
+    """A U-Net that wants more than this gives it would run and give wrong pictures: refuse it."""
     wants = {
-        f"{config.in_channels} input channels": config.in_channels != latent_channels,
-        "a guidance embedding (time_cond_proj_dim)": config.time_cond_proj_dim is not None,
+        f"{config.in_channels} input channels": config.in_channels not in (_LATENT_CHANNELS, _INPAINTING_CHANNELS),
         f"class labels ({config.class_embed_type})": config.class_embed_type is not None,
         f"added conditioning ({config.addition_embed_type})": config.addition_embed_type is not None,
     }
@@ -88,5 +148,5 @@ def _refuse_other_inputs(config: Any, name: str) -> None:
         if wanted:
             raise ModelLoadError(
                 f"model {name!r}: its U-Net wants {what}, which this version cannot give it; "
-                "use a text-to-image Stable Diffusion 1.x or 2.x model"
+                "use a Stable Diffusion 1.x or 2.x model"
             )

@@ -52,6 +52,12 @@ def step_arguments(scheduler: Any, generator: torch.Generator) -> dict[str, Any]
     return {"return_dict": False, **({"generator": generator} if "generator" in accepts else {})}
 
 
+def scaled_input(scheduler: Any, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    """What the network sees of a sample. Flow-matching schedulers leave it as it is and have no method for it."""
+    scale = getattr(scheduler, "scale_model_input", None)
+    return sample if scale is None else scale(sample, timestep)
+
+
 def _probe_step(scheduler: Any, timestep: torch.Tensor) -> ProbedStep:
     width = 3 + _MAX_REMEMBERED + _PURE_NOISE
     shape = (1, 1, 1, width)
@@ -66,7 +72,7 @@ def _probe_step(scheduler: Any, timestep: torch.Tensor) -> ProbedStep:
 
     _visit_remembered(scheduler, shape, replace)
     sample, output = basis[0].reshape(shape).clone(), basis[1].reshape(shape).clone()
-    scaled = scheduler.scale_model_input(sample.clone(), timestep).flatten()
+    scaled = scaled_input(scheduler, sample.clone(), timestep).flatten()
     input_scale = float(scaled[0])
     if not torch.allclose(scaled, basis[0] * input_scale):
         raise NotLinear(f"{type(scheduler).__name__} does not scale its input by a plain factor")

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from calotype_worker.sampling.probe import step_arguments
+from calotype_worker.sampling.probe import scaled_input, step_arguments
 
 
 class RowScheduler:
@@ -23,7 +23,7 @@ class RowScheduler:
 
     def model_input(self, sample: torch.Tensor) -> torch.Tensor:
         """The scaled network input for the current step. `sample`: (1, C, h, w)."""
-        return self._scheduler.scale_model_input(sample, self.timestep)
+        return scaled_input(self._scheduler, sample, self.timestep)
 
     def advance(self, sample: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """The sample after the current step. Both arguments (1, C, h, w), float32."""

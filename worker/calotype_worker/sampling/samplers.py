@@ -44,19 +44,46 @@ SAMPLERS: dict[SamplerType, Sampler] = {
 }
 
 
-def make_scheduler(sampler: SamplerType, base_config: Mapping[str, Any], num_inference_steps: int) -> Any:
+# Flow matching (Stable Diffusion 3, Flux) has its own noise levels; the same names mean the same solvers on them.
+FLOW_SAMPLERS: dict[SamplerType, Sampler] = {
+    SamplerType.EULER: Sampler(scheduler=diffusers.FlowMatchEulerDiscreteScheduler),
+    SamplerType.HEUN: Sampler(scheduler=diffusers.FlowMatchHeunDiscreteScheduler),
+}
+
+
+def sampler_of(scheduler: Any, samplers: Mapping[SamplerType, Sampler]) -> SamplerType | None:
+    """The first sampler that runs on this scheduler's class: what a model's makers meant it to be sampled with."""
+    return next((kind for kind, spec in samplers.items() if type(scheduler) is spec.scheduler), None)
+
+
+def make_scheduler(
+    sampler: SamplerType,
+    base_config: Mapping[str, Any],
+    num_inference_steps: int,
+    *,
+    samplers: Mapping[SamplerType, Sampler] = SAMPLERS,
+    **timesteps: Any,
+) -> Any:
     """A fresh diffusers scheduler with its timesteps set.
 
     `base_config` is the config of the model's own scheduler, taken after its pipeline was constructed (the
-    constructor rewrites it); beta schedule, prediction type and spacing carry over from it.
+    constructor rewrites it); beta schedule, prediction type and spacing carry over from it. `timesteps` are further
+    arguments of `set_timesteps`.
 
     Raises:
-        InvalidRequest: the scheduler cannot do that many steps.
+        InvalidRequest: this family has no such sampler, or the scheduler cannot do that many steps.
     """
-    spec = SAMPLERS[sampler]
+    if sampler not in samplers:
+        raise InvalidRequest(
+            "this model cannot use it",
+            field="sampler",
+            value=sampler.value,
+            remedy=f"use one of: {', '.join(known.value for known in samplers)}",
+        )
+    spec = samplers[sampler]
     scheduler = spec.scheduler.from_config(dict(base_config), **spec.overrides)
     try:
-        scheduler.set_timesteps(num_inference_steps)
+        scheduler.set_timesteps(num_inference_steps, **timesteps)
     except (ValueError, IndexError, ZeroDivisionError) as error:
         raise InvalidRequest(
             f"sampler {sampler.value!r} cannot do that ({error})",

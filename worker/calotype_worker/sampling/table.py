@@ -25,8 +25,10 @@ from calotype_worker.sampling.probe import (
     Path,
     ProbedStep,
     probe_steps,
+    scaled_input,
     step_arguments,
 )
+from calotype_worker.sampling.trajectory import probe_noising
 
 # Largest error of a table over a whole random trajectory, relative to the trajectory's largest value; the
 # scheduler's own float32 rounding reaches 1.3e-5 (Heun with few steps).
@@ -89,7 +91,7 @@ def build_table(scheduler: Any) -> SamplerTable:
         input_scale=torch.tensor([step.input_scale for step in steps], dtype=torch.float32),
         timesteps=scheduler.timesteps.to(torch.float32).clone(),
         draws_noise=tuple(step.draws_noise for step in steps),
-        initial_sigma=float(scheduler.init_noise_sigma),
+        initial_sigma=float(getattr(scheduler, "init_noise_sigma", 1.0)),
     )
     if not (table.matrices.isfinite().all() and table.input_scale.isfinite().all()):
         raise InvalidRequest(
@@ -115,7 +117,7 @@ def trajectory_error(table: SamplerTable, scheduler: Any) -> float:
     state[0] = sample.flatten()
     worst, largest = 0.0, float(sample.abs().max())
     for index, timestep in enumerate(scheduler.timesteps):
-        scaled = scheduler.scale_model_input(sample, timestep)
+        scaled = scaled_input(scheduler, sample, timestep)
         worst = max(worst, float((state[0] * table.input_scale[index] - scaled.flatten()).abs().max()))
         output = torch.randn(shape, generator=source)
         sample = scheduler.step(output, timestep, sample, **step_arguments(scheduler, theirs))[0]
@@ -155,6 +157,7 @@ class TableCache:
     def __init__(self, capacity: int = 256) -> None:
         self._capacity = capacity
         self._tables: OrderedDict[Hashable, SamplerTable | None] = OrderedDict()
+        self._noisings: OrderedDict[Hashable, torch.Tensor] = OrderedDict()
         self._lock = threading.Lock()
 
     def get(self, key: Hashable, make_scheduler: Callable[[], Any]) -> SamplerTable | None:
@@ -172,3 +175,16 @@ class TableCache:
             while len(self._tables) > self._capacity:
                 self._tables.popitem(last=False)
         return table
+
+    def noising(self, key: Hashable, make_scheduler: Callable[[], Any]) -> torch.Tensor:
+        """How a clean picture is noised along that trajectory: `probe_noising`, remembered alike."""
+        with self._lock:
+            if key in self._noisings:
+                self._noisings.move_to_end(key)
+                return self._noisings[key]
+        found = probe_noising(make_scheduler())
+        with self._lock:
+            self._noisings[key] = found
+            while len(self._noisings) > self._capacity:
+                self._noisings.popitem(last=False)
+        return found

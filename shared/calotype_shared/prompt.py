@@ -1,0 +1,94 @@
+r"""Prompt weights, in the notation of AUTOMATIC1111's web UI.
+
+| written | weight of `word` |
+|---|---|
+| `(word)`, `((word))` | 1.1, 1.1² |
+| `(word:1.3)` | 1.3 |
+| `[word]` | 1 / 1.1 |
+| `\(word\)`, `\[word\]`, `\\` | 1, with the bracket (backslash) itself in the text |
+
+Weights multiply where brackets nest. A bracket without its partner is a character like any other, so that smileys
+and lists survive.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from calotype_shared.errors import InvalidRequest
+
+MAX_WEIGHT = 10.0
+_STEP = 1.1  # of one pair of brackets without a number
+
+_TOKEN = re.compile(r"\\[\\()\[\]]|:\s*([+-]?\d*\.?\d+)\s*\)|[()\[\]]|[^\\()\[\]:]+|.", re.DOTALL)
+
+
+class Fragment(NamedTuple):
+    """A piece of a prompt and how much it counts; 1 is as written plainly."""
+
+    text: str
+    weight: float
+
+
+def parse_weights(prompt: str, *, field: str = "prompt") -> list[Fragment]:
+    """The fragments of a prompt, in order, neighbours of equal weight joined. Empty for an empty prompt.
+
+    Raises:
+        InvalidRequest: a weight below 0 or above `MAX_WEIGHT`.
+    """
+    pieces: list[Fragment] = []
+    open_brackets: list[tuple[str, int]] = []  # the bracket, and where its pieces begin: the bracket's own text
+    for match in _TOKEN.finditer(prompt):
+        token, number = match[0], match[1]
+        if token[0] == "\\" and len(token) == 2:
+            pieces.append(Fragment(token[1], 1.0))
+        elif token in "([":
+            open_brackets.append((token, len(pieces)))
+            pieces.append(Fragment(token, 1.0))
+        elif (token == ")" or number is not None) and _closes(open_brackets, "("):
+            weight = float(number) if number is not None else _STEP
+            _scale(pieces, open_brackets, weight, prompt=prompt, field=field)
+        elif token == "]" and _closes(open_brackets, "["):
+            _scale(pieces, open_brackets, 1 / _STEP, prompt=prompt, field=field)
+        else:
+            pieces.append(Fragment(token, 1.0))
+    return _joined(pieces)
+
+
+def plain_text(prompt: str) -> str:
+    """The prompt without its weights and escapes."""
+    return "".join(fragment.text for fragment in parse_weights(prompt))
+
+
+def _closes(open_brackets: list[tuple[str, int]], bracket: str) -> bool:
+    """Whether the innermost open bracket is this one; others opened inside it stay as text."""
+    if bracket not in (opened for opened, _ in open_brackets):
+        return False
+    while open_brackets[-1][0] != bracket:
+        open_brackets.pop()
+    return True
+
+
+def _scale(
+    pieces: list[Fragment], open_brackets: list[tuple[str, int]], weight: float, *, prompt: str, field: str
+) -> None:
+    if not 0.0 <= weight <= MAX_WEIGHT:
+        raise InvalidRequest(
+            f"weight {weight:g} is out of range",
+            field=field,
+            value=prompt,
+            remedy=f"use weights from 0 to {MAX_WEIGHT:g}, as in (word:1.3)",
+        )
+    _, start = open_brackets.pop()
+    pieces[start:] = [Fragment(text, own * weight) for text, own in pieces[start + 1 :]]
+
+
+def _joined(pieces: list[Fragment]) -> list[Fragment]:
+    joined: list[Fragment] = []
+    for piece in pieces:
+        if joined and joined[-1].weight == piece.weight:
+            joined[-1] = Fragment(joined[-1].text + piece.text, piece.weight)
+        elif piece.text:
+            joined.append(piece)
+    return joined

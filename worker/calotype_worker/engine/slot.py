@@ -1,0 +1,150 @@
+"""`Slot`: one request's place in a step batch, and `layout`: which rows of a forward pass the slots take.
+
+A slot has one row in the forward pass, and a second, unconditional one if it is guided: rows are the conditional ones
+of all slots in order, then the unconditional ones of guided slots, then padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from calotype_worker.engine.request import ControlInput, GenerationRequest
+from calotype_worker.models.base import Conditioning, ControlRows
+from calotype_worker.sampling.row_scheduler import RowScheduler
+from calotype_worker.sampling.table import SamplerTable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """What inpainting keeps: after every step the unmasked part is the source again, noised to the step's level."""
+
+    mask: torch.Tensor  # (1, h, w) float32, 1 where to paint anew
+    image: torch.Tensor  # (C, h, w) latents of the source
+    noise: torch.Tensor  # (C, h, w), one draw for the whole trajectory
+    noising: torch.Tensor  # (N + 1, 2): shares of image and noise before each step
+
+    def blend(self, sample: torch.Tensor, step: int) -> torch.Tensor:
+        """The sample (C, h, w) after `step` steps, with the kept part put back."""
+        image_share, noise_share = self.noising[step].tolist()
+        return self.mask * sample + (1 - self.mask) * (image_share * self.image + noise_share * self.noise)
+
+
+@dataclass(kw_only=True, eq=False)
+class Slot:
+    """One request inside a step batch. `step` is written by the engine's thread and may be read by any."""
+
+    request: GenerationRequest
+    generator: torch.Generator  # the request's own, on the CPU: no neighbour can disturb its noise
+    sampler: SamplerTable | RowScheduler
+    total_steps: int  # network evaluations
+    guided: bool  # by an unconditional row beside the conditional one
+    step: int = 0  # evaluations done
+    latents: torch.Tensor | None = None  # (1, C, h, w) float32: the start; later the batch's state is the truth
+    conditioning: Conditioning = field(default_factory=dict)  # of one row, without a batch dimension
+    negative: Conditioning = field(default_factory=dict)  # the same, for guided requests
+    kept: Kept | None = None
+    controls: Sequence[tuple[ControlInput, torch.Tensor]] = ()  # with their pictures, (3, H, W) in 0..1
+
+    @property
+    def rows(self) -> int:
+        """Rows of a step batch this takes."""
+        return 2 if self.guided else 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How slots map to the R rows of a forward pass."""
+
+    source: torch.Tensor  # (R,) the slot each row belongs to
+    owners: Sequence[int | None]  # the same, None for padding
+    conditioning: Conditioning  # each (R, …)
+    guided: torch.Tensor  # (G,) slots that have an unconditional row
+    guidance: torch.Tensor  # (G, 1, 1, 1) float32
+    loras: Sequence[tuple[str, torch.Tensor]]
+    control_images: Mapping[tuple[str, int], torch.Tensor]  # by name and how often the name came before: (R, 3, H, W)
+
+    def controls(self, slots: Sequence[Slot]) -> list[ControlRows]:
+        """Every ControlNet's part at the slots' present steps."""
+        found = []
+        for (name, nth), images in self.control_images.items():
+            scales = torch.zeros(len(self.owners))
+            for row, owner in enumerate(self.owners):
+                if owner is not None and (control := _nth(slots[owner], name, nth)) is not None:
+                    scales[row] = control[0].scale_at(slots[owner].step, slots[owner].total_steps)
+            found.append(ControlRows(name=name, images=images, scales=scales))
+        return found
+
+
+def layout(slots: Sequence[Slot], *, buckets: Sequence[int], device: torch.device) -> Layout:
+    """Rows for these slots, padded to the next bucket."""
+    guided = [number for number, slot in enumerate(slots) if slot.guided]
+    source = [*range(len(slots)), *guided]
+    conditioning = [slot.conditioning for slot in slots] + [slots[number].negative for number in guided]
+    # Repeating row 0 pads with numbers the network has seen; uninitialised memory could be NaN and slow.
+    padding = next((bucket - len(source) for bucket in buckets if bucket >= len(source)), 0)
+    owners = [*source, *[None] * padding]
+    source += [0] * padding
+    conditioning += [conditioning[0]] * padding
+    return Layout(
+        source=torch.tensor(source, device=device),
+        owners=owners,
+        conditioning=stack(conditioning, device),
+        guided=torch.tensor(guided, dtype=torch.long, device=device),
+        guidance=torch.tensor(
+            [slots[number].request.guidance_scale for number in guided], dtype=torch.float32, device=device
+        ).reshape(-1, 1, 1, 1),
+        loras=_loras(slots, owners, device),
+        control_images=_control_images(slots, owners, device),
+    )
+
+
+def stack(rows: Sequence[Conditioning], device: torch.device) -> Conditioning:
+    """Rows' tensors of each name, stacked. Where first dimensions differ, the shorter are padded with zeros and
+    `{name}_mask`, (R, length) float32, is 1 on what is real: masked attention gives a row what it has alone."""
+    stacked = {}
+    for name in rows[0]:
+        tensors = [row[name].to(device) for row in rows]
+        lengths = [tensor.shape[0] if tensor.dim() > 1 else 0 for tensor in tensors]
+        longest = max(lengths)
+        if min(lengths) < longest:
+            tensors = [
+                torch.cat([tensor, tensor.new_zeros((longest - len(tensor), *tensor.shape[1:]))]) for tensor in tensors
+            ]
+            reach = torch.tensor(lengths, device=device).unsqueeze(1)
+            stacked[f"{name}_mask"] = (torch.arange(longest, device=device) < reach).float()
+        stacked[name] = torch.stack(tensors)
+    return stacked
+
+
+def _loras(slots: Sequence[Slot], owners: Sequence[int | None], device: torch.device) -> list[tuple[str, torch.Tensor]]:
+    """Each LoRA that any slot wants, with every row's weight of it."""
+    chosen = [dict(slot.request.loras) for slot in slots]
+    names = sorted({name for own in chosen for name in own})
+    return [
+        (name, torch.tensor([0.0 if o is None else chosen[o].get(name, 0.0) for o in owners], device=device))
+        for name in names
+    ]
+
+
+def _control_images(
+    slots: Sequence[Slot], owners: Sequence[int | None], device: torch.device
+) -> dict[tuple[str, int], torch.Tensor]:
+    keys: dict[tuple[str, int], torch.Tensor] = {}  # with a picture of the right shape
+    for slot in slots:
+        names = [control.name for control, _ in slot.controls]
+        for index, (control, picture) in enumerate(slot.controls):
+            keys.setdefault((control.name, names[:index].count(control.name)), picture)
+    images = {}
+    for (name, nth), example in keys.items():
+        blank = torch.zeros_like(example)
+        found = [None if owner is None else _nth(slots[owner], name, nth) for owner in owners]
+        images[name, nth] = torch.stack([blank if own is None else own[1] for own in found]).to(device)
+    return images
+
+
+def _nth(slot: Slot, name: str, nth: int) -> tuple[ControlInput, torch.Tensor] | None:
+    own = [pair for pair in slot.controls if pair[0].name == name]
+    return own[nth] if nth < len(own) else None

@@ -1,0 +1,102 @@
+"""ControlNets (Zhang et al. 2023) beside a U-Net, for some rows of a forward pass and with each row's own scale."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from calotype_shared.errors import ModelLoadError
+from calotype_worker.models.base import ControlRows, Rows
+
+Residuals = tuple[list[torch.Tensor] | None, torch.Tensor | None]
+
+
+def load_controlnets(sources: Mapping[str, str], *, dtype: torch.dtype, cross_attention_dim: int) -> dict[str, Any]:
+    """ControlNets by name, from diffusers folders or hub ids with safetensors weights.
+
+    Raises:
+        ModelLoadError: one cannot be loaded, or was made for another kind of model.
+    """
+    from diffusers import ControlNetModel  # noqa: PLC0415
+
+    nets = {}
+    for name, source in sources.items():
+        try:
+            net = ControlNetModel.from_pretrained(source, torch_dtype=dtype, use_safetensors=True)
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ModelLoadError(
+                f"ControlNet {name!r}: could not be loaded: {reason}; "
+                "give a diffusers folder or hub id with safetensors weights"
+            ) from error
+        if net.config.cross_attention_dim != cross_attention_dim:
+            raise ModelLoadError(
+                f"ControlNet {name!r} reads text of {net.config.cross_attention_dim} features and the model has "
+                f"{cross_attention_dim}; it was trained for another one"
+            )
+        nets[name] = net.eval()
+    return nets
+
+
+def control_residuals(
+    nets: Mapping[str, Any], rows: Rows, *, dtype: torch.dtype, added: Mapping[str, torch.Tensor] | None = None
+) -> Residuals:
+    """The sum of what all ControlNets add to the U-Net's down blocks and its middle, for all R rows.
+
+    Only the rows that a ControlNet acts on go through it, unless `rows.exact`.
+    """
+    down: list[torch.Tensor] | None = None
+    middle: torch.Tensor | None = None
+    for control in rows.controls:
+        for index in _passes(control, rows):
+            new_down, new_middle = _one(nets[control.name], control, rows, index, dtype=dtype, added=added)
+            if down is None or middle is None:
+                down = [part.new_zeros((len(rows.latents), *part.shape[1:])) for part in new_down]
+                middle = new_middle.new_zeros((len(rows.latents), *new_middle.shape[1:]))
+            for total, part in zip([*down, middle], [*new_down, new_middle], strict=True):
+                total.index_add_(0, index, part)
+    return down, middle
+
+
+def _passes(control: ControlRows, rows: Rows) -> Sequence[torch.Tensor]:
+    """Rows to run together, as indices. A ControlNet takes no mask for padded text, so lengths go apart."""
+    device = rows.latents.device
+    scales = control.scales.tolist()
+    chosen = [index for index, scale in enumerate(scales) if scale or rows.exact]
+    if not any(scales):
+        return []
+    mask = rows.conditioning.get("text_mask")
+    if mask is None:
+        return [torch.tensor(chosen, device=device)]
+    lengths = mask.sum(1).long().tolist()
+    return [
+        torch.tensor([index for index in chosen if lengths[index] == length], device=device)
+        for length in sorted({lengths[index] for index in chosen})
+    ]
+
+
+def _one(
+    net: Any,
+    control: ControlRows,
+    rows: Rows,
+    index: torch.Tensor,
+    *,
+    dtype: torch.dtype,
+    added: Mapping[str, torch.Tensor] | None,
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    text = rows.conditioning["text"][index]
+    mask = rows.conditioning.get("text_mask")
+    if mask is not None:
+        text = text[:, : int(mask[index[0]].sum())]
+    down, middle = net(
+        rows.latents[index].to(dtype),
+        rows.timesteps[index],
+        encoder_hidden_states=text,
+        controlnet_cond=control.images[index].to(dtype),
+        conditioning_scale=control.scales[index].to(rows.latents.device, dtype).reshape(-1, 1, 1, 1),
+        added_cond_kwargs={key: value[index] for key, value in added.items()} if added else None,
+        return_dict=False,
+    )
+    return list(down), middle

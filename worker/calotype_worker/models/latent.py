@@ -1,0 +1,230 @@
+"""`LatentModel`: what all families of latent diffusion share: autoencoder, LoRAs, previews, where weights live."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+
+from calotype_shared.config import Feature
+from calotype_shared.model_card import ModelCard
+from calotype_worker.engine.request import GenerationRequest
+from calotype_worker.models.base import Conditioning, Text
+from calotype_worker.models.lora import LoraBank
+from calotype_worker.sampling.samplers import SAMPLERS, Sampler, make_scheduler
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """What to give up for less memory. None of it changes pictures by more than rounding, but for VAE tiling.
+
+    `offload`: "model" keeps on the device only the part at work (text encoder, network or autoencoder),
+    "sequential" only the layer at work, which is far slower.
+    """
+
+    attention_slicing: bool = False
+    vae_slicing: bool = False
+    vae_tiling: bool = False
+    offload: Literal["none", "model", "sequential"] = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapters:
+    """What an operator registered for one model, by name."""
+
+    loras: Mapping[str, Path] = field(default_factory=dict)  # safetensors files
+    embeddings: Mapping[str, Path] = field(default_factory=dict)  # textual inversions; the name is the token
+    controls: Mapping[str, str] = field(default_factory=dict)  # ControlNet folders or hub ids
+    lora_capacity: int = 8  # LoRAs in memory
+
+
+class LatentModel:
+    """The common half of a `StepModel`. A family adds its text encoders and its network call."""
+
+    samplers: Mapping[Any, Sampler] = SAMPLERS
+    embedded_guidance = False
+    mask_channels = 0  # extra input channels of the network: mask and masked picture
+    size_factor = 1  # what a side of the latents must be a multiple of
+
+    @classmethod
+    def features_of(cls, pipeline: Any, adapters: Adapters) -> frozenset[Feature]:
+        """What the model can do, for its card."""
+        features = {Feature.TEXT_TO_IMAGE, Feature.IMAGE_TO_IMAGE, Feature.INPAINTING, Feature.PREVIEW}
+        features |= {Feature.PROMPT_WEIGHTS, Feature.LORA} if adapters.loras else {Feature.PROMPT_WEIGHTS}
+        return frozenset(features | ({Feature.CONTROLNET} if adapters.controls else set()))
+
+    def __init__(
+        self,
+        pipeline: Any,
+        *,
+        card: ModelCard,
+        device: torch.device,
+        dtype: torch.dtype,
+        denoiser: torch.nn.Module,
+        text_encoders: Mapping[str, torch.nn.Module],
+        adapters: Adapters,
+        memory: Memory,
+    ) -> None:
+        self.card = card
+        self.device = device
+        self.dtype = dtype
+        self.scheduler_config: Mapping[str, Any] = dict(pipeline.scheduler.config)
+        self._vae = pipeline.vae.eval()
+        if getattr(self._vae.config, "force_upcast", False) and dtype is torch.float16:
+            self._vae.to(torch.float32)  # its activations overflow fp16
+        self._vae_factor = 2 ** (len(self._vae.config.block_out_channels) - 1)
+        self._denoiser = denoiser.eval()
+        self._parts: dict[str, torch.nn.Module] = {
+            "denoiser": self._denoiser,
+            "vae": self._vae,
+            **{name: encoder.eval() for name, encoder in text_encoders.items()},
+        }
+        self._memory = memory
+        self._settle(memory)
+        component = "transformer" if hasattr(pipeline, "transformer") else "unet"
+        self.loras = LoraBank(
+            pipeline, {component: denoiser, **text_encoders}, adapters.loras, capacity=adapters.lora_capacity
+        )
+        self._denoiser_component = component
+
+    # ---- where the weights live
+
+    def _settle(self, memory: Memory) -> None:
+        denoiser: Any = self._denoiser
+        if memory.attention_slicing and hasattr(denoiser, "set_attention_slice"):
+            denoiser.set_attention_slice("auto")
+        if memory.vae_slicing:
+            self._vae.enable_slicing()
+        if memory.vae_tiling:
+            self._vae.enable_tiling()
+        if memory.offload == "sequential":
+            from accelerate import cpu_offload  # noqa: PLC0415 - only here
+
+            for part in self._parts.values():
+                cpu_offload(part, execution_device=self.device)
+        elif memory.offload == "none":
+            self.to(self.device)
+
+    @contextmanager
+    def _using(self, name: str) -> Iterator[None]:
+        """The part is on the device within the block; with model offload the others are not."""
+        if self._memory.offload == "model":
+            for other, part in self._parts.items():
+                part.to(self.device if other == name else torch.device("cpu"))
+        yield
+
+    def to(self, device: torch.device) -> None:
+        if self._memory.offload == "none":
+            for part in self._parts.values():
+                part.to(device)
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(p.numel() * p.element_size() for part in self._parts.values() for p in part.parameters())
+
+    # ---- samplers
+
+    def make_scheduler(self, request: GenerationRequest) -> Any:
+        return make_scheduler(
+            request.sampler,
+            self.scheduler_config,
+            request.num_inference_steps,
+            samplers=self.samplers,
+            **self._timesteps(request),
+        )
+
+    def _timesteps(self, request: GenerationRequest) -> dict[str, Any]:
+        """Further arguments of `set_timesteps`."""
+        return {}
+
+    @functools.cached_property
+    def _alphas_cumprod(self) -> torch.Tensor:
+        from diffusers import DDPMScheduler  # noqa: PLC0415
+
+        scheduler = DDPMScheduler.from_config(dict(self.scheduler_config))
+        alphas: torch.Tensor = scheduler.alphas_cumprod
+        return alphas.to(self.device)
+
+    def predicted_original(self, latents: torch.Tensor, outputs: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """From epsilon, v or sample prediction; scaled latents are variance preserving for every sampler."""
+        last = len(self._alphas_cumprod) - 1
+        alpha = self._alphas_cumprod[timesteps.round().long().clamp(0, last)].reshape(-1, 1, 1, 1)
+        kind = self.scheduler_config.get("prediction_type", "epsilon")
+        if kind == "epsilon":
+            return (latents - (1 - alpha).sqrt() * outputs) / alpha.sqrt()
+        if kind == "v_prediction":
+            return alpha.sqrt() * latents - (1 - alpha).sqrt() * outputs
+        return outputs
+
+    # ---- the autoencoder
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
+        return int(self._vae.config.latent_channels), height // self._vae_factor, width // self._vae_factor
+
+    @torch.inference_mode()
+    def encode_images(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with self._using("vae"):
+            found = self._vae.encode(pixels.to(self.device, self._vae.dtype)).latent_dist
+        shift = getattr(self._vae.config, "shift_factor", None) or 0.0
+        scale = self._vae.config.scaling_factor
+        return (found.mean.float() - shift) * scale, found.std.float() * scale
+
+    @torch.inference_mode()
+    def decode(self, latents: torch.Tensor) -> np.ndarray:
+        shift = getattr(self._vae.config, "shift_factor", None) or 0.0
+        scaled = (latents / self._vae.config.scaling_factor + shift).to(self._vae.dtype)
+        with self._using("vae"):
+            pixels = self._vae.decode(scaled, return_dict=False)[0].float()  # (B, 3, H, W) in -1..1
+        return (pixels / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+    @torch.inference_mode()
+    def preview(self, latents: torch.Tensor) -> np.ndarray:
+        weights = self._preview_weights
+        flat = latents.float().flatten(1).T  # (h·w, C)
+        rgb = torch.cat([flat, torch.ones_like(flat[:, :1])], dim=1) @ weights
+        image = rgb.reshape(*latents.shape[1:], 3).clamp(0, 1).mul(255).round()
+        return image.to(torch.uint8).cpu().numpy()
+
+    @functools.cached_property
+    def _preview_weights(self) -> torch.Tensor:
+        """(C + 1, 3): the least-squares map from a latent cell to its pixels' mean colour, for any autoencoder.
+
+        Fitted once on pictures of smooth colours put through the autoencoder's own encoder.
+        """
+        generator = torch.Generator().manual_seed(0)
+        side = 16 * self._vae_factor
+        coarse = torch.rand((8, 3, 4, 4), generator=generator)
+        pictures = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bilinear", align_corners=True)
+        mean, _ = self.encode_images(pictures * 2 - 1)
+        cells = mean.permute(0, 2, 3, 1).flatten(0, 2)
+        colors = torch.nn.functional.avg_pool2d(pictures, self._vae_factor).permute(0, 2, 3, 1).flatten(0, 2)
+        inputs = torch.cat([cells, torch.ones_like(cells[:, :1])], dim=1).cpu()
+        return torch.linalg.lstsq(inputs, colors).solution.to(self.device)
+
+    # ---- text
+
+    def _by_loras(self, texts: Sequence[Text], encode: Callable[[Sequence[Text]], Sequence[T]]) -> list[T]:
+        """`encode` of the texts, those with equal LoRAs together and under these LoRAs; in the order of `texts`."""
+        found: dict[Text, T] = {}
+        for loras in dict.fromkeys(text.loras for text in texts):
+            own = [text for text in texts if text.loras == loras]
+            with self.loras.active([(name, torch.tensor([weight], device=self.device)) for name, weight in loras]):
+                found |= dict(zip(own, encode(own), strict=True))
+        return [found[text] for text in texts]
+
+    # ---- what most families have nothing of
+
+    def text_loras(self, names: Sequence[str]) -> frozenset[str]:
+        text_parts = [part for part in self._parts if part.startswith("text_encoder")]
+        return frozenset(name for name in names if any(self.loras.get(name).touches(part) for part in text_parts))
+
+    def row_inputs(self, request: GenerationRequest, *, negative: bool) -> Conditioning:
+        return {}

@@ -1,0 +1,225 @@
+"""LoRAs (Hu et al. 2021), a different choice of them on every row of one forward pass.
+
+A forward hook on each adapted layer adds `weight · scale · up(down(x))` to its output, with `weight` each row's own;
+rows without that LoRA have weight 0. Working on all rows keeps a row's bits free of its neighbours' choices, and the
+two small products are cheap beside the layer's own. peft's mixed batches allow one adapter a row at one fixed weight.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft, convert_unet_state_dict_to_peft
+
+from calotype_shared.errors import InvalidRequest, ModelLoadError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraLayer:
+    down: torch.Tensor  # (r, in) or (r, in, k, k)
+    up: torch.Tensor  # (out, r) or (out, r, 1, 1)
+    scale: float  # alpha / r
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """`layers` by component and module path: ("unet", "mid_block.attentions.0.….to_q")."""
+
+    name: str
+    layers: Mapping[tuple[str, str], LoraLayer]
+
+    def touches(self, component: str) -> bool:
+        return any(own == component for own, _ in self.layers)
+
+
+class LoraBank:
+    """A model's LoRAs: registered by name, loaded when first wanted, least recently used out first. Any thread."""
+
+    def __init__(
+        self, pipeline: Any, components: Mapping[str, torch.nn.Module], files: Mapping[str, Path], *, capacity: int
+    ) -> None:
+        """`components` are the adapted modules by the names that LoRA files use: unet, transformer, text_encoder."""
+        self._pipeline = pipeline
+        self._components = dict(components)
+        self._files = dict(files)
+        self._capacity = capacity
+        self._loaded: OrderedDict[str, Lora] = OrderedDict()
+        self._hooked: set[tuple[str, str]] = set()
+        self._lock = threading.Lock()
+        self._active: Sequence[tuple[Lora, torch.Tensor]] = ()  # the engine's thread
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(sorted(self._files))
+
+    @property
+    def loaded(self) -> tuple[str, ...]:
+        """Those in memory, the next to leave first."""
+        with self._lock:
+            return tuple(self._loaded)
+
+    def get(self, name: str) -> Lora:
+        """The LoRA, from memory or its file.
+
+        Raises:
+            InvalidRequest: not registered for this model.
+            ModelLoadError: its file is broken or made for another model.
+        """
+        if name not in self._files:
+            raise InvalidRequest(
+                "no LoRA of that name",
+                field="loras",
+                value=name,
+                remedy=f"use one of: {', '.join(self.names) or 'none registered'}; or start the worker with "
+                f"--lora {name}=FILE",
+            )
+        with self._lock:
+            if name not in self._loaded:
+                self._loaded[name] = self._load(name)
+                log.info("LoRA loaded", extra={"lora": name})
+            self._loaded.move_to_end(name)
+            while len(self._loaded) > self._capacity:
+                evicted, _ = self._loaded.popitem(last=False)
+                log.info("LoRA evicted", extra={"lora": evicted})
+            return self._loaded[name]
+
+    @contextmanager
+    def active(self, chosen: Sequence[tuple[str, torch.Tensor]]) -> Iterator[None]:
+        """Within the block every adapted layer applies these: name, and each row's weight (R,). The engine's thread."""
+        self._active = [(self.get(name), weights) for name, weights in sorted(chosen, key=lambda pair: pair[0])]
+        try:
+            yield
+        finally:
+            self._active = ()
+
+    def _load(self, name: str) -> Lora:
+        path = self._files[name]
+        try:
+            layers = _read_layers(self._pipeline, path, self._components)
+        except ModelLoadError:
+            raise
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ModelLoadError(
+                f"LoRA {name!r}: {path.name!r} could not be read: {reason}; give a LoRA in safetensors form"
+            ) from error
+        adapted = {}
+        for (component, module_path), layer in layers.items():
+            module = _find(self._components[component], module_path)
+            if module is None or not _fits(module, layer):
+                raise ModelLoadError(
+                    f"LoRA {name!r}: layer {component}.{module_path} does not fit this model; "
+                    "it was trained for another one"
+                )
+            weight = cast("torch.Tensor", module.weight)
+            adapted[component, module_path] = LoraLayer(
+                down=layer.down.to(weight.device, weight.dtype),
+                up=layer.up.to(weight.device, weight.dtype),
+                scale=layer.scale,
+            )
+            if (component, module_path) not in self._hooked:
+                self._hooked.add((component, module_path))
+                module.register_forward_hook(self._hook((component, module_path)))
+        return Lora(name=name, layers=adapted)
+
+    def _hook(self, key: tuple[str, str]) -> Any:
+        def add(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+            for lora, weights in self._active:
+                layer = lora.layers.get(key)
+                if layer is not None:
+                    factor = (weights * layer.scale).to(output).reshape(-1, *[1] * (output.dim() - 1))
+                    output = output + factor * _change(module, layer, inputs[0])
+            return output
+
+        return add
+
+
+def _change(module: torch.nn.Module, layer: LoraLayer, inputs: torch.Tensor) -> torch.Tensor:
+    down, up = layer.down.to(inputs), layer.up.to(inputs)  # no copy where they fit already
+    if isinstance(module, torch.nn.Conv2d):
+        middle = torch.nn.functional.conv2d(inputs, down, None, module.stride, module.padding, module.dilation)
+        return torch.nn.functional.conv2d(middle, up)
+    return torch.nn.functional.linear(torch.nn.functional.linear(inputs, down), up)
+
+
+def _read_layers(
+    pipeline: Any, path: Path, components: Mapping[str, torch.nn.Module]
+) -> dict[tuple[str, str], LoraLayer]:
+    """A LoRA file in any spelling that diffusers reads (its own, peft's, kohya's), layer by layer."""
+    if path.suffix != ".safetensors":
+        raise ModelLoadError(
+            f"LoRA {path.name!r} is not a .safetensors file, and pickles are never opened; convert it with "
+            "safetensors.torch.save_file"
+        )
+    unet = components.get("unet")
+    config = {"unet_config": unet.config} if unet is not None else {"return_alphas": True}
+    found = pipeline.lora_state_dict(str(path), use_safetensors=True, return_lora_metadata=True, **config)
+    state, metadata = found[0], found[-1] or {}
+    alphas = (found[1] if len(found) == 3 else None) or {}
+    prefixed = any(key.startswith(f"{component}.") for key in state for component in components)
+    layers: dict[tuple[str, str], LoraLayer] = {}
+    for index, component in enumerate(components):
+        start = f"{component}." if prefixed else ""
+        if not prefixed and index:
+            break  # without prefixes everything is the first component's, the denoiser's
+        own = {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
+        if own and not any("lora_A" in key for key in own):
+            is_text = component.startswith("text")
+            own = (
+                convert_state_dict_to_peft(convert_state_dict_to_diffusers(own))
+                if is_text
+                else (convert_unet_state_dict_to_peft(own))
+            )
+        for key, down in own.items():
+            if not key.endswith(".lora_A.weight"):
+                continue
+            module_path = key.removesuffix(".lora_A.weight")
+            scale = _scale(component, module_path, down.shape[0], alphas=alphas, metadata=metadata)
+            layers[component, module_path] = LoraLayer(down=down, up=own[f"{module_path}.lora_B.weight"], scale=scale)
+    if not layers:
+        raise ModelLoadError(f"LoRA {path.name!r} holds no LoRA layers for this model; it was trained for another one")
+    return layers
+
+
+def _scale(
+    component: str, module_path: str, rank: int, *, alphas: Mapping[str, Any], metadata: Mapping[str, Any]
+) -> float:
+    """alpha / r: alpha is given beside the layer, in the file's metadata, or equals the rank."""
+    for key in (f"{component}.{module_path}.alpha", f"{module_path}.alpha"):
+        if key in alphas:
+            return float(alphas[key]) / rank
+    own = {key.removeprefix(f"{component}."): value for key, value in metadata.items() if key.startswith(component)}
+    alpha = own.get("lora_alpha", rank)
+    for pattern, value in (own.get("alpha_pattern") or {}).items():
+        if module_path.endswith(pattern):
+            alpha = value
+    return float(alpha) / (math.sqrt(rank) if own.get("use_rslora") else rank)
+
+
+def _find(root: torch.nn.Module, path: str) -> torch.nn.Module | None:
+    try:
+        return root.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _fits(module: torch.nn.Module, layer: LoraLayer) -> bool:
+    weight = getattr(module, "weight", None)
+    return (
+        isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))
+        and weight is not None
+        and layer.down.shape[1] == weight.shape[1]
+        and layer.up.shape[0] == weight.shape[0]
+        and layer.up.shape[1] == layer.down.shape[0]
+    )

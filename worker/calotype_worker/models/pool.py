@@ -1,0 +1,104 @@
+"""`ModelPool`: several models on one device, the least recently used moved off it when memory runs short."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+
+from calotype_shared.errors import InvalidRequest
+from calotype_worker.models.base import OpaqueModel, StepModel
+
+log = logging.getLogger(__name__)
+AnyModel = StepModel | OpaqueModel
+
+
+class ModelPool:
+    """Models by name. `use` belongs to the engine's thread, the rest to any."""
+
+    def __init__(self, models: Sequence[AnyModel], *, memory_budget: int | None = None) -> None:
+        """`memory_budget` is bytes of weights on the device at a time; None: all of them stay there.
+
+        Models come loaded and on their device; those over the budget are moved to main memory, the last first.
+
+        Raises:
+            InvalidRequest: two models of one name, none at all, or one larger than the budget.
+        """
+        if not models:
+            raise InvalidRequest("an engine needs a model", field="models", value=[], remedy="give at least one")
+        self._models = {model.card.name: model for model in models}
+        if len(self._models) < len(models):
+            names = [model.card.name for model in models]
+            raise InvalidRequest("two have one name", field="models", value=names, remedy="name them apart")
+        self._budget = memory_budget
+        self._resident: OrderedDict[str, None] = OrderedDict()  # the next to leave first
+        self.moves = 0  # times a model was brought back
+        for model in models:
+            if memory_budget is not None and model.weight_bytes > memory_budget:
+                raise InvalidRequest(
+                    f"model {model.card.name!r} has {model.weight_bytes} bytes of weights",
+                    field="memory_budget",
+                    value=memory_budget,
+                    remedy="raise the budget, or use float16, bfloat16 or offload",
+                )
+        for name in reversed(self._models):
+            self._resident[name] = None
+        self._make_room(0)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._models)
+
+    @property
+    def first(self) -> AnyModel:
+        return next(iter(self._models.values()))
+
+    @property
+    def resident(self) -> tuple[str, ...]:
+        """Models on the device, the next to leave first."""
+        return tuple(self._resident)
+
+    def get(self, name: str) -> AnyModel:
+        """The model; the first for an empty name.
+
+        Raises:
+            InvalidRequest: not one of these.
+        """
+        if not name:
+            return self.first
+        if name not in self._models:
+            raise InvalidRequest(
+                "this worker does not serve it", field="model", value=name, remedy=f"use {', '.join(self._models)}"
+            )
+        return self._models[name]
+
+    def steppable(self, name: str) -> StepModel:
+        """The model, which must be one that can be stepped."""
+        model = self.get(name)
+        if isinstance(model, OpaqueModel):
+            raise InvalidRequest(
+                "runs as a whole and cannot be stepped", field="model", value=name, remedy="use another model"
+            )
+        return model
+
+    def use(self, name: str) -> AnyModel:
+        """The model, on its device from now until another is used."""
+        model = self._models[name]
+        if name not in self._resident:
+            self._make_room(model.weight_bytes)
+            model.to(model.device)
+            self.moves += 1
+            self._resident[name] = None
+            log.info("model moved to its device", extra={"model": name})
+        self._resident.move_to_end(name)
+        return model
+
+    def _make_room(self, wanted: int) -> None:
+        if self._budget is None:
+            return
+        while self._resident and wanted + sum(self._models[n].weight_bytes for n in self._resident) > self._budget:
+            name, _ = self._resident.popitem(last=False)
+            self._models[name].to(torch.device("cpu"))
+            log.info("model moved off its device", extra={"model": name})
