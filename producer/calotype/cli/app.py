@@ -11,6 +11,7 @@ import typer
 from calotype.cli import jobs, serve
 from calotype.cli.exit_codes import ExitCode, exit_code, exit_code_help
 from calotype.cli.output import error_details, print_json, report
+from calotype.cli.train import train
 from calotype_shared.errors import CalotypeError
 
 
@@ -27,10 +28,10 @@ def build_app() -> typer.Typer:
     app.callback()(_root)
     app.command()(serve.up)
     app.command()(serve.demo)
-    # Its options are the worker's own: passed on as they are, --help too.
-    app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
-        serve.worker
-    )
+    # Their options are another process's own: passed on as they are, --help too.
+    handed_over = {"allow_extra_args": True, "ignore_unknown_options": True}
+    app.command(add_help_option=False, context_settings=handed_over)(serve.worker)
+    app.command(add_help_option=False, context_settings=handed_over)(train)
     app.command()(jobs.submit)
     app.command()(jobs.status)
     app.command()(jobs.cancel)

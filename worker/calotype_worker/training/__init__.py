@@ -1,1 +1,1 @@
-"""Training that the project does itself: the bundled demo model."""
+"""Training: what is added to a model (`calotype train`), and how the bundled demo model was made (`demo`)."""
