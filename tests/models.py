@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 PROMPT_TOKENS = 24  # positions of the tiny text encoder, start and end markers included
@@ -97,3 +98,80 @@ def byte_tokenizer() -> Any:
     return CLIPTokenizer(
         vocab={piece: index for index, piece in enumerate(pieces)}, merges=[], model_max_length=PROMPT_TOKENS
     )
+
+
+def write_tiny_lora(file: Path, *, seed: int, text: bool = False, rank: int = 4, alpha: float = 8.0) -> Path:
+    """A LoRA with random weights for the tiny model, saved as diffusers does.
+
+    Strong enough to change every picture, and no stronger: a network beyond reason turns rounding into levels.
+    """
+    from diffusers import StableDiffusionPipeline
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    pipeline = tiny_pipeline()
+    torch.manual_seed(seed)
+    layers: dict[str, Any] = {}
+    targets = {"unet": ["to_q", "to_k", "to_v", "to_out.0", "proj_in"]}
+    targets |= {"text_encoder": ["q_proj", "v_proj"]} if text else {}
+    for part, modules in targets.items():
+        module = getattr(pipeline, part)
+        module.add_adapter(
+            LoraConfig(r=rank, lora_alpha=alpha, target_modules=modules, init_lora_weights=False),
+            adapter_name="default",
+        )
+        for name, weight in module.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(weight, std=0.2)
+        layers[f"{part}_lora_layers"] = get_peft_model_state_dict(module)
+        layers[f"{part}_lora_adapter_metadata"] = {"r": rank, "lora_alpha": alpha, "target_modules": modules}
+    StableDiffusionPipeline.save_lora_weights(file.parent, weight_name=file.name, safe_serialization=True, **layers)
+    return file
+
+
+def write_kohya_lora(file: Path, source: Path) -> Path:
+    """The same LoRA as `source` in the spelling that community tools write: flat names, alpha beside the weights."""
+    from safetensors.torch import load_file, save_file
+
+    state = {}
+    for key, tensor in load_file(source).items():
+        part, _, rest = key.partition(".")
+        module, _, kind = rest.rpartition(".lora_")
+        flat = f"lora_{'unet' if part == 'unet' else 'te_text_model'}_{module.replace('.', '_')}"
+        state[f"{flat}.lora_{'down' if kind.startswith('A') else 'up'}.weight"] = tensor
+        state[f"{flat}.alpha"] = torch.tensor(8.0)
+    save_file(state, file)
+    return file
+
+
+def write_tiny_controlnet(folder: Path, *, seed: int) -> Path:
+    """A ControlNet for the tiny model whose residuals matter: its last layers are zero when fresh."""
+    from diffusers import ControlNetModel
+
+    torch.manual_seed(seed)
+    net = ControlNetModel.from_unet(tiny_pipeline().unet, conditioning_embedding_out_channels=(8, 8, 16, 16))
+    with torch.no_grad():
+        for block in [*net.controlnet_down_blocks, net.controlnet_mid_block]:
+            torch.nn.init.normal_(block.weight, std=0.1)
+        # Fresh layers shrink the picture until their biases are all that is left of it.
+        for name, parameter in net.controlnet_cond_embedding.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            else:
+                torch.nn.init.kaiming_normal_(parameter)
+    net.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def write_tiny_embedding(file: Path, token: str, *, seed: int, vectors: int = 2) -> Path:
+    """A textual inversion for the tiny model."""
+    from safetensors.torch import save_file
+
+    save_file({token: torch.randn((vectors, 32), generator=torch.Generator().manual_seed(seed))}, file)
+    return file
+
+
+def picture(seed: int, width: int = NATIVE_SIDE, height: int = NATIVE_SIDE) -> np.ndarray:
+    """Smooth random colours, uint8 (H, W, 3)."""
+    coarse = torch.rand((1, 3, 4, 4), generator=torch.Generator().manual_seed(seed))
+    smooth = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bilinear")[0]
+    return (smooth * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()

@@ -14,6 +14,7 @@ from calotype_worker.sampling import SamplerTable, TableCache, build_table, make
 from calotype_worker.sampling import table as table_module
 from calotype_worker.sampling.probe import NotLinear
 from calotype_worker.sampling.table import trajectory_error
+from calotype_worker.sampling.trajectory import Trajectory
 
 SD_CONFIG = {
     "beta_start": 0.00085,
@@ -31,14 +32,14 @@ def test_every_sampler_has_a_table(sampler: SamplerType, change: dict[str, Any])
     """From one step to fifty, on the three kinds of config in use, within a few float32 roundings."""
     for steps in (1, 2, 3, 5, 10, 15, 20, 50):
         scheduler = make_scheduler(sampler, SD_CONFIG | change, steps)
-        table = build_table(scheduler)
-        assert trajectory_error(table, scheduler) < 2e-5
+        table = build_table(Trajectory.whole(scheduler))
+        assert trajectory_error(table, Trajectory.whole(scheduler)) < 2e-5
         assert len(table) == len(scheduler.timesteps)
 
 
 def test_evaluations_are_counted_not_steps() -> None:
     """PNDM evaluates the network once more than asked, Heun nearly twice as often."""
-    tables = {s: build_table(make_scheduler(s, SD_CONFIG, 20)) for s in SamplerType}
+    tables = {s: build_table(Trajectory.whole(make_scheduler(s, SD_CONFIG, 20))) for s in SamplerType}
     assert len(tables[SamplerType.DDIM]) == 20
     assert len(tables[SamplerType.PNDM]) == 21
     assert len(tables[SamplerType.HEUN]) == 39
@@ -47,7 +48,7 @@ def test_evaluations_are_counted_not_steps() -> None:
 def test_noise_is_drawn_where_the_scheduler_draws_it() -> None:
     """Even where its weight is zero: a draw left out would shift every later one."""
     config = SD_CONFIG | {"steps_offset": 0}  # so that the last timestep is 0, where DDPM draws no more
-    draws = {s: build_table(make_scheduler(s, config, 10)).draws_noise for s in SamplerType}
+    draws = {s: build_table(Trajectory.whole(make_scheduler(s, config, 10))).draws_noise for s in SamplerType}
     assert draws[SamplerType.EULER_A] == (True,) * 10
     assert draws[SamplerType.DDPM] == (True,) * 9 + (False,)
     assert draws[SamplerType.LCM] == (True,) * 9 + (False,)
@@ -67,7 +68,7 @@ def test_a_sampler_that_clips_has_no_table(scheduler: Any) -> None:
     """Clipping is not linear; the check on a random trajectory must notice."""
     scheduler.set_timesteps(10)
     with pytest.raises(NotLinear):
-        build_table(scheduler)
+        build_table(Trajectory.whole(scheduler))
 
 
 def test_a_wrong_table_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +84,7 @@ def test_a_wrong_table_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr(table_module, "_pack", spoiled)
         with pytest.raises(NotLinear, match="off by"):
-            build_table(scheduler)
+            build_table(Trajectory.whole(scheduler))
 
 
 def test_the_cache_builds_once_and_remembers_that_there_is_no_table() -> None:
@@ -98,11 +99,11 @@ def test_the_cache_builds_once_and_remembers_that_there_is_no_table() -> None:
 
     cache = TableCache(capacity=2)
     for _ in range(3):
-        assert isinstance(cache.get("a", lambda: scheduler(False)), SamplerTable)
-        assert cache.get("b", lambda: scheduler(True)) is None
+        assert isinstance(cache.get("a", lambda: Trajectory.whole(scheduler(False))), SamplerTable)
+        assert cache.get("b", lambda: Trajectory.whole(scheduler(True))) is None
     assert made == [False, True]
-    cache.get("c", lambda: scheduler(False))  # "a" was used before "b": it goes
-    cache.get("a", lambda: scheduler(False))
+    cache.get("c", lambda: Trajectory.whole(scheduler(False)))  # "a" was used before "b": it goes
+    cache.get("a", lambda: Trajectory.whole(scheduler(False)))
     assert len(made) == 4
 
 
@@ -115,4 +116,4 @@ def test_more_steps_than_a_sampler_can_do_is_refused_clearly() -> None:
 def test_steps_off_the_end_of_the_schedule_are_refused_clearly() -> None:
     """A thousand steps with an offset of one ask for timestep 1000 of 0 to 999: diffusers' IndexError says nothing."""
     with pytest.raises(InvalidRequest, match="num_inference_steps=1000: DDIMScheduler cannot step"):
-        build_table(make_scheduler(SamplerType.DDIM, SD_CONFIG, 1000))
+        build_table(Trajectory.whole(make_scheduler(SamplerType.DDIM, SD_CONFIG, 1000)))

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from calotype_worker.models.base import OpaqueModel, StepModel, Text
 from calotype_worker.models.pool import ModelPool
 from calotype_worker.sampling.row_scheduler import RowScheduler
 from calotype_worker.sampling.table import SamplerTable, TableCache
-from calotype_worker.sampling.trajectory import start_late, stop_early, take_over
+from calotype_worker.sampling.trajectory import Trajectory
 
 
 @dataclass(kw_only=True, eq=False)
@@ -124,10 +123,10 @@ def prepare(request: GenerationRequest, pool: ModelPool, tables: TableCache) -> 
     _check_inputs(request, model)
     generator = torch.Generator().manual_seed(request.seed)
     refiner = pool.steppable(request.refiner) if request.refiner else None
-    cut = None if refiner is None else stop_early
+    cut = None if refiner is None else Trajectory.stopping_early
     stages = [_stage(request, model, tables, generator, cut=cut, first=True)]
     if refiner is not None:
-        stages.append(_stage(request, refiner, tables, generator, cut=take_over, first=False))
+        stages.append(_stage(request, refiner, tables, generator, cut=Trajectory.taking_over, first=False))
         if stages[0].group.latent_shape != stages[1].group.latent_shape:
             raise InvalidRequest(
                 f"its latents are {stages[1].group.latent_shape} and those of {model.card.name!r} "
@@ -151,38 +150,36 @@ def _stage(
     tables: TableCache,
     generator: torch.Generator,
     *,
-    cut: Callable[[Any, float], None] | None,
+    cut: Callable[[Trajectory, float], Trajectory] | None,
     first: bool,
 ) -> Stage:
     """One model's part. `cut` shortens the trajectory to its side of the refiner's start."""
     strength = request.strength if request.init_image is not None and first else 1.0
 
-    def scheduler() -> Any:
-        made = model.make_scheduler(request)
+    def trajectory() -> Trajectory:
+        made = Trajectory.whole(model.make_scheduler(request))
         if strength < 1.0:
-            start_late(made, strength, request.num_inference_steps)
-        if cut is not None:
-            cut(made, request.refiner_start)
-        return made
+            made = made.starting_late(strength, request.num_inference_steps)
+        return made if cut is None else cut(made, request.refiner_start)
 
     # The size is in the key because some families shift their noise levels with it.
     part = (strength, cut.__name__, request.refiner_start) if cut is not None else strength
     size = (request.width, request.height)
     key = (request.sampler, request.num_inference_steps, *size, part, model.card.name)
-    table = tables.get(key, scheduler)
+    table = tables.get(key, trajectory)
     sampler: SamplerTable | RowScheduler
     if table is not None:
         sampler, total_steps, sigma = table, len(table), table.initial_sigma
     else:
-        own = scheduler()
+        own = trajectory()
         sampler = RowScheduler(own, generator)
-        total_steps, sigma = len(own.timesteps), float(getattr(own, "init_noise_sigma", 1.0))
+        total_steps, sigma = len(own.timesteps), float(getattr(own.scheduler, "init_noise_sigma", 1.0))
     guided = request.guided and not model.embedded_guidance
     slot = Slot(request=request, generator=generator, sampler=sampler, total_steps=total_steps, guided=guided)
     shape = model.latent_shape(*size)
     source = None
     if first:
-        source = _source(request, generator, shape, lambda: tables.noising(key, scheduler))
+        source = _source(request, generator, shape, lambda: tables.noising(key, trajectory))
         if source is None:
             slot.latents = torch.randn((1, *shape), generator=generator) * sigma
         elif request.strength >= 1.0:

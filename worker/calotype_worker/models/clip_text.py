@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from compel.embeddings_provider import EmbeddingsProvider, ReturnedEmbeddingsType
+from compel.embeddings_provider import EmbeddingsProvider, ReturnedEmbeddingsType, SplitLongTextMode
 from diffusers.loaders import TextualInversionLoaderMixin
 
 from calotype_shared.errors import InvalidRequest
@@ -106,6 +106,7 @@ class ClipText:
             tokenizer=tokenizer,
             text_encoder=self.encoder,
             truncate=False,
+            split_long_text_mode=SplitLongTextMode.SENTENCES,
             dtype_for_device_getter=lambda _: self.encoder.dtype,
             returned_embeddings_type=(
                 ReturnedEmbeddingsType.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED

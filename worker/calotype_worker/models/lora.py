@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft, convert_unet_state_dict_to_peft
+from diffusers.utils import convert_unet_state_dict_to_peft
 
 from calotype_shared.errors import InvalidRequest, ModelLoadError
 
@@ -115,13 +116,14 @@ class LoraBank:
                 f"LoRA {name!r}: {path.name!r} could not be read: {reason}; give a LoRA in safetensors form"
             ) from error
         adapted = {}
-        for (component, module_path), layer in layers.items():
-            module = _find(self._components[component], module_path)
-            if module is None or not _fits(module, layer):
+        for (component, written_path), layer in layers.items():
+            found = _find(self._components[component], written_path)
+            if found is None or not _fits(found[1], layer):
                 raise ModelLoadError(
-                    f"LoRA {name!r}: layer {component}.{module_path} does not fit this model; "
+                    f"LoRA {name!r}: layer {component}.{written_path} does not fit this model; "
                     "it was trained for another one"
                 )
+            module_path, module = found
             weight = cast("torch.Tensor", module.weight)
             adapted[component, module_path] = LoraLayer(
                 down=layer.down.to(weight.device, weight.dtype),
@@ -174,44 +176,57 @@ def _read_layers(
         if not prefixed and index:
             break  # without prefixes everything is the first component's, the denoiser's
         own = {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
+        own_alphas = {key.removeprefix(start): value for key, value in alphas.items() if key.startswith(start)}
         if own and not any("lora_A" in key for key in own):
-            is_text = component.startswith("text")
-            own = (
-                convert_state_dict_to_peft(convert_state_dict_to_diffusers(own))
-                if is_text
-                else (convert_unet_state_dict_to_peft(own))
-            )
+            convert = _text_to_peft if component.startswith("text") else convert_unet_state_dict_to_peft
+            own, own_alphas = convert(own), convert(own_alphas)
         for key, down in own.items():
             if not key.endswith(".lora_A.weight"):
                 continue
             module_path = key.removesuffix(".lora_A.weight")
-            scale = _scale(component, module_path, down.shape[0], alphas=alphas, metadata=metadata)
-            layers[component, module_path] = LoraLayer(down=down, up=own[f"{module_path}.lora_B.weight"], scale=scale)
+            alpha = next((own_alphas[k] for k in (f"{key}.alpha", f"{module_path}.alpha") if k in own_alphas), None)
+            layers[component, module_path] = LoraLayer(
+                down=down,
+                up=own[f"{module_path}.lora_B.weight"],
+                scale=_scale(component, module_path, down.shape[0], alpha=alpha, metadata=metadata),
+            )
     if not layers:
         raise ModelLoadError(f"LoRA {path.name!r} holds no LoRA layers for this model; it was trained for another one")
     return layers
 
 
-def _scale(
-    component: str, module_path: str, rank: int, *, alphas: Mapping[str, Any], metadata: Mapping[str, Any]
-) -> float:
+def _text_to_peft(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Old names of a text encoder's LoRA layers: q_proj is `to_q_lora.down` or `q_proj.lora_linear_layer.down`."""
+    renamed = {}
+    for key, value in state.items():
+        key = re.sub(r"\.to_([qkv])_lora\.", r".\1_proj.lora.", key).replace(".to_out_lora.", ".out_proj.lora.")
+        key = re.sub(r"\.lora(_linear_layer)?\.down\.", ".lora_A.", key)
+        renamed[re.sub(r"\.lora(_linear_layer)?\.up\.", ".lora_B.", key)] = value
+    return renamed
+
+
+def _scale(component: str, module_path: str, rank: int, *, alpha: float | None, metadata: Mapping[str, Any]) -> float:
     """alpha / r: alpha is given beside the layer, in the file's metadata, or equals the rank."""
-    for key in (f"{component}.{module_path}.alpha", f"{module_path}.alpha"):
-        if key in alphas:
-            return float(alphas[key]) / rank
-    own = {key.removeprefix(f"{component}."): value for key, value in metadata.items() if key.startswith(component)}
-    alpha = own.get("lora_alpha", rank)
+    if alpha is not None:
+        return float(alpha) / rank
+    own = {
+        key.removeprefix(f"{component}."): value for key, value in metadata.items() if key.startswith(f"{component}.")
+    }
+    shared_alpha = own.get("lora_alpha", rank)
     for pattern, value in (own.get("alpha_pattern") or {}).items():
         if module_path.endswith(pattern):
-            alpha = value
-    return float(alpha) / (math.sqrt(rank) if own.get("use_rslora") else rank)
+            shared_alpha = value
+    return float(shared_alpha) / (math.sqrt(rank) if own.get("use_rslora") else rank)
 
 
-def _find(root: torch.nn.Module, path: str) -> torch.nn.Module | None:
-    try:
-        return root.get_submodule(path)
-    except AttributeError:
-        return None
+def _find(root: torch.nn.Module, path: str) -> tuple[str, torch.nn.Module] | None:
+    """The module and its path here: transformers 5 left out the `text_model.` that files still write."""
+    for candidate in (path, path.removeprefix("text_model."), f"text_model.{path}"):
+        try:
+            return candidate, root.get_submodule(candidate)
+        except AttributeError:
+            continue
+    return None
 
 
 def _fits(module: torch.nn.Module, layer: LoraLayer) -> bool:

@@ -36,14 +36,14 @@ class ProbedStep:
     weights: dict[Path, dict[Path, float]]
 
 
-def probe_steps(scheduler: Any) -> list[ProbedStep]:
-    """Probe every step of a scheduler whose timesteps are set. The scheduler itself is left untouched.
+def probe_steps(scheduler: Any, timesteps: torch.Tensor) -> list[ProbedStep]:
+    """Probe these steps of a scheduler whose timesteps are set. The scheduler itself is left untouched.
 
     Raises:
         NotLinear: noise or input scaling does not act as a plain factor, or the history has no bound.
     """
     scheduler = copy.deepcopy(scheduler)
-    return [_probe_step(scheduler, timestep) for timestep in scheduler.timesteps]
+    return [_probe_step(scheduler, timestep) for timestep in timesteps]
 
 
 def step_arguments(scheduler: Any, generator: torch.Generator) -> dict[str, Any]:

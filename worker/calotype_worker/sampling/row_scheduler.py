@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from calotype_worker.sampling.probe import scaled_input, step_arguments
+from calotype_worker.sampling.trajectory import Trajectory
 
 
 class RowScheduler:
     """Steps one row through a scheduler it owns. Used by the engine's thread alone."""
 
-    def __init__(self, scheduler: Any, generator: torch.Generator) -> None:
-        self._scheduler = scheduler
-        self._arguments = step_arguments(scheduler, generator)
+    def __init__(self, trajectory: Trajectory, generator: torch.Generator) -> None:
+        self._scheduler = trajectory.scheduler
+        self._timesteps = trajectory.timesteps
+        self._arguments = step_arguments(trajectory.scheduler, generator)
         self._index = 0
 
     @property
     def timestep(self) -> torch.Tensor:
-        return self._scheduler.timesteps[self._index]
+        return self._timesteps[self._index]
 
     def model_input(self, sample: torch.Tensor) -> torch.Tensor:
         """The scaled network input for the current step. `sample`: (1, C, h, w)."""

@@ -28,7 +28,7 @@ from calotype_worker.sampling.probe import (
     scaled_input,
     step_arguments,
 )
-from calotype_worker.sampling.trajectory import probe_noising
+from calotype_worker.sampling.trajectory import Trajectory, probe_noising
 
 # Largest error of a table over a whole random trajectory, relative to the trajectory's largest value; the
 # scheduler's own float32 rounding reaches 1.3e-5 (Heun with few steps).
@@ -66,15 +66,16 @@ class SamplerTable:
         return wide
 
 
-def build_table(scheduler: Any) -> SamplerTable:
-    """Probe a diffusers scheduler whose timesteps are set, and verify the result.
+def build_table(trajectory: Trajectory) -> SamplerTable:
+    """Probe a trajectory of a diffusers scheduler, and verify the result.
 
     Raises:
         NotLinear: no table describes this scheduler; use a scheduler object per row.
         InvalidRequest: the scheduler cannot do this number of steps, or its numbers are not finite for it.
     """
+    scheduler = trajectory.scheduler
     try:
-        steps = probe_steps(scheduler)
+        steps = probe_steps(scheduler, trajectory.timesteps)
     except NotLinear:
         raise
     except Exception as error:
@@ -83,13 +84,13 @@ def build_table(scheduler: Any) -> SamplerTable:
         raise InvalidRequest(
             f"{type(scheduler).__name__} cannot step through that many ({error})",
             field="num_inference_steps",
-            value=len(scheduler.timesteps),
+            value=len(trajectory.timesteps),
             remedy="use fewer steps, or another sampler",
         ) from error
     table = SamplerTable(
         matrices=_pack(steps).to(torch.float32),
         input_scale=torch.tensor([step.input_scale for step in steps], dtype=torch.float32),
-        timesteps=scheduler.timesteps.to(torch.float32).clone(),
+        timesteps=trajectory.timesteps.to(torch.float32).clone(),
         draws_noise=tuple(step.draws_noise for step in steps),
         initial_sigma=float(getattr(scheduler, "init_noise_sigma", 1.0)),
     )
@@ -100,15 +101,15 @@ def build_table(scheduler: Any) -> SamplerTable:
             value=len(steps),
             remedy="use more steps, or another sampler",
         )
-    off = trajectory_error(table, scheduler)
+    off = trajectory_error(table, trajectory)
     if not off <= TOLERANCE:
         raise NotLinear(f"{type(scheduler).__name__}: the table is off by {off:.1e} of the trajectory")
     return table
 
 
-def trajectory_error(table: SamplerTable, scheduler: Any) -> float:
+def trajectory_error(table: SamplerTable, trajectory: Trajectory) -> float:
     """Largest difference between table and scheduler over a random trajectory, relative to its largest value."""
-    scheduler = copy.deepcopy(scheduler)
+    scheduler = copy.deepcopy(trajectory.scheduler)
     source = torch.Generator().manual_seed(1)  # samples and model outputs
     ours, theirs = (torch.Generator().manual_seed(2) for _ in range(2))  # the noise both must draw alike
     shape = (1, 4, 4, 4)
@@ -116,7 +117,7 @@ def trajectory_error(table: SamplerTable, scheduler: Any) -> float:
     state = torch.zeros(table.remembered + 1, sample.numel())
     state[0] = sample.flatten()
     worst, largest = 0.0, float(sample.abs().max())
-    for index, timestep in enumerate(scheduler.timesteps):
+    for index, timestep in enumerate(trajectory.timesteps):
         scaled = scaled_input(scheduler, sample, timestep)
         worst = max(worst, float((state[0] * table.input_scale[index] - scaled.flatten()).abs().max()))
         output = torch.randn(shape, generator=source)
@@ -160,14 +161,14 @@ class TableCache:
         self._noisings: OrderedDict[Hashable, torch.Tensor] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, key: Hashable, make_scheduler: Callable[[], Any]) -> SamplerTable | None:
-        """The table under `key`, probed the first time from the scheduler that `make_scheduler` returns."""
+    def get(self, key: Hashable, make_trajectory: Callable[[], Trajectory]) -> SamplerTable | None:
+        """The table under `key`, probed the first time from what `make_trajectory` returns."""
         with self._lock:
             if key in self._tables:
                 self._tables.move_to_end(key)
                 return self._tables[key]
         try:
-            table = build_table(make_scheduler())
+            table = build_table(make_trajectory())
         except NotLinear:
             table = None
         with self._lock:
@@ -176,13 +177,13 @@ class TableCache:
                 self._tables.popitem(last=False)
         return table
 
-    def noising(self, key: Hashable, make_scheduler: Callable[[], Any]) -> torch.Tensor:
+    def noising(self, key: Hashable, make_trajectory: Callable[[], Trajectory]) -> torch.Tensor:
         """How a clean picture is noised along that trajectory: `probe_noising`, remembered alike."""
         with self._lock:
             if key in self._noisings:
                 self._noisings.move_to_end(key)
                 return self._noisings[key]
-        found = probe_noising(make_scheduler())
+        found = probe_noising(make_trajectory())
         with self._lock:
             self._noisings[key] = found
             while len(self._noisings) > self._capacity:

@@ -3,61 +3,69 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 
 from calotype_worker.sampling.probe import scaled_input, step_arguments
 
 
-def start_late(scheduler: Any, strength: float, num_inference_steps: int) -> None:
-    """Leave out the steps before an init image's noise level, as diffusers' image-to-image `get_timesteps` does.
+@dataclass(frozen=True, kw_only=True)
+class Trajectory:
+    """The steps to take with a scheduler. Its own `timesteps` stay whole: some samplers look ahead in them."""
 
-    `strength` is the share of the steps that remain; it may leave none.
-    """
-    kept = min(int(num_inference_steps * strength), num_inference_steps)
-    _begin_at(scheduler, (num_inference_steps - kept) * scheduler.order)
+    scheduler: Any  # its timesteps are set
+    timesteps: torch.Tensor  # (N,), those to step through
+
+    @classmethod
+    def whole(cls, scheduler: Any) -> Self:
+        return cls(scheduler=scheduler, timesteps=scheduler.timesteps)
+
+    def starting_late(self, strength: float, num_inference_steps: int) -> Self:
+        """Without the steps before an init image's noise level, as diffusers' image-to-image `get_timesteps`.
+
+        `strength` is the share of the steps that remain; it may leave none.
+        """
+        kept = min(int(num_inference_steps * strength), num_inference_steps)
+        return self._beginning_at((num_inference_steps - kept) * self.scheduler.order)
+
+    def stopping_early(self, share: float) -> Self:
+        """The steps above the noise level at `share` of the training timesteps: SDXL's `denoising_end`."""
+        kept = int((self.timesteps >= self._cutoff(share)).sum())
+        return type(self)(scheduler=self.scheduler, timesteps=self.timesteps[:kept])
+
+    def taking_over(self, share: float) -> Self:
+        """The steps below that noise level: SDXL's `denoising_start`."""
+        kept = int((self.timesteps < self._cutoff(share)).sum())
+        if self.scheduler.order == 2 and kept % 2 == 0:
+            kept += 1  # not between the two halves of a second-order step
+        return self._beginning_at(len(self.timesteps) - kept)
+
+    def _beginning_at(self, index: int) -> Self:
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(index)
+        return type(self)(scheduler=self.scheduler, timesteps=self.timesteps[index:])
+
+    def _cutoff(self, share: float) -> int:
+        training: int = self.scheduler.config.num_train_timesteps
+        return round(training - share * training)
 
 
-def stop_early(scheduler: Any, share: float) -> None:
-    """Keep the steps above the noise level at `share` of the training timesteps: SDXL's `denoising_end`."""
-    kept = int((scheduler.timesteps >= _cutoff(scheduler, share)).sum())
-    scheduler.timesteps = scheduler.timesteps[:kept]
-
-
-def take_over(scheduler: Any, share: float) -> None:
-    """Keep the steps below that noise level: SDXL's `denoising_start`."""
-    kept = int((scheduler.timesteps < _cutoff(scheduler, share)).sum())
-    if scheduler.order == 2 and kept % 2 == 0:
-        kept += 1  # not between the two halves of a second-order step
-    _begin_at(scheduler, len(scheduler.timesteps) - kept)
-
-
-def _begin_at(scheduler: Any, index: int) -> None:
-    scheduler.timesteps = scheduler.timesteps[index:]
-    if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(index)
-
-
-def _cutoff(scheduler: Any, share: float) -> int:
-    training: int = scheduler.config.num_train_timesteps
-    return round(training - share * training)
-
-
-def probe_noising(scheduler: Any) -> torch.Tensor:
-    """How the scheduler noises a clean picture at each of its N steps: (N + 1, 2) float32.
+def probe_noising(trajectory: Trajectory) -> torch.Tensor:
+    """How a clean picture is noised at each of a trajectory's N steps: (N + 1, 2) float32.
 
     Row i is (p, q) of `p · picture + q · noise` at the noise level before step i; the last row is (1, 0). Some
     schedulers look this up by how far they have stepped, so a copy is stepped along.
     """
-    scheduler = copy.deepcopy(scheduler)
+    scheduler = copy.deepcopy(trajectory.scheduler)
     shape = (1, 1, 1, 2)
     picture = torch.tensor([1.0, 0.0]).reshape(shape)
     noise = torch.tensor([0.0, 1.0]).reshape(shape)
     sample = torch.zeros(shape)
     arguments = step_arguments(scheduler, torch.Generator())
     rows = []
-    for timestep in scheduler.timesteps:
+    for timestep in trajectory.timesteps:
         at = timestep.reshape(1)
         if hasattr(scheduler, "scale_noise"):  # flow matching
             noised = scheduler.scale_noise(picture, at, noise)
