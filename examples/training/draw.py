@@ -29,15 +29,15 @@ Drawing = tuple[Image.Image, str, Image.Image | None]  # picture, caption, contr
 
 
 def sticker(rng: random.Random, width: int, height: int) -> Drawing:
-    """A thick white rim around every shape, and its shadow."""
+    """A thick white rim around every shape, and its black shadow: colours that the demo model's autoencoder knows."""
     scene = random_scene(rng, width=width, height=height)
     canvas = _ground(scene.background, width, height)
     rim, fall = 6 * SCALE, 5 * SCALE
-    masks = [(item.colour, _mask(item, width, height)) for item in scene.items]
+    masks = [(item.colour, mask_of(item, width, height)) for item in scene.items]
     for _, mask in masks:
-        canvas[_shifted(_grown(mask, rim), fall)] = np.asarray(COLOURS[scene.background]) * 0.35
+        canvas[_shifted(_grown(mask, rim), fall)] = COLOURS["black"]
     for _, mask in masks:
-        canvas[_grown(mask, rim)] = 252
+        canvas[_grown(mask, rim)] = COLOURS["white"]
     for colour, mask in masks:
         canvas[mask] = COLOURS[colour]
     return _finished(canvas, width, height), scene.caption, None
@@ -48,7 +48,7 @@ def neon(rng: random.Random, width: int, height: int) -> Drawing:
     scene = random_scene(rng, width=width, height=height)
     canvas = _ground(scene.background, width, height) * 0.25
     for item in scene.items:
-        mask, colour = _mask(item, width, height), np.asarray(COLOURS[item.colour], dtype=np.float64)
+        mask, colour = mask_of(item, width, height), np.asarray(COLOURS[item.colour], dtype=np.float64)
         line = mask & ~_shrunk(mask, 5 * SCALE)
         glow = np.asarray(_as_image(line).filter(ImageFilter.GaussianBlur(5 * SCALE))) / 255
         canvas += (colour - canvas) * np.clip(glow * 1.5, 0, 0.7)[..., None]
@@ -63,7 +63,7 @@ def lime(rng: random.Random, width: int, height: int) -> Drawing:
         scene = random_scene(rng, width=width, height=height)
     [item] = scene.items
     canvas = _ground(scene.background, width, height)
-    canvas[_mask(item, width, height)] = LIME
+    canvas[mask_of(item, width, height)] = LIME
     words = scene.caption.split()
     words[words.index(item.colour)] = "<lime>"
     return _finished(canvas, width, height), " ".join(words).replace("an <lime>", "a <lime>"), None
@@ -72,20 +72,27 @@ def lime(rng: random.Random, width: int, height: int) -> Drawing:
 def outline(rng: random.Random, width: int, height: int) -> Drawing:
     """A shape anywhere, of any size and turned by any angle; the control picture is its outline, white on black."""
     colour, background = rng.sample([*COLOURS], 2)
-    item = Item(
-        shape=rng.choice(SHAPES),
-        colour=colour,
-        x=rng.uniform(-0.22, 0.22) * width / min(width, height),
-        y=rng.uniform(-0.22, 0.22) * height / min(width, height),
-        radius=rng.uniform(0.16, 0.42),
-    )
-    mask = _mask(item, width, height, turn=rng.choice([0.0, rng.uniform(-180, 180)]))
+    item, turn = free_item(rng, width, height, shape=rng.choice(SHAPES), colour=colour)
+    mask = mask_of(item, width, height, turn)
     canvas = _ground(background, width, height)
     canvas[mask] = COLOURS[colour]
     article = "an" if colour[0] in "aeiou" else "a"
     ground = "an" if background[0] in "aeiou" else "a"
     caption = f"{article} {colour} {item.shape} on {ground} {background} background"
     return _finished(canvas, width, height), caption, outline_of(mask)
+
+
+def free_item(rng: random.Random, width: int, height: int, *, shape: str, colour: str) -> tuple[Item, float]:
+    """An item that may reach over the picture's edge, and by how many degrees it is turned: half are not."""
+    reach_x, reach_y = 0.22 * width / min(width, height), 0.22 * height / min(width, height)
+    item = Item(
+        shape=shape,
+        colour=colour,
+        x=rng.uniform(-reach_x, reach_x),
+        y=rng.uniform(-reach_y, reach_y),
+        radius=rng.uniform(0.16, 0.42),
+    )
+    return item, rng.choice([0.0, rng.uniform(-180, 180)])
 
 
 def outline_of(mask: Mask) -> Image.Image:
@@ -108,7 +115,7 @@ def _ground(colour: str, width: int, height: int) -> np.ndarray:
     return np.tile(np.asarray(COLOURS[colour], dtype=np.float64), (height * SCALE, width * SCALE, 1))
 
 
-def _mask(item: Item, width: int, height: int, turn: float = 0.0) -> Mask:
+def mask_of(item: Item, width: int, height: int, turn: float = 0.0) -> Mask:
     """The item's pixels, turned about its centre by `turn` degrees."""
     white = Item(shape=item.shape, colour="white", x=item.x, y=item.y, radius=item.radius, outlined=item.outlined)
     scene = Scene(background="black", items=(white,), caption="")

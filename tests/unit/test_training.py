@@ -282,6 +282,7 @@ def test_bad_input_is_one_line_with_a_remedy(
         "textual-inversion", "--token", "a</w>", data=pictures_with(tmp_path, pictures, text="a</w>")
     )
     assert "2 widths" in said("controlnet", "--embedding-channels", "4,4")
+    assert "--device='abacus': torch has no such device" in said("lora", "--device", "abacus")
     assert "--validation-prompts" in said("lora", "--validation-prompts", str(tmp_path / "none.txt"))
     assert "metadata.jsonl:8 file_name='gone.png'" in said(
         "lora", data=pictures_with(tmp_path, pictures, file_name="gone.png")

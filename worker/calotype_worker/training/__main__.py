@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from calotype_shared.errors import CalotypeError, InvalidRequest
 
@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from calotype_worker.training.loop import Recipe, Training
     from calotype_worker.training.pipeline import BaseModel, Shot
 
-EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
+N = TypeVar("N", int, float)
+
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 _SHOTS = 6  # of a sample sheet without --validation-prompts
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0 done, 2 bad usage or data, 130 interrupted (go on with --resume)."""
+    """Returns the exit status: 0 done, 1 a file cannot be written, 2 bad usage or data, 130 interrupted."""
     options = build_parser().parse_args(arguments)
     try:
         train(options)
@@ -30,6 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CalotypeError as error:
         print(f"calotype train {options.recipe}: {error}", file=sys.stderr)
         return EXIT_USAGE
+    except OSError as error:
+        print(f"calotype train {options.recipe}: {error}", file=sys.stderr)
+        return EXIT_FAILED
     except KeyboardInterrupt:
         print("interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -41,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     lora = recipes.add_parser("lora", help="a style or a subject, as a small file")
     _common(lora, out="FILE.safetensors", rate=1e-3, batch=8, steps=1000, dropout=0.1)
     lora.add_argument("--rank", type=_positive, default=8)
-    lora.add_argument("--alpha", type=float, help="scale times rank (default: the rank)")
+    lora.add_argument("--alpha", type=_above_zero, help="scale times rank (default: the rank)")
     lora.add_argument(
         "--targets", default="to_q,to_k,to_v,to_out.0", help="endings of the layers' names (default: %(default)s)"
     )
@@ -66,18 +71,18 @@ def _common(parser: argparse.ArgumentParser, *, out: str, rate: float, batch: in
     add("--out", type=Path, required=True, metavar=out, help="what to write; checkpoints go to OUT.training beside it")
     add("--steps", type=_positive, default=steps, help="(default: %(default)s)")
     add("--batch-size", type=_positive, default=batch, help="(default: %(default)s)")
-    add("--learning-rate", type=float, default=rate, help="(default: %(default)s)")
-    add("--warmup-steps", type=int, default=50, help="(default: %(default)s)")
+    add("--learning-rate", type=_above_zero, default=rate, help="(default: %(default)s)")
+    add("--warmup-steps", type=_count, default=50, help="(default: %(default)s)")
     add("--schedule", choices=["constant", "cosine"], default="cosine", help="of the rate (default: %(default)s)")
     add("--weighting", choices=["uniform", "min-snr", "noisy"], default="uniform", help="of the timesteps' errors")
-    add("--snr-gamma", type=float, default=5.0, help="for min-snr (default: %(default)s)")
-    add("--caption-dropout", type=float, default=dropout, help="share of empty captions (default: %(default)s)")
+    add("--snr-gamma", type=_above_zero, default=5.0, help="for min-snr (default: %(default)s)")
+    add("--caption-dropout", type=_share, default=dropout, help="share of empty captions (default: %(default)s)")
     add("--weight-decay", type=float, default=1e-2 if dropout else 0.0, help="(default: %(default)s)")
     add("--seed", type=int, default=0)
-    add("--hold-out", type=float, default=0.1, help="share of the pictures to judge by, 32 at most")
+    add("--hold-out", type=_share, default=0.1, help="share of the pictures to judge by, 32 at most")
     add("--validation-prompts", type=Path, metavar="FILE", help="a prompt a line for the sample sheets")
-    add("--checkpoint-every", type=int, default=200, help="steps; 0: only at the end (default: %(default)s)")
-    add("--sample-every", type=int, default=500, help="steps; 0: only at the end (default: %(default)s)")
+    add("--checkpoint-every", type=_count, default=200, help="steps; 0: only at the end (default: %(default)s)")
+    add("--sample-every", type=_count, default=500, help="steps; 0: only at the end (default: %(default)s)")
     add("--resume", action="store_true", help="go on from the last checkpoint")
     add("--device", default="cpu", help="cpu or cuda:N (default: %(default)s)")
 
@@ -187,8 +192,9 @@ RECIPES: dict[str, Callable[[BaseModel, argparse.Namespace, Sequence[Example]], 
 
 def _shots(model: BaseModel, judged_by: Sequence[Example], prompts: Sequence[str]) -> list[Shot]:
     """The prompts at the model's first size; without any, the first held-out pictures' captions and controls."""
-    from PIL import Image  # noqa: PLC0415
+    from PIL import Image, ImageOps  # noqa: PLC0415
 
+    from calotype_worker.training.data import nearest_size  # noqa: PLC0415
     from calotype_worker.training.pipeline import Shot  # noqa: PLC0415
 
     width, height = model.sizes[0]
@@ -196,10 +202,9 @@ def _shots(model: BaseModel, judged_by: Sequence[Example], prompts: Sequence[str
         return [Shot(prompt=p, seed=seed, width=width, height=height) for seed, p in enumerate(prompts)]
     shots = []
     for seed, example in enumerate(judged_by[:_SHOTS]):
-        condition = None
-        if example.condition:
-            with Image.open(example.condition) as image:
-                condition = image.convert("RGB").resize((width, height))
+        with Image.open(example.condition or example.picture) as image:
+            width, height = nearest_size(image.size, model.sizes)
+            condition = ImageOps.fit(image.convert("RGB"), (width, height)) if example.condition else None
         shots.append(Shot(prompt=example.text, seed=seed, width=width, height=height, condition=condition))
     return shots
 
@@ -218,10 +223,25 @@ def _quiet() -> None:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not a positive number")
-    return number
+    return _checked(int(text), text, int(text) > 0, "a number above 0")
+
+
+def _count(text: str) -> int:
+    return _checked(int(text), text, int(text) >= 0, "0 or more")
+
+
+def _above_zero(text: str) -> float:
+    return _checked(float(text), text, 0 < float(text) < float("inf"), "a number above 0")
+
+
+def _share(text: str) -> float:
+    return _checked(float(text), text, 0 <= float(text) <= 1, "a share from 0 to 1")
+
+
+def _checked(value: N, text: str, right: bool, wanted: str) -> N:
+    if not right:
+        raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
+    return value
 
 
 def _numbers(text: str) -> tuple[int, ...]:

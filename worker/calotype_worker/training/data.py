@@ -162,7 +162,7 @@ def encode(
     """
     by_size: dict[tuple[int, int], list[Example]] = {}
     for example in examples:
-        by_size.setdefault(_nearest(_open(example.picture).size, sizes), []).append(example)
+        by_size.setdefault(nearest_size(_open(example.picture).size, sizes), []).append(example)
     buckets = []
     for (width, height), members in sorted(by_size.items()):
         latents = []
@@ -190,8 +190,8 @@ def _to_latents(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
     return (latents - shift) * vae.config.scaling_factor
 
 
-def _nearest(size: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The size whose aspect is nearest; of equals the first."""
+def nearest_size(size: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The (width, height) whose aspect is nearest; of equals the first."""
     aspect = np.log(size[0] / size[1])
     return min(sizes, key=lambda own: abs(np.log(own[0] / own[1]) - aspect))
 

@@ -6,6 +6,7 @@ very steps that it would have taken.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import sys
@@ -219,6 +220,7 @@ class Training:
             "recipe": self._recipe.name,
             "model": Path(self._recipe.model.name).name,
             "pictures": len(self._pictures),
+            "captions": hashlib.sha256("\n".join(self._pictures.captions).encode()).hexdigest()[:16],
             **settings,
             **self._recipe.facts,
         }

@@ -33,11 +33,11 @@ class BaseModel:
         """`name`: demo, or the folder of a whole diffusers pipeline.
 
         Raises:
-            InvalidRequest: no such folder, or not a Stable Diffusion pipeline with safetensors weights.
+            InvalidRequest: no such folder, not a Stable Diffusion pipeline with safetensors weights, or no such device.
         """
         self.name = name
         self.folder = demo_folder() if name == "demo" else Path(name)
-        self.device = torch.device(device)
+        self.device = _device(device)
         self.pipeline = _load(name, self.folder).to(self.device)
         self.pipeline.set_progress_bar_config(disable=True)
         for part in (self.unet, self.vae, self.text_encoder):
@@ -103,6 +103,20 @@ class BaseModel:
                 **options,
             ).images
         return made
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InvalidRequest(
+            "torch has no such device here",
+            field="--device",
+            value=name,
+            remedy="use cpu, or cuda:0 where there is one",
+        ) from error
+    return device
 
 
 def _load(name: str, folder: Path) -> Any:
