@@ -8,15 +8,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self, overload
 
 from calotype.handle import JobHandle
-from calotype.picture import Picture
+from calotype.picture import Picture, PictureSource, is_picture, picture_bytes
 from calotype.waiting import Waiting
 from calotype_shared.config import GenerationConfig, quality_preset
 from calotype_shared.errors import InvalidRequest, JobCancelled, JobFailed, UnknownModel, WaitTimeout
-from calotype_shared.jobs import JobRecord, JobState, Lane
+from calotype_shared.jobs import JobRecord, JobState, Lane, Preview
 from calotype_shared.model_card import ModelCard
 from calotype_shared.settings import Settings, connect_redis
 from calotype_shared.storage import Storage
 from calotype_shared.store import JobStore
+from calotype_shared.uploads import normalise, upload_key
 
 if TYPE_CHECKING:
     from calotype_shared.worker_info import WorkerInfo
@@ -67,6 +68,7 @@ class Client:
         self._sleep = sleep
         self._cards: dict[str, ModelCard] = {}
         self._cards_until = float("-inf")
+        self._uploaded: set[str] = set()  # ids known to be in storage
 
     def submit(
         self,
@@ -108,8 +110,61 @@ class Client:
         if isinstance(config, GenerationConfig) and not fields:
             parsed = config
         else:
-            parsed = GenerationConfig.parse(_fields(config, fields))
-        return parsed.resolved(self._card(parsed.model))
+            parsed = GenerationConfig.parse(self._with_uploads(_fields(config, fields)))
+        resolved = parsed.resolved(self._card(parsed.model))
+        for model in resolved.ensemble:
+            self._card(model).check(resolved)
+        if resolved.refiner is not None:
+            self._card(resolved.refiner.model).check_as_refiner(resolved)
+        self._check_together(resolved)
+        self._check_uploads(resolved)
+        return resolved
+
+    def _check_together(self, config: GenerationConfig) -> None:
+        """A job that uses several models goes to a worker that has them all."""
+        wanted = set(config.models)
+        if len(wanted) > 1 and not any(wanted <= served for served in self._store.served_together()):
+            raise InvalidRequest(
+                "no worker serves these models together",
+                field="ensemble" if config.ensemble else "refiner",
+                value=", ".join(config.models),
+                remedy=f"start one: calotype worker {' '.join(f'--model {name}' for name in config.models)}",
+            )
+
+    def _check_uploads(self, config: GenerationConfig) -> None:
+        for upload_id in config.uploads:
+            if upload_id not in self._uploaded and not self._storage.exists(upload_key(upload_id)):
+                raise InvalidRequest(
+                    "no such upload", field="upload", value=upload_id, remedy="upload the picture first: Client.upload"
+                )
+            self._uploaded.add(upload_id)
+
+    def upload(self, picture: PictureSource, *, field: str = "image") -> str:
+        """Store a picture for use as `init_image`, `mask_image` or a control; returns its id.
+
+        Raises:
+            InvalidRequest: it is no PNG, JPEG or WebP, or too large. Nothing was stored.
+        """
+        upload_id, data = normalise(picture_bytes(picture, field), field=field)
+        if upload_id not in self._uploaded:
+            self._storage.put(upload_key(upload_id), data, "image/png")
+            self._uploaded.add(upload_id)
+        return upload_id
+
+    def _with_uploads(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """Pictures given in place of their ids are uploaded."""
+        for name in ("init_image", "mask_image"):
+            if is_picture(fields.get(name)):
+                fields[name] = self.upload(fields[name], field=name)
+        controls = fields.get("controls")
+        if isinstance(controls, (list, tuple)):
+            fields["controls"] = [
+                {**control, "image": self.upload(control["image"], field="controls.image")}
+                if isinstance(control, Mapping) and is_picture(control.get("image"))
+                else control
+                for control in controls
+            ]
+        return fields
 
     def _card(self, model: str) -> ModelCard:
         if model not in self._cards or self._clock() >= self._cards_until:
@@ -191,16 +246,17 @@ class Client:
         return waiting.pause(self._clock())
 
     def _unserved(self, waiting: Waiting) -> str:
-        """A sentence about queued jobs whose model no live worker serves; empty if there are none."""
-        queued = {record.config.model for record in waiting.unfinished if record.state is JobState.QUEUED}
+        """A sentence about queued jobs whose models no live worker serves; empty if there are none."""
+        queued = {record.config.models for record in waiting.unfinished if record.state is JobState.QUEUED}
         if not queued:
             return ""
-        missing = sorted(queued - {worker.model for worker in self.workers()})
+        served = [set(worker.models) for worker in self.workers()]
+        missing = sorted(models for models in queued if not any(set(models) <= own for own in served))
         if not missing:
             return ""
         return (
-            f"no live worker serves {', '.join(map(repr, missing))}: the job stays queued until one does; "
-            f"start one with: calotype worker --model {missing[0]}"
+            f"no live worker serves {', '.join(repr('+'.join(models)) for models in missing)}: the job stays queued "
+            f"until one does; start one with: calotype worker {' '.join(f'--model {name}' for name in missing[0])}"
         )
 
     def _why_late(self, waiting: Waiting) -> str:
@@ -224,6 +280,23 @@ class Client:
             Picture(job_id=job_id, index=index, ref=ref, data=self._storage.get(ref.key))
             for index, ref in enumerate(self._succeeded(job_id).images)
         ]
+
+    def previews(self, job_id: str) -> list[Preview]:
+        """The newest preview of each picture of a running job that was submitted with `preview_every`."""
+        return self._store.previews(job_id)
+
+    def follow_previews(self, job_id: str, *, timeout: float | None = None) -> Iterator[Preview]:
+        """Each new preview of a job's pictures until it is final. Some may be skipped: only the newest is kept.
+
+        Raises:
+            JobNotFound, WaitTimeout: as `follow`.
+        """
+        seen: dict[int, tuple[int, int]] = {}
+        for record in self.follow([job_id], timeout=timeout):
+            for preview in self._store.previews(record.id):
+                if seen.get(preview.index) != (preview.attempt, preview.step):
+                    seen[preview.index] = (preview.attempt, preview.step)
+                    yield preview
 
     def urls(self, job_id: str, *, expires_seconds: int | None = None) -> list[str]:
         """Links to the pictures that work without keys, for a while. Raises as `images`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from calotype_shared.jobs import JobRecord, JobState
+from calotype_shared.jobs import JobRecord, JobState, Preview
 
 if TYPE_CHECKING:
     from calotype.client import Client
@@ -53,6 +53,10 @@ class JobHandle:
     def iter_events(self, timeout: float | None = None) -> Iterator[JobRecord]:
         """The job's record now and whenever it changes, the final one last. Never raises for a failed job."""
         return self._client.follow([self.id], timeout=timeout)
+
+    def iter_previews(self, timeout: float | None = None) -> Iterator[Preview]:
+        """Each new preview while it runs, if it was submitted with `preview_every`."""
+        return self._client.follow_previews(self.id, timeout=timeout)
 
     def cancel(self) -> JobState:
         return self._client.cancel(self.id)

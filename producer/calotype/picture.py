@@ -7,13 +7,50 @@ import io
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from calotype_shared.errors import StorageUnavailable
+from calotype_shared.errors import InvalidRequest, StorageUnavailable
 from calotype_shared.jobs import ImageRef
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+PictureSource = Any  # a file's path or bytes, or a Pillow image
+
+
+def is_picture(value: object) -> bool:
+    """Whether this is a picture given in place of an upload's id. A bare string is an id."""
+    return isinstance(value, (bytes, Path)) or hasattr(value, "tobytes")
+
+
+def picture_bytes(picture: object, field: str) -> bytes:
+    """The picture as the bytes of a file.
+
+    Raises:
+        InvalidRequest: there is no such file, or it is no picture at all.
+    """
+    if isinstance(picture, bytes):
+        return picture
+    if isinstance(picture, (str, Path)):
+        try:
+            return Path(picture).read_bytes()
+        except OSError as error:
+            raise InvalidRequest(
+                f"cannot be read ({error.strerror})", field=field, value=str(picture), remedy="give a picture file"
+            ) from error
+    import PIL.Image  # noqa: PLC0415
+
+    if not isinstance(picture, PIL.Image.Image):
+        raise InvalidRequest(
+            f"is a {type(picture).__name__}",
+            field=field,
+            value="an object",
+            remedy="give a path, the bytes of a file, or a Pillow image",
+        )
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +72,7 @@ class Picture:
     @property
     def name(self) -> str:
         """A file name no other picture has."""
-        return f"{self.job_id}-{self.index}.{self.ref.content_type.removeprefix('image/')}"
+        return f"{self.job_id}-{self.index}.{self.ref.key.rpartition('.')[2]}"
 
     @cached_property
     def image(self) -> Image:

@@ -188,6 +188,18 @@ class GenerationConfig(BaseModel):
                 "names a LoRA twice",
                 "name each LoRA once, with the sum of its weights",
             ),
+            (
+                self.refiner is not None and self.mask_image is not None,
+                "refiner",
+                "cannot take over an inpainting, whose kept part belongs to the first model",
+                "leave refiner or mask_image out",
+            ),
+            (
+                self.refiner is not None and self.refiner.model in (self.model, *self.ensemble),
+                "refiner",
+                "is one of the models that begin",
+                "name another model as refiner, or leave it out",
+            ),
         ):
             if wrong:
                 value = self.model_dump(mode="json")[field]

@@ -5,6 +5,7 @@ The record in Redis is the truth; a Celery message only says "look at this recor
 
 from __future__ import annotations
 
+import base64
 import secrets
 import time
 from enum import StrEnum
@@ -66,6 +67,22 @@ class ImageRef(BaseModel):
     content_type: str
     bytes: int
     sha256: str
+
+
+class Preview(BaseModel):
+    """A rough picture of what a running job is heading to."""
+
+    model_config = ConfigDict(frozen=True)
+
+    index: int  # of the job's pictures
+    step: int  # network evaluations done
+    attempt: int
+    image: str  # a JPEG file in base64
+
+    @property
+    def data(self) -> bytes:
+        """The JPEG file."""
+        return base64.b64decode(self.image)
 
 
 class JobRecord(BaseModel):

@@ -3,7 +3,7 @@
 | key | type | holds | lives |
 |---|---|---|---|
 | `job:{id}` | hash | the job's record: the truth about it (`jobs.py`) | while live; `retention_seconds` once final |
-| `{model}.{lane}` | list | Celery messages of that queue; Celery pops from the right | until popped |
+| `{models}.{lane}` | list | Celery messages of that queue; Celery pops from the right | until popped |
 | `waiting:{queue}` | zset | ids queued there, by the microsecond they were queued | until claimed or cancelled |
 | `mark:{queue}` | hash | `high`: newest queueing time claimed; `seen`, `at`: what the reaper saw of it, when | tiny |
 | `queues` | set | names of queues that ever had a job | tiny |
@@ -11,6 +11,8 @@
 | `counts` | hash | jobs by state: now for queued and running, ever for the final ones | for ever |
 | `recent` | zset | ids by creation time, for listing | entries go with their records (the reaper trims) |
 | `models` | hash | model name -> its card as JSON | for ever: jobs may be queued while no worker runs |
+| `together` | set | names of models that one worker serves, joined by `+`: what an ensemble can be made of | tiny |
+| `preview:{id}` | hash | picture number -> its newest preview as JSON | a minute |
 | `worker:{name}` | string | a worker's own report as JSON | seconds; renewed by the worker |
 | `workers` | set | names of workers that reported | trimmed when read |
 | `reaper` | string | who is reaping now | a second or two |
@@ -22,6 +24,7 @@ Celery's Redis transport keeps its own keys under the same prefix: `unacked`, `u
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from calotype_shared.jobs import Lane
@@ -47,6 +50,13 @@ class Keys:
 
     def worker(self, name: str) -> str:
         return f"{self.prefix}worker:{name}"
+
+    def preview(self, job_id: str) -> str:
+        return f"{self.prefix}preview:{job_id}"
+
+    @property
+    def together(self) -> str:
+        return f"{self.prefix}together"
 
     @property
     def queues(self) -> str:
@@ -81,6 +91,11 @@ class Keys:
         return f"{self.prefix}cancelled"
 
 
-def queue_name(model: str, lane: Lane) -> str:
-    """The Celery queue of a model and lane."""
-    return f"{model}.{lane.value}"
+def queue_name(models: Iterable[str], lane: Lane) -> str:
+    """The Celery queue of jobs that need these models at hand, in a lane."""
+    return f"{together(models)}.{lane.value}"
+
+
+def together(models: Iterable[str]) -> str:
+    """One name for a set of models."""
+    return "+".join(sorted(set(models)))

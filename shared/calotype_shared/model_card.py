@@ -46,7 +46,6 @@ class ModelCard(BaseModel):
     loras: tuple[str, ...] = ()  # registered names
     controls: tuple[str, ...] = ()
     embeddings: tuple[str, ...] = ()  # tokens of textual inversions, to be written in prompts
-    companions: tuple[str, ...] = ()  # models on the same workers, for ensembles and as refiners
     max_steps: int = 1000
     description: str = ""
 
@@ -83,11 +82,17 @@ class ModelCard(BaseModel):
             self._check_one_of("loras", lora.name, self.loras)
         for control in config.controls:
             self._check_one_of("controls", control.name, self.controls)
-        for field, name in (
-            *(("ensemble", name) for name in config.ensemble),
-            *((("refiner", config.refiner.model),) if config.refiner else ()),
-        ):
-            self._check_one_of(field, name, self.companions)
+
+    def check_as_refiner(self, config: GenerationConfig) -> None:
+        """Refuse to take over the unfinished latents of a config that another model begins.
+
+        Raises:
+            InvalidRequest: this model has not the size or the sampler.
+        """
+        assert config.width is not None
+        assert config.height is not None
+        self.check_size(config.width, config.height)
+        self._check_one_of("sampler", config.sampler, self.samplers)
 
     def _check_feature(self, feature: str) -> None:
         if feature not in self.features:

@@ -1,6 +1,7 @@
 """Pictures in S3-compatible storage. Any endpoint that boto3 can talk to will do.
 
 Layout: `{job}/{attempt}/{index}.png` and, beside each picture, `{job}/{attempt}/{index}.json` with its provenance.
+Pictures that go in are `uploads/{sha256}.png` (`uploads.py`), for as long as a lifecycle rule of the bucket lets them.
 Attempts never share a key, so a late upload by a worker that lost its job harms nobody: the job's record names the
 winning attempt's keys, and only those are anyone's pictures.
 """
@@ -97,6 +98,18 @@ class Storage:
     @_retried
     def content_type(self, key: str) -> str:
         return str(self._client().head_object(Bucket=self._bucket, Key=key)["ContentType"])
+
+    @_retried
+    def exists(self, key: str) -> bool:
+        from botocore.exceptions import ClientError  # noqa: PLC0415
+
+        try:
+            self._client().head_object(Bucket=self._bucket, Key=key)
+        except ClientError as error:
+            if _code(error) in ("404", "NoSuchKey"):
+                return False
+            raise
+        return True
 
     @_retried
     def delete(self, key: str) -> None:

@@ -20,8 +20,8 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from calotype_shared.broker import envelope_template
 from calotype_shared.config import GenerationConfig
 from calotype_shared.errors import InvalidRequest, JobNotFound, RedisUnavailable
-from calotype_shared.jobs import ImageRef, JobError, JobRecord, JobState, Lane, new_job_id
-from calotype_shared.keys import Keys, queue_name
+from calotype_shared.jobs import ImageRef, JobError, JobRecord, JobState, Lane, Preview, new_job_id
+from calotype_shared.keys import Keys, queue_name, together
 from calotype_shared.model_card import ModelCard
 from calotype_shared.records import UnreadableRecord, read_record
 from calotype_shared.scripts import script_source
@@ -30,6 +30,7 @@ from calotype_shared.worker_info import WorkerInfo
 log = logging.getLogger(__name__)
 
 _CHUNK = 200  # jobs a script call: long enough to save round trips, short enough not to hold the server up
+_PREVIEW_SECONDS = 60
 _REAP_LOCK_MS = 1_000
 _REAP_AT_MOST = 500
 _LOST = JobError(code="worker_lost", message="the worker stopped without a word on every attempt at this job")
@@ -96,6 +97,22 @@ class JobStore:
         names = ("create", "claim", "renew", "progress", "commit", "fail", "release", "cancel", "reap")
         self._scripts = {name: redis.register_script(script_source(name)) for name in names}
 
+    # ---- previews
+
+    @_said_clearly
+    def put_preview(self, job_id: str, preview: Preview) -> None:
+        """Keep a picture's newest preview, for a minute. An attempt that lost its job may still write one."""
+        pipeline = self._redis.pipeline()
+        pipeline.hset(self.keys.preview(job_id), str(preview.index), preview.model_dump_json())
+        pipeline.expire(self.keys.preview(job_id), _PREVIEW_SECONDS)
+        pipeline.execute()
+
+    @_said_clearly
+    def previews(self, job_id: str) -> list[Preview]:
+        """The newest preview of each of a job's pictures that has one."""
+        found: dict[str, str] = self._redis.hgetall(self.keys.preview(job_id))  # type: ignore[assignment]
+        return sorted((Preview.model_validate_json(value) for value in found.values()), key=lambda p: p.index)
+
     # ---- submitting
 
     @_said_clearly
@@ -115,8 +132,8 @@ class JobStore:
         common = [lane.value, str(max_failures), json.dumps(dict(metadata or {})), self._template]
         ids: list[str] = []
         # Neighbours of one queue share a script call.
-        for model, group in itertools.groupby(configs, key=lambda config: config.model):
-            queue = queue_name(model, lane)
+        for models, group in itertools.groupby(configs, key=lambda config: config.models):
+            queue = queue_name(models, lane)
             while chunk := list(itertools.islice(group, _CHUNK)):
                 arguments = [queue, *common]
                 for config in chunk:
@@ -286,6 +303,16 @@ class JobStore:
         """Every model that a worker ever announced, by name."""
         cards: dict[str, str] = self._redis.hgetall(self.keys.models)  # type: ignore[assignment]
         return {name: ModelCard.model_validate_json(card) for name, card in sorted(cards.items())}
+
+    @_said_clearly
+    def announce_together(self, models: Iterable[str]) -> None:
+        """Tell producers that one worker serves all of these, so that one job may use several."""
+        self._redis.sadd(self.keys.together, together(models))
+
+    @_said_clearly
+    def served_together(self) -> list[frozenset[str]]:
+        """Every set of models that a worker ever served."""
+        return [frozenset(str(names).split("+")) for names in self._redis.smembers(self.keys.together)]
 
     @_said_clearly
     def announce_worker(self, info: WorkerInfo, *, ttl_seconds: float) -> None:

@@ -11,7 +11,7 @@ class WorkerInfo(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     name: str
-    model: str
+    model: str  # several are joined by +
     device: str
     host: str
     pid: int
@@ -27,6 +27,11 @@ class WorkerInfo(BaseModel):
     encode_seconds: float = 0.0
     decode_seconds: float = 0.0
     idle_seconds: float = 0.0
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Every model it serves."""
+        return tuple(self.model.split("+"))
 
     @property
     def mean_rows(self) -> float:

@@ -57,7 +57,8 @@ def test_every_key_is_documented_and_under_the_prefix() -> None:
         assert key.startswith("p:")
         name = key.removeprefix("p:").split(":")[0]
         assert name == "Q" or f"`{name}" in document, f"{name} is not documented"
-    assert queue_name("demo", Lane.BULK) == "demo.bulk"
+    assert queue_name(["demo"], Lane.BULK) == "demo.bulk"
+    assert queue_name(["b", "a"], Lane.BULK) == queue_name(["a", "b"], Lane.BULK) == "a+b.bulk"
 
 
 def test_unknown_and_malformed_variables_stop_the_start(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,1 +1,50 @@
-"""The worker: a step-batching diffusion engine and the Celery process around it."""
+"""The worker: a step-batching diffusion engine, the Celery process around it, and its in-process face.
+
+`from calotype_worker import DiffusionModel, GenerationConfig` needs no queue. Names load when first used: a worker
+process checks its services before it spends seconds on torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from calotype_shared.config import SamplerType
+    from calotype_worker.diffusion import (
+        DiffusionModel,
+        DiffusionPipeline,
+        GeneratedImage,
+        GenerationConfig,
+        NoiseScheduler,
+        TextEncoder,
+        UNetModel,
+        VAEDecoder,
+    )
+    from calotype_worker.models import Adapters, Memory
+
+__all__ = [
+    "Adapters",
+    "DiffusionModel",
+    "DiffusionPipeline",
+    "GeneratedImage",
+    "GenerationConfig",
+    "Memory",
+    "NoiseScheduler",
+    "SamplerType",
+    "TextEncoder",
+    "UNetModel",
+    "VAEDecoder",
+]
+
+_ELSEWHERE = {
+    "Adapters": "calotype_worker.models",
+    "Memory": "calotype_worker.models",
+    "SamplerType": "calotype_shared.config",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_ELSEWHERE.get(name, "calotype_worker.diffusion")), name)

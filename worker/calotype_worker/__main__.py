@@ -27,12 +27,22 @@ def main(arguments: list[str] | None = None) -> int:
         prog="calotype worker",
         description="Serve one model on one device. Options override CALOTYPE_WORKER_* variables.",
     )
-    parser.add_argument("--model", help="NAME, or NAME=FOLDER, or NAME=OWNER/NAME on the hub (default: demo)")
+    for option, metavar, help_ in (
+        ("--model", "NAME[=SOURCE]", "SOURCE: a diffusers folder, OWNER/NAME on the hub, a .safetensors file"),
+        ("--lora", "[MODEL/]NAME=FILE", "a LoRA that configs may name"),
+        ("--embedding", "[MODEL/]TOKEN=FILE", "a textual inversion that prompts may use"),
+        ("--control", "[MODEL/]NAME=SOURCE", "a ControlNet that configs may name"),
+    ):
+        parser.add_argument(option, metavar=metavar, action="append", help=f"{help_}; may be repeated")
     parser.add_argument("--device", help="cpu or cuda:N (default: cpu)")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"])
     parser.add_argument("--max-rows", type=int, help="rows of a step batch at the model's native size")
     parser.add_argument("--concurrency", type=int, help="jobs in flight")
     parser.add_argument("--grace-seconds", type=float, help="for jobs in flight after SIGTERM")
+    parser.add_argument("--memory-budget-gib", type=float, help="weights on the device; others wait in main memory")
+    parser.add_argument("--offload", choices=["none", "model", "sequential"], help="keep only what works on the device")
+    for option in ("attention-slicing", "vae-slicing", "vae-tiling"):
+        parser.add_argument(f"--{option}", action="store_true", default=None, help="slower, with less memory")
     parser.add_argument("--deterministic", action="store_true", default=None, help="the same bits in any company")
     parser.add_argument("--log-format", choices=["text", "json"])
     parser.add_argument("--devices", action="store_true", help="print this machine's devices as JSON and exit")
@@ -42,7 +52,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     try:
         settings = Settings.load()
-        worker_settings = WorkerSettings.load(**options)
+        worker_settings = WorkerSettings.load(
+            **{name: ",".join(value) if isinstance(value, list) else value for name, value in options.items()}
+        )
     except SettingsError as error:
         print(f"calotype worker: {error}", file=sys.stderr)
         return EXIT_USAGE

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 
 from celery import Celery
 from kombu import Exchange, Queue
@@ -13,11 +14,15 @@ from calotype_shared.keys import queue_name
 from calotype_shared.settings import Settings
 
 
-def make_app(settings: Settings, *, model: str, run_job: Callable[[str], None]) -> Celery:
-    """A Celery app whose one task hands a job's id to `run_job`, consuming a model's queues, interactive first."""
+def make_app(settings: Settings, *, models: Sequence[str], run_job: Callable[[str], None]) -> Celery:
+    """A Celery app whose one task hands a job's id to `run_job`, consuming the models' queues, interactive first.
+
+    Jobs that need several models have a queue for that set of models, so every subset is listened to.
+    """
     app = Celery("calotype", broker=settings.redis_url, set_as_current=False)
     direct = Exchange("", type="direct")
-    names = [queue_name(model, lane) for lane in (Lane.INTERACTIVE, Lane.BULK)]
+    sets = [chosen for size in range(1, len(models) + 1) for chosen in itertools.combinations(models, size)]
+    names = [queue_name(chosen, lane) for lane in (Lane.INTERACTIVE, Lane.BULK) for chosen in sets]
     app.conf.update(
         task_queues=[Queue(name, exchange=direct, routing_key=name) for name in names],
         task_default_queue=names[-1],

@@ -17,6 +17,7 @@ from calotype_shared.jobs import ImageRef, JobError
 from calotype_shared.store import Claim, JobStore
 from calotype_worker.engine import Engine, Generated, GenerationRequest
 from calotype_worker.heartbeat import Heartbeat, Held
+from calotype_worker.inputs import Inputs
 from calotype_worker.output.upload import Uploader
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ class JobRunner:
         engine: Engine,
         heartbeat: Heartbeat,
         uploader: Uploader,
+        inputs: Inputs,
         *,
         worker: str,
         lease_seconds: float,
@@ -43,6 +45,7 @@ class JobRunner:
         self._engine = engine
         self._heartbeat = heartbeat
         self._uploader = uploader
+        self._inputs = inputs
         self._worker = worker
         self._lease_seconds = lease_seconds
         self._draining = draining
@@ -67,7 +70,7 @@ class JobRunner:
         return self._store.claim(job_id, worker=self._worker, lease_seconds=self._lease_seconds)
 
     def _work(self, claim: Claim) -> None:
-        ids = tuple(f"{claim.job_id}/{claim.attempt}/{index}" for index in range(claim.config.num_images))
+        ids = tuple(f"{claim.job_id}/{claim.attempt}/{index}" for index in range(claim.config.picture_count))
         log.info("job claimed", extra={"job_id": claim.job_id, "attempt": claim.attempt})
         uploaded: list[str] = []
         with self._heartbeat.holding(claim, ids) as held:
@@ -92,8 +95,13 @@ class JobRunner:
         record = claim.record
         timings = {"queue": max(0.0, (record.started_at or record.queued_at) - record.queued_at)}
         began = time.monotonic()
+        pictures = self._inputs.fetch(claim.config)
+        timings["fetch"] = time.monotonic() - began  # of uploads
+        began = time.monotonic()
         futures: list[Future[Generated]] = [
-            self._engine.submit(GenerationRequest.from_config(claim.config, index=index, request_id=request_id))
+            self._engine.submit(
+                GenerationRequest.from_config(claim.config, index=index, request_id=request_id, pictures=pictures)
+            )
             for index, request_id in enumerate(ids)
         ]
         timings["prepare"] = time.monotonic() - began  # checks, sampler tables, starting noise

@@ -1,4 +1,4 @@
-"""`Worker`: one process, one device, one model. Puts the parts together, runs Celery, and leaves in good order."""
+"""`Worker`: one process on one device. Puts the parts together, runs Celery, and leaves in good order."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import socket
 import threading
 import time
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from celery import signals
 from celery.worker import state as celery_state
 
 from calotype_shared.errors import ServiceUnavailable
+from calotype_shared.keys import together
 from calotype_shared.settings import Settings, connect_redis
 from calotype_shared.storage import Storage
 from calotype_shared.store import JobStore
@@ -23,8 +25,10 @@ from calotype_shared.worker_info import WorkerInfo
 from calotype_worker.app import make_app
 from calotype_worker.engine import Engine, EngineSettings
 from calotype_worker.heartbeat import Heartbeat
-from calotype_worker.models import load_model
+from calotype_worker.inputs import Inputs
+from calotype_worker.models import Adapters, AnyModel, Memory, ModelPool, load_model
 from calotype_worker.output.upload import Uploader
+from calotype_worker.previews import Previews
 from calotype_worker.settings import WorkerSettings
 from calotype_worker.tasks import JobRunner
 
@@ -37,6 +41,34 @@ _REPORT_TTL_SECONDS = 15.0
 _LEAVE_NOW_SECONDS = 0.6
 
 
+def load_models(options: WorkerSettings) -> list[AnyModel]:
+    """Every model of a worker, with what was registered for it. Raises ModelLoadError."""
+    memory = Memory(
+        attention_slicing=options.attention_slicing,
+        vae_slicing=options.vae_slicing,
+        vae_tiling=options.vae_tiling,
+        offload=options.offload,
+    )
+    models = []
+    for name, source in options.sources.items():
+        adapters = Adapters(
+            loras={lora: Path(file) for lora, file in options.registered("lora", name).items()},
+            embeddings={token: Path(file) for token, file in options.registered("embedding", name).items()},
+            controls=options.registered("control", name),
+            lora_capacity=options.lora_capacity,
+        )
+        models.append(
+            load_model(
+                name, source=source, device=options.device, dtype=options.dtype, adapters=adapters, memory=memory
+            )
+        )
+    return models
+
+
+def _bytes(gib: float | None) -> int | None:
+    return None if gib is None else int(gib * 2**30)
+
+
 class Worker:
     """Construct it to load the model; `run` works until a signal ends it."""
 
@@ -47,15 +79,16 @@ class Worker:
             connect_redis(settings), key_prefix=settings.key_prefix, retention_seconds=settings.retention_seconds
         )
         storage = Storage(settings)
-        model = load_model(options.model_name, source=options.model_source, device=options.device, dtype=options.dtype)
-        self._card = model.card
+        pool = ModelPool(load_models(options), memory_budget=_bytes(options.memory_budget_gib))
+        self._cards = {name: pool.get(name).card for name in pool.names}
         self._version = version("calotype")
         self._started_at = time.time()
-        self.name = f"{options.model_name}@{socket.gethostname()}-{os.getpid()}-{random.randrange(16**4):04x}"
+        self.name = f"{together(self._cards)}@{socket.gethostname()}-{os.getpid()}-{random.randrange(16**4):04x}"
         engine_settings = EngineSettings(
             max_rows=options.max_rows, decode_batch=options.decode_batch, deterministic=options.deterministic
         )
-        self._engine = Engine(model, engine_settings, on_fatal=_leave_for_dead)
+        previews = Previews(self._store)
+        self._engine = Engine(pool, engine_settings, on_fatal=_leave_for_dead, on_preview=previews.offer)
         self._heartbeat = Heartbeat(
             self._store,
             lease_seconds=options.lease_seconds,
@@ -68,17 +101,20 @@ class Worker:
             self._store,
             self._engine,
             self._heartbeat,
-            Uploader(storage, card=self._card, version=self._version),
+            Uploader(storage, cards=self._cards, version=self._version),
+            Inputs(storage),
             worker=self.name,
             lease_seconds=options.lease_seconds,
             draining=self._draining.is_set,
         )
-        self._app = make_app(settings, model=options.model_name, run_job=runner.run)
+        self._app = make_app(settings, models=list(self._cards), run_job=runner.run)
 
     def run(self) -> int:
         """Consume until SIGTERM or SIGINT; returns the exit status."""
         self._engine.start()
-        self._store.announce_model(self._card)
+        for card in self._cards.values():
+            self._store.announce_model(card)
+        self._store.announce_together(self._cards)
         self._report()
         self._heartbeat.start()
         threading.Thread(target=self._reap, name="calotype-reaper", daemon=True).start()
@@ -111,8 +147,8 @@ class Worker:
             "worker ready",
             extra={
                 "worker": self.name,
-                "model": self._card.name,
-                "model_version": self._card.version,
+                "model": together(self._cards),
+                "model_version": ",".join(card.version for card in self._cards.values()),
                 "device": self._options.device,
                 "max_rows": self._options.max_rows,
                 "jobs_in_flight": self._options.jobs_in_flight,
@@ -173,7 +209,7 @@ class Worker:
         stats = self._engine.stats()
         info = WorkerInfo(
             name=self.name,
-            model=self._card.name,
+            model=together(self._cards),
             device=self._options.device,
             host=socket.gethostname(),
             pid=os.getpid(),

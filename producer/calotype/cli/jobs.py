@@ -151,7 +151,7 @@ def models(as_json: AsJson = False) -> None:
     with _client() as client:
         cards = client.models()
         workers = client.workers()
-    serving = {name: sum(worker.model == name for worker in workers) for name in cards}
+    serving = {name: sum(name in worker.models for worker in workers) for name in cards}
     if as_json:
         print_json([{**card.model_dump(mode="json"), "workers": serving[name]} for name, card in cards.items()])
         return

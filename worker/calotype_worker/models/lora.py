@@ -199,9 +199,9 @@ def _text_to_peft(state: Mapping[str, Any]) -> dict[str, Any]:
     """Old names of a text encoder's LoRA layers: q_proj is `to_q_lora.down` or `q_proj.lora_linear_layer.down`."""
     renamed = {}
     for key, value in state.items():
-        key = re.sub(r"\.to_([qkv])_lora\.", r".\1_proj.lora.", key).replace(".to_out_lora.", ".out_proj.lora.")
-        key = re.sub(r"\.lora(_linear_layer)?\.down\.", ".lora_A.", key)
-        renamed[re.sub(r"\.lora(_linear_layer)?\.up\.", ".lora_B.", key)] = value
+        name = re.sub(r"\.to_([qkv])_lora\.", r".\1_proj.lora.", key).replace(".to_out_lora.", ".out_proj.lora.")
+        name = re.sub(r"\.lora(_linear_layer)?\.down\.", ".lora_A.", name)
+        renamed[re.sub(r"\.lora(_linear_layer)?\.up\.", ".lora_B.", name)] = value
     return renamed
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from calotype_shared.errors import StorageUnavailable
@@ -22,9 +23,9 @@ log = logging.getLogger(__name__)
 class Uploader:
     """Called by many threads at once."""
 
-    def __init__(self, storage: Storage, *, card: ModelCard, version: str) -> None:
+    def __init__(self, storage: Storage, *, cards: Mapping[str, ModelCard], version: str) -> None:
         self._storage = storage
-        self._card = card
+        self._cards = cards
         self._version = version  # of Calotype
 
     def upload(
@@ -67,16 +68,18 @@ class Uploader:
 
     def _provenance(self, claim: Claim, index: int, generated: Generated) -> dict[str, Any]:
         config = claim.config
-        single = config.model_copy(update={"seed": generated.seed, "num_images": 1})
+        card = self._cards[generated.model or config.model]
+        alone = {"model": card.name, "ensemble": (), "seed": generated.seed, "num_images": 1}
+        single = config.model_copy(update=alone)
         return {
             "calotype": self._version,
-            "config": single.model_dump(mode="json"),  # makes this very picture again
+            "config": json.loads(single.canonical_json()),  # makes this very picture again
             "digest": single.digest(),
             "job_id": claim.job_id,
             "index": index,
             "seed": generated.seed,
-            "model": self._card.name,
-            "model_version": self._card.version,
+            "model": card.name,
+            "model_version": card.version,
             "steps_taken": generated.steps_taken,
-            "parameters": parameters_line(config, seed=generated.seed, steps=config.num_inference_steps),
+            "parameters": parameters_line(single, seed=generated.seed, steps=config.num_inference_steps),
         }

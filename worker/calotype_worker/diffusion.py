@@ -1,0 +1,498 @@
+"""The engine in one's own process, without a queue: the classes of the project's founding document.
+
+```python
+from calotype_worker import DiffusionModel, GenerationConfig
+
+model = DiffusionModel()
+result = model.generate(GenerationConfig(prompt="a red circle on a blue background", seed=42))
+result.save("circle.png")
+```
+
+They run on the very engine that workers run: pictures made together share step batches, and a picture made here is
+the one that a job with the same config gives.
+"""
+
+from __future__ import annotations
+
+import io
+import threading
+import uuid
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import ConfigDict, ValidationError
+
+from calotype_shared import config as shared
+from calotype_shared.config import SamplerType, invalid_request, quality_preset
+from calotype_shared.errors import InvalidRequest
+from calotype_shared.model_card import ModelCard
+from calotype_shared.uploads import fitted, normalise, open_upload
+from calotype_worker.engine import Engine, EngineSettings, Generated, GenerationRequest
+from calotype_worker.engine.request import Mesh
+from calotype_worker.models import Adapters, Memory, ModelPool, StepModel, load_model
+from calotype_worker.models.base import Rows, Text
+from calotype_worker.sampling import Trajectory, build_table, make_scheduler
+
+Picture = np.ndarray | Image.Image | str | Path | bytes  # uint8 (H, W, 3), or a picture file or its bytes
+Array = TypeVar("Array", np.ndarray, torch.Tensor)
+
+
+class GenerationConfig(shared.GenerationConfig):
+    """`calotype_shared`'s config, which may be changed here; every change is checked like the first values.
+
+    Raises:
+        InvalidRequest: from the constructor and from an assignment, naming field, value and remedy.
+    """
+
+    model_config = ConfigDict(frozen=False, validate_assignment=True)
+
+    __hash__ = None  # type: ignore[assignment]  # what changes has no lasting hash
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise invalid_request(error) from error
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        try:
+            super().__setattr__(name, value)
+        except ValidationError as error:
+            raise invalid_request(error) from error
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GeneratedImage:
+    """A finished picture with what it was made from."""
+
+    image_data: np.ndarray  # uint8 (H, W, 3)
+    prompt: str
+    config: GenerationConfig  # complete: makes this very picture again
+    generation_time: float  # seconds from its start to its end, shared with those beside it
+    steps_taken: int  # network evaluations
+    frames: np.ndarray | None = None  # of a video: uint8 (F, H, W, 3)
+    mesh: Mesh | None = None
+
+    @property
+    def image(self) -> Image.Image:
+        """The picture for Pillow."""
+        return Image.fromarray(self.image_data)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the picture in the format of the path's suffix; returns the path."""
+        self.image.save(path)
+        return Path(path)
+
+
+class DiffusionModel:
+    """A model and the engine that runs it. Loads at first use; safe to share between threads."""
+
+    def __init__(
+        self,
+        model: str = "demo",
+        *,
+        source: str | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+        adapters: Adapters | None = None,
+        memory: Memory | None = None,
+        settings: EngineSettings | None = None,
+    ) -> None:
+        """`source` is a diffusers folder, a hub id or a .safetensors file; None for the bundled model.
+
+        `device` is the GPU where there is one, and `dtype` what suits the device, unless given.
+        """
+        self._name, self._source = model, source
+        self._device = device or ("cuda:0" if torch.cuda.is_available() else "cpu")
+        self._dtype = dtype
+        self._adapters = adapters
+        self._memory = memory or Memory()
+        self._settings = settings
+        self._lock = threading.Lock()
+        self._engine: Engine | None = None
+
+    # ---- pictures
+
+    def generate(self, config: shared.GenerationConfig) -> GeneratedImage:
+        """One picture.
+
+        Raises:
+            InvalidRequest: the model cannot do this, or the config asks for several pictures.
+            GenerationFailed: something went wrong while making it.
+        """
+        if config.picture_count != 1:
+            raise InvalidRequest(
+                "asks for several pictures",
+                field="num_images",
+                value=config.picture_count,
+                remedy="use generate_batch, or DiffusionPipeline.text_to_image",
+            )
+        return self.generate_batch([config])[0]
+
+    def generate_batch(self, prompts: Sequence[str | shared.GenerationConfig], **fields: Any) -> list[GeneratedImage]:
+        """All pictures of these prompts or configs, in order, made together. `fields` go with bare prompts.
+
+        Raises:
+            InvalidRequest, GenerationFailed: as `generate`, for the first that cannot be made.
+        """
+        configs = [GenerationConfig(prompt=p, **fields) if isinstance(p, str) else p for p in prompts]
+        return self._make([(config, {}) for config in configs])
+
+    def image_to_image(
+        self, prompt: str, init_image: Picture, strength: float = shared.DEFAULT_STRENGTH, **fields: Any
+    ) -> GeneratedImage:
+        """Transform a picture: at strength 0 it comes back as it is, at 1 it is ignored.
+
+        The result has the picture's size, to the next size below that the model can make. `fields` are any of
+        `GenerationConfig`'s.
+        """
+        return self._from_picture(prompt, init_image, None, strength=strength, **fields)
+
+    def inpaint(
+        self, prompt: str, image: Picture, mask: Picture, strength: float = 1.0, **fields: Any
+    ) -> GeneratedImage:
+        """Paint anew where the mask is 1 (or white), and keep what is 0 (or black) exactly."""
+        return self._from_picture(prompt, image, mask, strength=strength, **fields)
+
+    def _from_picture(self, prompt: str, image: Picture, mask: Picture | None, **fields: Any) -> GeneratedImage:
+        """The same path as through the queue: pictures become uploads, named by their hash, and are fitted."""
+        uploads = dict([_upload(_pixels(image), "init_image")])
+        fields["init_image"] = next(iter(uploads))
+        width, height = uploads[fields["init_image"]].size
+        if mask is not None:
+            mask_id, mask_picture = _upload(_mask_pixels(mask), "mask_image")
+            fields["mask_image"], uploads[mask_id] = mask_id, mask_picture
+        multiple = self.card.size_multiple
+        fields.setdefault("width", max(multiple, width // multiple * multiple))
+        fields.setdefault("height", max(multiple, height // multiple * multiple))
+        return self._make([(GenerationConfig(prompt=prompt, **fields), uploads)])[0]
+
+    def _make(
+        self, wanted: Sequence[tuple[shared.GenerationConfig, Mapping[str, Image.Image]]]
+    ) -> list[GeneratedImage]:
+        engine = self._running()
+        resolved = [(self._resolved(config), uploads) for config, uploads in wanted]
+        futures: list[tuple[shared.GenerationConfig, Future[Generated]]] = []
+        try:
+            for config, uploads in resolved:
+                pictures = _fit(config, uploads)
+                for index in range(config.num_images):
+                    request = GenerationRequest.from_config(
+                        config, index=index, request_id=uuid.uuid4().hex, pictures=pictures
+                    )
+                    futures.append((config, engine.submit(replace(request, model=""))))
+            return [_generated(config, future.result()) for config, future in futures]
+        finally:
+            for _, future in futures:
+                future.cancel()  # only those still to come, after one failed
+
+    def _resolved(self, config: shared.GenerationConfig) -> shared.GenerationConfig:
+        """Complete and checked; the model is this one, whatever name the config gives."""
+        return config.model_copy(update={"model": self._name}).resolved(self.card)
+
+    # ---- the parts
+
+    @property
+    def card(self) -> ModelCard:
+        """What the model can do."""
+        return self._running().models.first.card
+
+    @property
+    def step_model(self) -> StepModel:
+        """The loaded model itself. Not to be called while pictures are made in another thread."""
+        return self._running().models.steppable("")
+
+    def to(self, device: str) -> Self:
+        """Move to a device: "cpu", "cuda" or "cuda:1". Waits for what is being made."""
+        self.close()
+        self._device = "cuda:0" if device == "cuda" else device
+        return self
+
+    def close(self) -> None:
+        """Stop the engine and free the model; the next use loads it again."""
+        with self._lock:
+            engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.stop(drain_seconds=3600.0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _set_memory(self, **changes: Any) -> None:
+        self.close()
+        self._memory = replace(self._memory, **changes)
+
+    def _running(self) -> Engine:
+        with self._lock:
+            if self._engine is None or not self._engine.alive:
+                model = load_model(
+                    self._name,
+                    source=self._source,
+                    device=self._device,
+                    dtype=self._dtype,
+                    adapters=self._adapters,
+                    memory=self._memory,
+                )
+                self._engine = Engine(ModelPool([model]), self._settings)
+                self._engine.start()
+            return self._engine
+
+
+class DiffusionPipeline:
+    """The common tasks in one call each."""
+
+    def __init__(self, model: DiffusionModel | str = "demo", **options: Any) -> None:
+        """`options` are `DiffusionModel`'s where a name is given."""
+        self.model = DiffusionModel(model, **options) if isinstance(model, str) else model
+
+    def text_to_image(self, prompt: str, num_images: int = 1, **fields: Any) -> list[GeneratedImage]:
+        """`num_images` pictures of a prompt, made together; picture i has the seed plus i.
+
+        `fields` are any of `GenerationConfig`'s. Raises InvalidRequest, GenerationFailed.
+        """
+        return self.model.generate_batch([GenerationConfig(prompt=prompt, num_images=num_images, **fields)])
+
+    def get_optimal_config(self, quality: str = "balanced") -> GenerationConfig:
+        """The steps and guidance of "fast", "balanced" or "high"; give it a prompt before use."""
+        return GenerationConfig(prompt="", **quality_preset(quality))
+
+    def to(self, device: str) -> Self:
+        self.model.to(device)
+        return self
+
+    def enable_attention_slicing(self) -> None:
+        """Attention in parts: slower, with less memory."""
+        self.model._set_memory(attention_slicing=True)
+
+    def enable_vae_slicing(self) -> None:
+        """Pictures of a batch are decoded one by one."""
+        self.model._set_memory(vae_slicing=True)
+
+    def enable_vae_tiling(self) -> None:
+        """Large pictures are decoded in overlapping tiles, which can show."""
+        self.model._set_memory(vae_tiling=True)
+
+    def enable_model_cpu_offload(self) -> None:
+        """Only the part at work is on the GPU."""
+        self.model._set_memory(offload="model")
+
+    def enable_sequential_cpu_offload(self) -> None:
+        """Only the layer at work is on the GPU: the least memory, and by far the slowest."""
+        self.model._set_memory(offload="sequential")
+
+
+class NoiseScheduler:
+    """A noise schedule: forward diffusion, and the reverse steps of a sampler, from the engine's own tables.
+
+    Arrays and tensors of any shape go in, and what went in comes out.
+    """
+
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        *,
+        sampler: SamplerType = SamplerType.DDPM,
+        num_inference_steps: int | None = None,
+        prediction_type: str = "epsilon",
+    ) -> None:
+        """`beta_schedule` is diffusers': linear, scaled_linear, squaredcos_cap_v2 …; steps default to all but one.
+
+        Raises:
+            InvalidRequest: the sampler cannot do that many steps.
+        """
+        config = {
+            "num_train_timesteps": num_train_timesteps,
+            "beta_start": beta_start,
+            "beta_end": beta_end,
+            "beta_schedule": beta_schedule,
+            "prediction_type": prediction_type,
+        }
+        scheduler = make_scheduler(sampler, config, num_inference_steps or num_train_timesteps)
+        self._table = build_table(Trajectory.whole(scheduler))
+        self._alphas_cumprod: torch.Tensor = scheduler.alphas_cumprod
+        self._state: torch.Tensor | None = None
+        self._next = 0
+
+    @property
+    def timesteps(self) -> torch.Tensor:
+        """Those that `step` may be called with, in order: (N,) float32."""
+        return self._table.timesteps
+
+    def add_noise(self, original: Array, noise: Array, timestep: float) -> Array:
+        """Forward diffusion (Ho et al. 2020): sqrt(ᾱ_t) · original + sqrt(1 - ᾱ_t) · noise."""
+        alpha = float(self._alphas_cumprod[int(timestep)])
+        return alpha**0.5 * original + (1 - alpha) ** 0.5 * noise
+
+    def step(
+        self, model_output: Array, timestep: float, sample: Array, *, generator: torch.Generator | None = None
+    ) -> Array:
+        """Reverse diffusion: the sample at the next timestep.
+
+        Samplers that remember earlier steps do so while timesteps follow each other; the first one starts anew.
+
+        Raises:
+            InvalidRequest: not one of `timesteps`, or in the middle of a sampler that remembers.
+        """
+        index = self._index(timestep)
+        state: torch.Tensor = torch.zeros(self._table.remembered + 1, *np.shape(sample))
+        if index == self._next and self._state is not None and index:
+            state = self._state
+        state[0] = torch.as_tensor(sample)
+        output = torch.as_tensor(model_output, dtype=torch.float32)
+        draws = self._table.draws_noise[index]
+        noise = torch.randn(state.shape[1:], generator=generator) if draws else torch.zeros(state.shape[1:])
+        self._state = torch.einsum("ij,j...->i...", self._table.matrices[index], torch.stack([*state, output, noise]))
+        self._next = index + 1
+        result = self._state[0]
+        return result.numpy() if isinstance(sample, np.ndarray) else result.to(sample)
+
+    def _index(self, timestep: float) -> int:
+        """Where the timestep stands. A timestep may occur twice in a row: then the one that is next."""
+        places = (self._table.timesteps == float(timestep)).nonzero().flatten().tolist()
+        if not places:
+            raise InvalidRequest(
+                "is not one of this scheduler's timesteps",
+                field="timestep",
+                value=timestep,
+                remedy="use those of `timesteps`, in order",
+            )
+        return self._next if self._next in places else int(places[0])
+
+
+class UNetModel:
+    """The network of a model: predicts the noise in an image's latents."""
+
+    def __init__(self, model: DiffusionModel | None = None) -> None:
+        self._model = model or DiffusionModel()
+
+    def __call__(
+        self, noisy_image: torch.Tensor, timestep: torch.Tensor | float, text_embedding: torch.Tensor
+    ) -> torch.Tensor:
+        """`noisy_image` (B, C, h, w), `timestep` one or (B,), `text_embedding` (B, tokens, features).
+
+        All may lack the batch dimension; the result is shaped like `noisy_image`, float32.
+        """
+        latents = noisy_image if noisy_image.dim() == 4 else noisy_image.unsqueeze(0)
+        text = text_embedding if text_embedding.dim() == 3 else text_embedding.unsqueeze(0)
+        model = self._model.step_model
+        rows = Rows(
+            latents=latents.float().to(model.device),
+            timesteps=torch.as_tensor(timestep, dtype=torch.float32, device=model.device).expand(len(latents)),
+            conditioning={"text": text.to(model.device, model.dtype).expand(len(latents), -1, -1)},
+        )
+        return model.predict(rows).reshape(noisy_image.shape)
+
+
+class TextEncoder:
+    """The text encoder of a model, with prompt weights and prompts of any length."""
+
+    def __init__(self, model: DiffusionModel | None = None) -> None:
+        self._model = model or DiffusionModel()
+
+    def encode(self, prompt: str) -> torch.Tensor:
+        """Embeddings (tokens, features). Raises InvalidRequest for a prompt that is too long."""
+        model = self._model.step_model
+        windows = model.text_windows("prompt", prompt)
+        return model.encode([Text(prompt, windows=windows)])[0]["text"]
+
+    __call__ = encode
+
+
+class VAEDecoder:
+    """The autoencoder of a model, from latents to pixels."""
+
+    def __init__(self, model: DiffusionModel | None = None) -> None:
+        self._model = model or DiffusionModel()
+
+    def decode(self, latents: torch.Tensor) -> np.ndarray:
+        """Latents (B, C, h, w) or (C, h, w) to pictures, uint8 (B, H, W, 3) or (H, W, 3)."""
+        model = self._model.step_model
+        batch = latents if latents.dim() == 4 else latents.unsqueeze(0)
+        pictures = model.decode(batch.float().to(model.device))
+        return pictures if latents.dim() == 4 else pictures[0]
+
+    __call__ = decode
+
+
+# ---- pictures that go in
+
+
+def _pixels(picture: Picture) -> bytes:
+    """A picture as the bytes of a file."""
+    if isinstance(picture, bytes):
+        return picture
+    if isinstance(picture, (str, Path)):
+        return Path(picture).read_bytes()
+    if isinstance(picture, np.ndarray):
+        if picture.dtype != np.uint8 or picture.ndim not in (2, 3):
+            raise InvalidRequest(
+                f"is {picture.dtype} {picture.shape}",
+                field="image",
+                value="an array",
+                remedy="give uint8 (H, W, 3), 0 to 255",
+            )
+        picture = Image.fromarray(picture)
+    return _png(picture)
+
+
+def _mask_pixels(mask: Picture) -> bytes:
+    """A mask as the bytes of a file: an array of 0 and 1 (or booleans) counts as black and white."""
+    if not isinstance(mask, np.ndarray):
+        return _pixels(mask)
+    flat = mask[..., 0] if mask.ndim == 3 else mask
+    if mask.dtype == np.bool_ or flat.max(initial=0) <= 1:
+        flat = np.asarray(flat, dtype=np.float64).clip(0, 1) * 255
+    return _pixels(np.asarray(flat).round().astype(np.uint8))
+
+
+def _png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _upload(data: bytes, field: str) -> tuple[str, Image.Image]:
+    upload_id, stored = normalise(data, field=field)
+    return upload_id, open_upload(stored, upload_id)
+
+
+def _fit(config: shared.GenerationConfig, uploads: Mapping[str, Image.Image]) -> dict[str, np.ndarray]:
+    assert config.width is not None
+    assert config.height is not None
+    missing = [upload for upload in config.uploads if upload not in uploads]
+    if missing:
+        raise InvalidRequest(
+            "names a picture that was not given",
+            field="config",
+            value=missing[0],
+            remedy="use image_to_image or inpaint, which take the pictures themselves",
+        )
+    return {
+        upload: np.array(fitted(uploads[upload], config.width, config.height, mask=upload == config.mask_image))
+        for upload in config.uploads
+    }
+
+
+def _generated(config: shared.GenerationConfig, made: Generated) -> GeneratedImage:
+    values = config.model_dump() | {"seed": made.seed, "num_images": 1}
+    return GeneratedImage(
+        image_data=made.image,
+        prompt=config.prompt,
+        config=GenerationConfig(**values),
+        generation_time=sum(made.timings.values()),
+        steps_taken=made.steps_taken,
+        frames=made.frames,
+        mesh=made.mesh,
+    )
