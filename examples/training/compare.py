@@ -72,7 +72,7 @@ def lora(files: Sequence[Path], count: int) -> tuple[Image.Image, dict[str, obje
         rows[file.stem] = paint(pipeline, prompts)
         measured[file.stem] = _read(pipeline, wanted)
     pipeline.set_adapters([files[0].stem], [0.5])
-    rows[f"{files[0].stem} × 0.5"] = paint(pipeline, prompts)
+    rows[f"{files[0].stem} at half"] = paint(pipeline, prompts)
     return comparison(rows, prompts), measured
 
 

@@ -139,6 +139,23 @@ def test_a_lora_loads_in_plain_diffusers(trained: Callable[[str], Path], tiny_fo
     assert np.abs(paint(pipeline) - before).max() <= 1
 
 
+def test_every_layer_of_a_lora_is_loaded(pictures: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    """Attention and convolutions together: diffusers drops layers whose names it does not expect, with a warning."""
+    out = tmp_path / "mixed.safetensors"
+    given = [*arguments("lora", pictures, tiny_folder, out), "--targets", "to_q,to_out.0,conv1", "--steps", "2"]
+    assert main(given) == 0
+    learned, _ = load_checkpoint(out.with_name(out.name + ".training")) or ({}, {})
+    pipeline = plain(tiny_folder)
+    pipeline.load_lora_weights(str(out.parent), weight_name=out.name, adapter_name="default")
+    loaded = dict(pipeline.unet.named_parameters())
+    names = [name.removeprefix("weight/") for name in learned if name.startswith("weight/")]
+    assert any("conv1" in name for name in names)
+    assert any("to_q" in name for name in names)
+    assert {name for name in loaded if "lora_" in name} == set(names)
+    for name in names:
+        torch.testing.assert_close(loaded[name], learned[f"weight/{name}"], atol=1e-3, rtol=1e-3)
+
+
 def test_a_loras_alpha_travels_with_it(pictures: Path, tiny_folder: Path, tmp_path: Path) -> None:
     """Loaded by diffusers, the layers have the scale that they were trained with."""
     out = tmp_path / "scaled.safetensors"

@@ -75,11 +75,12 @@ class LoraRecipe:
     def save(self, path: Path) -> None:
         """A safetensors file for `pipeline.load_lora_weights`; rank and alpha are in its metadata."""
         from diffusers import StableDiffusionPipeline  # noqa: PLC0415
-        from diffusers.utils import convert_state_dict_to_diffusers  # noqa: PLC0415
         from peft.utils import get_peft_model_state_dict  # noqa: PLC0415
 
         unet = self.model.unet
-        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+        # peft's own names throughout: diffusers' older ones exist for attention alone, and a file that mixes the two is
+        # read without its attention layers.
+        layers = get_peft_model_state_dict(unet)
         StableDiffusionPipeline.save_lora_weights(
             str(path.parent),
             unet_lora_layers={name: layer.detach().half().cpu() for name, layer in layers.items()},
