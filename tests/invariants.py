@@ -41,14 +41,14 @@ def check_store(store: JobStore, redis: Redis) -> None:
         assert (redis.pttl(keys.job(job_id)) >= 0) == final, f"{job_id}: only final records may expire"
         assert ("finished_at" in record) == final, f"{job_id}: finished_at belongs to final records"
 
-    ours = {keys.leases, keys.counts, keys.recent, keys.models, keys.workers, keys.reaper, keys.queues}
+    ours = {keys.leases, keys.counts, keys.recent, keys.models, keys.workers, keys.reaper, keys.queues, keys.together}
     for queue in queues:
         ours |= {keys.waiting(queue), keys.mark(queue), keys.messages(queue)}
     celerys = {f"{keys.prefix}{name}" for name in ("unacked", "unacked_index", "unacked_mutex")}
     unknown = {
         name
         for name in names - ours - celerys
-        if not name.startswith((keys.job(""), keys.worker(""), f"{keys.prefix}_kombu.binding"))
+        if not name.startswith((keys.job(""), keys.worker(""), keys.preview(""), f"{keys.prefix}_kombu.binding"))
     }
     assert not unknown, f"keys that nothing documents: {unknown}"
 

@@ -21,6 +21,7 @@ from pydantic_core import PydanticCustomError
 
 from calotype_shared.errors import InvalidRequest
 from calotype_shared.model_card import ModelCard
+from calotype_shared.prompt import parse_weights
 
 MAX_PROMPT_CHARACTERS = 4_000
 MAX_SIDE = 8_192  # pixels
@@ -290,11 +291,14 @@ class GenerationConfig(BaseModel):
             found["strength"] = DEFAULT_STRENGTH if self.mask_image is None else 1.0
         config = self.model_copy(update=found)
         card.check(config)
+        if Feature.PROMPT_WEIGHTS in card.features:
+            parse_weights(config.prompt, field="prompt")
+            parse_weights(config.negative_prompt, field="negative_prompt")
         return config
 
     def canonical_json(self) -> str:
         """One spelling for equal configs: sorted keys, no spaces; parts that are not used are left out."""
-        values = {k: v for k, v in self.model_dump(mode="json").items() if k not in _PARTS or v not in (None, 0, [])}
+        values = {k: v for k, v in self.model_dump(mode="json").items() if k not in _UNUSED or v != _UNUSED[k]}
         return json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
     def digest(self) -> str:
@@ -302,11 +306,19 @@ class GenerationConfig(BaseModel):
         return hashlib.sha256(self.canonical_json().encode()).hexdigest()
 
 
-# Absent from the canonical spelling while unused, so that plain jobs stay small in Redis and keep their digests when
-# a later version adds parts.
-_PARTS = frozenset(
-    ["init_image", "mask_image", "strength", "loras", "controls", "refiner", "ensemble", "preview_every", "num_frames"]
-)
+# Absent from the canonical spelling at these values, so that plain jobs stay small in Redis and keep their digests
+# when a later version adds parts.
+_UNUSED: Mapping[str, Any] = {
+    "init_image": None,
+    "mask_image": None,
+    "strength": None,
+    "loras": [],
+    "controls": [],
+    "refiner": None,
+    "ensemble": [],
+    "preview_every": 0,
+    "num_frames": None,
+}
 
 # Quality presets, by the numbers of the project's founding document.
 QUALITY_PRESETS: Mapping[str, Mapping[str, int | float]] = {

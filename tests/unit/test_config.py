@@ -122,6 +122,13 @@ def test_equal_configs_have_equal_digests_and_others_do_not() -> None:
     assert len(others | {config.digest()}) == len(changes) + 1
 
 
+def test_nothing_is_lost_in_the_canonical_spelling() -> None:
+    """Unused parts are left out; a strength of 0 is not unused."""
+    config = GenerationConfig(prompt="a", init_image="a" * 64, strength=0.0)
+    assert GenerationConfig.model_validate_json(config.canonical_json()) == config
+    assert "loras" not in config.canonical_json()
+
+
 def test_a_missing_seed_is_drawn_and_kept() -> None:
     """Two submissions differ, and each can be made again from what is stored."""
     drawn = [GenerationConfig(prompt="x").resolved(CARD) for _ in range(8)]
