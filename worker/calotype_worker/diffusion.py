@@ -17,7 +17,8 @@ from __future__ import annotations
 import io
 import threading
 import uuid
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,6 +41,7 @@ from calotype_worker.models.base import Rows, Text
 from calotype_worker.sampling import Trajectory, build_table, make_scheduler
 
 Picture = np.ndarray | Image.Image | str | Path | bytes  # uint8 (H, W, 3), or a picture file or its bytes
+KEPT_UPLOADS = 256
 Array = TypeVar("Array", np.ndarray, torch.Tensor)
 
 
@@ -116,6 +118,7 @@ class DiffusionModel:
         self._settings = settings
         self._lock = threading.Lock()
         self._engine: Engine | None = None
+        self._uploads: OrderedDict[str, Image.Image] = OrderedDict()
 
     # ---- pictures
 
@@ -142,7 +145,7 @@ class DiffusionModel:
             InvalidRequest, GenerationFailed: as `generate`, for the first that cannot be made.
         """
         configs = [GenerationConfig(prompt=p, **fields) if isinstance(p, str) else p for p in prompts]
-        return self._make([(config, {}) for config in configs])
+        return self._make(configs)
 
     def image_to_image(
         self, prompt: str, init_image: Picture, strength: float = shared.DEFAULT_STRENGTH, **fields: Any
@@ -161,27 +164,40 @@ class DiffusionModel:
         return self._from_picture(prompt, image, mask, strength=strength, **fields)
 
     def _from_picture(self, prompt: str, image: Picture, mask: Picture | None, **fields: Any) -> GeneratedImage:
-        """The same path as through the queue: pictures become uploads, named by their hash, and are fitted."""
-        uploads = dict([_upload(_pixels(image), "init_image")])
-        fields["init_image"] = next(iter(uploads))
-        width, height = uploads[fields["init_image"]].size
+        fields["init_image"] = self.upload(image, field="init_image")
+        width, height = self._uploads[fields["init_image"]].size
         if mask is not None:
-            mask_id, mask_picture = _upload(_mask_pixels(mask), "mask_image")
-            fields["mask_image"], uploads[mask_id] = mask_id, mask_picture
+            fields["mask_image"] = self._keep(_mask_pixels(mask), "mask_image")
         multiple = self.card.size_multiple
         fields.setdefault("width", max(multiple, width // multiple * multiple))
         fields.setdefault("height", max(multiple, height // multiple * multiple))
-        return self._make([(GenerationConfig(prompt=prompt, **fields), uploads)])[0]
+        return self._make([GenerationConfig(prompt=prompt, **fields)])[0]
 
-    def _make(
-        self, wanted: Sequence[tuple[shared.GenerationConfig, Mapping[str, Image.Image]]]
-    ) -> list[GeneratedImage]:
+    def upload(self, picture: Picture, *, field: str = "image") -> str:
+        """Keep a picture for configs that name it (`init_image`, `mask_image`, a control's `image`); returns its id.
+
+        The same id that `Client.upload` gives. The last `KEPT_UPLOADS` are remembered.
+
+        Raises:
+            InvalidRequest: it is no picture, or too large.
+        """
+        return self._keep(_pixels(picture), field)
+
+    def _keep(self, data: bytes, field: str) -> str:
+        upload_id, stored = normalise(data, field=field)
+        with self._lock:
+            self._uploads[upload_id] = open_upload(stored, upload_id)
+            self._uploads.move_to_end(upload_id)
+            while len(self._uploads) > KEPT_UPLOADS:
+                self._uploads.popitem(last=False)
+        return upload_id
+
+    def _make(self, configs: Sequence[shared.GenerationConfig]) -> list[GeneratedImage]:
         engine = self._running()
-        resolved = [(self._resolved(config), uploads) for config, uploads in wanted]
         futures: list[tuple[shared.GenerationConfig, Future[Generated]]] = []
         try:
-            for config, uploads in resolved:
-                pictures = _fit(config, uploads)
+            for config in [self._resolved(config) for config in configs]:
+                pictures = self._fitted_uploads(config)
                 for index in range(config.num_images):
                     request = GenerationRequest.from_config(
                         config, index=index, request_id=uuid.uuid4().hex, pictures=pictures
@@ -191,6 +207,19 @@ class DiffusionModel:
         finally:
             for _, future in futures:
                 future.cancel()  # only those still to come, after one failed
+
+    def _fitted_uploads(self, config: shared.GenerationConfig) -> dict[str, np.ndarray]:
+        assert config.width is not None
+        assert config.height is not None
+        found = {}
+        for upload in config.uploads:
+            if upload not in self._uploads:
+                raise InvalidRequest(
+                    "no such upload", field="upload", value=upload, remedy="give the picture to DiffusionModel.upload"
+                )
+            is_mask = upload == config.mask_image and upload != config.init_image
+            found[upload] = np.array(fitted(self._uploads[upload], config.width, config.height, mask=is_mask))
+        return found
 
     def _resolved(self, config: shared.GenerationConfig) -> shared.GenerationConfig:
         """Complete and checked; the model is this one, whatever name the config gives."""
@@ -227,7 +256,13 @@ class DiffusionModel:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _set_memory(self, **changes: Any) -> None:
+    def set_adapters(self, adapters: Adapters) -> None:
+        """Register these LoRAs, textual inversions and ControlNets in place of the present ones; loads anew."""
+        self.close()
+        self._adapters = adapters
+
+    def set_memory(self, **changes: Any) -> None:
+        """Change fields of `Memory`; loads anew."""
         self.close()
         self._memory = replace(self._memory, **changes)
 
@@ -271,23 +306,23 @@ class DiffusionPipeline:
 
     def enable_attention_slicing(self) -> None:
         """Attention in parts: slower, with less memory."""
-        self.model._set_memory(attention_slicing=True)
+        self.model.set_memory(attention_slicing=True)
 
     def enable_vae_slicing(self) -> None:
         """Pictures of a batch are decoded one by one."""
-        self.model._set_memory(vae_slicing=True)
+        self.model.set_memory(vae_slicing=True)
 
     def enable_vae_tiling(self) -> None:
         """Large pictures are decoded in overlapping tiles, which can show."""
-        self.model._set_memory(vae_tiling=True)
+        self.model.set_memory(vae_tiling=True)
 
     def enable_model_cpu_offload(self) -> None:
         """Only the part at work is on the GPU."""
-        self.model._set_memory(offload="model")
+        self.model.set_memory(offload="model")
 
     def enable_sequential_cpu_offload(self) -> None:
         """Only the layer at work is on the GPU: the least memory, and by far the slowest."""
-        self.model._set_memory(offload="sequential")
+        self.model.set_memory(offload="sequential")
 
 
 class NoiseScheduler:
@@ -461,28 +496,6 @@ def _png(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def _upload(data: bytes, field: str) -> tuple[str, Image.Image]:
-    upload_id, stored = normalise(data, field=field)
-    return upload_id, open_upload(stored, upload_id)
-
-
-def _fit(config: shared.GenerationConfig, uploads: Mapping[str, Image.Image]) -> dict[str, np.ndarray]:
-    assert config.width is not None
-    assert config.height is not None
-    missing = [upload for upload in config.uploads if upload not in uploads]
-    if missing:
-        raise InvalidRequest(
-            "names a picture that was not given",
-            field="config",
-            value=missing[0],
-            remedy="use image_to_image or inpaint, which take the pictures themselves",
-        )
-    return {
-        upload: np.array(fitted(uploads[upload], config.width, config.height, mask=upload == config.mask_image))
-        for upload in config.uploads
-    }
 
 
 def _generated(config: shared.GenerationConfig, made: Generated) -> GeneratedImage:

@@ -195,7 +195,7 @@ def _card(
         version=_version(folder, location),
         size_multiple=factor * adapter.size_factor,
         native_sizes=native,
-        max_pixels=_AREA_LIMIT * max(w * h for w, h in native),
+        max_pixels=int(notes.get("max_pixels", _AREA_LIMIT * max(w * h for w, h in native))),
         max_prompt_tokens=int(pipeline.tokenizer.model_max_length),
         samplers=tuple(sampler.value for sampler in samplers),
         features=frozenset(feature.value for feature in adapter.features_of(pipeline, adapters)),
