@@ -133,9 +133,9 @@ def controlnet(files: Sequence[Path], count: int) -> tuple[Image.Image, dict[str
     measured: dict[str, object] = {}
     for name, pictures in (("without", without), ("with", controlled)):
         seen = [look(np.asarray(picture)) for picture in pictures]
-        overlap = [overlap(np.asarray(p), m) for p, m in zip(pictures, inside, strict=True)]
+        overlaps = [overlap(np.asarray(p), m) for p, m in zip(pictures, inside, strict=True)]
         measured[name] = {
-            "overlap": round(float(np.mean(overlap)), 3),
+            "overlap": round(float(np.mean(overlaps)), 3),
             "colour": _share(s.colour == w[2] for s, w in zip(seen, wanted, strict=True)),
             "background": _share(s.background == w[3] for s, w in zip(seen, wanted, strict=True)),
         }
