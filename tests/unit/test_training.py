@@ -29,13 +29,23 @@ STEPS = 16
 
 
 @pytest.fixture(scope="module")
+def model(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with a second native size, and few steps for its sample sheets."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    shutil.copytree(tiny_folder, folder)
+    notes = {"native_sizes": [[64, 64], [80, 64]], "recommended": {"num_inference_steps": 4}}
+    (folder / "calotype.json").write_text(json.dumps(notes))
+    return folder
+
+
+@pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight pictures of discs with captions and control pictures, two of them wider than the model's size."""
+    """Eight pictures of discs with captions and control pictures, two of them of its second size."""
     folder = tmp_path_factory.mktemp("pictures")
     rng = random.Random(0)
     lines = []
     for number in range(8):
-        size = (64, 64) if number < 6 else (80, 60)
+        size = (64, 64) if number < 6 else (80, 64)
         picture, control = Image.new("RGB", size, (200, 30, 30)), Image.new("RGB", size)
         x, y = rng.randrange(8, 30), rng.randrange(8, 30)
         ImageDraw.Draw(picture).ellipse((x, y, x + 24, y + 24), fill=(240, 230, 20))
@@ -49,14 +59,14 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(pictures: Path, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def trained(pictures: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """What a recipe saved after `STEPS` steps; trained once a module."""
     folder = tmp_path_factory.mktemp("trained")
 
     def get(recipe: str) -> Path:
         out = folder / f"{recipe}{'' if recipe == 'controlnet' else '.safetensors'}"
         if not out.exists():
-            assert main(arguments(recipe, pictures, tiny_folder, out)) == 0
+            assert main(arguments(recipe, pictures, model, out)) == 0
         return out
 
     return get
@@ -82,11 +92,11 @@ def test_the_held_out_loss_falls(recipe: str, trained: Callable[[str], Path]) ->
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_resumed_run_is_the_uninterrupted_one(
-    recipe: str, trained: Callable[[str], Path], pictures: Path, tiny_folder: Path, tmp_path: Path
+    recipe: str, trained: Callable[[str], Path], pictures: Path, model: Path, tmp_path: Path
 ) -> None:
     """Killed three steps past its checkpoint and resumed: every bit of the last checkpoint is the same."""
     out = tmp_path / trained(recipe).name
-    given = arguments(recipe, pictures, tiny_folder, out)
+    given = arguments(recipe, pictures, model, out)
     training, _ = prepare(build_parser().parse_args(given))
     training.run(stop_after=8)
     for _ in range(3):
@@ -100,12 +110,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 
 
-def test_what_resuming_restores_matters(pictures: Path, tiny_folder: Path, tmp_path: Path) -> None:
+def test_what_resuming_restores_matters(pictures: Path, model: Path, tmp_path: Path) -> None:
     """A negative control: with the optimiser's moments lost, the same steps end elsewhere."""
     ends = []
     for lost in (False, True):
         out = tmp_path / f"lost-{lost}.safetensors"
-        given = arguments("lora", pictures, tiny_folder, out)
+        given = arguments("lora", pictures, model, out)
         training, _ = prepare(build_parser().parse_args(given))
         training.run(stop_after=2)
         work = out.with_name(out.name + ".training")
@@ -120,17 +130,17 @@ def test_what_resuming_restores_matters(pictures: Path, tiny_folder: Path, tmp_p
 
 
 def test_resuming_under_other_settings_is_refused(
-    trained: Callable[[str], Path], pictures: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+    trained: Callable[[str], Path], pictures: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A run can't be half of one rank and half of another."""
     out = trained("lora")
-    assert main(arguments("lora", pictures, tiny_folder, out, "--resume", "--rank", "2")) == 2
+    assert main(arguments("lora", pictures, model, out, "--resume", "--rank", "2")) == 2
     assert "rank=2: the run in lora.safetensors.training was started with 4" in capsys.readouterr().err
 
 
-def test_a_lora_loads_in_plain_diffusers(trained: Callable[[str], Path], tiny_folder: Path) -> None:
+def test_a_lora_loads_in_plain_diffusers(trained: Callable[[str], Path], model: Path) -> None:
     """It changes the picture, and at weight 0 it does not."""
-    pipeline = plain(tiny_folder)
+    pipeline = plain(model)
     before = paint(pipeline)
     pipeline.load_lora_weights(str(trained("lora").parent), weight_name="lora.safetensors")
     after = paint(pipeline)
@@ -139,13 +149,13 @@ def test_a_lora_loads_in_plain_diffusers(trained: Callable[[str], Path], tiny_fo
     assert np.abs(paint(pipeline) - before).max() <= 1
 
 
-def test_every_layer_of_a_lora_is_loaded(pictures: Path, tiny_folder: Path, tmp_path: Path) -> None:
+def test_every_layer_of_a_lora_is_loaded(pictures: Path, model: Path, tmp_path: Path) -> None:
     """Attention and convolutions together: diffusers drops layers whose names it does not expect, with a warning."""
     out = tmp_path / "mixed.safetensors"
-    given = [*arguments("lora", pictures, tiny_folder, out), "--targets", "to_q,to_out.0,conv1", "--steps", "2"]
+    given = [*arguments("lora", pictures, model, out), "--targets", "to_q,to_out.0,conv1", "--steps", "2"]
     assert main(given) == 0
     learned, _ = load_checkpoint(out.with_name(out.name + ".training")) or ({}, {})
-    pipeline = plain(tiny_folder)
+    pipeline = plain(model)
     pipeline.load_lora_weights(str(out.parent), weight_name=out.name, adapter_name="default")
     loaded = dict(pipeline.unet.named_parameters())
     names = [name.removeprefix("weight/") for name in learned if name.startswith("weight/")]
@@ -156,19 +166,19 @@ def test_every_layer_of_a_lora_is_loaded(pictures: Path, tiny_folder: Path, tmp_
         torch.testing.assert_close(loaded[name], learned[f"weight/{name}"], atol=1e-3, rtol=1e-3)
 
 
-def test_a_loras_alpha_travels_with_it(pictures: Path, tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_loras_alpha_travels_with_it(pictures: Path, model: Path, tmp_path: Path) -> None:
     """Loaded by diffusers, the layers have the scale that they were trained with."""
     out = tmp_path / "scaled.safetensors"
-    assert main([*arguments("lora", pictures, tiny_folder, out), "--steps", "2", "--alpha", "12"]) == 0
-    pipeline = plain(tiny_folder)
+    assert main([*arguments("lora", pictures, model, out), "--steps", "2", "--alpha", "12"]) == 0
+    pipeline = plain(model)
     pipeline.load_lora_weights(str(out.parent), weight_name=out.name)
     scales = {layer.scaling["default_0"] for layer in pipeline.unet.modules() if hasattr(layer, "scaling")}
     assert scales == {3.0}
 
 
-def test_a_new_word_loads_in_plain_diffusers(trained: Callable[[str], Path], tiny_folder: Path) -> None:
+def test_a_new_word_loads_in_plain_diffusers(trained: Callable[[str], Path], model: Path) -> None:
     """Both its vectors; a prompt with it gives another picture, one without it the same."""
-    pipeline = plain(tiny_folder)
+    pipeline = plain(model)
     before, without = paint(pipeline, "a <x>"), paint(pipeline, "a b")
     pipeline.load_textual_inversion(str(trained("textual-inversion")))
     assert {"<x>", "<x>_1"} <= pipeline.tokenizer.get_vocab().keys()
@@ -185,13 +195,11 @@ def test_only_the_new_word_is_learned(trained: Callable[[str], Path]) -> None:
     assert not torch.equal(state["<x>"][0], state["<x>"][1])  # from the same word, each went its own way
 
 
-def test_a_controlnet_loads_in_plain_diffusers(
-    trained: Callable[[str], Path], tiny_folder: Path, pictures: Path
-) -> None:
+def test_a_controlnet_loads_in_plain_diffusers(trained: Callable[[str], Path], model: Path, pictures: Path) -> None:
     """Its control picture changes the result, another one changes it otherwise, and scale 0 is without it."""
     from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 
-    pipeline = plain(tiny_folder)
+    pipeline = plain(model)
     before = paint(pipeline)
     net = ControlNetModel.from_pretrained(str(trained("controlnet")), torch_dtype=torch.float32, use_safetensors=True)
     controlled = StableDiffusionControlNetPipeline(**pipeline.components, controlnet=net, requires_safety_checker=False)
@@ -203,14 +211,12 @@ def test_a_controlnet_loads_in_plain_diffusers(
     assert np.abs(paint(controlled, image=first, controlnet_conditioning_scale=0.0) - before).max() <= 1
 
 
-def test_a_light_controlnet_is_a_controlnet(pictures: Path, tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_light_controlnet_is_a_controlnet(pictures: Path, model: Path, tmp_path: Path) -> None:
     """Without attention, smaller, and still the encoder of its U-Net; at first it changes nothing."""
     from diffusers import ControlNetModel
 
     out = tmp_path / "light"
-    training, recipe = prepare(
-        build_parser().parse_args(arguments("controlnet", pictures, tiny_folder, out, "--light"))
-    )
+    training, recipe = prepare(build_parser().parse_args(arguments("controlnet", pictures, model, out, "--light")))
     del training
     recipe.save(out)
     light = ControlNetModel.from_pretrained(str(out), torch_dtype=torch.float32)
@@ -221,12 +227,12 @@ def test_a_light_controlnet_is_a_controlnet(pictures: Path, tiny_folder: Path, t
     assert all(not part.any() for part in [*down, middle])
 
 
-def test_a_sample_sheet_shows_before_and_after(pictures: Path, tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_sample_sheet_shows_before_and_after(pictures: Path, model: Path, tmp_path: Path) -> None:
     """A column a prompt; two rows that differ."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a\nb\n\n")
     out = tmp_path / "x.safetensors"
-    given = [*arguments("lora", pictures, tiny_folder, out), "--steps", "6", "--validation-prompts", str(prompts)]
+    given = [*arguments("lora", pictures, model, out), "--steps", "6", "--validation-prompts", str(prompts)]
     assert main([*given, "--sample-every", "3"]) == 0
     names = sorted(path.name for path in (tmp_path / "x.safetensors.training").glob("*.png"))
     assert names == ["samples-000003.png", "samples-000006.png"]
@@ -277,13 +283,13 @@ def test_the_target_is_that_of_the_schedule() -> None:
 
 
 def test_bad_input_is_one_line_with_a_remedy(
-    pictures: Path, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pictures: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What is wrong, the value and what to do; exit status 2; nothing written."""
     out = tmp_path / "out.safetensors"
 
-    def said(recipe: str, *more: str, data: Path = pictures, model: Path | str = tiny_folder) -> str:
-        assert main(arguments(recipe, data, Path(model), out, *more)) == 2
+    def said(recipe: str, *more: str, data: Path = pictures, model: Path = model) -> str:
+        assert main(arguments(recipe, data, model, out, *more)) == 2
         shown = capsys.readouterr().err
         assert len(shown.strip().splitlines()) == 1
         assert shown.startswith(f"calotype train {recipe}: ")
@@ -291,7 +297,7 @@ def test_bad_input_is_one_line_with_a_remedy(
         return shown
 
     assert "has no metadata.jsonl" in said("lora", data=tmp_path)
-    assert "--model='nowhere': no model there; give demo" in said("lora", model="nowhere")
+    assert "--model='nowhere': no model there; give demo" in said("lora", model=Path("nowhere"))
     assert "--targets='to_x': names no layer" in said("lora", "--targets", "to_q,to_x")
     assert "'zebra': is 5 tokens" in said("textual-inversion", "--initialise-from", "zebra")
     assert "--token='<y>': is in no caption" in said("textual-inversion", "--token", "<y>")
