@@ -1,0 +1,58 @@
+"""Encodes meshes as PLY (Turk 1994; http://paulbourke.net/dataformats/ply/) with their provenance inside."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from calotype_shared.errors import GenerationFailed
+from calotype_worker.engine.request import Mesh
+
+_TAG = "calotype "  # begins the comment lines that hold the JSON, in order
+_PIECE = 200  # characters of JSON a line: some readers refuse lines that are longer than their buffer
+_VERTEX = np.dtype([("position", "<f4", 3), ("color", "u1", 3)])
+_FACE = np.dtype([("corners", "u1"), ("vertices", "<i4", 3)])
+
+
+def encode_ply(mesh: Mesh | None, provenance: Mapping[str, Any]) -> bytes:
+    """A binary little-endian PLY of triangles with a colour at each vertex.
+
+    Raises:
+        GenerationFailed: there is no mesh: the model made an object without a surface.
+    """
+    if mesh is None or not len(mesh.faces):
+        raise GenerationFailed(
+            "the object has no surface, so there is no mesh to write; use another prompt or seed, or more steps, "
+            "or output_format gif to see what the model made of it"
+        )
+    text = json.dumps(provenance, sort_keys=True)
+    comments = [f"comment {_TAG}{text[start : start + _PIECE]}" for start in range(0, len(text), _PIECE)]
+    header = [
+        "ply",
+        "format binary_little_endian 1.0",
+        *comments,
+        f"element vertex {len(mesh.vertices)}",
+        *(f"property float {axis}" for axis in "xyz"),
+        *(f"property uchar {color}" for color in ("red", "green", "blue")),
+        f"element face {len(mesh.faces)}",
+        "property list uchar int vertex_indices",
+        "end_header",
+    ]
+    vertices = np.empty(len(mesh.vertices), _VERTEX)
+    vertices["position"], vertices["color"] = mesh.vertices, mesh.colors
+    faces = np.empty(len(mesh.faces), _FACE)
+    faces["corners"], faces["vertices"] = 3, mesh.faces
+    return "\n".join([*header, ""]).encode("ascii") + vertices.tobytes() + faces.tobytes()
+
+
+def read_provenance(data: bytes) -> dict[str, Any]:
+    """What `encode_ply` put into a file. Empty for a mesh that is not ours."""
+    header, _, _ = data.partition(b"\nend_header\n")
+    start = f"comment {_TAG}"
+    lines = header.decode("ascii", "replace").split("\n")
+    text = "".join(line.removeprefix(start) for line in lines if line.startswith(start))
+    found: dict[str, Any] = json.loads(text) if text else {}
+    return found
