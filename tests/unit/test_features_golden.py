@@ -261,3 +261,49 @@ def test_control_a_feature_that_did_nothing_is_caught(
     """Leaving it out, or giving another's, changes every one of these pictures; late sources by least."""
     changed = differences(model, [replace(r, **broken(r)) for r in requests], references)
     assert min(changed.values()) > 2 * TOLERANCE, changed
+
+
+def test_deterministic_mode_gives_the_same_bits_in_any_order(model: StepModel) -> None:
+    """Whatever a row has of its own, and whatever its neighbours have."""
+    chosen = [IMAGE_TO_IMAGE[1], INPAINTING[1], LORAS[0], LORAS[2], CONTROLS[1], PROMPTS[0], PROMPTS[1], PLAIN[0]]
+    made: list[dict[str, bytes]] = []
+    for seed in range(3):
+        engine = Engine(model, EngineSettings(max_rows=8, deterministic=True))
+        engine.start()
+        order = np.random.default_rng(seed).permutation(len(chosen))
+        try:
+            results = run_staggered(engine, [chosen[index] for index in order])
+        finally:
+            engine.stop()
+        made.append({result.request_id: result.image.tobytes() for result in results})
+    assert made[0] == made[1] == made[2]
+
+
+def test_networks_made_for_inpainting_and_distilled_ones_match(tmp_path: Path) -> None:
+    """Nine input channels, and a guidance scale that the network reads itself, each in its mixed batch."""
+    import diffusers
+
+    wide = write_tiny_sd(tmp_path / "wide", seed=5, in_channels=9)
+    distilled = write_tiny_sd(tmp_path / "distilled", seed=6, time_cond_proj_dim=32)
+    cases = {
+        wide: [*INPAINTING[:4], make("weak", init_image=OTHER, mask=~MASK, strength=0.4, guidance_scale=1.0)],
+        distilled: [
+            make("lcm", sampler=SamplerType.LCM, num_inference_steps=4, guidance_scale=8.0),
+            make("turbo", sampler=SamplerType.EULER, num_inference_steps=1, guidance_scale=0.0),
+            make("ddim", guidance_scale=3.0),
+        ],
+    }
+    for folder, requests in cases.items():
+        tiny = load_model("tiny", source=str(folder))
+        parts = diffusers.StableDiffusionPipeline.from_pretrained(
+            folder, safety_checker=None, requires_safety_checker=False
+        ).components
+        plain = Plain.__new__(Plain)
+        plain._config, plain._files, plain._controls = tiny.scheduler_config, None, {}  # type: ignore
+        plain._pipeline = diffusers.StableDiffusionPipeline(**parts, requires_safety_checker=False)
+        references = {request.request_id: plain.make(request) for request in requests}
+        found = differences(tiny, requests, references)  # type: ignore[arg-type]
+        assert max(found.values()) <= TOLERANCE, found
+    scales = [replace(r, guidance_scale=r.guidance_scale + 2) for r in cases[distilled]]
+    changed = differences(tiny, scales, references)  # type: ignore[arg-type]
+    assert min(changed.values()) > 2 * TOLERANCE, "the network does not read its guidance scale"

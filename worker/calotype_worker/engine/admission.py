@@ -59,18 +59,20 @@ def _start(model: StepModel, stage: Stage) -> Conditioning:
     pixels = (
         torch.from_numpy(np.ascontiguousarray(request.init_image)).permute(2, 0, 1).unsqueeze(0).float() / 127.5 - 1
     )
-    image = _sample(model, pixels, source.encoding)
+    image = None if source.encoding is None else _sample(model, pixels, source.encoding)
     if slot.latents is None:
+        assert image is not None
         image_share, noise_share = source.noising[0].tolist()
         slot.latents = image_share * image + noise_share * source.noise
     if request.mask is None:
         return {}
     painted = torch.from_numpy(request.mask).float().reshape(1, 1, *request.mask.shape)
-    mask = torch.nn.functional.interpolate(painted, size=image.shape[-2:])  # nearest, as diffusers' pipelines
+    mask = torch.nn.functional.interpolate(painted, size=source.noise.shape[-2:])  # nearest, as diffusers' pipelines
     if model.mask_channels:
         assert source.masked_encoding is not None
         masked = _sample(model, pixels * (painted < 0.5), source.masked_encoding)
         return {"inpainting": torch.cat([mask[0], masked[0]])}
+    assert image is not None
     slot.kept = Kept(
         mask=mask[0].to(model.device),
         image=image[0].to(model.device),

@@ -120,7 +120,7 @@ class Engine:
             InvalidRequest: the model cannot do this; nothing was queued.
             GenerationFailed: the engine is stopping or its device is lost.
         """
-        ticket = prepare(request, self.models, self._tables)
+        ticket = prepare(request, self.models, self._tables, exact=self.settings.deterministic)
         if ticket.total_steps == 0 and request.init_image is not None:
             ticket.resolve(ticket.generated(request.init_image, ticket.submitted))  # strength 0: the source itself
             return ticket.future

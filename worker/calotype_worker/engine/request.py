@@ -19,6 +19,8 @@ class GroupKey(NamedTuple):
     model: str
     latent_shape: tuple[Hashable, ...]  # (C, h, w); for an opaque model, all that a run's requests must share
 
+    windows: int = 0  # of the text encoder; only where bits must not depend on a neighbour's longer prompt
+
     @property
     def step_shape(self) -> tuple[int, int, int]:
         """The latent shape (C, h, w) of a group that is stepped."""

@@ -24,7 +24,7 @@ from calotype_worker.sampling.trajectory import Trajectory
 class Source:
     """A picture to start from. All noise it needs is drawn beforehand, in the order of diffusers' pipelines."""
 
-    encoding: torch.Tensor  # (1, C, h, w) for the autoencoder's sample
+    encoding: torch.Tensor | None  # (1, C, h, w) for the autoencoder's sample; None: the picture is not looked at
     noise: torch.Tensor  # (1, C, h, w)
     masked_encoding: torch.Tensor | None = None  # the same for the masked picture
     noising: torch.Tensor  # (N + 1, 2), see `probe_noising`
@@ -104,8 +104,10 @@ class Ticket:
             return
 
 
-def prepare(request: GenerationRequest, pool: ModelPool, tables: TableCache) -> Ticket:
+def prepare(request: GenerationRequest, pool: ModelPool, tables: TableCache, *, exact: bool = False) -> Ticket:
     """Checks, sampler tables and starting noise: all that needs no device. For any thread.
+
+    `exact` groups requests so that none can change another's bits.
 
     Raises:
         InvalidRequest: the model, or the sampler, cannot do this.
@@ -124,9 +126,9 @@ def prepare(request: GenerationRequest, pool: ModelPool, tables: TableCache) -> 
     generator = torch.Generator().manual_seed(request.seed)
     refiner = pool.steppable(request.refiner) if request.refiner else None
     cut = None if refiner is None else Trajectory.stopping_early
-    stages = [_stage(request, model, tables, generator, cut=cut, first=True)]
+    stages = [_stage(request, model, tables, generator, cut=cut, first=True, exact=exact)]
     if refiner is not None:
-        stages.append(_stage(request, refiner, tables, generator, cut=Trajectory.taking_over, first=False))
+        stages.append(_stage(request, refiner, tables, generator, cut=Trajectory.taking_over, first=False, exact=exact))
         if stages[0].group.latent_shape != stages[1].group.latent_shape:
             raise InvalidRequest(
                 f"its latents are {stages[1].group.latent_shape} and those of {model.card.name!r} "
@@ -152,6 +154,7 @@ def _stage(
     *,
     cut: Callable[[Trajectory, float], Trajectory] | None,
     first: bool,
+    exact: bool,
 ) -> Stage:
     """One model's part. `cut` shortens the trajectory to its side of the refiner's start."""
     strength = request.strength if request.init_image is not None and first else 1.0
@@ -179,33 +182,38 @@ def _stage(
     shape = model.latent_shape(*size)
     source = None
     if first:
-        source = _source(request, generator, shape, lambda: tables.noising(key, trajectory))
+        source = _source(request, model, generator, lambda: tables.noising(key, trajectory))
         if source is None:
             slot.latents = torch.randn((1, *shape), generator=generator) * sigma
         elif request.strength >= 1.0:
             slot.latents = source.noise * sigma
+    texts = _texts(request, model, guided=guided, first=first)
     return Stage(
-        group=GroupKey(model=model.card.name, latent_shape=shape),
+        group=GroupKey(model=model.card.name, latent_shape=shape, windows=texts[0].windows if exact else 0),
         slot=slot,
-        texts=_texts(request, model, guided=guided, first=first),
+        texts=texts,
         source=source,
     )
 
 
 def _source(
     request: GenerationRequest,
+    model: StepModel,
     generator: torch.Generator,
-    shape: tuple[int, int, int],
     noising: Callable[[], torch.Tensor],
 ) -> Source | None:
     """The source picture's noise. At full strength without a mask the picture is ignored: this is text-to-image."""
     if request.init_image is None or (request.mask is None and request.strength >= 1.0):
         return None
 
-    def draw() -> torch.Tensor:
-        return torch.randn((1, *shape), generator=generator)
+    shape = (1, *model.latent_shape(request.width, request.height))
 
-    encoding, noise = draw(), draw()
+    def draw() -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    # A network that sees the masked picture as input needs the whole one only to start from.
+    encoding = draw() if request.strength < 1.0 or not model.mask_channels else None
+    noise = draw()
     return Source(
         encoding=encoding,
         noise=noise,

@@ -23,10 +23,16 @@ MAX_WINDOWS = 8
 
 
 class ClipText:
-    """One tokenizer and its encoder. `penultimate` takes the hidden states that SDXL is trained on."""
+    """One tokenizer and its encoder. `penultimate` takes the hidden states that SDXL is trained on.
 
-    def __init__(self, tokenizer: Any, encoder: Any, *, penultimate: bool = False) -> None:
+    `device` is where the encoder computes, which an offloaded one does not tell itself.
+    """
+
+    def __init__(
+        self, tokenizer: Any, encoder: Any, *, penultimate: bool = False, device: torch.device | None = None
+    ) -> None:
         self.encoder = encoder
+        self._device: torch.device = device or encoder.device
         self._penultimate = penultimate
         # A fast tokenizer keeps its truncation as state and refuses two threads at once ("Already borrowed"): one
         # for the engine's thread, one for the others.
@@ -84,8 +90,7 @@ class ClipText:
         provider = self._provider(self._tokenizer)
         fragments = _fragments(prompt, self._tokenizer, "prompt")
         texts, weights = _columns(fragments)
-        device = self.encoder.device
-        embedded = provider.get_embeddings_for_weighted_prompt_fragments([texts], [weights], device=device)[0]
+        embedded = provider.get_embeddings_for_weighted_prompt_fragments([texts], [weights], device=self._device)[0]
         missing = windows - len(embedded) // self.window_tokens
         if missing > 0:
             embedded = torch.cat([embedded, *[provider.empty_z[0].to(embedded)] * missing])
@@ -98,13 +103,13 @@ class ClipText:
             [text], padding="max_length", max_length=self.window_tokens, truncation=True, return_tensors="pt"
         )
         ids: torch.Tensor = found.input_ids
-        return ids.to(self.encoder.device)
+        return ids.to(self._device)
 
     def _provider(self, tokenizer: Any) -> EmbeddingsProvider:
         # Made anew each time: it remembers the empty prompt's embedding, which a LoRA changes.
         return EmbeddingsProvider(
             tokenizer=tokenizer,
-            text_encoder=self.encoder,
+            text_encoder=_Placed(self.encoder, self._device),
             truncate=False,
             split_long_text_mode=SplitLongTextMode.SENTENCES,
             dtype_for_device_getter=lambda _: self.encoder.dtype,
@@ -114,6 +119,20 @@ class ClipText:
                 else ReturnedEmbeddingsType.LAST_HIDDEN_STATES_NORMALIZED
             ),
         )
+
+
+class _Placed:
+    """An encoder for compel, which asks it for its device to put tensors there."""
+
+    def __init__(self, encoder: Any, device: torch.device) -> None:
+        self._encoder = encoder
+        self.device = device
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._encoder, name)
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        return self._encoder(*inputs, **options)
 
 
 def _fragments(prompt: str, tokenizer: Any, field: str) -> list[tuple[str, float]]:

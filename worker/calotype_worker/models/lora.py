@@ -125,9 +125,11 @@ class LoraBank:
                 )
             module_path, module = found
             weight = cast("torch.Tensor", module.weight)
+            # Sequential offload leaves weights on no device; the hook then brings these to its inputs.
+            device = torch.device("cpu") if weight.is_meta else weight.device
             adapted[component, module_path] = LoraLayer(
-                down=layer.down.to(weight.device, weight.dtype),
-                up=layer.up.to(weight.device, weight.dtype),
+                down=layer.down.to(device, weight.dtype),
+                up=layer.up.to(device, weight.dtype),
                 scale=layer.scale,
             )
             if (component, module_path) not in self._hooked:

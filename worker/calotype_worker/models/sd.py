@@ -64,7 +64,7 @@ class StableDiffusion(LatentModel):
         )
         for net in self._controls.values():
             net.to(device)
-        self._text = ClipText(pipeline.tokenizer, pipeline.text_encoder)
+        self._text = ClipText(pipeline.tokenizer, pipeline.text_encoder, device=device)
         self._guidance_features = int(unet.config.time_cond_proj_dim or 0)
         self.embedded_guidance = self._guidance_features > 0
         self.mask_channels = unet.config.in_channels - _LATENT_CHANNELS
