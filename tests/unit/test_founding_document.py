@@ -32,7 +32,9 @@ SMALL = {"width": 64, "height": 64, "num_inference_steps": 3, "seed": 1}
 def examples() -> list[tuple[str, str]]:
     """Each Python block with the heading above it."""
     found, heading = [], ""
-    for match in re.finditer(r"^#+ (?P<heading>[^\n]+)$|^```python\n(?P<code>.*?)^```", DOCUMENT.read_text(), re.M | re.S):
+    for match in re.finditer(
+        r"^#+ (?P<heading>[^\n]+)$|^```python\n(?P<code>.*?)^```", DOCUMENT.read_text(), re.M | re.S
+    ):
         heading = match["heading"] or heading
         if match["code"]:
             found.append((heading, match["code"]))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,25 @@ import torch
 
 from calotype_shared.errors import ModelLoadError
 from calotype_shared.model_card import ModelCard
+from calotype_worker.models.flux import Flux
 from calotype_worker.models.latent import Adapters, LatentModel, Memory
+from calotype_worker.models.opaque import OPAQUE, opaque_card
 from calotype_worker.models.pool import AnyModel
 from calotype_worker.models.sd import StableDiffusion
+from calotype_worker.models.sd3 import StableDiffusion3
+from calotype_worker.models.sdxl import StableDiffusionXL
 from calotype_worker.sampling.samplers import sampler_of
 
 # `_class_name` in a folder's model_index.json -> the family and the adapter that runs it.
-FAMILIES: dict[str, tuple[str, Callable[..., AnyModel]]] = {
+FAMILIES: dict[str, tuple[str, type[LatentModel]]] = {
     "StableDiffusionPipeline": ("sd", StableDiffusion),
     "StableDiffusionInpaintPipeline": ("sd", StableDiffusion),
     "StableDiffusionImg2ImgPipeline": ("sd", StableDiffusion),
     "LatentConsistencyModelPipeline": ("sd", StableDiffusion),
+    "StableDiffusionXLPipeline": ("sdxl", StableDiffusionXL),
+    "StableDiffusionXLImg2ImgPipeline": ("sdxl", StableDiffusionXL),  # the refiner
+    "StableDiffusion3Pipeline": ("sd3", StableDiffusion3),
+    "FluxPipeline": ("flux", Flux),
 }
 
 # Pictures above this many times the native area are refused: memory and quality both give way.
@@ -35,6 +44,27 @@ DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "float16": torch.
 def demo_folder() -> Path:
     """The folder of the model that comes with the package."""
     return Path(str(resources.files("calotype_worker") / "assets" / "demo"))
+
+
+def bundled_adapters() -> Adapters:
+    """What comes with the bundled model: two style LoRAs, a learned word, an outline ControlNet (docs/training.md)."""
+    folder = demo_folder().parent / "adapters"
+    return Adapters(
+        loras={name: folder / f"{name}.safetensors" for name in ("neon", "sticker")},
+        embeddings={"<lime>": folder / "lime.safetensors"},
+        controls={"outline": str(folder / "outline")},
+    )
+
+
+def with_bundled(adapters: Adapters) -> Adapters:
+    """The bundled ones, and these over them."""
+    own = bundled_adapters()
+    return replace(
+        adapters,
+        loras={**own.loras, **adapters.loras},
+        embeddings={**own.embeddings, **adapters.embeddings},
+        controls={**own.controls, **adapters.controls},
+    )
 
 
 def resolve_source(name: str, source: str | None) -> str:
@@ -83,20 +113,26 @@ def load_model(
     elif folder.is_absolute() or location.startswith("."):
         raise ModelLoadError(f"model {name!r}: folder {location!r} does not exist; check the path after '='")
     pipeline = _pipeline(name, location, torch_dtype)
-    family, adapter = FAMILIES[type(pipeline).__name__]
-    adapters = adapters or Adapters()
-    card = _card(
-        name,
-        family,
-        pipeline,
-        folder=folder if folder.is_dir() else None,
-        location=location,
-        adapters=adapters,
-        adapter=adapter,
+    adapters, memory = adapters or Adapters(), memory or Memory()
+    notes, version = _notes(folder), _version(folder if folder.is_dir() else None, location)
+    class_name = type(pipeline).__name__
+    if class_name in OPAQUE:
+        if adapters != Adapters() or memory != Memory():
+            raise ModelLoadError(
+                f"model {name!r}: {class_name} runs as a whole, without adapters or savings of memory; leave out "
+                "--lora, --embedding, --control, --offload and the like, or register them for another model"
+            )
+        card = opaque_card(name, pipeline, notes, version)
+        return OPAQUE[class_name](pipeline, card=card, device=torch_device, dtype=torch_dtype)  # type: ignore[call-arg]
+    family, adapter = FAMILIES[class_name]
+    if source is None:
+        adapters = with_bundled(adapters)
+    card = latent_card(name, family, adapter, pipeline, notes=notes, version=version, adapters=adapters)
+    build: Any = adapter  # each family finds its network and encoders in the pipeline
+    model: AnyModel = build(
+        pipeline, card=card, device=torch_device, dtype=torch_dtype, adapters=adapters, memory=memory
     )
-    return adapter(
-        pipeline, card=card, device=torch_device, dtype=torch_dtype, adapters=adapters, memory=memory or Memory()
-    )
+    return model
 
 
 def _device(device: str) -> torch.device:
@@ -123,37 +159,36 @@ def _check_folder(name: str, folder: Path) -> None:
     except (ValueError, KeyError, TypeError) as error:
         raise ModelLoadError(f"model {name!r}: {str(index)!r} is not readable as JSON with a _class_name") from error
     _check_family(name, class_name)
-    for part in ("unet", "vae", "text_encoder"):
-        if not list((folder / part).glob("*.safetensors")):
-            pickled = list((folder / part).glob("*.bin"))
+    for part in sorted(path.parent for path in folder.glob("*/config.json")):  # every part with weights has one
+        if not list(part.glob("*.safetensors")):
             remedy = (
                 "only a pickle, which Calotype never opens; convert it with diffusers' "
                 "save_pretrained(..., safe_serialization=True)"
-                if pickled
+                if list(part.glob("*.bin"))
                 else "none; download or save the whole pipeline again"
             )
-            raise ModelLoadError(f"model {name!r}: {part}/ should hold safetensors weights but holds {remedy}")
+            raise ModelLoadError(f"model {name!r}: {part.name}/ should hold safetensors weights but holds {remedy}")
 
 
 def _check_family(name: str, class_name: str) -> None:
-    if class_name not in FAMILIES:
-        raise ModelLoadError(
-            f"model {name!r}: pipeline class {class_name!r} is not supported; supported: {', '.join(FAMILIES)}"
-        )
+    if class_name not in FAMILIES and class_name not in OPAQUE:
+        supported = ", ".join([*FAMILIES, *OPAQUE])
+        raise ModelLoadError(f"model {name!r}: pipeline class {class_name!r} is not supported; supported: {supported}")
 
 
 def _pipeline(name: str, location: str, dtype: torch.dtype) -> Any:
     """The diffusers pipeline on the CPU, without safety checker; the adapter moves its parts to the device."""
     import diffusers  # noqa: PLC0415 - takes seconds, and the checks above need none of it
 
+    # Those that a family does not know are ignored.
+    left_out = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    left_out |= _absent_parts(Path(location))
     try:
         pipeline = diffusers.DiffusionPipeline.from_pretrained(
             location,
             torch_dtype=dtype,
             use_safetensors=True,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
+            **left_out,
         )
     except Exception as error:
         # from_pretrained raises almost anything for a broken folder: OSError, KeyError, safetensors' own errors.
@@ -166,38 +201,48 @@ def _pipeline(name: str, location: str, dtype: torch.dtype) -> Any:
     return pipeline
 
 
-def _card(
+def _absent_parts(folder: Path) -> dict[str, None]:
+    """Parts that a folder says it does without, such as Stable Diffusion 3's T5: diffusers wants that said again."""
+    index = folder / "model_index.json"
+    if not index.is_file():
+        return {}
+    return {part: None for part, kind in json.loads(index.read_text()).items() if kind == [None, None]}
+
+
+def _notes(folder: Path) -> dict[str, Any]:
+    """What an operator says of a model in its folder's calotype.json: native_sizes, max_pixels, description."""
+    own = folder / "calotype.json"
+    notes: dict[str, Any] = json.loads(own.read_text()) if own.is_file() else {}
+    return notes
+
+
+def latent_card(
     name: str,
     family: str,
+    adapter: type[LatentModel],
     pipeline: Any,
     *,
-    folder: Path | None,
-    location: str,
+    notes: Mapping[str, Any],
+    version: str,
     adapters: Adapters,
-    adapter: Callable[..., AnyModel],
 ) -> ModelCard:
-    """The card, from the pipeline's own configs and, where a folder has one, its calotype.json."""
-    own = folder / "calotype.json" if folder else None
-    notes = json.loads(own.read_text()) if own and own.is_file() else {}
+    """The card of a model that can be stepped, from its pipeline's own configs and the operator's notes."""
     factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
     network = getattr(pipeline, "unet", None) or pipeline.transformer
-    side = int(network.config.sample_size) * factor
+    # Flux' network does not say its size; its pipeline does.
+    side = int(getattr(network.config, "sample_size", None) or pipeline.default_sample_size) * factor
     native = tuple((int(w), int(h)) for w, h in notes.get("native_sizes", [(side, side)]))
-    assert isinstance(adapter, type)
-    assert issubclass(adapter, LatentModel)
-    samplers = list(adapter.samplers)
+    tokenizer = pipeline.tokenizer or pipeline.tokenizer_2  # a refiner has only the second
     own_sampler = sampler_of(pipeline.scheduler, adapter.samplers)
-    if own_sampler is not None:
-        samplers.sort(key=lambda sampler: sampler is not own_sampler)
     return ModelCard(
         name=name,
         family=family,
-        version=_version(folder, location),
+        version=version,
         size_multiple=factor * adapter.size_factor,
         native_sizes=native,
         max_pixels=int(notes.get("max_pixels", _AREA_LIMIT * max(w * h for w, h in native))),
-        max_prompt_tokens=int(pipeline.tokenizer.model_max_length),
-        samplers=tuple(sampler.value for sampler in samplers),
+        max_prompt_tokens=int(tokenizer.model_max_length),
+        samplers=tuple(s.value for s in sorted(adapter.samplers, key=lambda sampler: sampler is not own_sampler)),
         features=frozenset(feature.value for feature in adapter.features_of(pipeline, adapters)),
         loras=tuple(sorted(adapters.loras)),
         controls=tuple(sorted(adapters.controls)),

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from calotype_shared.config import OutputFormat
 from calotype_shared.errors import StorageUnavailable
 from calotype_shared.jobs import ImageRef
 from calotype_shared.model_card import ModelCard
@@ -16,8 +17,25 @@ from calotype_shared.storage import Storage, image_key, sidecar_key
 from calotype_shared.store import Claim
 from calotype_worker.engine import Generated
 from calotype_worker.output.image import encode_image, parameters_line
+from calotype_worker.output.mesh import encode_ply
+from calotype_worker.output.video import FRAMES_PER_SECOND, encode_gif, encode_mp4
 
 log = logging.getLogger(__name__)
+
+
+def encode(generated: Generated, output_format: OutputFormat, provenance: Mapping[str, Any]) -> bytes:
+    """The file of what was generated, with its provenance inside.
+
+    Raises:
+        GenerationFailed: a mesh was asked for, and the object has no surface.
+    """
+    if output_format is OutputFormat.PLY:
+        return encode_ply(generated.mesh, provenance)
+    if output_format in (OutputFormat.GIF, OutputFormat.MP4):
+        frames = generated.image[None] if generated.frames is None else generated.frames
+        write = encode_gif if output_format is OutputFormat.GIF else encode_mp4
+        return write(frames, FRAMES_PER_SECOND, provenance)
+    return encode_image(generated.image, output_format, provenance)
 
 
 class Uploader:
@@ -39,7 +57,7 @@ class Uploader:
         config = claim.config
         began = time.monotonic()
         provenance = self._provenance(claim, index, generated)
-        data = encode_image(generated.image, config.output_format, provenance)
+        data = encode(generated, config.output_format, provenance)
         encoded = time.monotonic()
         key = image_key(claim.job_id, claim.attempt, index, config.output_format)
         beside = sidecar_key(claim.job_id, claim.attempt, index)

@@ -27,8 +27,11 @@ class Trajectory:
 
         `strength` is the share of the steps that remain; it may leave none.
         """
-        kept = min(int(num_inference_steps * strength), num_inference_steps)
-        return self._beginning_at((num_inference_steps - kept) * self.scheduler.order)
+        if hasattr(self.scheduler, "scale_noise"):  # the pipelines of flow matching round the other way
+            begin = int(num_inference_steps - num_inference_steps * strength)
+        else:
+            begin = num_inference_steps - int(num_inference_steps * strength)
+        return self._beginning_at(begin * self.scheduler.order)
 
     def stopping_early(self, share: float) -> Self:
         """The steps above the noise level at `share` of the training timesteps: SDXL's `denoising_end`."""

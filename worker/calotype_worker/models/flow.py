@@ -1,0 +1,71 @@
+"""What the flow-matching families share: Stable Diffusion 3 and Flux (Lipman et al. 2023, Esser et al. 2024)."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from calotype_shared.config import Feature
+from calotype_shared.errors import InvalidRequest
+from calotype_worker.models.latent import Adapters, LatentModel
+from calotype_worker.sampling.samplers import FLOW_SAMPLERS
+
+
+class FlowModel(LatentModel):
+    """Networks that predict the velocity from picture to noise, with prompts read as they are written."""
+
+    samplers = FLOW_SAMPLERS
+    size_factor = 2  # the network reads patches of 2x2 latent cells
+
+    @classmethod
+    def features_of(cls, pipeline: Any, adapters: Adapters) -> frozenset[Feature]:
+        features = super().features_of(pipeline, adapters)
+        return features - {Feature.PROMPT_WEIGHTS, Feature.CONTROLNET}
+
+    def predicted_original(self, latents: torch.Tensor, outputs: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """x - σ·v; a timestep is a thousandth of σ whatever the schedule's shift."""
+        return latents - (timesteps / 1000).reshape(-1, 1, 1, 1) * outputs
+
+    def _shift(self, width: int, height: int, *, default_max: float) -> float:
+        """mu, by which larger pictures keep more noise for longer; linear in the number of patches."""
+        _, h, w = self.latent_shape(width, height)
+        config = self.scheduler_config
+        least, most = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        low, high = config.get("base_shift", 0.5), config.get("max_shift", default_max)
+        slope = (high - low) / (most - least)
+        return float((h // 2) * (w // 2) * slope + low - slope * least)
+
+
+class PlainText:
+    """A tokenizer and encoder without weights or windows: CLIP for its pooled vector, or T5 for its sequence."""
+
+    def __init__(self, tokenizer: Any, encoder: Any, *, length: int, device: torch.device) -> None:
+        self.encoder = encoder
+        self._tokenizer = tokenizer
+        self._length = length
+        self._device = device
+        self._lock = threading.Lock()  # a fast tokenizer refuses two threads at once
+
+    def check(self, field: str, prompt: str) -> None:
+        """Any thread. Raises InvalidRequest if the prompt is longer than the encoder reads."""
+        with self._lock:
+            tokens = len(self._tokenizer(prompt, truncation=False, verbose=False).input_ids)
+        if tokens > self._length:
+            raise InvalidRequest(
+                f"is {tokens} tokens long, and this model reads at most {self._length}",
+                field=field,
+                value=prompt,
+                remedy=f"shorten it by {tokens - self._length} tokens",
+            )
+
+    def tokens(self, prompts: Sequence[str]) -> torch.Tensor:
+        """Token ids (len(prompts), length)."""
+        with self._lock:
+            found = self._tokenizer(
+                list(prompts), padding="max_length", max_length=self._length, truncation=True, return_tensors="pt"
+            )
+        ids: torch.Tensor = found.input_ids
+        return ids.to(self._device)

@@ -1,0 +1,164 @@
+"""Stable Diffusion XL, its refiner, and the few-step models distilled from it (Podell et al. 2023)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from calotype_shared.config import Feature
+from calotype_shared.errors import ModelLoadError
+from calotype_shared.model_card import ModelCard
+from calotype_worker.engine.request import GenerationRequest
+from calotype_worker.models.base import Conditioning, Rows, Text
+from calotype_worker.models.clip_text import ClipText
+from calotype_worker.models.controlnet import control_residuals, load_controlnets
+from calotype_worker.models.latent import Adapters, LatentModel, Memory
+from calotype_worker.models.sd import guidance_embedding
+
+# What diffusers' refiner pipeline says of a picture and of what to avoid, on the scale of LAION's aesthetic predictor.
+_AESTHETIC_SCORE, _NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
+
+
+class StableDiffusionXL(LatentModel):
+    """A `StepModel` around the parts of an SDXL pipeline. A refiner has only the second text encoder."""
+
+    @classmethod
+    def features_of(cls, pipeline: Any, adapters: Adapters) -> frozenset[Feature]:
+        features = super().features_of(pipeline, adapters)
+        return features if pipeline.text_encoder is not None else features - {Feature.TEXT_TO_IMAGE}
+
+    def __init__(
+        self,
+        pipeline: Any,
+        *,
+        card: ModelCard,
+        device: torch.device,
+        dtype: torch.dtype,
+        adapters: Adapters | None = None,
+        memory: Memory | None = None,
+    ) -> None:
+        adapters = adapters or Adapters()
+        unet = pipeline.unet
+        if unet.config.in_channels != pipeline.vae.config.latent_channels:
+            raise ModelLoadError(
+                f"model {card.name!r}: its U-Net wants {unet.config.in_channels} input channels, which this version "
+                "cannot give an SDXL model; use one without extra inputs, which inpaints by blending"
+            )
+        if getattr(pipeline.vae.config, "latents_mean", None) is not None:
+            raise ModelLoadError(
+                f"model {card.name!r}: its autoencoder shifts latents by channel; use a plain SDXL one"
+            )
+        _load_embeddings(pipeline, adapters)
+        self._controls = load_controlnets(
+            adapters.controls, dtype=dtype, cross_attention_dim=unet.config.cross_attention_dim
+        )
+        encoders = {
+            name: getattr(pipeline, name)
+            for name in ("text_encoder", "text_encoder_2")
+            if getattr(pipeline, name) is not None
+        }
+        super().__init__(
+            pipeline,
+            card=card,
+            device=device,
+            dtype=dtype,
+            denoiser=unet.to(memory_format=torch.channels_last),
+            text_encoders=encoders,
+            adapters=adapters,
+            memory=memory or Memory(),
+        )
+        for net in self._controls.values():
+            net.to(device)
+        tokenizers = {"text_encoder": pipeline.tokenizer, "text_encoder_2": pipeline.tokenizer_2}
+        self._texts = {
+            name: ClipText(tokenizers[name], encoder, penultimate=True, device=device)
+            for name, encoder in encoders.items()
+        }
+        self._zero_negative = bool(pipeline.config.force_zeros_for_empty_prompt)
+        self._aesthetic = bool(getattr(pipeline.config, "requires_aesthetics_score", False))
+        self._guidance_features = int(unet.config.time_cond_proj_dim or 0)
+        self.embedded_guidance = self._guidance_features > 0
+
+    def text_windows(self, field: str, prompt: str) -> int:
+        return max(text.windows(field, prompt) for text in self._texts.values())
+
+    @torch.inference_mode()
+    def encode(self, texts: Sequence[Text]) -> Sequence[Conditioning]:
+        """`text` (tokens, features of both encoders) and `pooled` (features of the second's projection)."""
+        columns: list[list[torch.Tensor]] = []
+        for name, text in self._texts.items():
+            with self._using(name):
+                columns.append(self._by_loras(texts, functools.partial(_encoded, text)))
+        second = self._texts["text_encoder_2"]
+        with self._using("text_encoder_2"):
+            pooled = self._by_loras(
+                texts, lambda own: [second.encoder(second.tokens(text.prompt))[0][0] for text in own]
+            )
+        found = []
+        for text, own_pooled, *embedded in zip(texts, pooled, *columns, strict=True):
+            own = {"text": torch.cat(embedded, dim=-1).to(self.dtype), "pooled": own_pooled.to(self.dtype)}
+            if text.negative and not text.prompt and self._zero_negative:
+                own = {name: torch.zeros_like(tensor) for name, tensor in own.items()}
+            found.append(own)
+        return found
+
+    def row_inputs(self, request: GenerationRequest, *, negative: bool) -> Conditioning:
+        """`time_ids`: original size, crop and target size, or the refiner's aesthetic score; and embedded guidance."""
+        size = [float(request.height), float(request.width)]
+        score = _NEGATIVE_AESTHETIC_SCORE if negative else _AESTHETIC_SCORE
+        inputs = {"time_ids": torch.tensor([*size, 0.0, 0.0, *([score] if self._aesthetic else size)])}
+        if self.embedded_guidance:
+            inputs["guidance"] = guidance_embedding(request.guidance_scale, self._guidance_features)
+        return inputs
+
+    @torch.inference_mode()
+    def predict(self, rows: Rows) -> torch.Tensor:
+        conditioning = rows.conditioning
+        added = {
+            "text_embeds": conditioning["pooled"],
+            "time_ids": conditioning["time_ids"].to(self.dtype),
+        }
+        down, middle = control_residuals(self._controls, rows, dtype=self.dtype, added=added)
+        guidance = conditioning.get("guidance")
+        with self._using("denoiser"), self.loras.active(rows.loras):
+            output = self._denoiser(
+                rows.latents.to(self.dtype, memory_format=torch.channels_last),
+                rows.timesteps,
+                encoder_hidden_states=conditioning["text"],
+                encoder_attention_mask=conditioning.get("text_mask"),
+                added_cond_kwargs=added,
+                timestep_cond=guidance.to(self.dtype) if guidance is not None else None,
+                down_block_additional_residuals=down,
+                mid_block_additional_residual=middle,
+                return_dict=False,
+            )[0]
+        return output.float()
+
+
+def _encoded(encoder: ClipText, texts: Sequence[Text]) -> list[torch.Tensor]:
+    return encoder.encode_all([(text.prompt, text.windows) for text in texts])
+
+
+def _load_embeddings(pipeline: Any, adapters: Adapters) -> None:
+    """SDXL's textual inversions hold vectors for both encoders, as `clip_l` and `clip_g`."""
+    from safetensors.torch import load_file  # noqa: PLC0415
+
+    for token, path in adapters.embeddings.items():
+        try:
+            vectors = load_file(path)
+            for key, tokenizer, encoder in (
+                ("clip_l", pipeline.tokenizer, pipeline.text_encoder),
+                ("clip_g", pipeline.tokenizer_2, pipeline.text_encoder_2),
+            ):
+                if encoder is not None:
+                    pipeline.load_textual_inversion(
+                        vectors[key], token=token, tokenizer=tokenizer, text_encoder=encoder
+                    )
+        except Exception as error:
+            raise ModelLoadError(
+                f"textual inversion {token!r}: {path.name!r} could not be loaded ({error}); give a safetensors file "
+                "with the vectors clip_l and clip_g, trained for this model"
+            ) from error
