@@ -180,3 +180,40 @@ def test_a_tampered_upload_fails_its_job_and_no_other(
     assert record.error is not None
     assert "another" in record.error.message
     assert record.failures == 1, "the job itself was to blame: no retry"
+
+
+def test_videos_and_meshes_come_out_of_the_same_queue(
+    environment: dict[str, str], client: Client, tmp_path: Path
+) -> None:
+    """Pipelines that run as a whole, two jobs a run, each in the formats of its kind."""
+    from calotype_worker.output.mesh import read_provenance
+    from calotype_worker.output.video import read_gif, read_mp4
+    from tests.opaque_models import write_tiny_animatediff, write_tiny_shap_e
+
+    clip, shape = write_tiny_animatediff(tmp_path / "clip"), write_tiny_shap_e(tmp_path / "shape")
+    arguments = ["--model", f"clip={clip}", "--model", f"shape={shape}"]
+    worker = WorkerProcess(arguments, environment, tmp_path / "worker.log")
+    try:
+        worker.wait_until_ready(90)
+        video = {"prompt": "a ring", "model": "clip", "num_inference_steps": 4, "num_frames": 6, "guidance_scale": 2}
+        jobs = [
+            client.submit({**video, "seed": seed, "output_format": kind}) for seed, kind in enumerate(("mp4", "gif"))
+        ]
+        solid = client.submit({"prompt": "a ring", "model": "shape", "num_inference_steps": 4, "seed": 1})
+        with pytest.raises(InvalidRequest, match=r"init_image=.*cannot do that"):
+            client.submit({**video, "init_image": SOURCE})
+        [mp4], [gif], [mesh] = (job.get(timeout=180) for job in (*jobs, solid))
+    finally:
+        worker.stop()
+    assert (mp4.ref.content_type, gif.ref.content_type, mesh.ref.content_type) == (
+        "video/mp4",
+        "image/gif",
+        "model/ply",
+    )
+    for made, read in ((mp4, read_mp4), (gif, read_gif)):
+        shown = read(made.data)
+        assert len(shown.frames) == 6
+        assert shown.provenance["seed"] == made.ref.seed
+    assert mesh.data.startswith(b"ply")
+    assert read_provenance(mesh.data)["config"]["model"] == "shape"
+    assert mesh.name.endswith(".ply")

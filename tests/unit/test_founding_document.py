@@ -134,7 +134,7 @@ def no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(
         "calotype_worker.models.sd.load_controlnets",
-        lambda sources, **options: load({n: str(known[s]) for n, s in sources.items()}, **options),
+        lambda sources, **options: load({n: str(known.get(s, s)) for n, s in sources.items()}, **options),
     )
     monkeypatch.chdir(tmp_path)
     Image.fromarray(picture(3, 96, 64)).save("source.jpg")

@@ -13,7 +13,7 @@ from calotype.cli.exit_codes import ExitCode
 from calotype.cli.output import clock_time, print_json, print_table, record_json, record_line, report, say
 from calotype.client import Client, require_success
 from calotype_shared.config import QUALITY_PRESETS, OutputFormat, SamplerType
-from calotype_shared.errors import JobNotFound
+from calotype_shared.errors import InvalidRequest, JobNotFound
 from calotype_shared.jobs import JobState, Lane
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, errors too.")]
@@ -22,6 +22,23 @@ JobId = Annotated[str, typer.Argument(metavar="ID")]
 
 def _client() -> Client:
     return Client(on_warning=lambda text: say(f"warning: {text}"))
+
+
+def _pair(entry: str, name: str, number: str) -> dict[str, Any]:
+    """NAME or NAME:NUMBER as a part of a config."""
+    written, colon, value = entry.rpartition(":")
+    return {name: written, number: value} if colon else {name: value}
+
+
+def _control(entry: str) -> dict[str, Any]:
+    """NAME:FILE or NAME:FILE:SCALE."""
+    name, _, rest = entry.partition(":")
+    file, _, scale = rest.rpartition(":")
+    if file and scale.replace(".", "", 1).isdigit():
+        return {"name": name, "image": Path(file), "scale": scale}
+    if not rest:
+        raise InvalidRequest("names no picture", field="--control", value=entry, remedy="write NAME:FILE")
+    return {"name": name, "image": Path(rest)}
 
 
 def submit(  # noqa: PLR0917 - the command's options; Typer passes them by name
@@ -39,6 +56,19 @@ def submit(  # noqa: PLR0917 - the command's options; Typer passes them by name
     ] = None,
     num_images: Annotated[int | None, typer.Option(help="Pictures, with seeds that count up [1].")] = None,
     output_format: Annotated[str | None, typer.Option("--format", help=f"{', '.join(OutputFormat)} [png].")] = None,
+    init_image: Annotated[Path | None, typer.Option(help="A picture to start from.", dir_okay=False)] = None,
+    mask: Annotated[Path | None, typer.Option(help="White is painted anew, black is kept.", dir_okay=False)] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="0 keeps the picture, 1 ignores it [0.75; 1 with mask].")
+    ] = None,
+    lora: Annotated[list[str] | None, typer.Option(help="NAME or NAME:WEIGHT; may be repeated.")] = None,
+    control: Annotated[
+        list[str] | None, typer.Option(help="NAME:FILE or NAME:FILE:SCALE, a ControlNet and its picture; repeatable.")
+    ] = None,
+    refiner: Annotated[str | None, typer.Option(help="NAME or NAME:START, a model that takes over [0.8].")] = None,
+    also: Annotated[list[str] | None, typer.Option(help="A further model to make the same pictures.")] = None,
+    preview_every: Annotated[int | None, typer.Option(help="Steps between previews.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Of a video.")] = None,
     lane: Annotated[Lane, typer.Option(help="interactive jobs go first.")] = Lane.INTERACTIVE,
     wait: Annotated[bool, typer.Option("--wait", help="Wait until it is done.")] = False,
     timeout: Annotated[float | None, typer.Option(help="Give up waiting after so many seconds.", min=0)] = None,
@@ -60,6 +90,15 @@ def submit(  # noqa: PLR0917 - the command's options; Typer passes them by name
         "quality": quality,
         "num_images": num_images,
         "output_format": output_format,
+        "init_image": init_image,
+        "mask_image": mask,
+        "strength": strength,
+        "loras": lora and [_pair(entry, "name", "weight") for entry in lora],
+        "controls": control and [_control(entry) for entry in control],
+        "refiner": refiner and _pair(refiner, "model", "start"),
+        "ensemble": also,
+        "preview_every": preview_every,
+        "num_frames": frames,
     }
     with _client() as client:
         job = client.submit(prompt, lane=lane, **{name: value for name, value in given.items() if value is not None})
