@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from calotype.client import Client, Submission, require_success
 from calotype.handle import JobHandle
-from calotype_shared.jobs import JobRecord, JobState, Lane
+from calotype.picture import PictureSource
+from calotype_shared.jobs import JobRecord, JobState, Lane, Preview
 
 if TYPE_CHECKING:
     from calotype.picture import Picture
@@ -67,6 +68,12 @@ class AsyncClient:
 
     async def cancel(self, job_id: str) -> JobState:
         return await asyncio.to_thread(self._client.cancel, job_id)
+
+    async def upload(self, picture: PictureSource, *, field: str = "image") -> str:
+        return await asyncio.to_thread(self._client.upload, picture, field=field)
+
+    async def previews(self, job_id: str) -> list[Preview]:
+        return await asyncio.to_thread(self._client.previews, job_id)
 
     async def images(self, job_id: str) -> list[Picture]:
         return await asyncio.to_thread(self._client.images, job_id)

@@ -12,8 +12,9 @@ import torch
 from calotype_shared.config import SamplerType
 from calotype_shared.errors import InvalidRequest, ModelLoadError
 from calotype_worker.engine import Engine, Generated, GenerationRequest
+from calotype_worker.engine.request import ControlInput
 from calotype_worker.models import Adapters, Memory, ModelPool, StepModel, load_model
-from tests.models import write_tiny_lora, write_tiny_sd
+from tests.models import picture, write_tiny_controlnet, write_tiny_lora, write_tiny_sd
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +112,26 @@ def test_less_memory_gives_the_same_pictures(folders: list[Path], memory: Memory
     for one, other in zip(usual, saving, strict=True):
         assert np.abs(one.image.astype(int) - other.image.astype(int)).max() <= 1
     assert np.abs(usual[0].image.astype(int) - usual[1].image.astype(int)).max() > 12
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_gives_nearly_the_same_pictures(folders: list[Path], dtype: str, tmp_path: Path) -> None:
+    """With everything that goes into the network beside latents: a LoRA, a ControlNet, a longer neighbour."""
+    adapters = Adapters(
+        loras={"first": write_tiny_lora(tmp_path / "first.safetensors", seed=11)},
+        controls={"a": str(write_tiny_controlnet(tmp_path / "a", seed=21))},
+    )
+    wanted = [
+        request("plain"),
+        request("lora", loras=(("first", 0.5),)),
+        request("control", controls=(ControlInput(name="a", image=picture(1), scale=0.5),)),
+        request("long", prompt="a picture of many words. and some more words"),
+    ]
+    usual = run(load(folders[0], adapters=adapters), wanted)
+    half = run(load(folders[0], adapters=adapters, dtype=dtype), wanted)
+    for one, other in zip(usual, half, strict=True):
+        assert not np.array_equal(one.image, other.image), "it ran in full precision"
+        assert np.abs(one.image.astype(int) - other.image.astype(int)).mean() < 6
 
 
 def test_tiles_give_nearly_the_same_picture(folders: list[Path]) -> None:
