@@ -17,7 +17,7 @@ CONFIG = GenerationConfig(
 PIXELS = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
 
 
-@pytest.mark.parametrize("output_format", OutputFormat)
+@pytest.mark.parametrize("output_format", [OutputFormat.PNG, OutputFormat.WEBP, OutputFormat.JPEG])
 def test_provenance_comes_back_out(output_format: OutputFormat) -> None:
     """Unicode and all; PNG keeps every pixel."""
     provenance = {"config": CONFIG.model_dump(mode="json"), "seed": 2**53 - 1}

@@ -21,6 +21,7 @@ from calotype_worker.models.pool import AnyModel
 from calotype_worker.models.sd import StableDiffusion
 from calotype_worker.models.sd3 import StableDiffusion3
 from calotype_worker.models.sdxl import StableDiffusionXL
+from calotype_worker.models.single_file import is_single_file, load_single_file
 from calotype_worker.sampling.samplers import sampler_of
 
 # `_class_name` in a folder's model_index.json -> the family and the adapter that runs it.
@@ -108,13 +109,17 @@ def load_model(
     torch_dtype = DTYPES[dtype] if dtype else default_dtype(torch_device)
     location = resolve_source(name, source)
     folder = Path(location)
-    if folder.is_dir():
+    if is_single_file(location):
+        pipeline = load_single_file(name, folder, torch_dtype)
+    elif folder.is_dir():
         _check_folder(name, folder)
+        pipeline = _pipeline(name, location, torch_dtype)
     elif folder.is_absolute() or location.startswith("."):
         raise ModelLoadError(f"model {name!r}: folder {location!r} does not exist; check the path after '='")
-    pipeline = _pipeline(name, location, torch_dtype)
+    else:
+        pipeline = _pipeline(name, location, torch_dtype)
     adapters, memory = adapters or Adapters(), memory or Memory()
-    notes, version = _notes(folder), _version(folder if folder.is_dir() else None, location)
+    notes, version = _notes(folder), _version(folder, location)
     class_name = type(pipeline).__name__
     if class_name in OPAQUE:
         if adapters != Adapters() or memory != Memory():
@@ -211,7 +216,7 @@ def _absent_parts(folder: Path) -> dict[str, None]:
 
 def _notes(folder: Path) -> dict[str, Any]:
     """What an operator says of a model in its folder's calotype.json: native_sizes, max_pixels, description."""
-    own = folder / "calotype.json"
+    own = folder.with_suffix("") / "calotype.json" if folder.is_file() else folder / "calotype.json"
     notes: dict[str, Any] = json.loads(own.read_text()) if own.is_file() else {}
     return notes
 
@@ -251,13 +256,13 @@ def latent_card(
     )
 
 
-def _version(folder: Path | None, location: str) -> str:
-    """Identifies the weights: a hash of every safetensors file in a folder, or the hub id itself."""
-    if folder is None:
+def _version(source: Path, location: str) -> str:
+    """Identifies the weights: a hash of a checkpoint file or of every one in a folder, or the hub id itself."""
+    if not source.exists():
         return location
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.safetensors")):
-        digest.update(path.relative_to(folder).as_posix().encode())
+    for path in [source] if source.is_file() else sorted(source.rglob("*.safetensors")):
+        digest.update(path.relative_to(source).as_posix().encode())
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return f"sha256:{digest.hexdigest()[:16]}"

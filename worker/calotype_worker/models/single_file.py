@@ -1,0 +1,112 @@
+"""Single-file checkpoints, as the community ships them: all of a model's weights in one .safetensors file.
+
+Such a file holds no configs and no tokenizer. They come from a diffusers folder beside it with the file's name
+(`model.safetensors` and `model/`, of which only the small files are needed), or else from the hub.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calotype_shared.errors import ModelLoadError
+
+SUFFIX = ".safetensors"
+_PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+_HEADER_AT_MOST = 100 * 2**20  # bytes, the format's own limit
+
+# What diffusers makes of a file's keys and shapes -> the pipeline that it is for.
+_PIPELINES = {
+    "inpainting": "StableDiffusionInpaintPipeline",
+    "inpainting_v2": "StableDiffusionInpaintPipeline",
+    "v1": "StableDiffusionPipeline",
+    "v2": "StableDiffusionPipeline",
+    "xl_base": "StableDiffusionXLPipeline",
+    "xl_refiner": "StableDiffusionXLImg2ImgPipeline",
+    "playground-v2-5": "StableDiffusionXLPipeline",
+    "sd3": "StableDiffusion3Pipeline",
+    "sd35_large": "StableDiffusion3Pipeline",
+    "sd35_medium": "StableDiffusion3Pipeline",
+    "flux-dev": "FluxPipeline",
+    "flux-schnell": "FluxPipeline",
+}
+# A part of some key in every file of a known family; diffusers takes what it does not know for Stable Diffusion 1.
+_MARKS = ("model.diffusion_model.", "double_blocks.", "joint_blocks.")
+
+
+def is_single_file(location: str) -> bool:
+    """Whether a model's source names a file rather than a folder or a hub id."""
+    return Path(location).suffix in (SUFFIX, *_PICKLES)
+
+
+def load_single_file(name: str, file: Path, dtype: torch.dtype) -> Any:
+    """The diffusers pipeline of a checkpoint file, on the CPU in `dtype`.
+
+    Raises:
+        ModelLoadError: a pickle, no safetensors file, of no known family, or without configs at hand.
+    """
+    keys = _checked_keys(name, file)
+    if not any(mark in key for key in keys for mark in _MARKS):
+        shown = ", ".join(sorted(keys)[:3])
+        raise ModelLoadError(
+            f"model {name!r}: {file.name!r} is no checkpoint of a known family (its keys begin {shown}); give a whole "
+            "model, not a LoRA or a part, or a diffusers folder"
+        )
+    import diffusers  # noqa: PLC0415
+    from diffusers.loaders.single_file_utils import (  # noqa: PLC0415
+        infer_diffusers_model_type,
+        load_single_file_checkpoint,
+    )
+
+    kind = infer_diffusers_model_type(load_single_file_checkpoint(str(file)))
+    if kind not in _PIPELINES:
+        raise ModelLoadError(
+            f"model {name!r}: {file.name!r} is a {kind} checkpoint, which is not supported; supported: "
+            f"{', '.join(_PIPELINES)}"
+        )
+    beside = file.with_suffix("")
+    local = (beside / "model_index.json").is_file()
+    options: dict[str, Any] = {"config": str(beside), "local_files_only": True} if local else {}
+    if kind in ("v1", "v2", "inpainting", "inpainting_v2"):
+        options["safety_checker"] = None
+    try:
+        return getattr(diffusers, _PIPELINES[kind]).from_single_file(str(file), torch_dtype=dtype, **options)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        source = f"the configs in {beside.name!r}/" if local else "configs from the hub"
+        raise ModelLoadError(
+            f"model {name!r}: {file.name!r} ({kind}) could not be loaded with {source}: {reason}; put a diffusers "
+            f"folder of the same kind of model beside it as {beside.name!r}/ (weights are not needed there)"
+        ) from error
+
+
+def _checked_keys(name: str, file: Path) -> frozenset[str]:
+    """The names of a file's tensors, from its header alone."""
+    if file.suffix in _PICKLES:
+        raise ModelLoadError(
+            f"model {name!r}: {file.name!r} is a pickle, which Calotype never opens; convert it where you trust it: "
+            f'safetensors.torch.save_file(torch.load("{file.name}", weights_only=True)["state_dict"], '
+            f'"{file.with_suffix(SUFFIX).name}")'
+        )
+    if not file.is_file():
+        raise ModelLoadError(f"model {name!r}: file {str(file)!r} does not exist; check the path after '='")
+    with file.open("rb") as opened:
+        start = opened.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        header = opened.read(length) if length <= _HEADER_AT_MOST else b""
+        size = file.stat().st_size
+    try:
+        tensors: dict[str, Any] = json.loads(header)
+        tensors.pop("__metadata__", None)
+        ends = 8 + length + max(tensor["data_offsets"][1] for tensor in tensors.values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelLoadError(
+            f"model {name!r}: {file.name!r} is no safetensors file; download it again, or convert it"
+        ) from error
+    if size < ends:
+        raise ModelLoadError(f"model {name!r}: {file.name!r} is cut short at {size} of {ends} bytes; download it again")
+    return frozenset(tensors)
