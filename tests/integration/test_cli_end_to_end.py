@@ -116,7 +116,7 @@ def test_what_goes_wrong_has_its_own_status(run: Run) -> None:
     late = ("submit", "x", "--model", "tiny", "--steps", "900", "--wait", "--timeout", "0.5")
     late_said = run(*late, status=5).stderr
     run("cancel", late_said.split()[1])
-    assert "tokens" in run("submit", "x" * 60, "--model", "tiny", "--wait", status=1).stderr
+    assert "windows" in run("submit", "x" * 600, "--model", "tiny", "--wait", status=1).stderr
 
 
 def test_a_killed_worker_is_replaced(run: Run, up: Up) -> None:

@@ -98,9 +98,9 @@ def test_jobs_become_pictures_with_their_provenance(
     assert client.submit("cat", model="tiny", num_inference_steps=2).wait(30).config.seed is not None
 
     # A job that cannot be done fails alone, with the field, the value and the remedy.
-    bad = client.submit("x" * 60, model="tiny")
+    bad = client.submit("x" * 600, model="tiny")
     good = client.submit_many(mixed(4))
-    with pytest.raises(JobFailed, match=r"invalid_request: prompt='x+'.*62 tokens.*shorten it by 38 tokens"):
+    with pytest.raises(JobFailed, match=r"invalid_request: prompt=.*28 windows of 24 tokens; shorten it to 8 windows"):
         bad.wait(30)
     assert all(job.wait(30).state is JobState.SUCCEEDED for job in good)
     with pytest.raises(InvalidRequest, match="width=60"):

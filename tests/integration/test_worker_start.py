@@ -88,5 +88,7 @@ def test_a_broken_model_folder(refused: Any, tiny_model: Path, tmp_path: Path) -
     assert "unet/ should hold safetensors" in broken("none", lambda f: (f / weights).unlink())
     assert "only a pickle" in broken("pickled", lambda f: (f / weights).rename(f / "unet/model.bin"))
     assert "no model_index.json" in broken("bare", lambda f: (f / "model_index.json").unlink())
-    other = '{"_class_name": "FluxPipeline"}'
-    assert "'FluxPipeline' is not supported" in broken("flux", lambda f: (f / "model_index.json").write_text(other))
+    other = '{"_class_name": "KandinskyPipeline"}'
+    assert "'KandinskyPipeline' is not supported" in broken(
+        "kandinsky", lambda f: (f / "model_index.json").write_text(other)
+    )

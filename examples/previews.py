@@ -1,0 +1,24 @@
+"""Real-time: what a running job is heading to, and a few-step run beside a long one.
+
+Needs a running `calotype up`. Writes out/previews.png.
+"""
+
+import io
+
+from PIL import Image
+from sheet import save_sheet
+
+from calotype import Client
+
+with Client() as client:
+    job = client.submit(
+        "a red ring on a yellow background", seed=5, num_inference_steps=60, guidance_scale=5, preview_every=10
+    )
+    pictures = [
+        (Image.open(io.BytesIO(preview.data)), f"after step {preview.step}")
+        for preview in job.iter_previews(timeout=60)
+    ]
+    pictures.append((job.get()[0].image, "the picture, 60 steps"))
+    quick = client.submit("a red ring on a yellow background", seed=5, num_inference_steps=8, guidance_scale=5)
+    pictures.append((quick.get()[0].image, "8 steps"))
+    save_sheet("previews", pictures)

@@ -1,0 +1,18 @@
+"""Refiner: a second model takes over the unfinished latents, after half and after nine tenths of the steps.
+
+Needs a worker with both: `calotype up --model demo,other=FOLDER`. Writes out/refiner.png.
+"""
+
+from sheet import save_sheet
+
+from calotype import Client
+
+with Client() as client:
+    pictures = []
+    for refiner in (None, {"model": "other", "start": 0.5}, {"model": "other", "start": 0.9}):
+        job = client.submit(
+            "a yellow heart on a blue background", refiner=refiner, seed=2, num_inference_steps=30, guidance_scale=5
+        )
+        caption = f"taken over at {refiner['start']}" if refiner else "by one model"
+        pictures.append((job.get()[0].image, caption))
+    save_sheet("refiner", pictures)

@@ -1,0 +1,113 @@
+"""Runs the examples as a reader would, against a real worker on the bundled model, and looks at their pictures."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.integration.conftest import WorkerProcess
+from tests.opaque_models import write_tiny_animatediff, write_tiny_shap_e
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+DEMO = Path(__file__).parents[2] / "worker" / "calotype_worker" / "assets" / "demo"
+
+Looks = Callable[[str, int], np.ndarray]
+
+
+@pytest.fixture
+def run(environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[..., None]]:
+    """Starts a worker with these models, then runs examples in a folder of their own."""
+    workers = []
+
+    def start(models: list[str], examples: list[str]) -> None:
+        arguments = [part for model in models for part in ("--model", model)]
+        worker = WorkerProcess(arguments, environment, tmp_path / "worker.log")
+        workers.append(worker)
+        worker.wait_until_ready(90)
+        (tmp_path / "out").mkdir(exist_ok=True)
+        for name in examples:
+            ran = subprocess.run(
+                [sys.executable, EXAMPLES / f"{name}.py"],
+                cwd=tmp_path,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=150,
+                check=False,
+            )
+            assert ran.returncode == 0, f"{name}: {ran.stderr[-2000:]}"
+            assert "out/" in ran.stdout
+
+    yield start
+    for worker in workers:
+        worker.stop()
+
+
+def test_the_examples_show_what_they_say(run: Callable[..., None], tmp_path: Path) -> None:
+    """Every picture example, and of each the thing it is there for."""
+    names = [
+        *("text_to_image", "presets", "image_to_image", "inpainting", "prompt_weights", "lora"),
+        *("textual_inversion", "controlnet", "previews", "ensemble", "refiner", "in_process"),
+    ]
+    run(["demo", f"other={DEMO}"], names)
+
+    def picture(name: str, index: int) -> np.ndarray:
+        with Image.open(tmp_path / "out" / f"{name}-{index}.png") as shown:
+            return np.asarray(shown.convert("RGB")).astype(int)
+
+    def color(name: str, index: int, where: tuple[slice, slice] = np.s_[56:72, 56:72]) -> str:
+        """The nearest plain colour of a patch, by default the middle."""
+        known = {
+            "red": (222, 36, 36),
+            "green": (40, 160, 70),
+            "blue": (45, 80, 215),
+            "yellow": (250, 215, 50),
+            "white": (245, 245, 245),
+            "black": (20, 20, 20),
+            "pink": (245, 140, 185),
+            "purple": (130, 55, 170),
+        }
+        mean = picture(name, index)[where].reshape(-1, 3).mean(0)
+        return min(known, key=lambda name: float(np.abs(mean - known[name]).sum()))
+
+    corner = np.s_[4:20, 108:124]
+    assert [color("text_to_image", i) for i in range(3)] == ["red", "yellow", "green"]
+    assert [color("text_to_image", i, corner) for i in range(4)] == ["blue", "purple", "pink", "black"]
+    assert np.array_equal(picture("image_to_image", 0), picture("image_to_image", 1)), "strength 0"
+    distances = [np.abs(picture("image_to_image", 0) - picture("image_to_image", i)).mean() for i in (2, 3, 4, 5)]
+    assert 0 < distances[0] < distances[-1], "more strength leaves less of the source"
+    assert color("image_to_image", 5) == "yellow"
+    assert np.array_equal(picture("inpainting", 0)[:40], picture("inpainting", 2)[:40]), "kept"
+    assert (picture("inpainting", 3)[40:, 40:, 2] < 120).mean() > 0.1, "a yellow part was painted"
+    weighted = [picture("prompt_weights", i)[48:80, 48:80].reshape(-1, 3).mean(0) for i in range(2)]
+    assert weighted[1][0] - weighted[1][2] > weighted[0][0] - weighted[0][2], "the red counts for more"
+    assert color("lora", 0, corner) == "pink"
+    assert color("lora", 3, corner) == "black", "neon is dark"
+    assert color("lora", 1, corner) == "pink", "each row its own LoRA"
+    lime = [picture("textual_inversion", i)[56:72, 56:72].reshape(-1, 3).mean(0) for i in (0, 1)]
+    assert lime[1][0] > lime[0][0] + 20, "lime is lighter than green"
+    inside = np.s_[88:98, 34:100]  # along the base of the drawn triangle
+    assert color("controlnet", 1, inside) == "purple"
+    assert color("controlnet", 2, inside) == "yellow", "it follows the outline"
+    assert color("previews", 2) == "yellow"
+    assert np.array_equal(picture("ensemble", 0), picture("ensemble", 2)), "the same weights under two names"
+    assert not np.array_equal(picture("ensemble", 0), picture("ensemble", 1))
+    assert np.array_equal(picture("in_process", 3).shape, (128, 128, 3))
+    assert [color("in_process", i) for i in (0, 3)] == ["red", "green"]
+    assert len(list((tmp_path / "out").glob("previews-*.png"))) >= 4
+
+
+def test_video_and_3d_examples_write_their_files(run: Callable[..., None], tmp_path: Path) -> None:
+    """On tiny models: what is shown there is noise, but the files are real."""
+    clip, shape = write_tiny_animatediff(tmp_path / "clip"), write_tiny_shap_e(tmp_path / "shape")
+    run([f"clip={clip}", f"shape={shape}"], ["video", "shape3d"])
+    assert (tmp_path / "out" / "video.mp4").read_bytes()[4:8] == b"ftyp"
+    assert (tmp_path / "out" / "shape.ply").read_bytes().startswith(b"ply")
+    with Image.open(tmp_path / "out" / "shape.gif") as turntable:
+        assert getattr(turntable, "n_frames", 1) > 4
