@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from calotype import Client, InvalidRequest
+from calotype_worker.output.mesh import read_provenance
+from calotype_worker.output.video import read_gif, read_mp4
 from tests.integration.conftest import WorkerProcess
 from tests.opaque_models import write_tiny_animatediff, write_tiny_shap_e
 
@@ -96,18 +99,29 @@ def test_the_examples_show_what_they_say(run: Callable[..., None], tmp_path: Pat
     assert color("controlnet", 1, inside) == "purple"
     assert color("controlnet", 2, inside) == "yellow", "it follows the outline"
     assert color("previews", 2) == "yellow"
-    assert np.array_equal(picture("ensemble", 0), picture("ensemble", 2)), "the same weights under two names"
+    assert np.abs(picture("ensemble", 0) - picture("ensemble", 2)).max() <= 2, "the same weights under two names"
     assert not np.array_equal(picture("ensemble", 0), picture("ensemble", 1))
     assert np.array_equal(picture("in_process", 3).shape, (128, 128, 3))
     assert [color("in_process", i) for i in (0, 3)] == ["red", "green"]
     assert len(list((tmp_path / "out").glob("previews-*.png"))) >= 4
 
 
-def test_video_and_3d_examples_write_their_files(run: Callable[..., None], tmp_path: Path) -> None:
-    """On tiny models: what is shown there is noise, but the files are real."""
+def test_videos_and_meshes_come_out_of_the_same_queue(run: Callable[..., None], client: Client, tmp_path: Path) -> None:
+    """Pipelines that run as a whole, each in the formats of its kind; on tiny models, so what is shown is noise."""
     clip, shape = write_tiny_animatediff(tmp_path / "clip"), write_tiny_shap_e(tmp_path / "shape")
     run([f"clip={clip}", f"shape={shape}"], ["video", "shape3d"])
-    assert (tmp_path / "out" / "video.mp4").read_bytes()[4:8] == b"ftyp"
-    assert (tmp_path / "out" / "shape.ply").read_bytes().startswith(b"ply")
-    with Image.open(tmp_path / "out" / "shape.gif") as turntable:
+    out = tmp_path / "out"
+    video = read_mp4((out / "video.mp4").read_bytes())
+    assert len(video.frames) == 8
+    assert (video.provenance["seed"], video.provenance["model"]) == (1, "clip")
+    mesh = (out / "shape.ply").read_bytes()
+    assert mesh.startswith(b"ply")
+    assert read_provenance(mesh)["config"]["model"] == "shape"
+    with Image.open(out / "shape.gif") as turntable:
         assert getattr(turntable, "n_frames", 1) > 4
+
+    asked = {"prompt": "a ring", "model": "clip", "num_inference_steps": 3, "num_frames": 6, "guidance_scale": 2}
+    [moving] = client.submit({**asked, "output_format": "gif"}).get(timeout=60)
+    assert (moving.ref.content_type, len(read_gif(moving.data).frames)) == ("image/gif", 6)
+    with pytest.raises(InvalidRequest, match=r"init_image=.*cannot do that"):
+        client.submit(asked, init_image=Image.new("RGB", (64, 64)))

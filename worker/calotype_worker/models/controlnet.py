@@ -95,7 +95,7 @@ def _one(
         rows.timesteps[index],
         encoder_hidden_states=text,
         controlnet_cond=control.images[index].to(dtype),
-        conditioning_scale=control.scales[index].to(rows.latents.device, dtype).reshape(-1, 1, 1, 1),
+        conditioning_scale=control.scales.to(rows.latents.device, dtype)[index].reshape(-1, 1, 1, 1),
         added_cond_kwargs={key: value[index] for key, value in added.items()} if added else None,
         return_dict=False,
     )
