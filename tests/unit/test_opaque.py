@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from calotype_shared.config import SamplerType
+from calotype_shared.config import OutputFormat, SamplerType
 from calotype_shared.errors import GenerationFailed, InvalidRequest
 from calotype_worker.engine.request import ControlInput, Generated, GenerationRequest, Mesh
 from calotype_worker.models.base import OpaqueModel
@@ -322,6 +322,21 @@ def test_a_mesh_is_closed_and_coloured(solid: ShapE) -> None:
     ).channels[0]
     assert levels(mesh.colors, (seen * 255).round().detach().numpy()) <= 1
     assert np.ptp(mesh.colors, axis=0).min() > 50
+
+
+def test_only_what_will_be_written_is_made(solid: ShapE) -> None:
+    """Rendering a turn takes far longer than a mesh; a mesh's own picture shows the object."""
+    whole = made(solid, thing())[0]
+    mesh = made(solid, thing(output_format=OutputFormat.PLY))[0]
+    assert mesh.frames is None
+    assert np.array_equal(surface(mesh).vertices, surface(whole).vertices)
+    shown = (mesh.image < 250).any(axis=2)
+    assert 0.02 < shown.mean() < 0.9
+    turn = made(solid, thing(output_format=OutputFormat.GIF))[0]
+    assert turn.mesh is None
+    assert turn.frames is not None
+    assert whole.frames is not None
+    assert np.array_equal(turn.frames, whole.frames)
 
 
 def test_an_object_without_a_surface_has_no_mesh(tmp_path: Path) -> None:

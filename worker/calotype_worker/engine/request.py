@@ -6,7 +6,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Self, cast
 
-from calotype_shared.config import GenerationConfig, SamplerType
+from calotype_shared.config import GenerationConfig, OutputFormat, SamplerType
 from calotype_shared.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ class GenerationRequest:
     refiner_start: float = 0.8  # share of the steps
     preview_every: int = 0  # steps; 0: no previews
     num_frames: int | None = None  # of a video; None: the model's own
+    output_format: OutputFormat | None = None  # what will be written of it; None: it may be anything
 
     @property
     def guided(self) -> bool:
@@ -125,6 +126,7 @@ class GenerationRequest:
             refiner_start=config.refiner.start if config.refiner else 0.8,
             preview_every=config.preview_every,
             num_frames=config.num_frames,
+            output_format=config.output_format,
         )
 
 

@@ -88,7 +88,8 @@ class ShapE(WholePipeline):
     def run(self, requests: Sequence[GenerationRequest], watch: Watch) -> Sequence[Generated | None]:
         """Objects, each as a mesh and as the frames (F, H, W, 3) of one turn, the first of them as the picture.
 
-        The mesh is None where the object has no surface: its turntable may still show something.
+        A request that will be written as PLY gets no frames, and one written as GIF no mesh.
+        The mesh is also None where the object has no surface: its turntable may still show something.
 
         Raises:
             GenerationFailed: an object's latents are not finite.
@@ -121,13 +122,15 @@ class ShapE(WholePipeline):
                     f"request {request.request_id!r}: its latents are not finite; use a lower guidance scale, or load "
                     "the model in bfloat16 or float32"
                 )
-            frames = self._turntable(own[None], request.width)
+            # Rendering the views takes most of the time: only where they are wanted.
+            mesh = None if request.output_format is OutputFormat.GIF else self._mesh(own[None])
+            frames = None if request.output_format is OutputFormat.PLY else self._turntable(own[None], request.width)
             made.append(
                 Generated(
                     request_id=request.request_id,
-                    image=frames[0],
+                    image=_drawn(mesh, request.width) if frames is None else frames[0],
                     frames=frames,
-                    mesh=self._mesh(own[None]),
+                    mesh=mesh,
                     seed=request.seed,
                     steps_taken=steps,
                     model=request.model,
@@ -186,6 +189,16 @@ def _watch_steps(scheduler: Any, ids: Sequence[str], watch: Watch) -> None:
 def _refuse_empty(module: torch.nn.Module, inputs: Any, surface: Any) -> None:
     if not len(surface.verts):
         raise _EmptyMesh
+
+
+def _drawn(mesh: Mesh | None, side: int) -> np.ndarray:
+    """A mesh's vertices seen from the front, the nearest on top: uint8 (side, side, 3)."""
+    picture = np.full((side, side, 3), 255, dtype=np.uint8)
+    if mesh is not None:
+        order = np.argsort(-mesh.vertices[:, 1])
+        places = ((mesh.vertices[order][:, [2, 0]] * (-1, 1) + 1) / 2 * side).astype(int).clip(0, side - 1)
+        picture[places[:, 0], places[:, 1]] = mesh.colors[order]
+    return picture
 
 
 def _srgb(linear: torch.Tensor) -> torch.Tensor:
