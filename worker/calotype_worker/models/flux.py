@@ -9,11 +9,10 @@ import numpy as np
 import torch
 
 from calotype_shared.config import SamplerType
-from calotype_shared.model_card import ModelCard
 from calotype_worker.engine.request import GenerationRequest
 from calotype_worker.models.base import Conditioning, Rows, Text
 from calotype_worker.models.flow import FlowModel, PlainText
-from calotype_worker.models.latent import Adapters, Memory
+from calotype_worker.models.latent import Setup
 from calotype_worker.sampling.samplers import FLOW_SAMPLERS
 
 T5_TOKENS = 512  # as diffusers' pipeline reads by default
@@ -29,29 +28,16 @@ class Flux(FlowModel):
     samplers = {SamplerType.EULER: FLOW_SAMPLERS[SamplerType.EULER]}  # noqa: RUF012 - others take no given noise levels
     embedded_guidance = True
 
-    def __init__(
-        self,
-        pipeline: Any,
-        *,
-        card: ModelCard,
-        device: torch.device,
-        dtype: torch.dtype,
-        adapters: Adapters | None = None,
-        memory: Memory | None = None,
-    ) -> None:
+    def __init__(self, pipeline: Any, setup: Setup) -> None:
         super().__init__(
             pipeline,
-            card=card,
-            device=device,
-            dtype=dtype,
+            setup,
             denoiser=pipeline.transformer,
             text_encoders={"text_encoder": pipeline.text_encoder, "text_encoder_2": pipeline.text_encoder_2},
-            adapters=adapters or Adapters(),
-            memory=memory or Memory(),
         )
         length = int(pipeline.tokenizer_max_length)
-        self._clip = PlainText(pipeline.tokenizer, pipeline.text_encoder, length=length, device=device)
-        self._t5 = PlainText(pipeline.tokenizer_2, pipeline.text_encoder_2, length=T5_TOKENS, device=device)
+        self._clip = PlainText(pipeline.tokenizer, pipeline.text_encoder, length=length, device=setup.device)
+        self._t5 = PlainText(pipeline.tokenizer_2, pipeline.text_encoder_2, length=T5_TOKENS, device=setup.device)
         self._reads_guidance = bool(pipeline.transformer.config.guidance_embeds)
 
     def _timesteps(self, request: GenerationRequest) -> dict[str, Any]:

@@ -46,6 +46,17 @@ class Adapters:
     lora_capacity: int = 8  # LoRAs in memory
 
 
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What a model is set up with beside its pipeline, which was loaded in `dtype`."""
+
+    card: ModelCard
+    device: torch.device
+    dtype: torch.dtype
+    adapters: Adapters = field(default_factory=Adapters)
+    memory: Memory = field(default_factory=Memory)
+
+
 class LatentModel:
     """The common half of a `StepModel`. A family adds its text encoders and its network call."""
 
@@ -64,21 +75,19 @@ class LatentModel:
     def __init__(
         self,
         pipeline: Any,
+        setup: Setup,
         *,
-        card: ModelCard,
-        device: torch.device,
-        dtype: torch.dtype,
         denoiser: torch.nn.Module,
         text_encoders: Mapping[str, torch.nn.Module],
-        adapters: Adapters,
-        memory: Memory,
+        controls: Mapping[str, torch.nn.Module] | None = None,
     ) -> None:
-        self.card = card
-        self.device = device
-        self.dtype = dtype
+        """`controls` are ControlNets by name."""
+        self.card = setup.card
+        self.device = setup.device
+        self.dtype = setup.dtype
         self.scheduler_config: Mapping[str, Any] = dict(pipeline.scheduler.config)
         self._vae = pipeline.vae.eval()
-        if getattr(self._vae.config, "force_upcast", False) and dtype is torch.float16:
+        if getattr(self._vae.config, "force_upcast", False) and setup.dtype is torch.float16:
             self._vae.to(torch.float32)  # its activations overflow fp16
         self._vae_factor = 2 ** (len(self._vae.config.block_out_channels) - 1)
         self._denoiser = denoiser.eval()
@@ -87,13 +96,16 @@ class LatentModel:
             "vae": self._vae,
             **{name: encoder.eval() for name, encoder in text_encoders.items()},
         }
-        self._memory = memory
-        self._settle(memory)
+        self._controls = {name: net.to(setup.device) for name, net in (controls or {}).items()}
+        self._memory = setup.memory
+        self._settle(setup.memory)
         component = "transformer" if hasattr(pipeline, "transformer") else "unet"
         self.loras = LoraBank(
-            pipeline, {component: denoiser, **text_encoders}, adapters.loras, capacity=adapters.lora_capacity
+            pipeline,
+            {component: denoiser, **text_encoders},
+            setup.adapters.loras,
+            capacity=setup.adapters.lora_capacity,
         )
-        self._denoiser_component = component
 
     # ---- where the weights live
 

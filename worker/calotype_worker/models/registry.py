@@ -15,7 +15,7 @@ import torch
 from calotype_shared.errors import ModelLoadError
 from calotype_shared.model_card import ModelCard
 from calotype_worker.models.flux import Flux
-from calotype_worker.models.latent import Adapters, LatentModel, Memory
+from calotype_worker.models.latent import Adapters, LatentModel, Memory, Setup
 from calotype_worker.models.opaque import OPAQUE, opaque_card
 from calotype_worker.models.pool import AnyModel
 from calotype_worker.models.sd import StableDiffusion
@@ -135,7 +135,7 @@ def load_model(
     card = latent_card(name, family, adapter, pipeline, notes=notes, version=version, adapters=adapters)
     build: Any = adapter  # each family finds its network and encoders in the pipeline
     model: AnyModel = build(
-        pipeline, card=card, device=torch_device, dtype=torch_dtype, adapters=adapters, memory=memory
+        pipeline, Setup(card=card, device=torch_device, dtype=torch_dtype, adapters=adapters, memory=memory)
     )
     return model
 

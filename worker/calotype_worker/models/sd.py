@@ -10,12 +10,11 @@ import torch
 
 from calotype_shared.config import Feature
 from calotype_shared.errors import ModelLoadError
-from calotype_shared.model_card import ModelCard
 from calotype_worker.engine.request import GenerationRequest
 from calotype_worker.models.base import Conditioning, Rows, Text
 from calotype_worker.models.clip_text import ClipText
 from calotype_worker.models.controlnet import control_residuals, load_controlnets
-from calotype_worker.models.latent import Adapters, LatentModel, Memory
+from calotype_worker.models.latent import Adapters, LatentModel, Setup
 
 _LATENT_CHANNELS = 4
 _INPAINTING_CHANNELS = 9  # latents, mask, and the latents of the masked picture
@@ -35,36 +34,21 @@ class StableDiffusion(LatentModel):
             features -= {Feature.TEXT_TO_IMAGE, Feature.IMAGE_TO_IMAGE}
         return features
 
-    def __init__(
-        self,
-        pipeline: Any,
-        *,
-        card: ModelCard,
-        device: torch.device,
-        dtype: torch.dtype,
-        adapters: Adapters | None = None,
-        memory: Memory | None = None,
-    ) -> None:
-        adapters = adapters or Adapters()
+    def __init__(self, pipeline: Any, setup: Setup) -> None:
         unet = pipeline.unet
-        _refuse_other_inputs(unet.config, card.name)
-        load_embeddings(pipeline, adapters.embeddings)
-        self._controls = load_controlnets(
-            adapters.controls, dtype=dtype, cross_attention_dim=unet.config.cross_attention_dim
+        _refuse_other_inputs(unet.config, setup.card.name)
+        load_embeddings(pipeline, setup.adapters.embeddings)
+        controls = load_controlnets(
+            setup.adapters.controls, dtype=setup.dtype, cross_attention_dim=unet.config.cross_attention_dim
         )
         super().__init__(
             pipeline,
-            card=card,
-            device=device,
-            dtype=dtype,
+            setup,
             denoiser=unet.to(memory_format=torch.channels_last),
             text_encoders={"text_encoder": pipeline.text_encoder},
-            adapters=adapters,
-            memory=memory or Memory(),
+            controls=controls,
         )
-        for net in self._controls.values():
-            net.to(device)
-        self._text = ClipText(pipeline.tokenizer, pipeline.text_encoder, device=device)
+        self._text = ClipText(pipeline.tokenizer, pipeline.text_encoder, device=setup.device)
         self._guidance_features = int(unet.config.time_cond_proj_dim or 0)
         self.embedded_guidance = self._guidance_features > 0
         self.mask_channels = unet.config.in_channels - _LATENT_CHANNELS

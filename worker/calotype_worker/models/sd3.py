@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 
-from calotype_shared.model_card import ModelCard
 from calotype_worker.engine.request import GenerationRequest
 from calotype_worker.models.base import Conditioning, Rows, Text
 from calotype_worker.models.flow import FlowModel, PlainText
-from calotype_worker.models.latent import Adapters, Memory
+from calotype_worker.models.latent import Setup
 
 T5_TOKENS = 256  # as diffusers' pipeline reads by default
 
@@ -19,31 +18,21 @@ T5_TOKENS = 256  # as diffusers' pipeline reads by default
 class StableDiffusion3(FlowModel):
     """A `StepModel` around the parts of a `StableDiffusion3Pipeline`; T5, the third encoder, may be absent."""
 
-    def __init__(
-        self,
-        pipeline: Any,
-        *,
-        card: ModelCard,
-        device: torch.device,
-        dtype: torch.dtype,
-        adapters: Adapters | None = None,
-        memory: Memory | None = None,
-    ) -> None:
+    def __init__(self, pipeline: Any, setup: Setup) -> None:
         names = [n for n in ("text_encoder", "text_encoder_2", "text_encoder_3") if getattr(pipeline, n) is not None]
         super().__init__(
             pipeline,
-            card=card,
-            device=device,
-            dtype=dtype,
+            setup,
             denoiser=pipeline.transformer,
             text_encoders={name: getattr(pipeline, name) for name in names},
-            adapters=adapters or Adapters(),
-            memory=memory or Memory(),
         )
         length = int(pipeline.tokenizer_max_length)
+        device = setup.device
         self._clips = {
             "text_encoder": PlainText(pipeline.tokenizer, pipeline.text_encoder, length=length, device=device),
-            "text_encoder_2": PlainText(pipeline.tokenizer_2, pipeline.text_encoder_2, length=length, device=device),
+            "text_encoder_2": PlainText(
+                pipeline.tokenizer_2, pipeline.text_encoder_2, length=length, device=setup.device
+            ),
         }
         self._t5 = None
         if pipeline.text_encoder_3 is not None:

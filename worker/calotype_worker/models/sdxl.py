@@ -10,12 +10,11 @@ import torch
 
 from calotype_shared.config import Feature
 from calotype_shared.errors import ModelLoadError
-from calotype_shared.model_card import ModelCard
 from calotype_worker.engine.request import GenerationRequest
 from calotype_worker.models.base import Conditioning, Rows, Text
 from calotype_worker.models.clip_text import ClipText
 from calotype_worker.models.controlnet import control_residuals, load_controlnets
-from calotype_worker.models.latent import Adapters, LatentModel, Memory
+from calotype_worker.models.latent import Adapters, LatentModel, Setup
 from calotype_worker.models.sd import guidance_embedding
 
 # What diffusers' refiner pipeline says of a picture and of what to avoid, on the scale of LAION's aesthetic predictor.
@@ -30,30 +29,20 @@ class StableDiffusionXL(LatentModel):
         features = super().features_of(pipeline, adapters)
         return features if pipeline.text_encoder is not None else features - {Feature.TEXT_TO_IMAGE}
 
-    def __init__(
-        self,
-        pipeline: Any,
-        *,
-        card: ModelCard,
-        device: torch.device,
-        dtype: torch.dtype,
-        adapters: Adapters | None = None,
-        memory: Memory | None = None,
-    ) -> None:
-        adapters = adapters or Adapters()
+    def __init__(self, pipeline: Any, setup: Setup) -> None:
         unet = pipeline.unet
         if unet.config.in_channels != pipeline.vae.config.latent_channels:
             raise ModelLoadError(
-                f"model {card.name!r}: its U-Net wants {unet.config.in_channels} input channels, which this version "
-                "cannot give an SDXL model; use one without extra inputs, which inpaints by blending"
+                f"model {setup.card.name!r}: its U-Net wants {unet.config.in_channels} input channels, which this "
+                "version cannot give an SDXL model; use one without extra inputs, which inpaints by blending"
             )
         if getattr(pipeline.vae.config, "latents_mean", None) is not None:
             raise ModelLoadError(
-                f"model {card.name!r}: its autoencoder shifts latents by channel; use a plain SDXL one"
+                f"model {setup.card.name!r}: its autoencoder shifts latents by channel; use a plain SDXL one"
             )
-        _load_embeddings(pipeline, adapters)
-        self._controls = load_controlnets(
-            adapters.controls, dtype=dtype, cross_attention_dim=unet.config.cross_attention_dim
+        _load_embeddings(pipeline, setup.adapters)
+        controls = load_controlnets(
+            setup.adapters.controls, dtype=setup.dtype, cross_attention_dim=unet.config.cross_attention_dim
         )
         encoders = {
             name: getattr(pipeline, name)
@@ -62,19 +51,14 @@ class StableDiffusionXL(LatentModel):
         }
         super().__init__(
             pipeline,
-            card=card,
-            device=device,
-            dtype=dtype,
+            setup,
             denoiser=unet.to(memory_format=torch.channels_last),
             text_encoders=encoders,
-            adapters=adapters,
-            memory=memory or Memory(),
+            controls=controls,
         )
-        for net in self._controls.values():
-            net.to(device)
         tokenizers = {"text_encoder": pipeline.tokenizer, "text_encoder_2": pipeline.tokenizer_2}
         self._texts = {
-            name: ClipText(tokenizers[name], encoder, penultimate=True, device=device)
+            name: ClipText(tokenizers[name], encoder, penultimate=True, device=setup.device)
             for name, encoder in encoders.items()
         }
         self._zero_negative = bool(pipeline.config.force_zeros_for_empty_prompt)
