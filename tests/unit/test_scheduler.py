@@ -132,3 +132,23 @@ def test_the_scheduler_imports_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "Scheduler", done.stderr
+
+
+def test_groups_that_are_not_at_hand_give_way_for_a_while() -> None:
+    """Two models that do not fit together are not exchanged at every step, and neither starves."""
+    at_hand = {"a"}
+    scheduler: Scheduler[str] = Scheduler(lambda _: 8, at_hand=lambda group: group in at_hand, patience=5)
+    for group in ("b", "a"):
+        scheduler.add(f"one of {group}", group, 1)
+    turns = []
+    for _ in range(14):
+        plan = scheduler.plan()
+        assert plan is not None
+        at_hand = {plan.group}
+        turns.append(plan.group)
+    assert "".join(turns) == "aaaaabbbbbbaaa"
+    scheduler.remove("one of a")
+    scheduler.remove("one of b")
+    scheduler.add("one of c", "c", 1)
+    assert scheduler.plan() is not None, "with nobody at hand the first in line runs"
+    scheduler.check_integrity()

@@ -48,6 +48,7 @@ class EngineSettings:
     decode_batch: int = 4  # pictures decoded together
     decode_patience: int = 4  # steps a finished latent waits for company at most
     conditioning_cache: int = 512  # prompts
+    model_patience: int = 50  # steps a model that is not on the device waits for those that are
     deterministic: bool = False
 
     def __post_init__(self) -> None:
@@ -56,6 +57,7 @@ class EngineSettings:
             ("decode_batch", self.decode_batch, 1),
             ("decode_patience", self.decode_patience, 0),
             ("conditioning_cache", self.conditioning_cache, 2),
+            ("model_patience", self.model_patience, 0),
         ):
             if value < least:
                 raise InvalidRequest("is too small", field=name, value=value, remedy=f"use at least {least}")
@@ -88,7 +90,11 @@ class Engine:
         self._tickets: dict[str, Ticket] = {}  # every request not yet resolved
         self._stop_at: float | None = None
         # From here on the engine's thread alone.
-        self._scheduler: Scheduler[GroupKey] = Scheduler(self._row_budget)
+        self._scheduler: Scheduler[GroupKey] = Scheduler(
+            self._row_budget,
+            at_hand=lambda group: group.model in self.models.resident,
+            patience=self.settings.model_patience,
+        )
         self._batches: dict[GroupKey, StepBatch] = {}
         self._admission = Admission(
             cache_capacity=self.settings.conditioning_cache, together=not self.settings.deterministic

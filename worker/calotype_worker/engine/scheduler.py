@@ -1,7 +1,8 @@
 """`Scheduler`: which group of requests runs the next step, and who joins it. Pure bookkeeping; imports no torch.
 
 Always holds: the rows running in a group never exceed its budget; requests of one group are admitted in the order
-they came; a group with anything to run waits for at most one step of every other group.
+they came; a group with anything to run waits for at most one step of every other group, and, if it is not at hand (its
+model is not on the device), for `patience` steps more.
 """
 
 from __future__ import annotations
@@ -28,13 +29,25 @@ class _Group:
     used: int = 0  # rows of the running requests
     waiting: deque[str] = field(default_factory=deque)
     running: dict[str, None] = field(default_factory=dict)  # an ordered set
+    passed_over: int = 0  # turns it gave to groups at hand
 
 
 class Scheduler(Generic[Key]):
-    """Owned by the engine's thread. `row_budget(group)` says how many rows may run together in a group."""
+    """Owned by the engine's thread. `row_budget(group)` says how many rows may run together in a group.
 
-    def __init__(self, row_budget: Callable[[Key], int]) -> None:
+    `at_hand(group)` says whether it could run at once; others give way for up to `patience` turns.
+    """
+
+    def __init__(
+        self,
+        row_budget: Callable[[Key], int],
+        *,
+        at_hand: Callable[[Key], bool] = lambda _: True,
+        patience: int = 0,
+    ) -> None:
         self._row_budget = row_budget
+        self._at_hand = at_hand
+        self._patience = patience
         self._groups: OrderedDict[Key, _Group] = OrderedDict()  # first: waited longest for a step
         self._place: dict[str, tuple[Key, int]] = {}  # request -> its group and rows
 
@@ -76,7 +89,9 @@ class Scheduler(Generic[Key]):
         """The next step, or None when there is nothing to run. Groups take turns."""
         if not self._groups:
             return None
-        key, group = next(iter(self._groups.items()))
+        key = self._next()
+        group = self._groups[key]
+        group.passed_over = 0
         self._groups.move_to_end(key)
         admitted = []
         # Strictly in order: letting a one-row request past a two-row one could keep the latter out for ever.
@@ -86,6 +101,17 @@ class Scheduler(Generic[Key]):
             group.used += self._place[request_id][1]
             admitted.append(request_id)
         return Plan(group=key, admitted=tuple(admitted))
+
+    def _next(self) -> Key:
+        """The group whose turn it is; one at hand in its place while the first in line has patience."""
+        first, group = next(iter(self._groups.items()))
+        if self._at_hand(first) or group.passed_over >= self._patience:
+            return first
+        other = next((key for key in self._groups if self._at_hand(key)), None)
+        if other is None:
+            return first
+        group.passed_over += 1
+        return other
 
     def running(self, group: Key) -> tuple[str, ...]:
         """Requests admitted to a group and not yet removed, in the order of admission."""

@@ -129,6 +129,13 @@ def prepare(request: GenerationRequest, pool: ModelPool, tables: TableCache, *, 
     stages = [_stage(request, model, tables, generator, cut=cut, first=True, exact=exact)]
     if refiner is not None:
         stages.append(_stage(request, refiner, tables, generator, cut=Trajectory.taking_over, first=False, exact=exact))
+        if not all(stage.slot.total_steps for stage in stages):
+            raise InvalidRequest(
+                f"leaves no step to {'it' if stages[0].slot.total_steps else 'the model before it'}",
+                field="refiner.start",
+                value=request.refiner_start,
+                remedy="use a start nearer the middle, or more steps",
+            )
         if stages[0].group.latent_shape != stages[1].group.latent_shape:
             raise InvalidRequest(
                 f"its latents are {stages[1].group.latent_shape} and those of {model.card.name!r} "
