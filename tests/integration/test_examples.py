@@ -103,7 +103,7 @@ def test_the_examples_show_what_they_say(run: Callable[..., None], tmp_path: Pat
     assert not np.array_equal(picture("ensemble", 0), picture("ensemble", 1))
     assert np.array_equal(picture("in_process", 3).shape, (128, 128, 3))
     assert [color("in_process", i) for i in (0, 3)] == ["red", "green"]
-    assert len(list((tmp_path / "out").glob("previews-*.png"))) >= 4
+    assert len(list((tmp_path / "out").glob("previews-*.png"))) >= 3, "a preview, the picture and the quick one"
 
 
 def test_videos_and_meshes_come_out_of_the_same_queue(run: Callable[..., None], client: Client, tmp_path: Path) -> None:
