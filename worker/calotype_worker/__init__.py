@@ -11,16 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from calotype_shared.config import SamplerType
-    from calotype_worker.diffusion import (
-        DiffusionModel,
-        DiffusionPipeline,
-        GeneratedImage,
-        GenerationConfig,
-        NoiseScheduler,
-        TextEncoder,
-        UNetModel,
-        VAEDecoder,
-    )
+    from calotype_worker.components import NoiseScheduler, TextEncoder, UNetModel, VAEDecoder
+    from calotype_worker.diffusion import DiffusionModel, DiffusionPipeline, GeneratedImage, GenerationConfig
     from calotype_worker.models import Adapters, Memory
 
 __all__ = [
@@ -40,7 +32,11 @@ __all__ = [
 _ELSEWHERE = {
     "Adapters": "calotype_worker.models",
     "Memory": "calotype_worker.models",
+    "NoiseScheduler": "calotype_worker.components",
     "SamplerType": "calotype_shared.config",
+    "TextEncoder": "calotype_worker.components",
+    "UNetModel": "calotype_worker.components",
+    "VAEDecoder": "calotype_worker.components",
 }
 
 
