@@ -10,19 +10,19 @@ from calotype import Client
 CHOICES = {
     "without": [],
     "sticker": [{"name": "sticker"}],
-    "sticker at 1.5": [{"name": "sticker", "weight": 1.5}],
+    "sticker at 0.6": [{"name": "sticker", "weight": 0.6}],
     "neon": [{"name": "neon"}],
-    "neon at 0.6": [{"name": "neon", "weight": 0.6}],
-    "both": [{"name": "neon", "weight": 0.7}, {"name": "sticker", "weight": 0.5}],
+    "neon at 1.3": [{"name": "neon", "weight": 1.3}],
+    "both, sticker at 0.5": [{"name": "neon"}, {"name": "sticker", "weight": 0.5}],
 }
 
 with Client() as client:
     jobs = client.submit_many(
         [
             {
-                "prompt": "a large green heart on a pink background",
+                "prompt": "a large red circle on a blue background",
                 "loras": loras,
-                "seed": 7,
+                "seed": 1,
                 "num_inference_steps": 25,
                 "guidance_scale": 5,
             }

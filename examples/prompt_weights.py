@@ -12,8 +12,8 @@ PROMPTS = [
     ("a (red:1.6) star and a (blue:0.2) star on a white background", ""),
     ("a [red] star and a ((blue)) star on a white background", ""),
     ("a star on a white background", "red"),
-    (r"a red star \(not a heart\) on a white background", ""),
-    ("a red star on a white background. " + "it is a star, it is red, the background is white. " * 4, ""),
+    (r"a red star, \[large\], on a white background", ""),
+    ("a large red heart on a blue background, " * 5, ""),  # two windows of the bundled model's text encoder
 ]
 
 with Client() as client:

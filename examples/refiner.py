@@ -1,6 +1,7 @@
-"""Refiner: a second model takes over the unfinished latents, after half and after nine tenths of the steps.
+"""Refiner: a second model takes over the unfinished latents, after a fifth, half and nine tenths of the steps.
 
-Needs a worker with both: `calotype up --model demo,other=FOLDER`. Writes out/refiner.png.
+Needs a worker with both: `python examples/second_model.py`, then `calotype up --model demo,other=out/other`.
+Writes out/refiner.png.
 """
 
 from sheet import save_sheet
@@ -9,7 +10,7 @@ from calotype import Client
 
 with Client() as client:
     pictures = []
-    for refiner in (None, {"model": "other", "start": 0.5}, {"model": "other", "start": 0.9}):
+    for refiner in (None, *({"model": "other", "start": start} for start in (0.9, 0.5, 0.2))):
         job = client.submit(
             "a yellow heart on a blue background", refiner=refiner, seed=2, num_inference_steps=30, guidance_scale=5
         )

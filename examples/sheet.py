@@ -16,6 +16,7 @@ def save_sheet(name: str, pictures: Sequence[tuple[Image, str]]) -> None:
     folder.mkdir(exist_ok=True)
     for index, (picture, _) in enumerate(pictures):
         picture.save(folder / f"{name}-{index}.png")
-    sheet = contact_sheet([Print(image=picture, title=caption) for picture, caption in pictures], columns=4)
+    prints = [Print(image=picture, title=caption) for picture, caption in pictures]
+    sheet = contact_sheet(prints, columns=3 if len(prints) in (5, 6) else 4)
     sheet.save(folder / f"{name}.png")
     print(f"out/{name}.png")
