@@ -21,7 +21,7 @@ from pydantic_core import PydanticCustomError
 
 from calotype_shared.errors import InvalidRequest
 from calotype_shared.model_card import ModelCard
-from calotype_shared.prompt import parse_weights
+from calotype_shared.prompt import parse_weights, refuse_weights
 
 MAX_PROMPT_CHARACTERS = 4_000
 MAX_SIDE = 8_192  # pixels
@@ -291,9 +291,9 @@ class GenerationConfig(BaseModel):
             found["strength"] = DEFAULT_STRENGTH if self.mask_image is None else 1.0
         config = self.model_copy(update=found)
         card.check(config)
-        if Feature.PROMPT_WEIGHTS in card.features:
-            parse_weights(config.prompt, field="prompt")
-            parse_weights(config.negative_prompt, field="negative_prompt")
+        check_prompt = parse_weights if Feature.PROMPT_WEIGHTS in card.features else refuse_weights
+        check_prompt(config.prompt, field="prompt")
+        check_prompt(config.negative_prompt, field="negative_prompt")
         return config
 
     def canonical_json(self) -> str:

@@ -23,6 +23,8 @@ _STEP = 1.1  # of one pair of brackets without a number
 
 _TOKEN = re.compile(r"\\[\\()\[\]]|:\s*([+-]?\d*\.?\d+)\s*\)|[()\[\]]|[^\\()\[\]:]+|.", re.DOTALL)
 
+_NUMBERED = re.compile(r"(?<!\\)\([^()]*:\s*\d*\.?\d+\s*\)")
+
 
 class Fragment(NamedTuple):
     """A piece of a prompt and how much it counts; 1 is as written plainly."""
@@ -54,6 +56,22 @@ def parse_weights(prompt: str, *, field: str = "prompt") -> list[Fragment]:
         else:
             pieces.append(Fragment(token, 1.0))
     return _joined(pieces)
+
+
+def refuse_weights(prompt: str, *, field: str) -> None:
+    """For models that read prompts as written, where `(word:1.3)` would be text without a word of warning.
+
+    Raises:
+        InvalidRequest: the prompt has a weight with a number. Brackets alone are taken for text.
+    """
+    found = _NUMBERED.search(prompt)
+    if found:
+        raise InvalidRequest(
+            f"{found[0]!r} is a prompt weight, and this model reads prompts as they are written",
+            field=field,
+            value=prompt,
+            remedy="write it without brackets and number, or use another model",
+        )
 
 
 def plain_text(prompt: str) -> str:

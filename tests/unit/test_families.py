@@ -154,6 +154,9 @@ def test_a_card_says_what_the_family_can_do(loaded: tuple[Family, Any, StepModel
     if card.family != "sdxl":
         with pytest.raises(InvalidRequest, match=r"sampler='ddim'.*it has: euler"):
             GenerationConfig(prompt="a", sampler="ddim", model=card.name).resolved(card)
+        with pytest.raises(InvalidRequest, match=r"prompt=.*'\(red:1.3\)' is a prompt weight"):
+            GenerationConfig(prompt="a (red:1.3) cat", model=card.name).resolved(card)
+        GenerationConfig(prompt="a (red) cat at 3:15", model=card.name).resolved(card)
         with pytest.raises(InvalidRequest, match=r"width=72.*multiple of 16"):
             GenerationConfig(prompt="a", width=72, height=64, model=card.name).resolved(card)
 
