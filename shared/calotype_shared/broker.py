@@ -2,19 +2,22 @@
 
 Calotype pushes messages from the scripts that write the job's record, so that the two are one step. The format is
 Celery's message protocol 2 in kombu's Redis envelope, with a plain-text body; a test compares it with what Celery
-itself sends. The body says nothing but the job's id: the record is the truth, the message only a hint to look at it.
+itself sends. The body names a queue and no job: a message is an invitation to claim whichever job of that queue is
+next, which is decided when a worker has time for it and not when the job was submitted (decision 10).
 """
 
 from __future__ import annotations
 
 import json
+from functools import cache
 
 TASK_NAME = "calotype.generate"
 
 
-def envelope_template() -> str:
-    """The message of any job: replace every `@id@` by the job's id and every `@queue@` by its queue's name."""
-    body = json.dumps([["@id@"], {}, {"callbacks": None, "errbacks": None, "chain": None, "chord": None}])
+@cache
+def message_template() -> str:
+    """The message of any queue: replace every `@queue@` by its name, and every `@id@` by a number of its own."""
+    body = json.dumps([["@queue@"], {}, {"callbacks": None, "errbacks": None, "chain": None, "chord": None}])
     message = {
         "body": body,
         "content-encoding": "utf-8",
@@ -46,6 +49,6 @@ def envelope_template() -> str:
     return json.dumps(message, separators=(",", ":"))
 
 
-def envelope(job_id: str, queue: str) -> str:
-    """The message of one job, filled in as the scripts do it."""
-    return envelope_template().replace("@id@", job_id).replace("@queue@", queue)
+def message(message_id: str, queue: str) -> str:
+    """One message, filled in as the scripts do it."""
+    return message_template().replace("@id@", message_id).replace("@queue@", queue)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import secrets
 from collections.abc import Mapping
 from enum import StrEnum
@@ -236,6 +235,14 @@ class GenerationConfig(BaseModel):
         return self.num_images * (1 + len(self.ensemble))
 
     @property
+    def cost(self) -> int:
+        """Work of a resolved config, for fair shares: row-steps, by the pictures' size in blocks of 64x64 pixels."""
+        assert self.width is not None
+        assert self.height is not None
+        blocks = max(1, self.width * self.height // 4096)
+        return self.picture_count * self.num_inference_steps * (1 + self.guided) * blocks * (self.num_frames or 1)
+
+    @property
     def uploads(self) -> tuple[str, ...]:
         """Uploaded pictures this refers to."""
         named = (self.init_image, self.mask_image, *(control.image for control in self.controls))
@@ -303,7 +310,12 @@ class GenerationConfig(BaseModel):
 
     def digest(self) -> str:
         """SHA-256 of the canonical JSON, in hex. Equal configs, and only those, have equal digests."""
-        return hashlib.sha256(self.canonical_json().encode()).hexdigest()
+        return digest_of(self.canonical_json())
+
+
+def digest_of(text: str) -> str:
+    """SHA-256 in hex."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 # Absent from the canonical spelling at these values, so that plain jobs stay small in Redis and keep their digests
@@ -340,7 +352,11 @@ def quality_preset(quality: str) -> Mapping[str, int | float]:
 
 def invalid_request(error: ValidationError) -> InvalidRequest:
     """The first of pydantic's complaints, as one sentence with a remedy."""
-    first = error.errors(include_url=False)[0]
+    return explained(error.errors(include_url=False)[0])
+
+
+def explained(first: Mapping[str, Any]) -> InvalidRequest:
+    """One of pydantic's complaints, as one sentence with a remedy."""
     field = ".".join(str(part) for part in first["loc"]) or "config"
     kind = first["type"]
     context = first.get("ctx", {})
@@ -372,5 +388,5 @@ def _choices(field: str) -> type[StrEnum]:
 def _nearest_multiple(value: object, factor: object) -> str:
     if not isinstance(value, int) or not isinstance(factor, int):
         return f"a multiple of {factor}"
-    below = max(factor, math.floor(value / factor) * factor)
+    below = max(factor, value // factor * factor)
     return f"{below} or {below + factor}"

@@ -2,22 +2,31 @@
 
 CalotypeError
 ├── InvalidRequest          the caller's fault, said before anything is queued
-│   └── UnknownModel        no worker has ever announced that model
+│   ├── UnknownModel        no worker has ever announced that model
+│   └── IdempotencyConflict an idempotency key was used before, for another request
 ├── SettingsError           a CALOTYPE_* variable or option is unknown or malformed
 ├── JobNotFound             no record under that id: never created, or expired
+├── BatchNotFound           no batch under that id: never submitted, or its record has expired
 ├── JobFailed               the job ended in `failed`; carries its JobError
 ├── JobCancelled            the job ended in `cancelled`
 ├── WaitTimeout             a wait ended before the job did; the job goes on
 ├── ModelLoadError          a model folder or hub id cannot be used (fatal for a worker)
 ├── GenerationFailed        one request failed inside the engine; its neighbours go on
+├── TooBusy                 nothing is wrong, there is only too much; says when to come again
+│   └── QueueFull           as many jobs or batches wait as may
 └── ServiceUnavailable      worth a retry: nothing was lost, nothing half-written
     ├── RedisUnavailable
     └── StorageUnavailable  S3 is away, refuses the keys, or has no such bucket
+        └── ObjectMissing   it answers, and has no such object
 
 Every message says what was wrong, the value, and what to do about it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+
+_LONGEST_NAME = 80  # of a field: whoever asks may have made it up
 
 
 class CalotypeError(Exception):
@@ -37,14 +46,20 @@ class InvalidRequest(CalotypeError):
 
     def __init__(self, problem: str, *, field: str, value: object, remedy: str) -> None:
         self.problem = problem
+        if len(field) > _LONGEST_NAME:  # the end says more than the middle: `line 2 of /a/long/path: steps`
+            field = f"{field[: _LONGEST_NAME // 2]}…{field[-_LONGEST_NAME // 2 :]}"
         self.field = field
         self.value = value
         self.remedy = remedy
-        super().__init__(f"{field}={_shown(value)}: {problem}; {remedy}")
+        super().__init__(f"{field}={shown(value)}: {problem}; {remedy}")
 
 
 class UnknownModel(InvalidRequest):
     code = "unknown_model"
+
+
+class IdempotencyConflict(InvalidRequest):
+    code = "idempotency_conflict"
 
 
 class SettingsError(CalotypeError):
@@ -53,6 +68,10 @@ class SettingsError(CalotypeError):
 
 class JobNotFound(CalotypeError):
     code = "job_not_found"
+
+
+class BatchNotFound(CalotypeError):
+    code = "batch_not_found"
 
 
 class JobFailed(CalotypeError):
@@ -75,6 +94,26 @@ class GenerationFailed(CalotypeError):
     code = "generation_failed"
 
 
+class TooBusy(CalotypeError):
+    """`retry_after_seconds` is when it may work again."""
+
+    code = "too_busy"
+
+    def __init__(self, message: str, retry_after_seconds: float) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class QueueFull(TooBusy):
+    """`accepted` are the ids of those jobs of one call that were queued before the queue was full."""
+
+    code = "queue_full"
+
+    def __init__(self, message: str, retry_after_seconds: float, *, accepted: Sequence[str] = ()) -> None:
+        super().__init__(message, retry_after_seconds)
+        self.accepted = list(accepted)
+
+
 class ServiceUnavailable(CalotypeError):
     code = "service_unavailable"
 
@@ -87,7 +126,14 @@ class StorageUnavailable(ServiceUnavailable):
     code = "storage_unavailable"
 
 
-def _shown(value: object, limit: int = 80) -> str:
+class ObjectMissing(StorageUnavailable):
+    code = "object_missing"
+
+
+def shown(value: object, limit: int = 80) -> str:
     """The value as it goes into a message: a long prompt is cut, not repeated whole."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # thousands of digits, or of brackets
+        return f"({type(value).__name__} that is too large to be written)"
     return text if len(text) <= limit else f"{text[:limit]}… ({len(text)} characters)"

@@ -39,6 +39,8 @@ class JobState(StrEnum):
 TRANSITIONS: dict[tuple[JobState, JobState], str] = {
     (JobState.QUEUED, JobState.RUNNING): "claim",
     (JobState.QUEUED, JobState.CANCELLED): "cancel",
+    (JobState.QUEUED, JobState.SUCCEEDED): "an equal job that it waited for succeeded",
+    (JobState.QUEUED, JobState.FAILED): "an equal job that it waited for failed",
     (JobState.RUNNING, JobState.SUCCEEDED): "commit",
     (JobState.RUNNING, JobState.FAILED): "fail, or reap after the last allowed failure",
     (JobState.RUNNING, JobState.QUEUED): "release on drain, fail with a retry left, or reap of an expired lease",
@@ -53,6 +55,19 @@ class JobError(BaseModel):
 
     code: str
     message: str
+
+
+class Attempt(BaseModel):
+    """An attempt that ended without a commit."""
+
+    model_config = ConfigDict(frozen=True)
+
+    attempt: int
+    worker: str | None = None
+    started_at: float  # the Redis server's clock, as all times
+    ended_at: float
+    how: str  # lost (its worker said no more), failed, released or cancelled
+    error: JobError | None = None
 
 
 class ImageRef(BaseModel):
@@ -91,13 +106,18 @@ class JobRecord(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     id: str
+    schema_number: int = 1  # who may work on it: workers that know this number
+    newer: bool = False  # than this process knows: its config is shown as far as it is understood
     state: JobState
     lane: Lane
+    tenant: str = "default"  # whose it is: tenants share a queue fairly
     config: GenerationConfig
     digest: str  # of the config: equal digests mean equal pictures
     attempt: int = 0  # claims so far; the newest is the fence token that a commit must carry
-    failures: int = 0  # attempts that ended in a crash or an error; releases on drain do not count
+    failures: int = 0  # attempts that ended in an error; releases on drain do not count
     max_failures: int = 3
+    crashes: int = 0  # attempts whose worker was lost
+    history: tuple[Attempt, ...] = ()  # attempts without a commit: the last twenty
     created_at: float
     queued_at: float  # last time it entered the queue
     started_at: float | None = None  # of the newest attempt
@@ -108,7 +128,11 @@ class JobRecord(BaseModel):
     error: JobError | None = None
     images: tuple[ImageRef, ...] = ()
     timings: dict[str, float] = {}  # seconds by phase, from the winning attempt
+    leader: str | None = None  # the equal job whose pictures these are; `storage`: one that had finished before
+    batch: str | None = None
+    custom_id: str | None = None  # the submitter's name for it in its batch
     metadata: dict[str, Any] = {}  # the submitter's own words; never read by Calotype
+    traceparent: str | None = None  # the span that submitted it (W3C Trace Context), where that was traced
 
     @property
     def progress(self) -> float:
@@ -121,7 +145,18 @@ class JobRecord(BaseModel):
 _CROCKFORD = "0123456789abcdefghjkmnpqrstvwxyz"
 
 
+_PAIRS = [first + second for first in _CROCKFORD for second in _CROCKFORD]  # half as many steps an id
+
+
 def new_job_id() -> str:
     """A ULID in lower case: 26 characters that sort by creation time (48 bits of milliseconds, 80 random bits)."""
     value = (time.time_ns() // 1_000_000 << 80) | secrets.randbits(80)
-    return "".join(_CROCKFORD[value >> shift & 31] for shift in range(125, -1, -5))
+    return "".join([_PAIRS[value >> shift & 1023] for shift in range(120, -1, -10)])
+
+
+def created_us(job_id: str) -> int:
+    """When a job's id was made, in microseconds since the epoch."""
+    value = 0
+    for character in job_id[:10]:
+        value = value << 5 | _CROCKFORD.index(character)
+    return value * 1000

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
-from redis import Redis
-from redis.backoff import ExponentialWithJitterBackoff
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import TimeoutError as RedisTimeoutError
-from redis.retry import Retry
 
+from calotype_shared.connection import RedisAddress
 from calotype_shared.errors import SettingsError
 
 PREFIX = "CALOTYPE_"
+TENANT_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"  # for `re.fullmatch`: `$` alone lets a newline through
 # Variables of other parts of Calotype, which check them themselves.
 OTHER_PREFIXES = ("CALOTYPE_WORKER_", "CALOTYPE_GATEWAY_")
 
@@ -25,7 +22,8 @@ OTHER_PREFIXES = ("CALOTYPE_WORKER_", "CALOTYPE_GATEWAY_")
 class StrictSettings(BaseSettings):
     """Settings from the environment only, where an unknown or malformed variable is an error that names it."""
 
-    model_config = SettingsConfigDict(frozen=True, extra="forbid", env_prefix=PREFIX)
+    # The text below a field is its description, and becomes docs/reference/settings.md.
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", env_prefix=PREFIX, use_attribute_docstrings=True)
 
     @classmethod
     def settings_customise_sources(
@@ -57,7 +55,9 @@ class StrictSettings(BaseSettings):
             return cls(**{name: value for name, value in overrides.items() if value is not None})
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-            field = str(first["loc"][0]) if first["loc"] else "settings"
+            if not first["loc"]:  # about several together; its input would show all of them
+                raise SettingsError(f"{first['msg']}; correct the variables or options") from None
+            field = str(first["loc"][0])
             name = f"{prefix}{field.upper()}"
             shown = "(hidden)" if "secret" in field or "url" in field else repr(first.get("input"))
             raise SettingsError(f"{name}={shown}: {first['msg']}; correct the variable or option") from None
@@ -66,23 +66,79 @@ class StrictSettings(BaseSettings):
 class Settings(StrictSettings):
     """What producers and workers both need: where Redis and storage are, and how long things are kept."""
 
-    redis_url: str = "redis://127.0.0.1:6379/0"
+    redis_url: Annotated[str, Field(repr=False)] = "redis://127.0.0.1:6379/0"
+    """Redis 7 or Valkey: `redis://`, `rediss://` (TLS), `unix://`, `redis+sentinel://HOST,HOST/NAME/DB`,
+    `rediss+sentinel://`."""
+    redis_ca_file: str | None = None
+    """PEM file of who signed the server's certificate; none: the system's authorities."""
+    redis_cert_file: str | None = None
+    """PEM file with this side's own certificate, where the server wants one."""
+    redis_key_file: str | None = None
+    """PEM file with the key of that certificate."""
+    redis_sentinel_password: SecretStr | None = None
+    """The sentinels' own; that of the servers is in the URL."""
     key_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,64}$")] = "calotype:"
-    s3_endpoint_url: str | None = None  # None: Amazon's own
-    s3_public_endpoint_url: str | None = None  # what links to pictures start with, if others reach it elsewhere
+    """Of every Redis key."""
+    s3_endpoint_url: str | None = None
+    """Storage as workers reach it; none: Amazon's own."""
+    s3_public_endpoint_url: str | None = None
+    """Storage as links to pictures name it; none: the same."""
     s3_bucket: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")] = "calotype"
+    """Where pictures, uploads and the files of batches are kept."""
     s3_region: str = "us-east-1"
-    s3_access_key_id: str | None = None  # None: boto3's own search (environment, instance role, …)
+    """Region that requests to the storage are signed for."""
+    s3_access_key_id: str | None = None
+    """None: boto3's own search (environment, instance role, …)."""
     s3_secret_access_key: SecretStr | None = None
-    retention_seconds: Annotated[float, Field(gt=0)] = 7 * 86_400.0  # of finished jobs' records
-    url_expires_seconds: Annotated[int, Field(ge=1, le=604_800)] = 3_600  # of links to pictures; S3 allows a week
+    """The secret that belongs to the access key."""
+    tenant: Annotated[str, Field(pattern=TENANT_PATTERN)] = "default"
+    """Whose jobs this process submits; tenants share the workers fairly."""
+    coalesce: bool = True
+    """Equal jobs with a given seed, in flight together, are made once."""
+    reuse_finished: bool = False
+    """And may get the pictures of an equal job that has finished."""
+    webhook_secret: SecretStr | None = None
+    """Every tenant's signing secret comes from it; none: no webhooks."""
+    webhook_allow_private: bool = False
+    """Webhooks to addresses inside this network too, and by plain http."""
+    # Jobs of batches are not counted: a batch bounds itself by its window.
+    max_queued: Annotated[int, Field(ge=1)] = 100_000
+    """Jobs outside batches that may wait, about 2 KB each in Redis; more are refused, with a time to come again."""
+    max_queued_per_tenant: Annotated[int, Field(ge=1)] | None = None
+    """The same, of one tenant; none: no bound of its own."""
+    max_open_batches: Annotated[int, Field(ge=1)] = 1_000
+    """Batches that are not final."""
+    max_open_batches_per_tenant: Annotated[int, Field(ge=1)] = 100
+    """The same, of one tenant."""
+    retention_seconds: Annotated[float, Field(gt=0)] = 7 * 86_400.0
+    """How long finished jobs' records stay."""
+    telemetry: Literal["auto", "on", "off"] = "auto"
+    """Spans by OpenTelemetry; "auto": where its own variable OTEL_EXPORTER_OTLP_ENDPOINT names a collector."""
+    url_expires_seconds: Annotated[int, Field(ge=1, le=604_800)] = 3_600
+    """How long links to pictures work; S3 allows a week."""
 
     @field_validator("redis_url")
     @classmethod
-    def _redis_scheme(cls, url: str) -> str:
-        if urlsplit(url).scheme not in ("redis", "rediss", "unix"):
-            raise ValueError("must start with redis://, rediss:// or unix://")
+    def _redis_form(cls, url: str) -> str:
+        RedisAddress.parse(url)
         return url
+
+    @field_validator("redis_ca_file", "redis_cert_file", "redis_key_file")
+    @classmethod
+    def _file(cls, name: str | None) -> str | None:
+        if name is not None and not os.access(name, os.R_OK):
+            raise ValueError("is no file that can be read")
+        return name
+
+    @model_validator(mode="after")
+    def _whole_certificate(self) -> Self:
+        if (self.redis_cert_file is None) != (self.redis_key_file is None):
+            raise ValueError("redis_cert_file and redis_key_file belong together; give both, or neither")
+        return self
+
+    @property
+    def redis(self) -> RedisAddress:
+        return RedisAddress.parse(self.redis_url)
 
     @field_validator("s3_endpoint_url", "s3_public_endpoint_url")
     @classmethod
@@ -98,24 +154,3 @@ class Settings(StrictSettings):
             f"{PREFIX}{name.upper()}": value.get_secret_value() if isinstance(value, SecretStr) else str(value)
             for name, value in values.items()
         }
-
-
-def connect_redis(settings: Settings) -> Redis:
-    """A client that never hangs: bounded time-outs, keep-alive, a health check and a few jittered retries."""
-    return Redis.from_url(
-        settings.redis_url,
-        decode_responses=True,
-        socket_timeout=15,
-        socket_connect_timeout=5,
-        socket_keepalive=True,
-        health_check_interval=10,
-        retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=1.0), 3),
-        retry_on_error=[RedisConnectionError, RedisTimeoutError],
-    )
-
-
-def redis_address(settings_or_url: Settings | str) -> str:
-    """The Redis address without user and password, for messages."""
-    url = settings_or_url if isinstance(settings_or_url, str) else settings_or_url.redis_url
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.hostname or ''}{f':{parts.port}' if parts.port else ''}{parts.path}"

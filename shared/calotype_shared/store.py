@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import functools
+import heapq
 import itertools
 import json
 import logging
+import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any
 
 from redis import Redis
-from redis.exceptions import AuthenticationError, ReadOnlyError, RedisError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from calotype_shared.broker import envelope_template
 from calotype_shared.config import GenerationConfig
-from calotype_shared.errors import InvalidRequest, JobNotFound, RedisUnavailable
-from calotype_shared.jobs import ImageRef, JobError, JobRecord, JobState, Lane, Preview, new_job_id
-from calotype_shared.keys import Keys, queue_name, together
-from calotype_shared.model_card import ModelCard
+from calotype_shared.errors import IdempotencyConflict, JobNotFound
+from calotype_shared.fleet import Fleet
+from calotype_shared.jobs import ImageRef, JobError, JobRecord, JobState, Lane, Preview, created_us
 from calotype_shared.records import UnreadableRecord, read_record
-from calotype_shared.scripts import script_source
-from calotype_shared.worker_info import WorkerInfo
+from calotype_shared.scripts import said_clearly
+from calotype_shared.storage import attempt_folder
+from calotype_shared.submission import Idempotency, NewJob, queue_full
 
 log = logging.getLogger(__name__)
 
@@ -33,19 +32,32 @@ _CHUNK = 200  # jobs a script call: long enough to save round trips, short enoug
 _PREVIEW_SECONDS = 60
 _REAP_LOCK_MS = 1_000
 _REAP_AT_MOST = 500
-_LOST = JobError(code="worker_lost", message="the worker stopped without a word on every attempt at this job")
-
-P = ParamSpec("P")
-R = TypeVar("R")
+_SWEEP_AT_MOST = 100
+_FIRST_IN_LINE = 64  # jobs of a queue whose waits are compared
+MAX_CRASHES = 5  # attempts at a job that may end with their worker
+SUSPECT = 2  # crashes from which on a worker takes one such job at a time
+# Reapers look every few seconds. Where none has for so long, Redis was away, and leases could not be renewed.
+_SILENCE_MS, _GRACE_MS = 20_000, 10_000
+_LOST = JobError(
+    code="worker_lost",
+    message=f"{MAX_CRASHES} workers stopped without a word while they worked on this job; "
+    "look into it with: calotype dead show ID",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """A worker's right to a job. `attempt` is the fence token: writes with an older one are refused."""
+    """A worker's right to a job. `attempt` and `token` are its fence: writes with any but the newest are refused."""
 
     job_id: str
     attempt: int
+    token: str
     record: JobRecord
+
+    @property
+    def folder(self) -> str:
+        """Where in storage this attempt puts its pictures; no other ever has the same."""
+        return attempt_folder(self.job_id, self.attempt, self.token)
 
     @property
     def config(self) -> GenerationConfig:
@@ -54,28 +66,15 @@ class Claim:
 
 @dataclass(frozen=True, kw_only=True)
 class Reaped:
-    """What a reaping did: jobs queued again, jobs given up, jobs whose message had been lost."""
+    """What a reaping did: jobs queued again, jobs given up, and how many messages it found lost and sent anew."""
 
     requeued: tuple[str, ...] = ()
     failed: tuple[str, ...] = ()
-    republished: tuple[str, ...] = ()
+    invited: int = 0
 
 
-def _said_clearly(method: Callable[Concatenate[JobStore, P], R]) -> Callable[Concatenate[JobStore, P], R]:
-    """Turns Redis' connection errors into RedisUnavailable, which says where and what to do."""
-
-    @functools.wraps(method)
-    def wrapped(self: JobStore, *args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return method(self, *args, **kwargs)
-        except (RedisConnectionError, RedisTimeoutError, ReadOnlyError) as error:
-            raise self._unavailable(error) from error
-
-    return wrapped  # type: ignore[return-value]  # mypy names the first argument, nothing else differs
-
-
-class JobStore:
-    """All operations on jobs. Thread-safe, as its Redis client is.
+class JobStore(Fleet):
+    """All operations on jobs.
 
     Every method raises RedisUnavailable when Redis cannot be reached; then nothing was done, or a commit-like call
     may have been done unseen, which its fence makes safe to repeat.
@@ -88,18 +87,17 @@ class JobStore:
         key_prefix: str = "calotype:",
         retention_seconds: float = 7 * 86_400.0,
         gap_seconds: float = 10.0,
+        max_queued: int | None = None,
+        max_queued_per_tenant: int | None = None,
     ) -> None:
-        self._redis = redis
-        self.keys = Keys(key_prefix)
+        super().__init__(redis, key_prefix=key_prefix)
+        self._limits = {"max_queued": max_queued, "max_queued_per_tenant": max_queued_per_tenant}
         self._retention = str(retention_seconds)
         self._gap_ms = str(int(gap_seconds * 1000))
-        self._template = envelope_template()
-        names = ("create", "claim", "renew", "progress", "commit", "fail", "release", "cancel", "reap")
-        self._scripts = {name: redis.register_script(script_source(name)) for name in names}
 
     # ---- previews
 
-    @_said_clearly
+    @said_clearly
     def put_preview(self, job_id: str, preview: Preview) -> None:
         """Keep a picture's newest preview, for a minute. An attempt that lost its job may still write one."""
         pipeline = self._redis.pipeline()
@@ -107,7 +105,7 @@ class JobStore:
         pipeline.expire(self.keys.preview(job_id), _PREVIEW_SECONDS)
         pipeline.execute()
 
-    @_said_clearly
+    @said_clearly
     def previews(self, job_id: str) -> list[Preview]:
         """The newest preview of each of a job's pictures that has one."""
         found: dict[str, str] = self._redis.hgetall(self.keys.preview(job_id))  # type: ignore[assignment]
@@ -115,42 +113,59 @@ class JobStore:
 
     # ---- submitting
 
-    @_said_clearly
+    @said_clearly
     def create(
         self,
-        configs: Iterable[GenerationConfig],
+        jobs: Iterable[GenerationConfig | NewJob],
         *,
         lane: Lane = Lane.BULK,
+        tenant: str = "default",
         max_failures: int = 3,
         metadata: Mapping[str, Any] | None = None,
+        webhook: str | None = None,
+        reuse: bool = False,
+        idempotency: Idempotency | None = None,
+        traceparent: str | None = None,
     ) -> list[str]:
-        """Accept jobs: each record is written and its message pushed in one step. Ids in the order of the configs.
+        """Accept jobs: each record is written and its message pushed in one step. Ids in the order of the jobs.
+
+        Several are accepted in steps of two hundred, and the first of them only if there is room for all.
+
+        With `reuse`, a job may get the pictures of an equal one that has finished. `idempotency` is for one job:
+        if its key was used before, that submission's id is returned and nothing is queued.
 
         Raises:
             InvalidRequest: a config is not resolved (`GenerationConfig.resolved`).
+            IdempotencyConflict: the key was used before, for another request.
+            QueueFull: with the ids that were accepted, if others have taken the room since the first step.
         """
-        common = [lane.value, str(max_failures), json.dumps(dict(metadata or {})), self._template]
+        common: dict[str, Any] = {
+            **self._limits,
+            "lane": lane.value,
+            "tenant": tenant,
+            "max_failures": str(max_failures),
+            "metadata": json.dumps(dict(metadata or {})),
+            "retention": self._retention,
+            "webhook": webhook,
+            "traceparent": traceparent,
+            "reuse": reuse,
+        }
+        if idempotency is not None:
+            common |= {"idempotency_key": idempotency.key, "request": idempotency.request}
+        # The script tells what is missing from what is null.
+        common = {name: value for name, value in common.items() if value is not None}
         ids: list[str] = []
-        # Neighbours of one queue share a script call.
-        for models, group in itertools.groupby(configs, key=lambda config: config.models):
-            queue = queue_name(models, lane)
-            while chunk := list(itertools.islice(group, _CHUNK)):
-                arguments = [queue, *common]
-                for config in chunk:
-                    if config.seed is None or config.width is None or config.height is None:
-                        raise InvalidRequest(
-                            "seed, width or height is still open",
-                            field="config",
-                            value=config,
-                            remedy="resolve it against the model's card first",
-                        )
-                    job_id = new_job_id()
-                    ids.append(job_id)
-                    arguments += [job_id, config.canonical_json(), config.digest()]
-                self._run("create", arguments)
+        new = [job if isinstance(job, NewJob) else NewJob.of(job, lane=lane) for job in jobs]
+        for start in range(0, len(new), _CHUNK):
+            chunk = new[start : start + _CHUNK]
+            shared = json.dumps(common if start else {**common, "to_come": len(new)})
+            answer = self._run("create", [shared, *itertools.chain.from_iterable(chunk)])
+            if answer[0] == "full":
+                raise queue_full(answer, coming=len(new) - start, accepted=ids)
+            ids += [job.id for job in chunk] if answer[0] == "made" else [_accepted_before(answer, idempotency)]
         return ids
 
-    @_said_clearly
+    @said_clearly
     def cancel(self, job_id: str) -> JobState:
         """End a job at once unless it is final already; returns the state it has then.
 
@@ -164,56 +179,148 @@ class JobStore:
 
     # ---- working
 
-    @_said_clearly
-    def claim(self, job_id: str, *, worker: str, lease_seconds: float) -> Claim | None:
-        """Take a queued job; None if it is not there to be taken, and its message can be dropped."""
-        fields = self._run("claim", [job_id, worker, int(lease_seconds * 1000)])
-        if fields is None:
-            return None
-        record = read_record(job_id, dict(zip(fields[::2], fields[1::2], strict=True)))
-        return Claim(job_id=job_id, attempt=record.attempt, record=record)
+    @said_clearly
+    def claim(
+        self,
+        *queues: str,
+        worker: str,
+        lease_seconds: float,
+        leave_suspects: bool = False,
+        look: int = 0,
+        shapes: Iterable[str] = (),
+    ) -> Claim | None:
+        """Take the job that is next by fair share, of the first of these queues in which one waits; else None.
 
-    @_said_clearly
+        Rather one of these shapes ("WxH", in pixels), if there is one among the first `look` in line and nobody before
+        it has been passed over `look` times already.
+
+        A job whose record makes no sense fails for good. With `leave_suspects`, jobs on which `SUSPECT` workers have
+        died are left in line.
+        """
+        most = SUSPECT if leave_suspects else MAX_CRASHES
+        wanted = ",".join(shapes)
+        while True:
+            token = secrets.token_hex(4)
+            arguments = [worker, int(lease_seconds * 1000), token, most, look if wanted else 0, wanted]
+            found = self._run("claim", [*arguments, *queues])
+            if found is None:
+                return None
+            job_id, values = found
+            fields = dict(zip(values[::2], values[1::2], strict=True))
+            try:
+                record = read_record(job_id, fields, schema=self.schema)
+            except UnreadableRecord as error:
+                problem = JobError(code=error.code, message=str(error))
+                log.warning("job cannot be read", extra={"job_id": job_id, "reason": str(error)})
+                self._run("fail", [job_id, fields["attempt"], token, problem.model_dump_json(), 0, self._retention])
+                continue
+            return Claim(job_id=job_id, attempt=record.attempt, token=token, record=record)
+
+    @said_clearly
+    def left_for_newer(self, queues: Iterable[str]) -> dict[str, int]:
+        """Those of the queues whose next job is of a schema that is too new for this process, with its number.
+
+        It passes such jobs and does what stands behind them, so that is what is seen where only they are left.
+        """
+        lines = list(queues)
+        pipeline = self._redis.pipeline(transaction=False)
+        for queue in lines:
+            pipeline.zrange(self.keys.waiting(queue), 0, 0)
+        heads = [(queue, found[0]) for queue, found in zip(lines, pipeline.execute(), strict=True) if found]
+        for _, job_id in heads:
+            pipeline.hget(self.keys.job(job_id), "schema")
+        numbers = [int(found or 0) for found in pipeline.execute()]
+        return {queue: number for (queue, _), number in zip(heads, numbers, strict=True) if number > self.schema}
+
+    @said_clearly
+    def invite(self, queue: str) -> None:
+        """Give a message back that this worker has no place for, unless there are enough."""
+        self._run("invite", [queue])
+
+    @said_clearly
     def renew(self, claims: Iterable[Claim], *, lease_seconds: float) -> set[str]:
         """Lengthen leases; returns the ids that were lost: cancelled, reaped, or finished by another attempt."""
-        pairs = [value for claim in claims for value in (claim.job_id, claim.attempt)]
-        return set(self._run("renew", [int(lease_seconds * 1000), *pairs])) if pairs else set()
+        lost: set[str] = set()
+        rest = iter(claims)
+        while chunk := list(itertools.islice(rest, _CHUNK)):
+            held = [value for claim in chunk for value in (claim.job_id, claim.attempt, claim.token)]
+            lost |= set(self._run("renew", [int(lease_seconds * 1000), *held]))
+        return lost
 
-    @_said_clearly
+    @said_clearly
     def progress(self, updates: Iterable[tuple[Claim, int, int]]) -> None:
         """Note (claim, steps done, steps in total). Claims that were lost write nothing."""
-        values = [value for claim, step, total in updates for value in (claim.job_id, claim.attempt, step, total)]
+        values = [value for claim, *steps in updates for value in (claim.job_id, claim.attempt, claim.token, *steps)]
         if values:
             self._run("progress", values)
 
-    @_said_clearly
+    @said_clearly
     def commit(self, claim: Claim, *, images: Sequence[ImageRef], timings: Mapping[str, float]) -> bool:
         """The job succeeded with these pictures. False if the claim was lost: then they are nobody's."""
         shown = json.dumps([image.model_dump() for image in images])
         times = json.dumps({name: round(seconds, 6) for name, seconds in timings.items()})
-        return bool(self._run("commit", [claim.job_id, claim.attempt, shown, times, self._retention]))
+        return bool(self._run("commit", [claim.job_id, claim.attempt, claim.token, shown, times, self._retention]))
 
-    @_said_clearly
+    @said_clearly
     def fail(self, claim: Claim, error: JobError, *, retry: bool) -> JobState | None:
         """The attempt failed. QUEUED if another follows (`retry` and failures left), FAILED if not, None if lost."""
-        arguments = [claim.job_id, claim.attempt, error.model_dump_json(), int(retry), self._retention, self._template]
-        state = self._run("fail", arguments)
+        problem = error.model_dump_json()
+        state = self._run("fail", [claim.job_id, claim.attempt, claim.token, problem, int(retry), self._retention])
         return JobState(state) if state else None
 
-    @_said_clearly
+    @said_clearly
     def release(self, claim: Claim) -> bool:
-        """Hand a job back unfinished, to the front of its line, without counting a failure."""
-        return bool(self._run("release", [claim.job_id, claim.attempt, self._template]))
+        """Hand a job back unfinished, to its place in line, without counting a failure."""
+        return bool(self._run("release", [claim.job_id, claim.attempt, claim.token]))
 
-    @_said_clearly
+    @said_clearly
     def reap(self, *, who: str = "") -> Reaped | None:
-        """Re-queue jobs whose lease ended and republish lost messages; None while another worker does it."""
-        arguments = [who, _REAP_LOCK_MS, self._gap_ms, self._retention, self._template]
-        found = self._run("reap", [*arguments, _LOST.model_dump_json(), _REAP_AT_MOST])
+        """Re-queue jobs whose lease ended and replace lost messages; None while another worker does it."""
+        problem = _LOST.model_dump_json()
+        arguments = [who, _REAP_LOCK_MS, self._gap_ms, self._retention, problem, _REAP_AT_MOST]
+        found = self._run("reap", [*arguments, MAX_CRASHES, _SILENCE_MS, _GRACE_MS])
         if found is None:
             return None
-        requeued, failed, republished = (tuple(ids) for ids in found)
-        return Reaped(requeued=requeued, failed=failed, republished=republished)
+        requeued, failed, invited = found
+        return Reaped(requeued=tuple(requeued), failed=tuple(failed), invited=invited)
+
+    @said_clearly
+    def orphans(self, *, older_than_seconds: float) -> list[str]:
+        """Folders in storage of attempts that ended without a commit at least so long ago, oldest first."""
+        seconds, microseconds = self._redis.time()
+        before = seconds * 1000 + microseconds // 1000 - int(older_than_seconds * 1000)
+        found = self._redis.zrange(self.keys.orphans, "-inf", before, byscore=True, offset=0, num=_SWEEP_AT_MOST)
+        return list(map(str, found))
+
+    @said_clearly
+    def swept(self, folders: Sequence[str]) -> None:
+        """Nothing is left in these."""
+        if folders:
+            self._redis.zrem(self.keys.orphans, *folders)
+
+    # ---- dead jobs
+
+    @said_clearly
+    def dead(self, *, limit: int = 50, tenant: str | None = None) -> list[JobRecord]:
+        """Jobs that failed for good, newest first."""
+        found: list[JobRecord] = []
+        ids = iter(list(map(str, self._redis.zrevrange(self.keys.dead, 0, -1))))
+        while len(found) < limit and (page := list(itertools.islice(ids, 100))):
+            records = self.get_many(page)
+            found += [r for r in records if r is not None and tenant in (None, r.tenant)]
+            for job_id, record in zip(page, records, strict=True):
+                if record is None and not self._redis.exists(self.keys.job(job_id)):
+                    self._redis.zrem(self.keys.dead, job_id)  # its record has expired
+        return found[:limit]
+
+    @said_clearly
+    def is_dead(self, job_id: str) -> bool:
+        return self._redis.zscore(self.keys.dead, job_id) is not None
+
+    @said_clearly
+    def forget_dead(self, job_id: str) -> bool:
+        """Take a job off that list; its record stays for its time. False if it was not there."""
+        return bool(self._redis.zrem(self.keys.dead, job_id))
 
     @contextmanager
     def cancellations(self) -> Iterator[Callable[[float], str | None]]:
@@ -232,57 +339,82 @@ class JobStore:
 
             yield wait
         except (RedisConnectionError, RedisTimeoutError) as error:
-            raise self._unavailable(error) from error
+            raise self.unavailable(error) from error
         finally:
             subscription.close()
 
     # ---- looking
 
-    @_said_clearly
+    @said_clearly
     def ping(self) -> None:
         """Raise RedisUnavailable unless Redis answers."""
         self._redis.ping()
 
-    @_said_clearly
+    @said_clearly
     def get(self, job_id: str) -> JobRecord:
         """A job's record as it is now.
 
         Raises:
             JobNotFound: never created, or finished longer ago than records are kept.
-            UnreadableRecord: written by a newer version.
+            UnreadableRecord: damaged, or so new that not even its state is understood.
         """
         fields = self._redis.hgetall(self.keys.job(job_id))
         if not fields:
             raise _not_found(job_id)
-        return read_record(job_id, fields)  # type: ignore[arg-type]
+        return read_record(job_id, fields, schema=self.schema)  # type: ignore[arg-type]
 
-    @_said_clearly
+    @said_clearly
     def get_many(self, job_ids: Sequence[str]) -> list[JobRecord | None]:
         """Records in one round trip; None where there is none, or none that this version can read."""
         pipeline = self._redis.pipeline(transaction=False)
         for job_id in job_ids:
             pipeline.hgetall(self.keys.job(job_id))
-        return [_or_none(job_id, fields) for job_id, fields in zip(job_ids, pipeline.execute(), strict=True)]
+        found = zip(job_ids, pipeline.execute(), strict=True)
+        return [_or_none(job_id, fields, self.schema) for job_id, fields in found]
 
-    @_said_clearly
-    def jobs(self, *, state: JobState | None = None, limit: int = 50) -> list[JobRecord]:
-        """The newest jobs first, of one state or of all."""
+    @said_clearly
+    def jobs(
+        self, *, state: JobState | None = None, limit: int = 50, tenant: str | None = None, after: str | None = None
+    ) -> list[JobRecord]:
+        """The newest jobs first, of one state or of all, of one tenant or of all; without those of batches.
+
+        `after` is the last job of the page before.
+        """
         found: list[JobRecord] = []
-        page = max(limit, 100)
-        for start in itertools.count(0, page):
-            ids: list[str] = self._redis.zrange(self.keys.recent, start, start + page - 1, desc=True)  # type: ignore[assignment]
-            found += [r for r in self.get_many(ids) if r is not None and state in (None, r.state)]
-            if len(ids) < page or len(found) >= limit:
-                return found[:limit]
-        return found
+        ids = self._newest(tenant, after)
+        while len(found) < limit and (chunk := list(itertools.islice(ids, max(limit, 100)))):
+            found += [r for r in self.get_many(chunk) if r is not None and state in (None, r.state)]
+        return found[:limit]
 
-    @_said_clearly
+    def _newest(self, tenant: str | None, after: str | None) -> Iterator[str]:
+        """Ids of jobs by creation time, newest first."""
+        tenants = [tenant] if tenant is not None else sorted(map(str, self._redis.smembers(self.keys.tenants)))
+        before = "+inf"
+        if after is not None:
+            owner = self._redis.hget(self.keys.job(after), "tenant")
+            score = self._redis.zscore(self.keys.recent(str(owner)), after)
+            before = f"({created_us(after) if score is None else score:.0f}"
+        by_tenant = [self._newest_of(name, before) for name in tenants]
+        return (job_id for _, job_id in heapq.merge(*by_tenant, reverse=True))
+
+    def _newest_of(self, tenant: str, before: str) -> Iterator[tuple[float, str]]:
+        while True:
+            page: list[tuple[str, float]] = self._redis.zrange(  # type: ignore[assignment]
+                self.keys.recent(tenant), before, "-inf", desc=True, byscore=True, offset=0, num=100, withscores=True
+            )
+            for job_id, score in page:
+                yield float(score), job_id
+            if not page:
+                return
+            before = f"({float(page[-1][1]):.0f}"  # no two have the same time, see create.lua
+
+    @said_clearly
     def counts(self) -> dict[JobState, int]:
         """Jobs by state: at this moment for queued and running, ever for the final ones."""
         stored: dict[str, str] = self._redis.hgetall(self.keys.counts)  # type: ignore[assignment]
         return {state: int(stored.get(state.value, 0)) for state in JobState}
 
-    @_said_clearly
+    @said_clearly
     def depths(self) -> dict[str, int]:
         """Jobs waiting in each queue."""
         queues = sorted(self._redis.smembers(self.keys.queues))
@@ -291,80 +423,58 @@ class JobStore:
             pipeline.zcard(self.keys.waiting(str(queue)))
         return dict(zip(map(str, queues), pipeline.execute(), strict=True))
 
-    # ---- models and workers
+    @said_clearly
+    def oldest_waits(self) -> dict[str, float]:
+        """For each queue in which jobs wait: the seconds that the oldest of the first in line has.
 
-    @_said_clearly
-    def announce_model(self, card: ModelCard) -> None:
-        """Tell producers what a model can do. Stays when the last worker leaves: jobs may wait for the next."""
-        self._redis.hset(self.keys.models, card.name, card.model_dump_json())
+        A tenant's oldest job is before its others, so this is the oldest of all unless very many tenants wait.
+        """
+        queues = sorted(map(str, self._redis.smembers(self.keys.queues)))
+        pipeline = self._redis.pipeline(transaction=False)
+        pipeline.time()
+        for queue in queues:
+            pipeline.zrange(self.keys.waiting(queue), 0, _FIRST_IN_LINE - 1)
+        (seconds, microseconds), *lines = pipeline.execute()
+        for line in lines:
+            for job_id in line:
+                pipeline.hget(self.keys.job(str(job_id)), "queued_at")
+        queued = iter(pipeline.execute())
+        oldest = {
+            queue: min((int(at) for at in itertools.islice(queued, len(line)) if at), default=None)
+            for queue, line in zip(queues, lines, strict=True)
+        }
+        now = seconds * 1_000_000 + microseconds
+        return {queue: max(0, now - at) / 1e6 for queue, at in oldest.items() if at is not None}
 
-    @_said_clearly
-    def models(self) -> dict[str, ModelCard]:
-        """Every model that a worker ever announced, by name."""
-        cards: dict[str, str] = self._redis.hgetall(self.keys.models)  # type: ignore[assignment]
-        return {name: ModelCard.model_validate_json(card) for name, card in sorted(cards.items())}
-
-    @_said_clearly
-    def announce_together(self, models: Iterable[str]) -> None:
-        """Tell producers that one worker serves all of these, so that one job may use several."""
-        self._redis.sadd(self.keys.together, together(models))
-
-    @_said_clearly
-    def served_together(self) -> list[frozenset[str]]:
-        """Every set of models that a worker ever served."""
-        return [frozenset(str(names).split("+")) for names in self._redis.smembers(self.keys.together)]
-
-    @_said_clearly
-    def announce_worker(self, info: WorkerInfo, *, ttl_seconds: float) -> None:
-        """A live worker's report; it is forgotten after `ttl_seconds` unless renewed."""
-        pipeline = self._redis.pipeline()
-        pipeline.set(self.keys.worker(info.name), info.model_dump_json(), px=int(ttl_seconds * 1000))
-        pipeline.sadd(self.keys.workers, info.name)
-        pipeline.execute()
-
-    @_said_clearly
-    def retire_worker(self, name: str) -> None:
-        pipeline = self._redis.pipeline()
-        pipeline.delete(self.keys.worker(name))
-        pipeline.srem(self.keys.workers, name)
-        pipeline.execute()
-
-    @_said_clearly
-    def workers(self) -> list[WorkerInfo]:
-        """Live workers, by name."""
-        names = sorted(map(str, self._redis.smembers(self.keys.workers)))
-        if not names:
-            return []
-        reports = self._redis.mget([self.keys.worker(name) for name in names])
-        gone = [name for name, report in zip(names, reports, strict=True) if report is None]
-        if gone:
-            self._redis.srem(self.keys.workers, *gone)
-        return [WorkerInfo.model_validate_json(report) for report in reports if report is not None]
-
-    # ----
-
-    def _run(self, name: str, arguments: Sequence[object]) -> Any:
-        return self._scripts[name](keys=[self.keys.prefix], args=list(arguments))  # type: ignore[arg-type]
-
-    def _unavailable(self, error: RedisError) -> RedisUnavailable:
-        options = self._redis.connection_pool.connection_kwargs
-        where = options.get("path") or f"{options.get('host')}:{options.get('port')}"
-        remedy = (
-            "check the user and password in CALOTYPE_REDIS_URL"
-            if isinstance(error, AuthenticationError)
-            else "start Redis there, or point CALOTYPE_REDIS_URL at it"
-        )
-        return RedisUnavailable(f"Redis at {where} cannot be used ({error}); {remedy}")
+    @said_clearly
+    def pace(self) -> float | None:
+        """Jobs that ended a second, lately; None where no worker has measured it."""
+        per_second = self._redis.hget(self.keys.pace, "per_second")
+        return float(str(per_second)) if per_second else None
 
 
-def _or_none(job_id: str, fields: Mapping[str, str]) -> JobRecord | None:
+def _or_none(job_id: str, fields: Mapping[str, str], schema: int) -> JobRecord | None:
     if not fields:
         return None
     try:
-        return read_record(job_id, fields)
+        return read_record(job_id, fields, schema=schema)
     except UnreadableRecord as error:
         log.warning("record skipped", extra={"job_id": job_id, "reason": str(error)})
         return None
+
+
+def _accepted_before(answer: Sequence[str], idempotency: Idempotency | None) -> str:
+    """The id that an idempotency key got when it was first used."""
+    assert idempotency is not None
+    _, job_id, request = answer
+    if request != idempotency.request:
+        raise IdempotencyConflict(
+            "was used before, for another request",
+            field="idempotency_key",
+            value=idempotency.key,
+            remedy="use a new key for a new request",
+        )
+    return job_id
 
 
 def _not_found(job_id: str) -> JobNotFound:

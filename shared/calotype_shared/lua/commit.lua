@@ -1,7 +1,11 @@
--- Success, if this attempt still owns the job. ARGV: id, attempt, images, timings, retention in seconds. Returns 1 or 0.
+-- Success, if this attempt still owns the job. ARGV: id, attempt, token, images, timings, retention in seconds.
+-- Returns 1, also where this very commit was made before and its answer got lost; else 0.
 local id = ARGV[1]
-if not holds(id, ARGV[2]) then return 0 end
+if not holds(id, ARGV[2], ARGV[3]) then
+  local mine = redis.call('HGET', job_key(id), 'state') == 'succeeded' and claimed(id, ARGV[2], ARGV[3])
+  return mine and 1 or 0
+end
 local total = redis.call('HGET', job_key(id), 'total_steps')
-redis.call('HSET', job_key(id), 'images', ARGV[3], 'timings', ARGV[4], 'step', total)
-finish(id, 'succeeded', now_us(), ARGV[5])
+redis.call('HSET', job_key(id), 'images', ARGV[4], 'timings', ARGV[5], 'step', total)
+finish(id, 'succeeded', now_us(), ARGV[6])
 return 1

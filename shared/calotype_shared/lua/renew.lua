@@ -1,8 +1,8 @@
--- Lengthens leases. ARGV: lease in ms, then (id, attempt) of each. Returns the ids that are lost to this attempt.
+-- Lengthens leases. ARGV: lease in ms, then (id, attempt, token) of each. Returns the ids that are lost to this attempt.
 local ends = whole(now_us() / 1000 + tonumber(ARGV[1]))
 local lost = {}
-for i = 2, #ARGV, 2 do
-  if holds(ARGV[i], ARGV[i + 1]) then
+for i = 2, #ARGV, 3 do
+  if holds(ARGV[i], ARGV[i + 1], ARGV[i + 2]) then
     redis.call('ZADD', PREFIX .. 'leases', ends, ARGV[i])
   else
     lost[#lost + 1] = ARGV[i]

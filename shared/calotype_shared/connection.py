@@ -1,0 +1,221 @@
+"""How a process reaches Redis: by address, over TLS, or through Sentinel. No password is in any text made here.
+
+    redis://[user:password@]host[:port][/db]        rediss://… over TLS
+    unix:///path/to/socket[?db=0]
+    redis+sentinel://[user:password@]host[:port][,host[:port]…]/name[/db]        rediss+sentinel://… over TLS
+
+User and password are the data servers' own. TLS verifies certificates and host names, always: with the system's
+certificate authorities, or with CALOTYPE_REDIS_CA_FILE.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs, unquote
+
+from redis import Redis
+from redis.backoff import ExponentialWithJitterBackoff
+from redis.exceptions import (
+    AuthenticationError,
+    ClusterDownError,
+    MasterDownError,
+    NoPermissionError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    TryAgainError,
+)
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+from redis.retry import Retry
+from redis.sentinel import Sentinel
+
+from calotype_shared.errors import RedisUnavailable
+
+if TYPE_CHECKING:
+    from calotype_shared.settings import Settings
+
+PORT, SENTINEL_PORT = 6379, 26379
+SOCKET_SECONDS, CONNECT_SECONDS, HEALTH_SECONDS = 15, 5, 10
+
+_OUTAGES = (
+    RedisConnectionError,
+    RedisTimeoutError,
+    ReadOnlyError,
+    OutOfMemoryError,
+    MasterDownError,
+    ClusterDownError,
+    TryAgainError,
+    NoPermissionError,
+)
+# Those for which the client has no class. MISCONF: its disk is full; NOREPLICAS: `min-replicas-to-write`.
+_OUTAGE_WORDS = ("MISCONF", "NOREPLICAS", "LOADING", "NOAUTH", "WRONGPASS")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RedisAddress:
+    """A Redis URL, taken apart. `name` is that of the primary which the sentinels at `hosts` watch."""
+
+    scheme: str
+    hosts: tuple[tuple[str, int], ...] = ()
+    path: str = ""  # of a socket
+    name: str = ""
+    db: int = 0
+    username: str | None = None
+    password: str | None = None
+
+    def __str__(self) -> str:
+        """The URL without user and password."""
+        if self.path:
+            return f"unix://{self.path}"
+        hosts = ",".join(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in self.hosts)
+        return f"{self.scheme}://{hosts}{f'/{self.name}' if self.name else ''}/{self.db}"
+
+    __repr__ = __str__
+
+    @property
+    def tls(self) -> bool:
+        return self.scheme.startswith("rediss")
+
+    @classmethod
+    def parse(cls, url: str) -> RedisAddress:
+        """Take a URL apart. Raises ValueError, whose text is fit to be shown."""
+        scheme, separator, rest = url.partition("://")
+        if not separator or scheme not in {"redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel"}:
+            raise ValueError("must start with redis://, rediss://, redis+sentinel://, rediss+sentinel:// or unix://")
+        rest, _, query = rest.partition("?")
+        if scheme == "unix":
+            asked = parse_qs(query)
+            if set(asked) - {"db"}:
+                raise ValueError("takes nothing but ?db= behind a socket's path")
+            path = unquote(rest.rpartition("@")[2])
+            username, password = _account(rest)
+            db = _number(asked.get("db", ["0"])[0])
+            return cls(scheme=scheme, path=path, db=db, username=username, password=password)
+        if query:
+            raise ValueError("takes no ?options; the settings CALOTYPE_REDIS_… say how to connect")
+        authority, _, path = rest.partition("/")
+        parts = path.split("/") if path else []
+        sentinel = scheme.endswith("+sentinel")
+        if sentinel and not (parts and re.fullmatch(r"[\w.-]+", parts[0])):
+            raise ValueError("must name the primary that the sentinels watch: redis+sentinel://host:26379/NAME")
+        name = parts.pop(0) if sentinel else ""
+        if len(parts) > 1:
+            raise ValueError("has more than a database behind the host")
+        default = SENTINEL_PORT if sentinel else PORT
+        hosts = tuple(_host(text, default) for text in authority.rpartition("@")[2].split(","))
+        if len(hosts) > 1 and not sentinel:
+            raise ValueError("has several hosts; only sentinels may be several")
+        db = _number(parts[0]) if parts and parts[0] else 0
+        username, password = _account(authority)
+        return cls(scheme=scheme, hosts=hosts, name=name, db=db, username=username, password=password)
+
+
+def _account(authority: str) -> tuple[str | None, str | None]:
+    """User and password."""
+    username, _, password = authority.rpartition("@")[0].partition(":")
+    return unquote(username) or None, unquote(password) or None
+
+
+def _host(text: str, default: int) -> tuple[str, int]:
+    found = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([^:\[\]@]*))(?::(\d{1,5}))?", text)
+    if found is None or not 0 < int(found[3] or default) < 65_536:
+        raise ValueError("has a host that cannot be read; write host:port")
+    return found[1] or found[2] or "127.0.0.1", int(found[3] or default)
+
+
+def _number(text: str) -> int:
+    if not re.fullmatch(r"\d{1,5}", text):
+        raise ValueError("has a database that is no number")
+    return int(text)
+
+
+def tls_options(settings: Settings) -> dict[str, Any]:
+    """For redis-py and kombu alike, which spell them the same as keywords but not in URLs."""
+    files = {
+        "ssl_ca_certs": settings.redis_ca_file,
+        "ssl_certfile": settings.redis_cert_file,
+        "ssl_keyfile": settings.redis_key_file,
+    }
+    given = {name: file for name, file in files.items() if file is not None}
+    return {"ssl_cert_reqs": "required", "ssl_check_hostname": True, **given}
+
+
+def sentinel_options(settings: Settings) -> dict[str, Any]:
+    """How to connect to the sentinels themselves."""
+    password = settings.redis_sentinel_password
+    return {
+        "socket_timeout": CONNECT_SECONDS,
+        "socket_connect_timeout": CONNECT_SECONDS,
+        **({"password": password.get_secret_value()} if password else {}),
+        **({"ssl": True, **tls_options(settings)} if settings.redis.tls else {}),
+    }
+
+
+def connect_redis(settings: Settings) -> Redis:
+    """A client that never hangs: bounded time-outs, keep-alive, a health check and a few jittered retries.
+
+    A broken connection is tried again at once, as after a restart; a time-out is not: redis-py nests its retries (of
+    the command, of connecting, of the health check), and each of them would wait the whole time-out again.
+    """
+    retry = Retry(ExponentialWithJitterBackoff(base=0.05, cap=1.0), 3, supported_errors=(RedisConnectionError,))
+    address, options = settings.redis, {**connection_options(settings), "retry": retry}
+    if address.name:
+        sentinel = Sentinel(address.hosts, sentinel_kwargs=sentinel_options(settings))  # type: ignore[no-untyped-call]
+        primary: Redis = sentinel.master_for(address.name, **options)  # type: ignore[no-untyped-call]
+        return primary
+    return Redis(**options)
+
+
+def connection_options(settings: Settings) -> dict[str, Any]:
+    """What redis-py's clients take, blocking and asyncio."""
+    address = settings.redis
+    options: dict[str, Any] = {
+        "db": address.db,
+        "username": address.username,
+        "password": address.password,
+        "decode_responses": True,
+        "socket_timeout": SOCKET_SECONDS,
+        "socket_connect_timeout": CONNECT_SECONDS,
+        "health_check_interval": HEALTH_SECONDS,
+    }
+    if address.path:
+        return {**options, "unix_socket_path": address.path}
+    options["socket_keepalive"] = True
+    if address.tls:
+        options |= {"ssl": True, **tls_options(settings)}
+    if not address.name:
+        options["host"], options["port"] = address.hosts[0]
+    return options
+
+
+def is_outage(error: RedisError) -> bool:
+    """Whether Redis is away, or refuses for a reason that lies with it; else a request to it was wrong: a bug."""
+    return isinstance(error, _OUTAGES) or str(error).startswith(_OUTAGE_WORDS)
+
+
+def unavailable(error: RedisError, where: str) -> RedisUnavailable:
+    """What to raise for an outage. `where` is the server's address without a password."""
+    remedy = "start Redis there, or point CALOTYPE_REDIS_URL at it"
+    if isinstance(error, AuthenticationError) or str(error).startswith(("NOAUTH", "WRONGPASS")):
+        remedy = "check the user and password in CALOTYPE_REDIS_URL"
+    elif isinstance(error, NoPermissionError):
+        remedy = "give its user all commands and channels on the keys under CALOTYPE_KEY_PREFIX"
+    elif isinstance(error, OutOfMemoryError):
+        remedy = "wait until jobs are done, lower CALOTYPE_MAX_QUEUED, or give it more memory (maxmemory)"
+    elif str(error).startswith("MISCONF"):
+        remedy = "make room on its disk"
+    elif "CERTIFICATE" in str(error).upper():
+        remedy = "give the file of its certificate authority as CALOTYPE_REDIS_CA_FILE"
+    return RedisUnavailable(f"Redis at {where} cannot be used ({error}); {remedy}")
+
+
+def address_of(redis: Redis) -> str:
+    """Where a client connects to, for messages."""
+    pool = redis.connection_pool
+    if name := getattr(pool, "service_name", None):
+        return f"the primary {name!r} of its sentinels"
+    options = pool.connection_kwargs
+    return str(options.get("path") or f"{options.get('host')}:{options.get('port')}")

@@ -1,0 +1,22 @@
+-- Takes one request, and pictures, from what an API key may use. ARGV: key id, requests a minute or '', pictures a day
+-- or '', pictures asked for now. Returns 0 if they were taken; else microseconds to wait, and nothing was taken.
+local allowance, now = PREFIX .. 'allowance:' .. ARGV[1], now_us()
+local per_minute, per_day, pictures = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
+local found = redis.call('HMGET', allowance, 'left', 'at', 'day', 'made')
+local changes = {}
+if per_minute then  -- a token bucket: full is a minute's worth
+  local left = math.min(per_minute, tonumber(found[1] or per_minute) + (now - tonumber(found[2] or now)) * per_minute / 6e7)
+  if left < 1 then return math.ceil((1 - left) * 6e7 / per_minute) end
+  changes = {'left', string.format('%.6f', left - 1), 'at', whole(now)}
+end
+if per_day and pictures ~= 0 then  -- by the calendar day, UTC; a negative number gives back
+  local day = math.floor(now / 8.64e10)
+  local made = found[3] == whole(day) and tonumber(found[4]) or 0
+  if made + pictures > per_day then return math.ceil((day + 1) * 8.64e10 - now) end
+  for _, value in ipairs({'day', whole(day), 'made', whole(math.max(0, made + pictures))}) do changes[#changes + 1] = value end
+end
+if #changes > 0 then
+  redis.call('HSET', allowance, unpack(changes))
+  redis.call('PEXPIRE', allowance, 86400000)
+end
+return 0
