@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 
 from calotype_shared.errors import GenerationFailed
+from calotype_worker.engine.memory_limit import MemoryLimit
 from calotype_worker.engine.split import run_splitting
 from calotype_worker.models.base import StepModel
 from calotype_worker.models.pool import ModelPool
@@ -25,12 +27,15 @@ class Finished:
 
 class Decoder:
     """Owned by the engine's thread. Decodes `batch` latents of one model and shape together, fewer after `patience`
-    turns of the loop."""
+    turns of the loop. `limits(kind)` is how many of them fit into memory."""
 
-    def __init__(self, pool: ModelPool, *, batch: int, patience: int) -> None:
+    def __init__(
+        self, pool: ModelPool, *, batch: int, patience: int, limits: Callable[[Hashable, int], MemoryLimit]
+    ) -> None:
         self._pool = pool
         self._batch = batch
         self._patience = patience
+        self._limits = limits
         self._pending: dict[tuple[str, torch.Size], list[Finished]] = {}
 
     def __len__(self) -> int:
@@ -52,10 +57,15 @@ class Decoder:
                 finished.turns += 1
             while line and (flush or len(line) >= self._batch or line[0].turns > self._patience):
                 chosen, line[:] = line[: self._batch], line[self._batch :]
-                results += zip([f.request_id for f in chosen], run_splitting(chosen, self._decode), strict=True)
+                limit = self._limits(("decode", *kind), self._batch)
+                images = run_splitting(chosen, functools.partial(self._decode_within, limit))
+                results += zip([f.request_id for f in chosen], images, strict=True)
             if not line:
                 del self._pending[kind]
         return results
+
+    def _decode_within(self, limit: MemoryLimit, chosen: Sequence[Finished]) -> list[np.ndarray]:
+        return [image for part in limit.run(chosen, self._decode) for image in part]
 
     def _decode(self, chosen: Sequence[Finished]) -> list[np.ndarray]:
         latents = torch.stack([finished.latents for finished in chosen])

@@ -10,37 +10,50 @@ import dataclasses
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from calotype_shared.config import SamplerType
 from calotype_shared.errors import CalotypeError, GenerationFailed, InvalidRequest
 from calotype_worker.engine.admission import Admission
+from calotype_worker.engine.compiled import CompiledStep, CompileMode, buckets_up_to
 from calotype_worker.engine.decoder import Decoder, Finished
+from calotype_worker.engine.memory_limit import MemoryLimit, is_out_of_memory
+from calotype_worker.engine.pace import Pace, events_of
+from calotype_worker.engine.profile import Profile, measure, sizes_up_to
 from calotype_worker.engine.request import Generated, GenerationRequest, GroupKey
-from calotype_worker.engine.scheduler import Scheduler
+from calotype_worker.engine.running import RunningGroup, running_groups
+from calotype_worker.engine.scheduler import Plan, Scheduler
 from calotype_worker.engine.split import run_splitting
 from calotype_worker.engine.stats import Counters, EngineStats
 from calotype_worker.engine.step_batch import StepBatch
 from calotype_worker.engine.ticket import Ticket, prepare
+from calotype_worker.engine.trace import Tracer, Untraced
 from calotype_worker.models.base import OpaqueModel, StepModel
 from calotype_worker.models.pool import AnyModel, ModelPool
 from calotype_worker.sampling.table import TableCache
+from calotype_worker.threads import apart, compute_with
 
 log = logging.getLogger(__name__)
+
+_REMEMBERED_LIMITS = 128
+_REMEMBERED_COSTS = 8  # steps of a group
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
     """How an engine uses its device.
 
-    `max_rows` is for pictures of the model's native area and shrinks as the area grows. `row_buckets` pads every
+    `max_rows` is for pictures of the model's native area and shrinks as the area grows; `Engine.profile` may find that
+    fewer serve as well. `row_buckets` pads every
     forward pass to one of a few sizes, for compiled graphs. `deterministic` makes a picture the same bit for bit
-    whatever stood beside it, by one fixed number of rows (a power of two): costly at low load.
+    whatever stood beside it, by one fixed number of rows (a power of two): costly at low load. Where the device's
+    memory is too small for that number, a smaller one is used from then on, whose bits may be others.
     """
 
     max_rows: int = 32
@@ -49,9 +62,17 @@ class EngineSettings:
     decode_patience: int = 4  # steps a finished latent waits for company at most
     conditioning_cache: int = 512  # prompts
     model_patience: int = 50  # steps a model that is not on the device waits for those that are
+    compile: CompileMode = "off"
     deterministic: bool = False
 
     def __post_init__(self) -> None:
+        if self.deterministic and self.compile != "off":
+            raise InvalidRequest(
+                "a compiled graph's bits depend on the number of rows",
+                field="compile",
+                value=self.compile,
+                remedy="leave it off, or do without deterministic",
+            )
         for name, value, least in (
             ("max_rows", self.max_rows, 2),  # a guided request alone needs two
             ("decode_batch", self.decode_batch, 1),
@@ -78,12 +99,15 @@ class Engine:
         on_fatal: Callable[[BaseException], None] | None = None,
         on_preview: Callable[[str, int, np.ndarray], None] | None = None,
         tables: TableCache | None = None,
+        trace: Tracer | None = None,
     ) -> None:
         self.models = models if isinstance(models, ModelPool) else ModelPool([models])
         self.settings = settings or EngineSettings()
+        self._check_accelerations()
         self._on_fatal = on_fatal
         self._on_preview = on_preview
         self._tables = tables or TableCache()
+        self._trace = trace or Untraced()
         self._wake = threading.Condition()  # guards the four below
         self._inbox: deque[Ticket] = deque()
         self._cancelled: set[str] = set()
@@ -92,10 +116,16 @@ class Engine:
         # From here on the engine's thread alone.
         self._scheduler: Scheduler[GroupKey] = Scheduler(
             self._row_budget,
+            step_cost=self._step_cost,
             at_hand=lambda group: group.model in self.models.resident,
             patience=self.settings.model_patience,
         )
         self._batches: dict[GroupKey, StepBatch] = {}
+        self._profiles: dict[str, dict[tuple[int, int], Profile]] = {}  # by model and (h, w) of the latents
+        self._costs: OrderedDict[GroupKey, deque[float]] = OrderedDict()  # seconds of the last steps
+        self._pace: Pace[GroupKey] = Pace(events_of(self.models.get(next(iter(self.models.names))).device))
+        self._graphs: dict[str, CompiledStep] = {}  # by model
+        self._limits: OrderedDict[Hashable, MemoryLimit] = OrderedDict()  # the last used at the end
         self._admission = Admission(
             cache_capacity=self.settings.conditioning_cache, together=not self.settings.deterministic
         )
@@ -103,8 +133,10 @@ class Engine:
             self.models,
             batch=1 if self.settings.deterministic else self.settings.decode_batch,
             patience=self.settings.decode_patience,
+            limits=self._limit,
         )
         self._counters = Counters()
+        self._threads = torch.get_num_threads()  # of the engine's own operators; others' threads may choose fewer
         self._thread = threading.Thread(target=self._main, name="calotype-engine", daemon=True)
 
     # ---- from any thread
@@ -161,6 +193,96 @@ class Engine:
             in_flight = len(self._tickets)
         return self._counters.snapshot(in_flight=in_flight)
 
+    def running(self) -> list[RunningGroup]:
+        """The step batches of this moment, row by row. The step loop is not held up."""
+        with self._wake:
+            tickets = list(self._tickets.values())
+        return running_groups(tickets, self._batches.copy(), self._row_budget)
+
+    def row_budget(self, model: str, width: int, height: int) -> int:
+        """Rows that may run together, of pictures of a size.
+
+        Raises:
+            InvalidRequest: the model is not here, or cannot make them.
+        """
+        found = self.models.get(model)
+        found.card.check_size(width, height)
+        shape = () if isinstance(found, OpaqueModel) else found.latent_shape(width, height)
+        return self._row_budget(GroupKey(model=found.card.name, latent_shape=shape))
+
+    def rows_of_picture(self, model: str, guided: bool) -> int:
+        """Rows that one picture takes."""
+        found = self.models.get(model)
+        return 1 if isinstance(found, OpaqueModel) or not guided or found.embedded_guidance else 2
+
+    def profile(self, *, seconds: float) -> list[Profile]:
+        """Measure steps of the models' native sizes, and keep row budgets at the knee from now on. Before `start`.
+
+        Takes about `seconds` in all and, with graphs to compile, as long as they need. Not in deterministic mode, where
+        the number of rows must not depend on a measurement.
+        """
+        if self.settings.deterministic:
+            return []
+        all_models = [self.models.get(name) for name in self.models.names]
+        steppable = [model for model in all_models if not isinstance(model, OpaqueModel)]
+        share = seconds / max(1, sum(len(model.card.native_sizes) for model in steppable))
+
+        def measure_all() -> None:
+            for model in steppable:
+                self.models.use(model.card.name)
+                with torch.inference_mode():
+                    profiles = [self._measure(model, *size, seconds=share) for size in model.card.native_sizes]
+                self._profiles[model.card.name] = {model.latent_shape(p.width, p.height)[1:]: p for p in profiles}
+
+        apart(measure_all)
+        return self.profiles
+
+    @property
+    def profiles(self) -> list[Profile]:
+        """What was measured: of each model, its native sizes."""
+        return [profile for known in self._profiles.values() for profile in known.values()]
+
+    def _measure(self, model: StepModel, width: int, height: int, *, seconds: float) -> Profile:
+        """Times whole steps of unguided requests, as the loop runs them."""
+
+        def make_step(rows: int) -> Callable[[], object]:
+            tickets = [
+                prepare(
+                    GenerationRequest(
+                        request_id=f"profile-{number}",
+                        prompt="",
+                        width=width,
+                        height=height,
+                        num_inference_steps=50,
+                        guidance_scale=1.0,
+                        seed=number,
+                        sampler=SamplerType(model.card.samplers[0]),
+                        model=model.card.name,
+                    ),
+                    self.models,
+                    self._tables,
+                )
+                for number in range(rows)
+            ]
+            for error in self._admission.admit(model, [ticket.stages[0] for ticket in tickets]):
+                if error is not None:
+                    raise error
+            batch = self._make_batch(model, tickets[0].group, MemoryLimit(rows, on_lower=lambda *_: None))
+            batch.join([ticket.slot for ticket in tickets])
+            return batch.step
+
+        group = GroupKey(model=model.card.name, latent_shape=model.latent_shape(width, height))
+        most = self._configured_rows(group)
+        sizes = buckets_up_to(most) if self.settings.compile == "reduce-overhead" else sizes_up_to(most)
+        points = measure(sizes, make_step, seconds=seconds, device=model.device)
+        shared = model.device.type == "cpu"
+        profile = Profile(model=model.card.name, width=width, height=height, points=points, shared=shared)
+        if profile.disturbed:
+            log.warning(
+                "profile disturbed: the processor is busy", extra={"model": profile.model, "rows": points[-1].rows}
+            )
+        return profile
+
     def stop(self, *, drain_seconds: float = 0.0) -> None:
         """Refuse new requests, finish what is in flight for up to `drain_seconds`, cancel the rest, end the thread."""
         with self._wake:
@@ -170,6 +292,32 @@ class Engine:
             self._thread.join()
 
     def _row_budget(self, group: GroupKey) -> int:
+        """Rows that may run together, at least two: a guided request needs them, one after the other if it must be."""
+        most = self._configured_rows(group)
+        limit = self._limits.get(group)
+        return most if limit is None else max(min(2, most), min(most, limit.current))
+
+    def _check_accelerations(self) -> None:
+        """Raises InvalidRequest: a model's accelerations do not go with the settings."""
+        for model in map(self.models.get, self.models.names):
+            if not isinstance(model, OpaqueModel):
+                model.lossy.check(deterministic=self.settings.deterministic, compiled=self.settings.compile != "off")
+
+    def _limit(self, work: Hashable, most: int) -> MemoryLimit:
+        """What was learned about a kind of work: the steps of a group, or the decoding of a shape."""
+
+        def on_lower(tried: int, current: int) -> None:
+            self._counters.out_of_memory += 1
+            log.warning("out of memory", extra={"work": str(work), "tried": tried, "from_now_on": current})
+
+        if work not in self._limits:
+            self._limits[work] = MemoryLimit(most, doubling=self.settings.deterministic, on_lower=on_lower)
+        self._limits.move_to_end(work)
+        while len(self._limits) > _REMEMBERED_LIMITS:
+            self._limits.popitem(last=False)
+        return self._limits[work]
+
+    def _configured_rows(self, group: GroupKey) -> int:
         model = self.models.get(group.model)
         if isinstance(model, OpaqueModel):
             return model.max_batch
@@ -177,6 +325,11 @@ class Engine:
         _, native_h, native_w = model.latent_shape(native_width, native_height)
         _, h, w = group.step_shape
         budget = max(2, min(self.settings.max_rows, self.settings.max_rows * native_h * native_w // (h * w)))
+        known = self._profiles.get(group.model)
+        if known:
+            # At the knee; of a size that was not measured it is guessed from the next in area.
+            near = min(known, key=lambda size: abs(size[0] * size[1] - h * w))
+            budget = max(2, min(budget, known[near].knee.rows * near[0] * near[1] // (h * w)))
         if self.settings.deterministic:
             # Measured: with 6 rows on two threads a row's last bits depend on its position, with 4 or 8 they do not.
             budget = 1 << (budget.bit_length() - 1)
@@ -185,6 +338,7 @@ class Engine:
     # ---- the engine's thread
 
     def _main(self) -> None:
+        compute_with(self._threads)
         try:
             with torch.inference_mode():
                 while self._take_turn():
@@ -208,22 +362,34 @@ class Engine:
             fresh, self._inbox = list(self._inbox), deque()
             cancelled, self._cancelled = self._cancelled, set()
             stop_at = self._stop_at
-        self._counters.idle_seconds += time.monotonic() - waited
+        now = time.monotonic()
+        self._counters.idle_seconds += now - waited
+        self._trace.span("engine", "idle", waited, now)
         if stop_at is not None and time.monotonic() >= stop_at:
             return False
         for ticket in fresh:
-            self._scheduler.add(ticket.id, ticket.group, ticket.rows)
+            self._scheduler.add(ticket.id, ticket.group, ticket.rows, urgent=ticket.request.urgent)
         self._drop(cancelled)
         plan = self._scheduler.plan()
         if plan is not None:
             admitted = [self._tickets[request_id] for request_id in plan.admitted]
             model = self.models.use(plan.group.model)
             if isinstance(model, OpaqueModel):
-                self._run(model, admitted)
+                self._run(model, plan.group, admitted)
             else:
-                self._step(model, plan.group, admitted)
+                self._step(model, plan, admitted)
         self._decode()
         return True
+
+    def _step_cost(self, group: GroupKey) -> float:
+        """Seconds of a group's next step: the least of its last ones, for a stall of the machine is none of its own."""
+        return min(self._costs[group]) if group in self._costs else 0.0
+
+    def _note_cost(self, group: GroupKey, seconds: float) -> None:
+        self._costs.setdefault(group, deque(maxlen=_REMEMBERED_COSTS)).append(seconds)
+        self._costs.move_to_end(group)
+        while len(self._costs) > _REMEMBERED_LIMITS:
+            self._costs.popitem(last=False)
 
     def _drop(self, cancelled: set[str]) -> None:
         """Free the rows of requests that were cancelled, here or through their future."""
@@ -239,16 +405,34 @@ class Engine:
             self._forget(ticket)
             self._counters.cancelled += 1
 
-    def _step(self, model: StepModel, group: GroupKey, admitted: list[Ticket]) -> None:
+    def _step(self, model: StepModel, plan: Plan[GroupKey], admitted: list[Ticket]) -> None:
         """Admit, then run one denoising step of a group."""
+        group = plan.group
         self._admit(model, group, admitted)
         batch = self._batches.get(group)
         if batch is None:
             return
         began = time.monotonic()
-        report = batch.step()
+        report = self._pace.step(group, batch.step)
         now = time.monotonic()
         self._counters.count_step(report, now - began)
+        for measured, seconds in self._pace.measured():
+            self._note_cost(measured, seconds)
+        self._trace.span(
+            "engine",
+            f"step {group.model} {group.step_shape[2]}x{group.step_shape[1]}",
+            began,
+            now,
+            model=group.model,
+            rows=report.rows,
+            padding=report.padding_rows,
+            budget=self._row_budget(group),
+            joined=len(admitted),
+            finished=len(report.finished),
+            waiting=self._scheduler.waiting(),
+            reason=plan.reason,
+            compiled=report.compiled,
+        )
         if self._on_preview is not None:
             for slot, picture in report.previews:
                 ticket = self._tickets[slot.request.request_id]
@@ -259,7 +443,7 @@ class Engine:
             ticket = self._tickets[slot.request.request_id]
             self._scheduler.remove(ticket.id)
             if ticket.next_stage(latents):
-                self._scheduler.add(ticket.id, ticket.group, ticket.rows)
+                self._scheduler.add(ticket.id, ticket.group, ticket.rows, urgent=ticket.request.urgent)
                 continue
             ticket.denoised = now
             self._decoder.add(Finished(request_id=ticket.id, model=group.model, latents=latents))
@@ -271,26 +455,52 @@ class Engine:
             return
         began = time.monotonic()
         outcomes = self._admission.admit(model, [ticket.stages[0] for ticket in tickets])
-        seconds = time.monotonic() - began
+        ended = time.monotonic()
+        seconds = ended - began
         self._counters.encode_seconds += seconds
+        self._trace.span("engine", "encode", began, ended, requests=len(tickets))
         ready = []
         for ticket, error in zip(tickets, outcomes, strict=True):
             if error is not None:
                 self._fail(ticket, error)
                 continue
             ticket.admitted = ticket.admitted or began
+            self._counters.wait_seconds += began - ticket.submitted
+            self._trace.wait("waiting for a place", ticket.id, ticket.submitted, began)
             ticket.encode_seconds += seconds
             ready.append(ticket.slot)
         if not ready:
             return
         if group not in self._batches:
-            buckets = (self._row_budget(group),) if self.settings.deterministic else self.settings.row_buckets
-            self._batches[group] = StepBatch(
-                model, shape=group.step_shape, buckets=buckets, exact=self.settings.deterministic
-            )
+            self._batches[group] = self._make_batch(model, group, self._limit(group, self._configured_rows(group)))
         self._batches[group].join(ready)
 
-    def _run(self, model: OpaqueModel, tickets: list[Ticket]) -> None:
+    def _make_batch(self, model: StepModel, group: GroupKey, limit: MemoryLimit) -> StepBatch:
+        graph = self._graph(model)
+        most = self._configured_rows(group)
+        buckets = self.settings.row_buckets
+        if self.settings.deterministic:
+            buckets = (most,)
+        elif graph is not None and graph.static and not buckets:
+            buckets = buckets_up_to(most)
+        return StepBatch(
+            model,
+            shape=group.step_shape,
+            limit=limit,
+            buckets=buckets,
+            exact=self.settings.deterministic,
+            compiled=graph,
+        )
+
+    def _graph(self, model: StepModel) -> CompiledStep | None:
+        if self.settings.compile == "off":
+            return None
+        name = model.card.name
+        if name not in self._graphs:
+            self._graphs[name] = CompiledStep(model, self.settings.compile)
+        return self._graphs[name]
+
+    def _run(self, model: OpaqueModel, group: GroupKey, tickets: list[Ticket]) -> None:
         """A whole run of a pipeline that cannot be stepped."""
         began = time.monotonic()
 
@@ -304,9 +514,16 @@ class Engine:
 
         for ticket in tickets:
             ticket.admitted = began
-        results = run_splitting(tickets, lambda chosen: model.run([ticket.request for ticket in chosen], watch))
+        limit = self._limit(group, self._configured_rows(group))
+
+        def run(chosen: Sequence[Ticket]) -> list[Generated | None]:
+            parts = limit.run(chosen, lambda part: model.run([ticket.request for ticket in part], watch))
+            return [generated for part in parts for generated in part]
+
+        results = run_splitting(tickets, run)
         now = time.monotonic()
         self._counters.step_seconds += now - began
+        self._trace.span("engine", f"run {group.model}", began, now, model=group.model, requests=len(tickets))
         for ticket, result in zip(tickets, results, strict=True):
             if isinstance(result, Exception):
                 self._fail(ticket, result)
@@ -329,6 +546,7 @@ class Engine:
             return
         now = time.monotonic()
         self._counters.decode_seconds += now - began
+        self._trace.span("engine", "decode", began, now, pictures=len(results))
         for request_id, image in results:
             ticket = self._tickets[request_id]
             if isinstance(image, Exception):
@@ -345,7 +563,7 @@ class Engine:
         self._forget(ticket)
         if not isinstance(error, CalotypeError):
             log.error("request failed", extra={"request_id": ticket.id}, exc_info=error)
-            failure = GenerationFailed(f"request {ticket.id!r}: {type(error).__name__}: {error}")
+            failure = GenerationFailed(f"request {ticket.id!r}: {_said(error, ticket.request)}")
             failure.__cause__ = error
             error = failure
         ticket.resolve(error)
@@ -375,3 +593,14 @@ class Engine:
                 ticket.future.cancel()
             else:
                 ticket.resolve(error)
+
+
+def _said(error: Exception, request: GenerationRequest) -> str:
+    """An error that is not of our own making, and what to do about it where we know."""
+    if not is_out_of_memory(error):
+        return f"{type(error).__name__}: {error}"
+    return (
+        f"the device has too little memory for one picture of {request.width}x{request.height} ({error}); ask for a "
+        "smaller width and height, or start the worker with --attention-slicing, --vae-tiling, --offload model, or on "
+        "a larger device"
+    )

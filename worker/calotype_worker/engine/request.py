@@ -57,6 +57,7 @@ class GenerationRequest:
     sampler: SamplerType
     negative_prompt: str = ""
     model: str = ""  # empty: the engine's first
+    urgent: bool = False  # joins its group's step batch before requests that are not
     init_image: np.ndarray | None = None  # uint8 (H, W, 3), of the size above
     mask: np.ndarray | None = None  # bool (H, W), true where to paint anew; wants init_image
     strength: float = 1.0  # share of the steps that init_image goes through
@@ -80,6 +81,7 @@ class GenerationRequest:
         index: int = 0,
         request_id: str,
         pictures: Mapping[str, np.ndarray] | None = None,
+        urgent: bool = False,
     ) -> Self:
         """Picture number `index` of a resolved config; its seed is the config's plus `index`.
 
@@ -104,6 +106,7 @@ class GenerationRequest:
         mask = pictures[config.mask_image] if config.mask_image else None
         return cls(
             request_id=request_id,
+            urgent=urgent,
             prompt=config.prompt,
             negative_prompt=config.negative_prompt,
             width=config.width,
@@ -145,6 +148,7 @@ class Generated:
     model: str = ""
     frames: np.ndarray | None = None  # uint8 (F, H, W, 3)
     mesh: Mesh | None = None
+    lossy: tuple[str, ...] = ()  # accelerations that cost likeness, see docs/accelerations.md
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -1,8 +1,12 @@
 """`Scheduler`: which group of requests runs the next step, and who joins it. Pure bookkeeping; imports no torch.
 
-Always holds: the rows running in a group never exceed its budget; requests of one group are admitted in the order
-they came; a group with anything to run waits for at most one step of every other group, and, if it is not at hand (its
-model is not on the device), for `patience` steps more.
+Always holds: nobody joins a group whose running rows would then exceed its budget, which may change between steps;
+requests of one group are admitted in the order they came, urgent ones before the others. Groups share the device's
+time by deficit round robin (Shreedhar & Varghese 1995): in a round each has as much as the dearest step takes, so
+groups of small pictures run several steps where one of large pictures runs one, and what is left over is kept for the
+next round. Groups with urgent requests go first, but for every ninth step. So a group with anything to run waits for a
+bounded time: for each other group at most twice the dearest step; if those have urgent requests, for eight steps of
+theirs before each of its own; and, if it is not at hand (its model is not on the device), for `patience` steps more.
 """
 
 from __future__ import annotations
@@ -10,9 +14,17 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
+
+
+# Why a group was chosen: it has urgent requests, its model is on the device and that of the first in line is not, or
+# it was simply its turn.
+Reason = Literal["urgent", "at hand", "turn"]
+
+_URGENT_STREAK = 8  # steps of groups with urgent requests while others wait
+_LEAST_COST = 1e-6  # seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,19 +33,37 @@ class Plan(Generic[Key]):
 
     group: Key
     admitted: tuple[str, ...]
+    reason: Reason = "turn"
 
 
 @dataclass(kw_only=True)
 class _Group:
     budget: int  # rows
+    allowed: int = 0  # rows that may be running: more than the budget only where that was larger before
     used: int = 0  # rows of the running requests
-    waiting: deque[str] = field(default_factory=deque)
+    urgent: deque[str] = field(default_factory=deque)
+    patient: deque[str] = field(default_factory=deque)
     running: dict[str, None] = field(default_factory=dict)  # an ordered set
+    urgent_running: set[str] = field(default_factory=set)
     passed_over: int = 0  # turns it gave to groups at hand
+    credit: float | None = None  # seconds of the device it may still use in this round; None: the round has yet to come
+    kept: float = 0.0  # seconds from the round before
+
+    @property
+    def is_urgent(self) -> bool:
+        return bool(self.urgent or self.urgent_running)
+
+    @property
+    def line(self) -> deque[str]:
+        """Whose turn it is to be admitted: patient requests only where no urgent one waits."""
+        return self.urgent or self.patient
 
 
 class Scheduler(Generic[Key]):
-    """Owned by the engine's thread. `row_budget(group)` says how many rows may run together in a group.
+    """Owned by the engine's thread. `row_budget(group)` says how many rows may run together in a group; at least two.
+
+    It is asked before each step, so that it may follow what is learned about the device; so is `step_cost(group)`, the
+    seconds that a group's next step will take.
 
     `at_hand(group)` says whether it could run at once; others give way for up to `patience` turns.
     """
@@ -42,13 +72,16 @@ class Scheduler(Generic[Key]):
         self,
         row_budget: Callable[[Key], int],
         *,
+        step_cost: Callable[[Key], float] = lambda _: 1.0,
         at_hand: Callable[[Key], bool] = lambda _: True,
         patience: int = 0,
     ) -> None:
         self._row_budget = row_budget
+        self._step_cost = step_cost
         self._at_hand = at_hand
         self._patience = patience
-        self._groups: OrderedDict[Key, _Group] = OrderedDict()  # first: waited longest for a step
+        self._groups: OrderedDict[Key, _Group] = OrderedDict()  # first: whose turn it is
+        self._streak = 0  # steps that groups with urgent requests have had while others waited
         self._place: dict[str, tuple[Key, int]] = {}  # request -> its group and rows
 
     def __len__(self) -> int:
@@ -59,8 +92,8 @@ class Scheduler(Generic[Key]):
         """Whether a request is waiting or running here."""
         return request_id in self._place
 
-    def add(self, request_id: str, group: Key, rows: int) -> None:
-        """Put a request at the end of its group's line.
+    def add(self, request_id: str, group: Key, rows: int, *, urgent: bool = False) -> None:
+        """Put a request at the end of its group's line, of the urgent ones or of the others.
 
         Raises:
             ValueError: the id is already here, or the request could never fit its group's budget.
@@ -70,7 +103,8 @@ class Scheduler(Generic[Key]):
         budget = self._row_budget(group)
         if rows > budget:
             raise ValueError(f"request {request_id!r} needs {rows} rows but its group's budget is {budget}")
-        self._groups.setdefault(group, _Group(budget=budget)).waiting.append(request_id)
+        found = self._groups.setdefault(group, _Group(budget=budget, allowed=budget))
+        (found.urgent if urgent else found.patient).append(request_id)
         self._place[request_id] = (group, rows)
 
     def remove(self, request_id: str) -> None:
@@ -79,39 +113,72 @@ class Scheduler(Generic[Key]):
         group = self._groups[group_key]
         if request_id in group.running:
             del group.running[request_id]
+            group.urgent_running.discard(request_id)
             group.used -= rows
         else:
-            group.waiting.remove(request_id)
-        if not group.running and not group.waiting:
+            (group.urgent if request_id in group.urgent else group.patient).remove(request_id)
+        if not group.running and not group.line:
             del self._groups[group_key]
 
     def plan(self) -> Plan[Key] | None:
-        """The next step, or None when there is nothing to run. Groups take turns."""
+        """The next step, or None when there is nothing to run."""
         if not self._groups:
             return None
-        key = self._next()
+        key, reason = self._next()
         group = self._groups[key]
         group.passed_over = 0
-        self._groups.move_to_end(key)
+        group.budget = self._row_budget(key)
+        group.allowed = max(group.budget, group.used)
         admitted = []
         # Strictly in order: letting a one-row request past a two-row one could keep the latter out for ever.
-        while group.waiting and group.used + self._place[group.waiting[0]][1] <= group.budget:
-            request_id = group.waiting.popleft()
+        while group.line and group.used + self._place[group.line[0]][1] <= group.budget:
+            if group.urgent:
+                group.urgent_running.add(group.urgent[0])
+            request_id = group.line.popleft()
             group.running[request_id] = None
             group.used += self._place[request_id][1]
             admitted.append(request_id)
-        return Plan(group=key, admitted=tuple(admitted))
+        return Plan(group=key, admitted=tuple(admitted), reason=reason)
 
-    def _next(self) -> Key:
-        """The group whose turn it is; one at hand in its place while the first in line has patience."""
-        first, group = next(iter(self._groups.items()))
-        if self._at_hand(first) or group.passed_over >= self._patience:
-            return first
-        other = next((key for key in self._groups if self._at_hand(key)), None)
-        if other is None:
-            return first
-        group.passed_over += 1
-        return other
+    def _next(self) -> tuple[Key, Reason]:
+        """The group to run, paid for, and why."""
+        urgent = [key for key, group in self._groups.items() if group.is_urgent]
+        others = [key for key, group in self._groups.items() if not group.is_urgent]
+        first_urgent = bool(urgent) and (not others or self._streak < _URGENT_STREAK)
+        self._streak = self._streak + 1 if first_urgent and others else 0
+        key = self._turn(urgent if first_urgent else others)
+        group = self._groups[key]
+        if not self._at_hand(key) and group.passed_over < self._patience:
+            other = next((other for other in self._groups if self._at_hand(other)), None)
+            if other is not None:
+                group.passed_over += 1
+                self._pay(other)
+                return other, "at hand"
+        self._pay(key)
+        return key, "urgent" if first_urgent and others else "turn"
+
+    def _turn(self, keys: list[Key]) -> Key:
+        """Which of these groups' turn it is, by deficit round robin in their order."""
+        quantum = max(map(self._cost, keys))
+        while True:
+            key = next(key for key in self._groups if key in keys)
+            group = self._groups[key]
+            # Again while its round lasts: steps may have become cheaper than they were when it began.
+            most = group.kept + quantum
+            group.credit = most if group.credit is None else min(group.credit, most)
+            if group.credit >= self._cost(key):
+                return key
+            # Its round is over. What is left is less than its step costs, so it cannot pile up.
+            group.kept, group.credit = max(0.0, group.credit), None
+            self._groups.move_to_end(key)
+
+    def _pay(self, key: Key) -> None:
+        group = self._groups[key]
+        if group.credit is not None:
+            group.credit -= self._cost(key)
+
+    def _cost(self, key: Key) -> float:
+        return max(_LEAST_COST, self._step_cost(key))
 
     def running(self, group: Key) -> tuple[str, ...]:
         """Requests admitted to a group and not yet removed, in the order of admission."""
@@ -119,16 +186,17 @@ class Scheduler(Generic[Key]):
 
     def waiting(self) -> int:
         """Requests not yet admitted, over all groups."""
-        return sum(len(group.waiting) for group in self._groups.values())
+        return sum(len(group.urgent) + len(group.patient) for group in self._groups.values())
 
     def check_integrity(self) -> None:
         """Raise AssertionError if the bookkeeping contradicts itself. For tests and idle moments."""
         seen = set()
         for key, group in self._groups.items():
-            assert group.running or group.waiting, f"{key} is empty"
+            assert group.running or group.line, f"{key} is empty"
             assert group.used == sum(self._place[r][1] for r in group.running), f"{key} miscounts its rows"
-            assert group.used <= group.budget, f"{key} is over its budget"
-            for request_id in (*group.running, *group.waiting):
+            assert group.used <= group.allowed, f"{key} is over its budget"
+            assert group.urgent_running <= set(group.running), f"{key} has urgent requests that do not run"
+            for request_id in (*group.running, *group.urgent, *group.patient):
                 assert self._place[request_id][0] == key, f"{request_id} is in the wrong group"
                 assert request_id not in seen, f"{request_id} is in two places"
                 seen.add(request_id)

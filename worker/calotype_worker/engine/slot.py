@@ -6,15 +6,19 @@ of all slots in order, then the unconditional ones of guided slots, then padding
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from calotype_worker.engine.request import ControlInput, GenerationRequest
-from calotype_worker.models.base import Conditioning, ControlRows
+from calotype_worker.models.base import Conditioning, ControlRows, RowMemory
 from calotype_worker.sampling.row_scheduler import RowScheduler
 from calotype_worker.sampling.table import SamplerTable
+
+_AHEAD_BYTES = 32 * 2**20  # of one request's noise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +51,30 @@ class Slot:
     negative: Conditioning = field(default_factory=dict)  # the same, for guided requests
     kept: Kept | None = None
     controls: Sequence[tuple[ControlInput, torch.Tensor]] = ()  # with their pictures, (3, H, W) in 0..1
+    ahead: deque[torch.Tensor] = field(default_factory=deque)  # noise of coming steps, each (C, h, w)
+    # Of its conditional and its unconditional row, for models that cache.
+    memories: tuple[RowMemory, RowMemory] = field(default_factory=lambda: (RowMemory(), RowMemory()))
 
     @property
     def rows(self) -> int:
         """Rows of a step batch this takes."""
         return 2 if self.guided else 1
+
+    def forget(self) -> None:
+        """Let go of what was kept of its rows: it has left its step batch and may yet wait for its decode."""
+        for memory in self.memories:
+            memory.kept.clear()
+
+    def draw_ahead(self, shape: tuple[int, int, int]) -> None:
+        """Draw the noise of all steps now, beside the step loop; of large latents only the first steps' part."""
+        if isinstance(self.sampler, SamplerTable):
+            most = _AHEAD_BYTES // (4 * math.prod(shape))
+            for _ in range(min(most, sum(self.sampler.draws_noise))):
+                self.ahead.append(torch.randn((1, *shape), generator=self.generator)[0])
+
+    def noise(self, shape: tuple[int, int, int]) -> torch.Tensor:
+        """Fresh noise (C, h, w), on the CPU."""
+        return self.ahead.popleft() if self.ahead else torch.randn((1, *shape), generator=self.generator)[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +86,8 @@ class Layout:
     conditioning: Conditioning  # each (R, …)
     guided: torch.Tensor  # (G,) slots that have an unconditional row
     guidance: torch.Tensor  # (G, 1, 1, 1) float32
+    unconditional: torch.Tensor  # (R,) each slot's unconditional row; its own row where it has none
+    scales: torch.Tensor  # (R, 1, 1, 1) float32: guidance of the slot in that place, 1 elsewhere
     loras: Sequence[tuple[str, torch.Tensor]]
     control_images: Mapping[tuple[str, int], torch.Tensor]  # by name and how often the name came before: (R, 3, H, W)
 
@@ -77,6 +102,18 @@ class Layout:
             found.append(ControlRows(name=name, images=images, scales=scales))
         return found
 
+    def memories(self, slots: Sequence[Slot]) -> list[RowMemory | None]:
+        """Each row's, at the slots' present steps. None for padding, and beside ControlNets, whose scales change from
+        step to step: what was kept would not follow them."""
+        found: list[RowMemory | None] = []
+        for row, owner in enumerate(self.owners):
+            own = None
+            if owner is not None and not slots[owner].controls:
+                own = slots[owner].memories[row >= len(slots)]
+                own.step = slots[owner].step
+            found.append(own)
+        return found
+
 
 def layout(slots: Sequence[Slot], *, buckets: Sequence[int], device: torch.device) -> Layout:
     """Rows for these slots, padded to the next bucket."""
@@ -86,6 +123,11 @@ def layout(slots: Sequence[Slot], *, buckets: Sequence[int], device: torch.devic
     # Repeating row 0 pads with numbers the network has seen; uninitialised memory could be NaN and slow.
     padding = next((bucket - len(source) for bucket in buckets if bucket >= len(source)), 0)
     owners = [*source, *[None] * padding]
+    unconditional = list(range(len(owners)))
+    scales = [1.0] * len(owners)
+    for row, number in enumerate(guided, start=len(slots)):
+        unconditional[number] = row
+        scales[number] = slots[number].request.guidance_scale
     source += [0] * padding
     conditioning += [conditioning[0]] * padding
     return Layout(
@@ -96,6 +138,8 @@ def layout(slots: Sequence[Slot], *, buckets: Sequence[int], device: torch.devic
         guidance=torch.tensor(
             [slots[number].request.guidance_scale for number in guided], dtype=torch.float32, device=device
         ).reshape(-1, 1, 1, 1),
+        unconditional=torch.tensor(unconditional, device=device),
+        scales=torch.tensor(scales, dtype=torch.float32, device=device).reshape(-1, 1, 1, 1),
         loras=_loras(slots, owners, device),
         control_images=_control_images(slots, owners, device),
     )

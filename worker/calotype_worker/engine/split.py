@@ -7,6 +7,8 @@ from typing import TypeVar
 
 import torch
 
+from calotype_worker.engine.memory_limit import is_out_of_memory, let_go
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -31,6 +33,8 @@ def run_splitting(items: Sequence[Item], run: Callable[[Sequence[Item]], Sequenc
     except Exception as error:
         if is_fatal(error):
             raise
+        if is_out_of_memory(error):
+            let_go(error)
         if len(items) == 1:
             return [error]
     half = len(items) // 2

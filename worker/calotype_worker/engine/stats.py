@@ -19,7 +19,10 @@ class EngineStats:
     failed: int = 0
     cancelled: int = 0
     fallback_steps: int = 0  # row steps taken by a scheduler object instead of a table
+    out_of_memory: int = 0  # passes that the device had too little memory for
+    compiled_passes: int = 0  # forward passes that ran as a compiled graph
     in_flight: int = 0  # requests submitted and not yet resolved
+    wait_seconds: float = 0.0  # of requests for a place, summed
     encode_seconds: float = 0.0
     step_seconds: float = 0.0  # network, guidance and sampler
     decode_seconds: float = 0.0
@@ -42,6 +45,9 @@ class Counters:
     failed: int = 0
     cancelled: int = 0
     fallback_steps: int = 0
+    out_of_memory: int = 0
+    compiled_passes: int = 0
+    wait_seconds: float = 0.0
     encode_seconds: float = 0.0
     step_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -51,6 +57,7 @@ class Counters:
         self.forward_passes += 1
         self.rows += report.rows
         self.padding_rows += report.padding_rows
+        self.compiled_passes += report.compiled
         self.fallback_steps += report.fallback_steps
         self.step_seconds += seconds
 

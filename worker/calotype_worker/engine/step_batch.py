@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from calotype_worker.engine.compiled import REMEMBERED, CompiledStep, product
+from calotype_worker.engine.memory_limit import MemoryLimit, is_out_of_memory, let_go
 from calotype_worker.engine.slot import Layout, Slot, layout
 from calotype_worker.engine.split import is_fatal, run_splitting
 from calotype_worker.models.base import Rows, StepModel
@@ -25,6 +27,7 @@ class StepReport:
     rows: int
     padding_rows: int
     fallback_steps: int
+    compiled: bool
 
 
 class StepBatch:
@@ -35,13 +38,17 @@ class StepBatch:
         model: StepModel,
         *,
         shape: tuple[int, int, int],
+        limit: MemoryLimit,
         buckets: Sequence[int] = (),
         exact: bool = False,
+        compiled: CompiledStep | None = None,
     ) -> None:
         self._model = model
         self._shape = shape  # (C, h, w)
+        self._limit = limit  # rows of a forward pass that fit into memory
         self._buckets = sorted(buckets)  # a forward pass is padded to the next of these; none: no padding
         self._exact = exact  # the same bits in any company
+        self._compiled = compiled
         self.slots: list[Slot] = []
         # S = [x, s_1 … s_K] of each slot, flattened: (slots, K+1, C*h*w) float32.
         self._state = torch.zeros(0, 1, shape[0] * shape[1] * shape[2], device=model.device)
@@ -59,26 +66,36 @@ class StepBatch:
     def leave(self, slots: Sequence[Slot]) -> None:
         """Drop slots, finished or not. The others' states are untouched."""
         gone = {id(slot) for slot in slots}
+        for slot in slots:
+            slot.forget()
         kept = [index for index, slot in enumerate(self.slots) if id(slot) not in gone]
         self.slots = [self.slots[index] for index in kept]
         self._lay_out(self._state[torch.tensor(kept, dtype=torch.long, device=self._state.device)])
 
     def step(self) -> StepReport:
         """One denoising step of every slot; finished and failed ones leave."""
-        inputs, timesteps = self._inputs()
         failed: list[tuple[Slot, Exception]] = []
         self._layout = self._layout or self._lay_out_rows(self.slots)
         useful = len(self.slots) + len(self._layout.guided)
         padding = len(self._layout.owners) - useful
-        try:
-            outputs = self._forward(self._layout, self.slots, inputs, timesteps)
-        except Exception as error:
-            if is_fatal(error):
-                raise
-            outputs, failed = self._forward_apart(inputs, timesteps)
+        noise = self._noise()
+        graph = self._run_compiled(self._layout, noise)
+        if graph is None:
+            inputs, timesteps = self._inputs()
+            try:
+                outputs = self._forward(self._layout, self.slots, inputs, timesteps)
+            except Exception as error:
+                if is_fatal(error):
+                    raise
+                outputs, failed = self._forward_apart(inputs, timesteps)
+            stacked = torch.cat([self._state, outputs.flatten(1).unsqueeze(1), noise], dim=1)
+            new_state = product(self._matrices[self._position], stacked)
+        else:
+            new_state, outputs, inputs = graph
+            timesteps = self._timesteps[self._position]
         bad = {id(slot) for slot, _ in failed}
         previews = self._previews(inputs, outputs, timesteps, bad)
-        fallback_steps = self._advance(outputs)
+        fallback_steps = self._advance(outputs, new_state)
         done = [
             (slot, self._state[index, 0].reshape(self._shape).clone())
             for index, slot in enumerate(self.slots)
@@ -93,7 +110,32 @@ class StepBatch:
             rows=useful,
             padding_rows=padding,
             fallback_steps=fallback_steps,
+            compiled=graph is not None,
         )
+
+    def _run_compiled(
+        self, rows: Layout, noise: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """The whole step as one graph; None where these rows cannot go that way, or would not fit into memory."""
+        if self._compiled is None or not self._compiled.can(rows) or len(rows.owners) > self._limit.current:
+            return None
+        if any(isinstance(slot.sampler, RowScheduler) for slot in self.slots):
+            return None
+        try:
+            return self._compiled(
+                rows,
+                self._shape,
+                state=self._state,
+                matrices=self._matrices[self._position],
+                input_scale=self._input_scale[self._position],
+                timesteps=self._timesteps[self._position],
+                noise=noise,
+            )
+        except Exception as error:
+            if is_fatal(error) or not is_out_of_memory(error):
+                raise
+            let_go(error)
+            return None  # the eager way finds out what fits
 
     def _inputs(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Scaled network inputs (slots, C, h, w) and each slot's own timestep (slots,)."""
@@ -113,17 +155,17 @@ class StepBatch:
 
         Classifier-free guidance (Ho & Salimans 2022): m = m_u + g * (m_c - m_u), on guided rows only.
         """
-        outputs = self._model.predict(
-            Rows(
-                latents=inputs[rows.source],
-                timesteps=timesteps[rows.source],
-                conditioning=rows.conditioning,
-                loras=rows.loras,
-                controls=rows.controls(slots),
-                exact=self._exact,
-            )
-        )
         count, guided_count = len(slots), len(rows.guided)
+        wanted = Rows(
+            latents=inputs[rows.source],
+            timesteps=timesteps[rows.source],
+            conditioning=rows.conditioning,
+            loras=rows.loras,
+            controls=rows.controls(slots),
+            exact=self._exact,
+            memories=rows.memories(slots),
+        )
+        outputs = self._predict(wanted, useful=count + guided_count)
         if not guided_count:
             return outputs[:count]
         result = outputs[:count].clone()
@@ -131,6 +173,18 @@ class StepBatch:
         conditional = result[rows.guided]
         result[rows.guided] = unconditional + rows.guidance * (conditional - unconditional)
         return result
+
+    def _predict(self, rows: Rows, *, useful: int) -> torch.Tensor:
+        """The network on all rows at once, or, where they do not fit into memory, in parts of as many as do. Parts that
+        are padding alone are left out."""
+        count, most = len(rows.latents), self._limit.current
+        needed = min(count, -(-useful // most) * most)
+
+        def run(part: Sequence[int]) -> torch.Tensor:
+            return self._model.predict(rows if len(part) == count else rows.part(slice(part[0], part[-1] + 1)))
+
+        outputs = self._limit.run(range(needed), run)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _forward_apart(
         self, inputs: torch.Tensor, timesteps: torch.Tensor
@@ -169,14 +223,17 @@ class StepBatch:
         clean = self._model.predicted_original(inputs[chosen], outputs[chosen], timesteps[chosen])
         return [(self.slots[index], self._model.preview(own)) for index, own in zip(due, clean, strict=True)]
 
-    def _advance(self, outputs: torch.Tensor) -> int:
-        """S' = M_i · [S; m; n] for every slot at its own i. Returns how many slots went the slow way instead."""
-        noise = torch.zeros(len(self.slots), 1, self._state.shape[2])
+    def _noise(self) -> torch.Tensor:
+        """Each slot's fresh noise, zero where its sampler wants none in this step: (slots, 1, L)."""
+        device = self._state.device
+        noise = torch.zeros(len(self.slots), 1, self._state.shape[2], pin_memory=device.type == "cuda")
         for index, slot in enumerate(self.slots):
             if isinstance(slot.sampler, SamplerTable) and slot.sampler.draws_noise[slot.step]:
-                noise[index] = torch.randn((1, *self._shape), generator=slot.generator).reshape(1, -1)
-        stacked = torch.cat([self._state, outputs.flatten(1).unsqueeze(1), noise.to(self._state.device)], dim=1)
-        new_state = _product(self._matrices[self._position], stacked)
+                noise[index, 0] = slot.noise(self._shape).flatten()
+        return noise.to(device, non_blocking=True)
+
+    def _advance(self, outputs: torch.Tensor, new_state: torch.Tensor) -> int:
+        """To S' = M_i · [S; m; n] of every slot at its own i. Returns how many slots went the slow way instead."""
         fallback_steps = 0
         for index, slot in enumerate(self.slots):
             if isinstance(slot.sampler, RowScheduler):
@@ -197,6 +254,8 @@ class StepBatch:
         """Fit state and tables to the present slots. K is the largest any of them needs."""
         self._layout = None
         remembered = max((s.sampler.remembered for s in self.slots if isinstance(s.sampler, SamplerTable)), default=0)
+        if self._compiled is not None and self.slots:
+            remembered = max(remembered, REMEMBERED)
         self._state = _widen(state, remembered + 1) if remembered + 1 >= state.shape[1] else state[:, : remembered + 1]
         matrices, scales, timesteps, positions = [], [], [], []
         offset = 0
@@ -215,18 +274,6 @@ class StepBatch:
         self._input_scale = torch.cat(scales).to(device)
         self._timesteps = torch.cat(timesteps).to(device)
         self._position = torch.tensor(positions, device=device)
-
-
-def _product(matrices: torch.Tensor, stacked: torch.Tensor) -> torch.Tensor:
-    """Each slot's matrix times its column of tensors: (n, K+1, K+3) x (n, K+3, L) -> (n, K+1, L).
-
-    Written as sums of products, column by column: a batched matrix product picks its kernel, and so the order of its
-    sums, by n and K, and a row's last bits would depend on its neighbours. Here adding zeros for a larger K is exact.
-    """
-    result = matrices[:, :, 0, None] * stacked[:, None, 0]
-    for column in range(1, stacked.shape[1]):
-        result = result + matrices[:, :, column, None] * stacked[:, None, column]
-    return result
 
 
 def _widen(state: torch.Tensor, height: int) -> torch.Tensor:

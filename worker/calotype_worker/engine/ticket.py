@@ -54,6 +54,7 @@ class Ticket:
     admitted: float = 0.0
     encode_seconds: float = 0.0
     denoised: float = 0.0
+    lossy: tuple[str, ...] = ()
     steps_before: int = 0  # evaluations of earlier stages, or of an opaque run so far
 
     @property
@@ -85,6 +86,7 @@ class Ticket:
             seed=self.request.seed,
             steps_taken=self.total_steps,
             model=self.request.model,
+            lossy=self.lossy,
             timings={
                 "wait": self.admitted - self.submitted,
                 "encode": self.encode_seconds,
@@ -144,12 +146,17 @@ def prepare(request: GenerationRequest, pool: ModelPool, tables: TableCache, *, 
                 value=request.refiner,
                 remedy="use a refiner made for that model",
             )
+    for stage in stages:
+        if isinstance(stage.slot.sampler, RowScheduler):
+            break  # it draws as it steps, from the same generator: nothing after it may be drawn before
+        stage.slot.draw_ahead(stage.group.step_shape)
     return Ticket(
         request=request,
         group=stages[0].group,
         rows=stages[0].slot.rows,
         stages=stages,
         total_steps=sum(stage.slot.total_steps for stage in stages),
+        lossy=tuple(dict.fromkeys(name for own in (model, refiner) if own for name in own.lossy.used_for(request))),
     )
 
 

@@ -2,12 +2,14 @@
 
 from calotype_worker.models.base import OpaqueModel, StepModel
 from calotype_worker.models.latent import Adapters, Memory
+from calotype_worker.models.lossy import Lossy
 from calotype_worker.models.pool import AnyModel, ModelPool
 from calotype_worker.models.registry import default_dtype, demo_folder, load_model, resolve_source
 
 __all__ = [
     "Adapters",
     "AnyModel",
+    "Lossy",
     "Memory",
     "ModelPool",
     "OpaqueModel",

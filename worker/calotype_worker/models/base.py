@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
 from calotype_shared.model_card import ModelCard
+from calotype_worker.models.lossy import Lossy
 
 if TYPE_CHECKING:
     from calotype_worker.engine.request import Generated, GenerationRequest
@@ -37,6 +38,17 @@ class ControlRows:
     scales: torch.Tensor  # (R,)
 
 
+@dataclass(kw_only=True, eq=False)
+class RowMemory:
+    """What a model that caches keeps of one row from step to step. The engine's thread alone uses it.
+
+    The row's slot owns it, so that no neighbour can touch it and it goes when the slot leaves.
+    """
+
+    step: int = 0  # the slot's present step
+    kept: dict[str, torch.Tensor] = field(default_factory=dict)  # without a batch dimension
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rows:
     """What goes through the network together. R rows need to share nothing but the latent shape."""
@@ -47,6 +59,26 @@ class Rows:
     loras: Sequence[tuple[str, torch.Tensor]] = ()  # name, and each row's weight (R,); 0: not this row
     controls: Sequence[ControlRows] = ()
     exact: bool = False  # the same bits in any company: no work on a part of the rows
+    memories: Sequence[RowMemory | None] = ()  # each row's own; None: this row goes the exact way. Empty: all do
+
+    def part(self, chosen: slice | Sequence[int]) -> Rows:
+        """Some of them."""
+        return replace(
+            self,
+            latents=self.latents[chosen],
+            timesteps=self.timesteps[chosen],
+            conditioning={name: tensor[chosen] for name, tensor in self.conditioning.items()},
+            loras=[(name, weights[chosen]) for name, weights in self.loras],
+            controls=[
+                ControlRows(name=control.name, images=control.images[chosen], scales=control.scales[chosen])
+                for control in self.controls
+            ],
+            memories=_chosen(self.memories, chosen) if self.memories else (),
+        )
+
+
+def _chosen(items: Sequence[Any], chosen: slice | Sequence[int]) -> Sequence[Any]:
+    return items[chosen] if isinstance(chosen, slice) else [items[index] for index in chosen]
 
 
 @runtime_checkable
@@ -59,6 +91,7 @@ class StepModel(Protocol):
     dtype: torch.dtype
     mask_channels: int  # extra input channels, for mask and masked picture; 0: inpainting by blending
     embedded_guidance: bool  # the network reads the guidance scale itself, so no row is doubled for it
+    lossy: Lossy  # what it gives up likeness for
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """(C, h, w) for a picture of that size in pixels. Any thread."""
@@ -94,6 +127,10 @@ class StepModel(Protocol):
 
     def row_inputs(self, request: GenerationRequest, *, negative: bool) -> Conditioning:
         """What a row's network call wants besides text: sizes, an embedded guidance scale. No batch dimension."""
+        ...
+
+    def forward(self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        """`predict` of rows without LoRAs, ControlNets and masks: nothing but tensors, so that it can be compiled."""
         ...
 
     def predict(self, rows: Rows) -> torch.Tensor:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from calotype_shared.config import Feature
-from calotype_shared.errors import InvalidRequest
-from calotype_worker.models.latent import Adapters, LatentModel
+from calotype_shared.errors import InvalidRequest, ModelLoadError
+from calotype_worker.models.latent import Adapters, LatentModel, Setup
 from calotype_worker.sampling.samplers import FLOW_SAMPLERS
 
 
@@ -24,6 +24,23 @@ class FlowModel(LatentModel):
     def features_of(cls, pipeline: Any, adapters: Adapters) -> frozenset[Feature]:
         features = super().features_of(pipeline, adapters)
         return features - {Feature.PROMPT_WEIGHTS, Feature.CONTROLNET}
+
+    def __init__(
+        self,
+        pipeline: Any,
+        setup: Setup,
+        *,
+        denoiser: torch.nn.Module,
+        text_encoders: Mapping[str, torch.nn.Module],
+    ) -> None:
+        """Raises ModelLoadError: a textual inversion or a ControlNet was registered, which nothing here would read."""
+        unread = [*setup.adapters.embeddings, *setup.adapters.controls]
+        if unread:
+            raise ModelLoadError(
+                f"model {setup.card.name!r}: {', '.join(unread)}: {setup.card.family} takes LoRAs, but no textual "
+                "inversions or ControlNets; leave them out, or register them for another model as MODEL/NAME=FILE"
+            )
+        super().__init__(pipeline, setup, denoiser=denoiser, text_encoders=text_encoders)
 
     def predicted_original(self, latents: torch.Tensor, outputs: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """x - σ·v; a timestep is a thousandth of σ whatever the schedule's shift."""

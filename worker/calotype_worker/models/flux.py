@@ -67,22 +67,31 @@ class Flux(FlowModel):
 
     @torch.inference_mode()
     def predict(self, rows: Rows) -> torch.Tensor:
-        count, channels, height, width = rows.latents.shape
-        patches = rows.latents.reshape(count, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+        with self._using("denoiser"), self.loras.active(rows.loras):
+            return self.forward(rows.latents, rows.timesteps, rows.conditioning, self._network(rows))
+
+    def forward(
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        conditioning: Conditioning,
+        network: Any = None,
+    ) -> torch.Tensor:
+        count, channels, height, width = latents.shape
+        patches = latents.reshape(count, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
         places = torch.zeros(height // 2, width // 2, 3, device=self.device, dtype=self.dtype)
         places[..., 1] += torch.arange(height // 2, device=self.device)[:, None]
         places[..., 2] += torch.arange(width // 2, device=self.device)[None, :]
-        text = rows.conditioning["text"]
-        with self._using("denoiser"), self.loras.active(rows.loras):
-            output = self._denoiser(
-                hidden_states=patches.reshape(count, (height // 2) * (width // 2), channels * 4).to(self.dtype),
-                timestep=rows.timesteps.to(self.dtype) / 1000,
-                guidance=rows.conditioning.get("guidance"),
-                pooled_projections=rows.conditioning["pooled"],
-                encoder_hidden_states=text,
-                txt_ids=torch.zeros(text.shape[1], 3, device=self.device, dtype=self.dtype),
-                img_ids=places.reshape(-1, 3),
-                return_dict=False,
-            )[0]
+        text = conditioning["text"]
+        output = (network or self._denoiser)(
+            hidden_states=patches.reshape(count, (height // 2) * (width // 2), channels * 4).to(self.dtype),
+            timestep=timesteps.to(self.dtype) / 1000,
+            guidance=conditioning.get("guidance"),
+            pooled_projections=conditioning["pooled"],
+            encoder_hidden_states=text,
+            txt_ids=torch.zeros(text.shape[1], 3, device=self.device, dtype=self.dtype),
+            img_ids=places.reshape(-1, 3),
+            return_dict=False,
+        )[0]
         velocity = output.float().reshape(count, height // 2, width // 2, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
         return velocity.reshape(count, channels, height, width)

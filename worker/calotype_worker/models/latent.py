@@ -15,8 +15,13 @@ import torch
 from calotype_shared.config import Feature
 from calotype_shared.model_card import ModelCard
 from calotype_worker.engine.request import GenerationRequest
-from calotype_worker.models.base import Conditioning, Text
+from calotype_worker.models.base import Conditioning, Rows, Text
+from calotype_worker.models.deep_cache import DeepCache
+from calotype_worker.models.first_block_cache import FirstBlockCache
 from calotype_worker.models.lora import LoraBank
+from calotype_worker.models.lossy import EXACT, Lossy
+from calotype_worker.models.quantised import quantise, weight_bytes
+from calotype_worker.models.token_merging import merge_tokens
 from calotype_worker.sampling.samplers import SAMPLERS, Sampler, make_scheduler
 
 T = TypeVar("T")
@@ -55,6 +60,7 @@ class Setup:
     dtype: torch.dtype
     adapters: Adapters = field(default_factory=Adapters)
     memory: Memory = field(default_factory=Memory)
+    lossy: Lossy = EXACT
 
 
 class LatentModel:
@@ -72,6 +78,11 @@ class LatentModel:
         features |= {Feature.PROMPT_WEIGHTS, Feature.LORA} if adapters.loras else {Feature.PROMPT_WEIGHTS}
         return frozenset(features | ({Feature.CONTROLNET} if adapters.controls else set()))
 
+    @classmethod
+    def samplers_for(cls, pipeline: Any) -> Mapping[Any, Sampler]:
+        """Those that can follow the noise levels of the pipeline's own scheduler."""
+        return cls.samplers
+
     def __init__(
         self,
         pipeline: Any,
@@ -86,6 +97,7 @@ class LatentModel:
         self.device = setup.device
         self.dtype = setup.dtype
         self.scheduler_config: Mapping[str, Any] = dict(pipeline.scheduler.config)
+        self.samplers = self.samplers_for(pipeline)
         self._vae = pipeline.vae.eval()
         if getattr(self._vae.config, "force_upcast", False) and setup.dtype is torch.float16:
             self._vae.to(torch.float32)  # its activations overflow fp16
@@ -106,6 +118,26 @@ class LatentModel:
             setup.adapters.loras,
             capacity=setup.adapters.lora_capacity,
         )
+        self.lossy = setup.lossy
+        self._step_cache = self._accelerate(setup.lossy)
+
+    # ---- accelerations that cost likeness
+
+    def _accelerate(self, lossy: Lossy) -> DeepCache | FirstBlockCache | None:
+        network, name = self._denoiser, self.card.name
+        if lossy.token_merging:
+            merge_tokens(network, ratio=lossy.token_merging, name=name)
+        if lossy.quantised != "off":
+            quantise(network, lossy.quantised, device=self.device, offload=self._memory.offload, name=name)
+        if lossy.deep_cache > 1:
+            return DeepCache(network, every=lossy.deep_cache, loras=self.loras, name=name)
+        if lossy.first_block_cache:
+            return FirstBlockCache(network, threshold=lossy.first_block_cache, loras=self.loras, name=name)
+        return None
+
+    def _network(self, rows: Rows) -> Any:
+        """What a family calls for these rows: the denoiser, or what stands before it and remembers."""
+        return self._denoiser if self._step_cache is None else functools.partial(self._step_cache, rows)
 
     # ---- where the weights live
 
@@ -140,7 +172,7 @@ class LatentModel:
 
     @property
     def weight_bytes(self) -> int:
-        return sum(p.numel() * p.element_size() for part in self._parts.values() for p in part.parameters())
+        return sum(weight_bytes(part) for part in self._parts.values())
 
     # ---- samplers
 

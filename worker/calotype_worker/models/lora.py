@@ -98,11 +98,12 @@ class LoraBank:
     @contextmanager
     def active(self, chosen: Sequence[tuple[str, torch.Tensor]]) -> Iterator[None]:
         """Within the block every adapted layer applies these: name, and each row's weight (R,). The engine's thread."""
+        before = self._active  # a part of the rows may go through a part of the network within
         self._active = [(self.get(name), weights) for name, weights in sorted(chosen, key=lambda pair: pair[0])]
         try:
             yield
         finally:
-            self._active = ()
+            self._active = before
 
     def _load(self, name: str) -> Lora:
         path = self._files[name]

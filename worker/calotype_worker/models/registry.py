@@ -16,6 +16,7 @@ from calotype_shared.errors import ModelLoadError
 from calotype_shared.model_card import ModelCard
 from calotype_worker.models.flux import Flux
 from calotype_worker.models.latent import Adapters, LatentModel, Memory, Setup
+from calotype_worker.models.lossy import EXACT, Lossy
 from calotype_worker.models.opaque import OPAQUE, opaque_card
 from calotype_worker.models.pool import AnyModel
 from calotype_worker.models.sd import StableDiffusion
@@ -32,6 +33,7 @@ FAMILIES: dict[str, tuple[str, type[LatentModel]]] = {
     "LatentConsistencyModelPipeline": ("sd", StableDiffusion),
     "StableDiffusionXLPipeline": ("sdxl", StableDiffusionXL),
     "StableDiffusionXLImg2ImgPipeline": ("sdxl", StableDiffusionXL),  # the refiner
+    "StableDiffusionXLInpaintPipeline": ("sdxl", StableDiffusionXL),
     "StableDiffusion3Pipeline": ("sd3", StableDiffusion3),
     "FluxPipeline": ("flux", Flux),
 }
@@ -98,6 +100,7 @@ def load_model(
     dtype: str | None = None,
     adapters: Adapters | None = None,
     memory: Memory | None = None,
+    lossy: Lossy = EXACT,
 ) -> AnyModel:
     """Load a model onto a device, with the LoRAs, textual inversions and ControlNets that were registered for it.
 
@@ -122,10 +125,11 @@ def load_model(
     notes, version = _notes(folder), _version(folder, location)
     class_name = type(pipeline).__name__
     if class_name in OPAQUE:
-        if adapters != Adapters() or memory != Memory():
+        if adapters != Adapters() or memory != Memory() or lossy != EXACT:
             raise ModelLoadError(
-                f"model {name!r}: {class_name} runs as a whole, without adapters or savings of memory; leave out "
-                "--lora, --embedding, --control, --offload and the like, or register them for another model"
+                f"model {name!r}: {class_name} runs as a whole, without adapters, savings of memory or "
+                "accelerations; leave out --lora, --embedding, --control, --offload, --deep-cache and the like, or "
+                "register them for another model"
             )
         card = opaque_card(name, pipeline, notes, version)
         return OPAQUE[class_name](pipeline, card=card, device=torch_device, dtype=torch_dtype)  # type: ignore[call-arg]
@@ -135,7 +139,8 @@ def load_model(
     card = latent_card(name, family, adapter, pipeline, notes=notes, version=version, adapters=adapters)
     build: Any = adapter  # each family finds its network and encoders in the pipeline
     model: AnyModel = build(
-        pipeline, Setup(card=card, device=torch_device, dtype=torch_dtype, adapters=adapters, memory=memory)
+        pipeline,
+        Setup(card=card, device=torch_device, dtype=torch_dtype, adapters=adapters, memory=memory, lossy=lossy),
     )
     return model
 
@@ -238,7 +243,8 @@ def latent_card(
     side = int(getattr(network.config, "sample_size", None) or pipeline.default_sample_size) * factor
     native = tuple((int(w), int(h)) for w, h in notes.get("native_sizes", [(side, side)]))
     tokenizer = pipeline.tokenizer or pipeline.tokenizer_2  # a refiner has only the second
-    own_sampler = sampler_of(pipeline.scheduler, adapter.samplers)
+    samplers = adapter.samplers_for(pipeline)
+    own_sampler = sampler_of(pipeline.scheduler, samplers)
     return ModelCard(
         name=name,
         family=family,
@@ -247,7 +253,7 @@ def latent_card(
         native_sizes=native,
         max_pixels=int(notes.get("max_pixels", _AREA_LIMIT * max(w * h for w, h in native))),
         max_prompt_tokens=int(tokenizer.model_max_length),
-        samplers=tuple(s.value for s in sorted(adapter.samplers, key=lambda sampler: sampler is not own_sampler)),
+        samplers=tuple(s.value for s in sorted(samplers, key=lambda sampler: sampler is not own_sampler)),
         features=frozenset(feature.value for feature in adapter.features_of(pipeline, adapters)),
         loras=tuple(sorted(adapters.loras)),
         controls=tuple(sorted(adapters.controls)),

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from calotype_shared.config import SamplerType
 from calotype_worker.engine.request import GenerationRequest
 from calotype_worker.models.base import Conditioning, Rows, Text
 from calotype_worker.models.flow import FlowModel, PlainText
 from calotype_worker.models.latent import Setup
+from calotype_worker.sampling.samplers import Sampler
 
 T5_TOKENS = 256  # as diffusers' pipeline reads by default
 
 
 class StableDiffusion3(FlowModel):
     """A `StepModel` around the parts of a `StableDiffusion3Pipeline`; T5, the third encoder, may be absent."""
+
+    @classmethod
+    def samplers_for(cls, pipeline: Any) -> Mapping[Any, Sampler]:
+        if pipeline.scheduler.config.get("use_dynamic_shifting"):  # which diffusers' Heun cannot
+            return {SamplerType.EULER: cls.samplers[SamplerType.EULER]}
+        return cls.samplers
 
     def __init__(self, pipeline: Any, setup: Setup) -> None:
         names = [n for n in ("text_encoder", "text_encoder_2", "text_encoder_3") if getattr(pipeline, n) is not None]
@@ -76,11 +84,20 @@ class StableDiffusion3(FlowModel):
     @torch.inference_mode()
     def predict(self, rows: Rows) -> torch.Tensor:
         with self._using("denoiser"), self.loras.active(rows.loras):
-            output = self._denoiser(
-                hidden_states=rows.latents.to(self.dtype),
-                timestep=rows.timesteps,
-                encoder_hidden_states=rows.conditioning["text"],
-                pooled_projections=rows.conditioning["pooled"],
-                return_dict=False,
-            )[0]
+            return self.forward(rows.latents, rows.timesteps, rows.conditioning, self._network(rows))
+
+    def forward(
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        conditioning: Conditioning,
+        network: Any = None,
+    ) -> torch.Tensor:
+        output: torch.Tensor = (network or self._denoiser)(
+            hidden_states=latents.to(self.dtype),
+            timestep=timesteps,
+            encoder_hidden_states=conditioning["text"],
+            pooled_projections=conditioning["pooled"],
+            return_dict=False,
+        )[0]
         return output.float()

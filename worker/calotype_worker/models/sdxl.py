@@ -13,7 +13,7 @@ from calotype_shared.errors import ModelLoadError
 from calotype_worker.engine.request import GenerationRequest
 from calotype_worker.models.base import Conditioning, Rows, Text
 from calotype_worker.models.clip_text import ClipText
-from calotype_worker.models.controlnet import control_residuals, load_controlnets
+from calotype_worker.models.controlnet import Residuals, control_residuals, load_controlnets
 from calotype_worker.models.latent import Adapters, LatentModel, Setup
 from calotype_worker.models.sd import guidance_embedding
 
@@ -100,26 +100,35 @@ class StableDiffusionXL(LatentModel):
 
     @torch.inference_mode()
     def predict(self, rows: Rows) -> torch.Tensor:
-        conditioning = rows.conditioning
-        added = {
-            "text_embeds": conditioning["pooled"],
-            "time_ids": conditioning["time_ids"].to(self.dtype),
-        }
-        down, middle = control_residuals(self._controls, rows, dtype=self.dtype, added=added)
-        guidance = conditioning.get("guidance")
+        added = self._added(rows.conditioning)
+        residuals = control_residuals(self._controls, rows, dtype=self.dtype, added=added)
         with self._using("denoiser"), self.loras.active(rows.loras):
-            output = self._denoiser(
-                rows.latents.to(self.dtype, memory_format=torch.channels_last),
-                rows.timesteps,
-                encoder_hidden_states=conditioning["text"],
-                encoder_attention_mask=conditioning.get("text_mask"),
-                added_cond_kwargs=added,
-                timestep_cond=guidance.to(self.dtype) if guidance is not None else None,
-                down_block_additional_residuals=down,
-                mid_block_additional_residual=middle,
-                return_dict=False,
-            )[0]
+            return self.forward(rows.latents, rows.timesteps, rows.conditioning, residuals, self._network(rows))
+
+    def forward(
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        conditioning: Conditioning,
+        residuals: Residuals = (None, None),
+        network: Any = None,
+    ) -> torch.Tensor:
+        guidance = conditioning.get("guidance")
+        output: torch.Tensor = (network or self._denoiser)(
+            latents.to(self.dtype, memory_format=torch.channels_last),
+            timesteps,
+            encoder_hidden_states=conditioning["text"],
+            encoder_attention_mask=conditioning.get("text_mask"),
+            added_cond_kwargs=self._added(conditioning),
+            timestep_cond=guidance.to(self.dtype) if guidance is not None else None,
+            down_block_additional_residuals=residuals[0],
+            mid_block_additional_residual=residuals[1],
+            return_dict=False,
+        )[0]
         return output.float()
+
+    def _added(self, conditioning: Conditioning) -> dict[str, torch.Tensor]:
+        return {"text_embeds": conditioning["pooled"], "time_ids": conditioning["time_ids"].to(self.dtype)}
 
 
 def _encoded(encoder: ClipText, texts: Sequence[Text]) -> list[torch.Tensor]:

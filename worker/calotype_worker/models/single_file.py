@@ -1,13 +1,17 @@
 """Single-file checkpoints, as the community ships them: all of a model's weights in one .safetensors file.
 
 Such a file holds no configs and no tokenizer. They come from a diffusers folder beside it with the file's name
-(`model.safetensors` and `model/`, of which only the small files are needed), or else from the hub.
+(`model.safetensors` and `model/`, of which only the small files are needed), or else from the hub. Parts that the file
+lacks, as files of Flux's transformer alone do, come from that folder too, with their weights; T5 may be absent from
+Stable Diffusion 3.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import struct
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +38,30 @@ _PIPELINES = {
     "flux-dev": "FluxPipeline",
     "flux-schnell": "FluxPipeline",
 }
+# Parts of these pipelines that a file may lack, and how the keys of those that it holds begin.
+_VAE = {"vae": ("first_stage_model.", "vae.")}
+_SD_PARTS = {**_VAE, "text_encoder": ("cond_stage_model.",)}
+_PARTS: dict[str, dict[str, tuple[str, ...]]] = {
+    "StableDiffusionPipeline": _SD_PARTS,
+    "StableDiffusionInpaintPipeline": _SD_PARTS,
+    "StableDiffusionXLPipeline": {
+        **_VAE,
+        "text_encoder": ("conditioner.embedders.0.",),
+        "text_encoder_2": ("conditioner.embedders.1.",),
+    },
+    "StableDiffusionXLImg2ImgPipeline": {**_VAE, "text_encoder_2": ("conditioner.embedders.0.",)},
+    "StableDiffusion3Pipeline": {
+        **_VAE,
+        "text_encoder": ("text_encoders.clip_l.",),
+        "text_encoder_2": ("text_encoders.clip_g.",),
+        "text_encoder_3": ("text_encoders.t5xxl.",),
+    },
+    "FluxPipeline": {
+        **_VAE,
+        "text_encoder": ("text_encoders.clip_l.",),
+        "text_encoder_2": ("text_encoders.t5xxl.",),
+    },
+}
 # A part of some key in every file of a known family; diffusers takes what it does not know for Stable Diffusion 1.
 _MARKS = ("model.diffusion_model.", "double_blocks.", "joint_blocks.")
 
@@ -47,7 +75,7 @@ def load_single_file(name: str, file: Path, dtype: torch.dtype) -> Any:
     """The diffusers pipeline of a checkpoint file, on the CPU in `dtype`.
 
     Raises:
-        ModelLoadError: a pickle, no safetensors file, of no known family, or without configs at hand.
+        ModelLoadError: a pickle, no safetensors file, of no known family, without configs at hand, or incomplete.
     """
     keys = _checked_keys(name, file)
     if not any(mark in key for key in keys for mark in _MARKS):
@@ -74,7 +102,10 @@ def load_single_file(name: str, file: Path, dtype: torch.dtype) -> Any:
     if kind in ("v1", "v2", "inpainting", "inpainting_v2"):
         options["safety_checker"] = None
     try:
+        options |= _other_parts(name, file, keys, _PIPELINES[kind], dtype)
         return getattr(diffusers, _PIPELINES[kind]).from_single_file(str(file), torch_dtype=dtype, **options)
+    except ModelLoadError:
+        raise
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         source = f"the configs in {beside.name!r}/" if local else "configs from the hub"
@@ -82,6 +113,37 @@ def load_single_file(name: str, file: Path, dtype: torch.dtype) -> Any:
             f"model {name!r}: {file.name!r} ({kind}) could not be loaded with {source}: {reason}; put a diffusers "
             f"folder of the same kind of model beside it as {beside.name!r}/ (weights are not needed there)"
         ) from error
+
+
+def _other_parts(
+    name: str, file: Path, keys: Collection[str], class_name: str, dtype: torch.dtype
+) -> dict[str, torch.nn.Module | None]:
+    """The parts that a file lacks, from the folder beside it; None for what the model can do without.
+
+    Raises:
+        ModelLoadError: the folder has not their weights either.
+    """
+    beside = file.with_suffix("")
+    index = beside / "model_index.json"
+    classes: dict[str, Any] = json.loads(index.read_text()) if index.is_file() else {}
+    found: dict[str, torch.nn.Module | None] = {}
+    for part, prefixes in _PARTS[class_name].items():
+        library, own_class = classes.get(part) or ("", "")
+        optional = part == "text_encoder_3"
+        declined = optional and bool(classes) and not own_class  # the folder says to do without
+        if any(key.startswith(prefixes) for key in keys) and not declined:
+            continue
+        if library in ("diffusers", "transformers") and list((beside / part).glob("*.safetensors")):
+            kind = getattr(importlib.import_module(library), own_class)
+            found[part] = kind.from_pretrained(beside / part, torch_dtype=dtype, use_safetensors=True)
+        elif optional:
+            found |= {part: None, "tokenizer_3": None}
+        else:
+            raise ModelLoadError(
+                f"model {name!r}: {file.name!r} holds no {part}; put a diffusers folder of the same kind of model "
+                f"beside it as {beside.name!r}/, with safetensors weights in {beside.name}/{part}/"
+            )
+    return found
 
 
 def _checked_keys(name: str, file: Path) -> frozenset[str]:

@@ -1,0 +1,133 @@
+"""`CompiledStep`: a denoising step's network, guidance and sampler product as one compiled graph.
+
+Rows with LoRAs, ControlNets or masked text go the eager way, and so does everything after a compilation that failed:
+a compiler's bug costs speed and never a picture.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal
+
+import torch
+
+from calotype_worker.engine.memory_limit import is_out_of_memory
+from calotype_worker.engine.slot import Layout
+from calotype_worker.engine.split import is_fatal
+from calotype_worker.models.base import Conditioning, StepModel
+
+log = logging.getLogger(__name__)
+
+# "default" compiles once for any number of rows; "reduce-overhead" once for each bucket, as a CUDA graph.
+CompileMode = Literal["off", "default", "reduce-overhead"]
+REMEMBERED = 6  # tensors, as PNDM has: a graph is for one number of them, and those that a sampler lacks are zero
+MAX_BUCKETS = 8  # PyTorch gives up on a function that was compiled for more shapes than this
+
+
+def buckets_up_to(rows: int) -> tuple[int, ...]:
+    """Numbers of rows to compile for, the last one at least `rows`: doubling, at most `MAX_BUCKETS` of them."""
+    found = [rows]
+    while found[0] > 2 and len(found) < MAX_BUCKETS:
+        found.insert(0, 1 << (found[0] - 1).bit_length() - 1)
+    return tuple(found)
+
+
+def product(matrices: torch.Tensor, stacked: torch.Tensor) -> torch.Tensor:
+    """Each slot's matrix times its column of tensors: (n, K+1, K+3) x (n, K+3, L) -> (n, K+1, L).
+
+    Written as sums of products, column by column: a batched matrix product picks its kernel, and so the order of its
+    sums, by n and K, and a row's last bits would depend on its neighbours. Here adding zeros for a larger K is exact.
+    """
+    result = matrices[:, :, 0, None] * stacked[:, None, 0]
+    for column in range(1, stacked.shape[1]):
+        result = result + matrices[:, :, column, None] * stacked[:, None, column]
+    return result
+
+
+class CompiledStep:
+    """Of one model on its device. Owned by the engine's thread."""
+
+    def __init__(self, model: StepModel, mode: CompileMode) -> None:
+        self._model = model
+        self.static = mode == "reduce-overhead"  # one graph for each number of rows
+        self.broken = False
+
+        def whole(  # noqa: PLR0917 - the compiler sees tensors, one by one
+            state: torch.Tensor,
+            matrices: torch.Tensor,
+            input_scale: torch.Tensor,
+            timesteps: torch.Tensor,
+            noise: torch.Tensor,
+            source: torch.Tensor,
+            unconditional: torch.Tensor,
+            guidance: torch.Tensor,
+            shape: tuple[int, int, int],
+            conditioning: Conditioning,
+        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            inputs = (state[:, 0] * input_scale[:, None]).reshape(-1, *shape)
+            outputs = model.forward(inputs[source], timesteps[source], conditioning)
+            base = outputs[unconditional]
+            guided = base + guidance * (outputs - base)
+            stacked = torch.cat([state, guided.flatten(1).unsqueeze(1), noise], dim=1)
+            return product(matrices, stacked), guided, inputs
+
+        self._step = torch.compile(
+            whole, dynamic=False if self.static else None, mode=mode if self.static else None, fullgraph=True
+        )
+
+    def can(self, rows: Layout) -> bool:
+        """Whether these rows can take this way."""
+        plain = not (rows.loras or rows.control_images or any(name.endswith("_mask") for name in rows.conditioning))
+        # A single row would be compiled as a case of its own, and is no slower without.
+        return plain and not self.broken and len(rows.owners) > 1
+
+    def __call__(
+        self,
+        rows: Layout,
+        shape: tuple[int, int, int],
+        *,
+        state: torch.Tensor,
+        matrices: torch.Tensor,
+        input_scale: torch.Tensor,
+        timesteps: torch.Tensor,
+        noise: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """New state (n, K+1, L), guided model output and scaled inputs, both (n, C, h, w); or None where it failed.
+
+        All but `rows` is of the n slots, each at its own step; `noise` is (n, 1, L).
+        """
+        count, padded = len(state), len(rows.owners)
+
+        def pad(tensor: torch.Tensor) -> torch.Tensor:
+            """A row for every row of the forward pass: those without a slot of their own repeat the first one."""
+            grown = torch.cat([tensor, tensor[:1].expand(padded - count, *tensor.shape[1:])])
+            if not self.static:
+                torch._dynamo.mark_dynamic(grown, 0)
+            return grown
+
+        conditioning = dict(rows.conditioning)
+        if not self.static:
+            for tensor in (*conditioning.values(), rows.source, rows.unconditional, rows.scales):
+                torch._dynamo.mark_dynamic(tensor, 0)
+        try:
+            results = self._step(
+                pad(state),
+                pad(matrices),
+                pad(input_scale),
+                pad(timesteps),
+                pad(noise),
+                rows.source,
+                rows.unconditional,
+                rows.scales,
+                shape,
+                conditioning,
+            )
+        except Exception as error:
+            if is_fatal(error) or is_out_of_memory(error):
+                raise
+            self.broken = True
+            log.exception("a compiled step failed; this model goes on without", extra={"model": self._model.card.name})
+            return None
+        # Clones: a CUDA graph writes its next results over these.
+        state_, guided, inputs = (result[:count].clone() for result in results)
+        return state_, guided, inputs
