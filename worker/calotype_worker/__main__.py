@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
+import os
+import signal
 import sys
 import warnings
 from typing import TYPE_CHECKING
 
+from calotype_shared.connection import connect_redis
 from calotype_shared.errors import CalotypeError, ServiceUnavailable, SettingsError
-from calotype_shared.settings import Settings, connect_redis
+from calotype_shared.logs import set_up_logging
+from calotype_shared.settings import Settings
 from calotype_shared.storage import Storage
 from calotype_shared.store import JobStore
-from calotype_worker.logs import set_up_logging
 from calotype_worker.settings import WorkerSettings
+from calotype_worker.threads import wait_briefly
 
 if TYPE_CHECKING:
     from calotype_worker.worker import Worker
@@ -21,8 +26,7 @@ if TYPE_CHECKING:
 EXIT_USAGE, EXIT_UNAVAILABLE, EXIT_MODEL = 2, 4, 6
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status: 0 after a drain, 2 bad settings, 4 Redis or storage unavailable, 6 unusable model."""
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="calotype worker",
         description="Serve one model on one device. Options override CALOTYPE_WORKER_* variables.",
@@ -43,13 +47,35 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--offload", choices=["none", "model", "sequential"], help="keep only what works on the device")
     for option in ("attention-slicing", "vae-slicing", "vae-tiling"):
         parser.add_argument(f"--{option}", action="store_true", default=None, help="slower, with less memory")
+    parser.add_argument("--deep-cache", type=int, metavar="N", help="lossy: whole U-Nets at every N-th step only")
+    parser.add_argument(
+        "--first-block-cache", type=float, metavar="CHANGE", help="lossy: transformers' first block only"
+    )
+    parser.add_argument("--token-merging", type=float, metavar="SHARE", help="lossy: U-Nets' attention on fewer tokens")
+    parser.add_argument(
+        "--quantised", choices=["off", "int8", "int8-dynamic", "float8"], help="lossy: weights in 8 bits"
+    )
+    parser.add_argument("--compile", choices=["off", "default", "reduce-overhead"], help="steps as compiled graphs")
+    parser.add_argument("--compile-cache", metavar="FOLDER", help="where compiled graphs outlive the worker")
+    parser.add_argument("--trace", metavar="FILE", help="a trace of every step, for ui.perfetto.dev")
+    parser.add_argument("--profile", action="store_true", help="time steps over their rows, print the figures and exit")
     parser.add_argument("--deterministic", action="store_true", default=None, help="the same bits in any company")
     parser.add_argument("--log-format", choices=["text", "json"])
     parser.add_argument("--devices", action="store_true", help="print this machine's devices as JSON and exit")
-    options = vars(parser.parse_args(arguments))
+    return parser
+
+
+def main(arguments: list[str] | None = None, *, own_process: bool = False) -> int:
+    """Returns the exit status: 0 after a drain, 2 bad settings, 4 Redis or storage unavailable, 6 unusable model.
+
+    With `own_process`, what the worker does not use is kept from being imported for the process's whole life.
+    """
+    wait_briefly()
+    options = vars(build_parser().parse_args(arguments))
     if options.pop("devices"):
         print(json.dumps(devices()))
         return 0
+    only_profile = options.pop("profile")
     try:
         settings = Settings.load()
         worker_settings = WorkerSettings.load(
@@ -58,8 +84,14 @@ def main(arguments: list[str] | None = None) -> int:
     except SettingsError as error:
         print(f"calotype worker: {error}", file=sys.stderr)
         return EXIT_USAGE
+    if own_process and worker_settings.quantised == "off":
+        # diffusers imports torchao where it is installed: two seconds of every start.
+        sys.modules.setdefault("torchao", None)  # type: ignore[arg-type]
     set_up_logging(log_format=worker_settings.log_format, level=worker_settings.log_level)
     try:
+        if only_profile:
+            _profile(worker_settings)
+            return 0
         check_services(settings, worker_settings)
         worker = _make(settings, worker_settings)
     except CalotypeError as error:
@@ -88,23 +120,40 @@ def devices() -> list[str]:
     return ["cpu"]
 
 
+def _profile(options: WorkerSettings) -> None:
+    """Print how a step's time grows with its rows. Needs neither Redis nor storage."""
+    _quieten()
+    from calotype_worker.profiling import print_profiles  # noqa: PLC0415
+
+    print_profiles(options)
+
+
 def _make(settings: Settings, options: WorkerSettings) -> Worker:
     """The worker, after quieting what its libraries would print over our log."""
+    _quieten()
+    from calotype_worker.worker import Worker  # noqa: PLC0415
+
+    return Worker(settings, options)
+
+
+def _quieten() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     import diffusers  # noqa: PLC0415
     import transformers  # noqa: PLC0415
     from celery.exceptions import SecurityWarning  # noqa: PLC0415
 
-    from calotype_worker.worker import Worker  # noqa: PLC0415
-
     # It warns of root with pickled messages; ours are JSON only, and the images run as another user.
     warnings.filterwarnings("ignore", category=SecurityWarning)
+    for noisy in ("torchao", "torch.utils._pytree"):  # diffusers imports torchao where it is installed
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     diffusers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    return Worker(settings, options)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # Process 1 of a container hears no signal that it has no handler for: without this one a worker that is told to
+    # stop while it loads its model would hold its device until it is killed. Once it is ready it has its own.
+    signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
+    sys.exit(main(own_process=True))

@@ -9,20 +9,28 @@ from celery import Celery
 from kombu import Exchange, Queue
 
 from calotype_shared.broker import TASK_NAME
+from calotype_shared.connection import CONNECT_SECONDS, HEALTH_SECONDS, SOCKET_SECONDS
 from calotype_shared.jobs import Lane
 from calotype_shared.keys import queue_name
 from calotype_shared.settings import Settings
+from calotype_worker.transport import broker_of
 
 
-def make_app(settings: Settings, *, models: Sequence[str], run_job: Callable[[str], None]) -> Celery:
-    """A Celery app whose one task hands a job's id to `run_job`, consuming the models' queues, interactive first.
-
-    Jobs that need several models have a queue for that set of models, so every subset is listened to.
-    """
-    app = Celery("calotype", broker=settings.redis_url, set_as_current=False)
-    direct = Exchange("", type="direct")
+def queue_names(models: Sequence[str], lane: Lane) -> list[str]:
+    """Queues of a lane that a worker listens to: jobs that need several models have one for that set of models."""
     sets = [chosen for size in range(1, len(models) + 1) for chosen in itertools.combinations(models, size)]
-    names = [queue_name(chosen, lane) for lane in (Lane.INTERACTIVE, Lane.BULK) for chosen in sets]
+    return [queue_name(chosen, lane) for chosen in sets]
+
+
+def make_app(settings: Settings, *, models: Sequence[str], run_next: Callable[[str], None]) -> Celery:
+    """A Celery app whose one task hands a queue's name to `run_next`.
+
+    It consumes the models' queues: urgent ones first, and each model's in its turn.
+    """
+    broker = broker_of(settings)
+    app = Celery("calotype", broker=broker.url, set_as_current=False)
+    direct = Exchange("", type="direct")
+    names = [*queue_names(models, Lane.INTERACTIVE), *queue_names(models, Lane.BULK)]
     app.conf.update(
         task_queues=[Queue(name, exchange=direct, routing_key=name) for name in names],
         task_default_queue=names[-1],
@@ -39,18 +47,22 @@ def make_app(settings: Settings, *, models: Sequence[str], run_job: Callable[[st
         # The default of 100 attempts would end the worker after a long outage of Redis.
         broker_connection_max_retries=None,
         broker_connection_retry_on_startup=True,
+        # Without it an answer such as "out of memory" or "I am a replica now" would end the worker.
+        broker_channel_error_retry=True,
+        broker_use_ssl=broker.ssl,
         broker_transport_options={
+            **broker.options,
             "global_keyprefix": settings.key_prefix,
             # Only a backstop: leases bring lost jobs back long before. Shorter would make duplicates.
             "visibility_timeout": 3600,
             "unacked_mutex_expire": 30,  # the default lets a dead restorer block restores for five minutes
-            "queue_order_strategy": "priority",
+            "queue_order_strategy": "calotype_worker.lanes:UrgentFirst",
             "priority_steps": [0],  # urgency is by queue; every step would add keys to each BRPOP
             # Without time-outs a dropped connection can hang a worker for ever. `retry_on_timeout` stays unset.
-            "socket_timeout": 15,
-            "socket_connect_timeout": 5,
+            "socket_timeout": SOCKET_SECONDS,
+            "socket_connect_timeout": CONNECT_SECONDS,
             "socket_keepalive": True,
-            "health_check_interval": 10,
+            "health_check_interval": HEALTH_SECONDS,
         },
         worker_send_task_events=False,
         worker_enable_remote_control=False,
@@ -60,7 +72,8 @@ def make_app(settings: Settings, *, models: Sequence[str], run_job: Callable[[st
     )
 
     @app.task(name=TASK_NAME)
-    def generate(job_id: str) -> None:
-        run_job(job_id)
+    def generate(queue: str) -> None:
+        if queue in names:  # a message in the wrong list would bring jobs that this worker has no model for
+            run_next(queue)
 
     return app

@@ -36,7 +36,7 @@ from calotype_shared.model_card import ModelCard
 from calotype_shared.uploads import fitted, normalise, open_upload
 from calotype_worker.engine import Engine, EngineSettings, Generated, GenerationRequest
 from calotype_worker.engine.request import Mesh
-from calotype_worker.models import Adapters, Memory, ModelPool, StepModel, load_model
+from calotype_worker.models import Adapters, Lossy, Memory, ModelPool, StepModel, load_model
 
 Picture = np.ndarray | Image.Image | str | Path | bytes  # uint8 (H, W, 3), or a picture file or its bytes
 KEPT_UPLOADS = 256
@@ -77,6 +77,7 @@ class GeneratedImage:
     steps_taken: int  # network evaluations
     frames: np.ndarray | None = None  # of a video: uint8 (F, H, W, 3)
     mesh: Mesh | None = None
+    lossy: tuple[str, ...] = ()  # accelerations that were used; none: an exact picture
 
     @property
     def image(self) -> Image.Image:
@@ -101,6 +102,7 @@ class DiffusionModel:
         dtype: str | None = None,
         adapters: Adapters | None = None,
         memory: Memory | None = None,
+        lossy: Lossy | None = None,
         settings: EngineSettings | None = None,
     ) -> None:
         """`source` is a diffusers folder, a hub id or a .safetensors file; None for the bundled model.
@@ -112,6 +114,7 @@ class DiffusionModel:
         self._dtype = dtype
         self._adapters = adapters
         self._memory = memory or Memory()
+        self._lossy = lossy or Lossy()
         self._settings = settings
         self._lock = threading.Lock()
         self._engine: Engine | None = None
@@ -273,6 +276,7 @@ class DiffusionModel:
                     dtype=self._dtype,
                     adapters=self._adapters,
                     memory=self._memory,
+                    lossy=self._lossy,
                 )
                 self._engine = Engine(ModelPool([model]), self._settings)
                 self._engine.start()
@@ -369,4 +373,5 @@ def _generated(config: shared.GenerationConfig, made: Generated) -> GeneratedIma
         steps_taken=made.steps_taken,
         frames=made.frames,
         mesh=made.mesh,
+        lossy=made.lossy,
     )

@@ -9,12 +9,13 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from calotype_shared import metric_names as names
 from calotype_shared.errors import ServiceUnavailable
 from calotype_shared.store import Claim, JobStore
+from calotype_worker.tally import Tally
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,10 @@ class Held:
     released: bool = False  # we are leaving and hand it back
     shown: tuple[int, int] = field(default=(0, 0))  # progress last written
 
+    @property
+    def given_up(self) -> bool:
+        return self.lost or self.released
+
 
 class Heartbeat:
     """`progress(request_id)` says how far one picture is; `stop_request(request_id)` takes it out of the engine."""
@@ -46,12 +51,15 @@ class Heartbeat:
         progress: Callable[[str], tuple[int, int] | None],
         stop_request: Callable[[str], object],
         report: Callable[[], None],
+        tally: Tally | None = None,
     ) -> None:
         self._store = store
         self._lease_seconds = lease_seconds
         self._progress = progress
         self._stop_request = stop_request
         self._report = report  # announces the worker itself
+        self._tally = tally or Tally()
+        self._turned_at = time.monotonic()  # the last round of `_beat`, whether or not Redis answered
         self._lock = threading.Lock()
         self._held: dict[str, Held] = {}
         self._stopped = threading.Event()
@@ -67,18 +75,22 @@ class Heartbeat:
     def stop(self) -> None:
         self._stopped.set()
 
-    @contextmanager
-    def holding(self, claim: Claim, request_ids: Sequence[str]) -> Iterator[Held]:
-        """Renew this claim until the block ends."""
+    @property
+    def silent_seconds(self) -> float:
+        """Since the thread that renews leases has begun a round."""
+        return time.monotonic() - self._turned_at
+
+    def hold(self, claim: Claim, request_ids: Sequence[str]) -> Held:
+        """Renew this claim until `drop`."""
         held = Held(claim=claim, request_ids=tuple(request_ids))
         with self._lock:
             self._held[claim.job_id] = held
-        try:
-            yield held
-        finally:
-            with self._lock:
-                if self._held.get(claim.job_id) is held:
-                    del self._held[claim.job_id]
+        return held
+
+    def drop(self, held: Held) -> None:
+        with self._lock:
+            if self._held.get(held.claim.job_id) is held:
+                del self._held[held.claim.job_id]
 
     def held(self) -> list[Held]:
         with self._lock:
@@ -94,6 +106,7 @@ class Heartbeat:
         renew_every = self._lease_seconds / 4
         renewed = reported = 0.0
         while not self._stopped.wait(_PROGRESS_SECONDS):
+            self._turned_at = time.monotonic()
             try:
                 self._show_progress()
                 if time.monotonic() - renewed >= renew_every:
@@ -126,6 +139,7 @@ class Heartbeat:
     def _renew(self) -> None:
         holding = self.held()
         lost = self._store.renew([held.claim for held in holding], lease_seconds=self._lease_seconds)
+        self._tally.count(names.LEASE_RENEWALS, by=len(holding) - len(lost))
         for held in holding:
             if held.claim.job_id in lost:
                 self._lose(held)
@@ -150,6 +164,7 @@ class Heartbeat:
 
     def _lose(self, held: Held) -> None:
         held.lost = True
+        self._tally.count(names.LOST_CLAIMS)
         log.info("claim lost", extra={"job_id": held.claim.job_id, "attempt": held.claim.attempt})
         self._stop(held)
 

@@ -20,7 +20,7 @@ class Inputs:
 
         Raises:
             InvalidRequest: what is stored is not what was uploaded.
-            StorageUnavailable: it cannot be fetched, or is gone.
+            StorageUnavailable: it cannot be fetched; `ObjectMissing` if it is gone.
         """
         assert config.width is not None
         assert config.height is not None

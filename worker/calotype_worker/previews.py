@@ -43,7 +43,7 @@ class Previews:
             job_id, attempt, index = request_id.split("/")
             try:
                 image = base64.b64encode(_jpeg(picture)).decode()
-                preview = Preview(index=int(index), step=step, attempt=int(attempt), image=image)
+                preview = Preview(index=int(index), step=step, attempt=int(attempt.partition("-")[0]), image=image)
                 self._store.put_preview(job_id, preview)
             except ServiceUnavailable:
                 continue  # the heartbeat tells of it

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AnyUrl, Field, UrlConstraints
 from pydantic_settings import SettingsConfigDict
 
 from calotype_shared.settings import StrictSettings
@@ -25,29 +25,78 @@ class WorkerSettings(StrictSettings):
 
     model_config = SettingsConfigDict(env_prefix="CALOTYPE_WORKER_")
 
-    # NAME or NAME=SOURCE; several, separated by commas, share the device and can be used in one job.
     model: Annotated[str, Field(pattern=rf"^{_MODEL}(,{_MODEL}){{0,{MAX_MODELS - 1}}}$")] = "demo"
-    # [MODEL/]NAME=FILE, separated by commas; without MODEL for the first model. For an embedding NAME is its token.
+    """NAME or NAME=SOURCE; several, separated by commas, share the device and can be used in one job."""
     lora: Annotated[str, Field(pattern=_adapters(_NAME))] = ""
+    """[MODEL/]NAME=FILE, separated by commas; without MODEL for the first model."""
     embedding: Annotated[str, Field(pattern=_adapters(r"[^\s,=/]+"))] = ""
+    """Textual inversions, written as LoRAs are; NAME is the token that prompts use."""
     control: Annotated[str, Field(pattern=_adapters(_NAME))] = ""
-    lora_capacity: Annotated[int, Field(ge=1)] = 8  # LoRAs of a model in memory
+    """ControlNets, written as LoRAs are."""
+    lora_capacity: Annotated[int, Field(ge=1)] = 8
+    """LoRAs of a model in memory."""
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
-    dtype: Literal["float32", "float16", "bfloat16"] | None = None  # None: float32 on a CPU, bfloat16 on a GPU
-    max_rows: Annotated[int, Field(ge=2, le=1024)] = 32  # rows of a step batch, for pictures of native size
-    concurrency: Annotated[int, Field(ge=1, le=1024)] | None = None  # jobs in flight; None: max_rows and some slack
+    """The one device of this process: cpu or cuda:N."""
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """Of the weights; none: float32 on a CPU, bfloat16 on a GPU that has it, else float16."""
+    max_rows: Annotated[int, Field(ge=2, le=1024)] = 32
+    """Rows of a step batch at the model's native size, at most; fewer for larger pictures."""
+    concurrency: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Jobs in flight; none: max_rows + 8."""
+    affinity: Annotated[int, Field(ge=0, le=1024)] = 64
+    """Jobs in line that a claim looks at for one of a size that runs here, and by how many a job may be passed over."""
     decode_batch: Annotated[int, Field(ge=1, le=64)] = 4
+    """Pictures decoded together."""
     deterministic: bool = False
-    memory_budget_gib: Annotated[float, Field(gt=0.0)] | None = None  # weights on the device; None: all models
+    """The same bits in any company, at a fixed number of rows; costly at low load."""
+    profile_seconds: Annotated[float, Field(ge=0.0)] = 5.0
+    """At the start, to find how many rows a step pays for, at most max_rows; 0: max_rows it is."""
+    compile: Literal["off", "default", "reduce-overhead"] = "off"
+    """Steps as compiled graphs: faster, after about a minute of compiling."""
+    compile_cache: str | None = None
+    """Folder where compiled graphs outlive this process; none: the system's temporary folder."""
+    trace: str | None = None
+    """File for a trace of every step, for [Perfetto](https://ui.perfetto.dev)."""
+    deep_cache: Annotated[int, Field(ge=1, le=100)] = 1
+    """Lossy: U-Nets run whole at every so many steps of a picture; 1: at each."""
+    first_block_cache: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Lossy: change of a transformer's first block up to which the others are left out; 0: never."""
+    token_merging: Annotated[float, Field(ge=0.0, le=0.75)] = 0.0
+    """Lossy: share of a U-Net's tokens without self-attention of their own, at the highest resolution."""
+    quantised: Literal["off", "int8", "int8-dynamic", "float8"] = "off"
+    """Lossy: the network's weights in eight bits, by torchao."""
+    memory_budget_gib: Annotated[float, Field(gt=0.0)] | None = None
+    """Weights on the device; other models wait in main memory. None: all of them stay on the device."""
     offload: Literal["none", "model", "sequential"] = "none"
+    """Only what works is on the device: the part at work, or only the layer at work, which is far slower."""
     attention_slicing: bool = False
+    """Attention in parts: slower, with less memory."""
     vae_slicing: bool = False
+    """Pictures decoded one by one: slower, with less memory."""
     vae_tiling: bool = False
+    """Large pictures decoded in overlapping tiles, which can show."""
     lease_seconds: Annotated[float, Field(ge=1.0)] = 20.0
-    grace_seconds: Annotated[float, Field(ge=0.0)] = 60.0  # after SIGTERM, for jobs in flight
+    """After which a silent worker's jobs are taken over."""
+    grace_seconds: Annotated[float, Field(ge=0.0)] = 60.0
+    """After SIGTERM, for jobs in flight."""
+    preemption: Annotated[str, Field(pattern=r"^(off|aws|gcp|azure|file:/.+)$")] = "off"
+    """Where a notice appears that this machine will be taken away, to leave in good order before it is."""
+    preemption_endpoint: Annotated[AnyUrl, UrlConstraints(allowed_schemes=["http"], host_required=True)] | None = None
+    """Another address of that metadata service; none: `http://169.254.169.254`."""
+    spool_dir: str | None = None
+    """Where finished pictures wait while the storage is away; none: the system's temporary folder."""
+    spool_mib: Annotated[int, Field(ge=0)] = 1024
+    """At most so much waits there; 0: nothing does."""
     create_bucket: bool = True
+    """Make the bucket when it is missing."""
+    metrics_port: Annotated[int, Field(ge=0, le=65_535)] | None = None
+    """Where operators read `/metrics`, `/healthz` and `/readyz`; without it, nowhere."""
+    metrics_host: str = "127.0.0.1"
+    """Where that port listens; `0.0.0.0` in a container."""
     log_format: Literal["text", "json"] = "text"
+    """`json`: one object a line, for machines."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least that is logged."""
 
     @property
     def sources(self) -> dict[str, str | None]:

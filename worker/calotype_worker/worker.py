@@ -16,39 +16,63 @@ from typing import Any
 from celery import signals
 from celery.worker import state as celery_state
 
-from calotype_shared.errors import ServiceUnavailable
+from calotype_shared import metric_names as names
+from calotype_shared.connection import connect_redis
+from calotype_shared.errors import ServiceUnavailable, SettingsError
+from calotype_shared.jobs import Lane
 from calotype_shared.keys import together
-from calotype_shared.settings import Settings, connect_redis
+from calotype_shared.settings import Settings
 from calotype_shared.storage import Storage
 from calotype_shared.store import JobStore
+from calotype_shared.telemetry import make_telemetry
 from calotype_shared.worker_info import WorkerInfo
-from calotype_worker.app import make_app
+from calotype_worker.affinity import Affinity
+from calotype_worker.app import make_app, queue_names
 from calotype_worker.engine import Engine, EngineSettings
+from calotype_worker.engine.profile import Profile
+from calotype_worker.engine.trace import Trace, Tracer, Untraced
 from calotype_worker.heartbeat import Heartbeat
 from calotype_worker.inputs import Inputs
-from calotype_worker.models import Adapters, AnyModel, Memory, ModelPool, load_model
-from calotype_worker.output.upload import Uploader
+from calotype_worker.models import Adapters, AnyModel, Lossy, Memory, ModelPool, load_model
+from calotype_worker.operating import Operating
+from calotype_worker.output.encoder import Encoder
+from calotype_worker.output.spool import Spool
+from calotype_worker.places import RESERVED, Places
+from calotype_worker.preemption import Notice, Watcher, notice_source
 from calotype_worker.previews import Previews
+from calotype_worker.report import step_groups
 from calotype_worker.settings import WorkerSettings
+from calotype_worker.sweep import sweep
+from calotype_worker.tally import Tally
 from calotype_worker.tasks import JobRunner
+from calotype_worker.threads import apart
 
 log = logging.getLogger(__name__)
 
-EXIT_FATAL = 70  # the device is lost; a supervisor should start a new process
+EXIT_FATAL = 70  # the device is lost, or a part that must not end has; a supervisor should start a new process
 EXIT_NOW = 75  # told twice to leave
 _REAP_SECONDS = 5.0
 _REPORT_TTL_SECONDS = 15.0
 _LEAVE_NOW_SECONDS = 0.6
+_HAND_BACK_SECONDS = 5.0  # before the machine is taken away, for jobs that are still running then
+_SWEEP_LEASES = 3.0
 
 
 def load_models(options: WorkerSettings) -> list[AnyModel]:
-    """Every model of a worker, with what was registered for it. Raises ModelLoadError."""
+    """Every model of a worker, with what was registered for it. Raises ModelLoadError, InvalidRequest."""
     memory = Memory(
         attention_slicing=options.attention_slicing,
         vae_slicing=options.vae_slicing,
         vae_tiling=options.vae_tiling,
         offload=options.offload,
     )
+    lossy = Lossy(
+        deep_cache=options.deep_cache,
+        first_block_cache=options.first_block_cache,
+        token_merging=options.token_merging,
+        quantised=options.quantised,
+    )
+    lossy.check(deterministic=options.deterministic, compiled=options.compile != "off")
     models = []
     for name, source in options.sources.items():
         adapters = Adapters(
@@ -59,10 +83,43 @@ def load_models(options: WorkerSettings) -> list[AnyModel]:
         )
         models.append(
             load_model(
-                name, source=source, device=options.device, dtype=options.dtype, adapters=adapters, memory=memory
+                name,
+                source=source,
+                device=options.device,
+                dtype=options.dtype,
+                adapters=adapters,
+                memory=memory,
+                lossy=lossy,
             )
         )
     return models
+
+
+def _make_spool(options: WorkerSettings) -> Spool:
+    """Raises SettingsError."""
+    try:
+        return Spool(Path(options.spool_dir) if options.spool_dir else None, max_bytes=options.spool_mib * 2**20)
+    except OSError as error:
+        raise SettingsError(
+            f"CALOTYPE_WORKER_SPOOL_DIR={options.spool_dir!r}: {error}; give a folder that this user can write to"
+        ) from error
+
+
+def _make_trace(options: WorkerSettings, *, process: str) -> Tracer:
+    """Raises SettingsError."""
+    if options.trace is None:
+        return Untraced()
+    try:
+        return Trace(Path(options.trace), process=process)
+    except OSError as error:
+        raise SettingsError(
+            f"CALOTYPE_WORKER_TRACE={options.trace!r}: {error}; give a file that this user can write"
+        ) from error
+
+
+def _facts(profile: Profile) -> dict[str, Any]:
+    points = ", ".join(f"{point.rows}: {point.seconds * 1e3:.1f}" for point in profile.points)
+    return {"size": f"{profile.width}x{profile.height}", "rows": profile.knee.rows, "milliseconds_by_rows": points}
 
 
 def _bytes(gib: float | None) -> int | None:
@@ -75,39 +132,91 @@ class Worker:
     def __init__(self, settings: Settings, options: WorkerSettings) -> None:
         """Raises ModelLoadError before anything is announced."""
         self._options = options
+        self._operating, self._tally = Operating(options), Tally()
+        self._telemetry = make_telemetry(settings, service="calotype-worker")
         self._store = JobStore(
             connect_redis(settings), key_prefix=settings.key_prefix, retention_seconds=settings.retention_seconds
         )
-        storage = Storage(settings)
-        pool = ModelPool(load_models(options), memory_budget=_bytes(options.memory_budget_gib))
+        storage = self._storage = Storage(settings, attempts=2)  # whoever calls it tries again
+        spool = _make_spool(options)
+        pool = ModelPool(apart(lambda: load_models(options)), memory_budget=_bytes(options.memory_budget_gib))
         self._cards = {name: pool.get(name).card for name in pool.names}
         self._version = version("calotype")
         self._started_at = time.time()
         self.name = f"{together(self._cards)}@{socket.gethostname()}-{os.getpid()}-{random.randrange(16**4):04x}"
         engine_settings = EngineSettings(
-            max_rows=options.max_rows, decode_batch=options.decode_batch, deterministic=options.deterministic
+            max_rows=options.max_rows,
+            decode_batch=options.decode_batch,
+            deterministic=options.deterministic,
+            compile=options.compile,
         )
+        if options.compile_cache:
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = options.compile_cache
         previews = Previews(self._store)
-        self._engine = Engine(pool, engine_settings, on_fatal=_leave_for_dead, on_preview=previews.offer)
+        self._trace = _make_trace(options, process=self.name)
+        tracer = self._operating.tracer(self._trace, self._cards)
+        self._engine = Engine(pool, engine_settings, on_fatal=_leave_for_dead, on_preview=previews.offer, trace=tracer)
+        if options.profile_seconds or options.compile != "off":
+            for profile in self._engine.profile(seconds=options.profile_seconds):
+                log.info("profiled", extra={"model": profile.model, **_facts(profile)})
         self._heartbeat = Heartbeat(
             self._store,
             lease_seconds=options.lease_seconds,
             progress=self._engine.progress,
             stop_request=self._engine.cancel,
             report=self._report,
+            tally=self._tally,
         )
-        self._draining = threading.Event()
-        runner = JobRunner(
+        self._draining, self._consuming = threading.Event(), threading.Event()
+        urgent_queues = queue_names(list(self._cards), Lane.INTERACTIVE)
+        self._runner = JobRunner(
             self._store,
             self._engine,
             self._heartbeat,
-            Uploader(storage, cards=self._cards, version=self._version),
-            Inputs(storage),
+            encoder=Encoder(cards=self._cards, version=self._version),
+            inputs=Inputs(storage),
+            storage=storage,
+            spool=spool,
+            places=Places(options.jobs_in_flight),
+            affinity=Affinity(
+                options.affinity,
+                budget=self._engine.row_budget,
+                rows=self._engine.rows_of_picture,
+                unmoved=frozenset(urgent_queues),
+            ),
+            urgent_queues=urgent_queues,
             worker=self.name,
             lease_seconds=options.lease_seconds,
             draining=self._draining.is_set,
+            trace=tracer,
+            tally=self._tally,
+            telemetry=self._telemetry,
         )
-        self._app = make_app(settings, models=list(self._cards), run_job=runner.run)
+        self._operating.watch(
+            info={
+                "worker": self.name,
+                "model": together(self._cards),
+                "device": options.device,
+                "version": self._version,
+            },
+            device=options.device,
+            engine=self._engine,
+            heartbeat=self._heartbeat,
+            tally=self._tally,
+            gauges={
+                names.RUNNING_JOBS: lambda: len(self._heartbeat.held()),
+                names.SPOOL_BYTES: lambda: spool.used,
+                names.SPOOL_LIMIT_BYTES: lambda: spool.max_bytes,
+                names.STORAGE_AWAY: lambda: self._runner.storage_away,
+                names.WORKER_DRAINING: self._draining.is_set,
+            },
+            not_ready=self._not_ready,
+        )
+        self._app = make_app(settings, models=list(self._cards), run_next=self._runner.run)
+        self._queues = [name for lane in Lane for name in queue_names(list(self._cards), lane)]
+        self._left_for_newer: tuple[str, ...] = ()  # queues whose next job is too new for this version
+        self._told_of: set[str] = set()
+        self._signals = 0
 
     def run(self) -> int:
         """Consume until SIGTERM or SIGINT; returns the exit status."""
@@ -117,25 +226,37 @@ class Worker:
         self._store.announce_together(self._cards)
         self._report()
         self._heartbeat.start()
+        self._runner.start()
+        self._operating.start()
         threading.Thread(target=self._reap, name="calotype-reaper", daemon=True).start()
         signals.worker_ready.connect(self._ready, weak=False)
         signals.setup_logging.connect(_keep_our_logging, weak=False)
         consumer = self._app.Worker(
             hostname=self.name,
             pool_cls="threads",
-            concurrency=self._options.jobs_in_flight,
+            concurrency=self._options.jobs_in_flight + RESERVED,
             without_gossip=True,
             without_mingle=True,
             without_heartbeat=True,
             quiet=True,
         )
         consumer.start()  # returns when a warm shutdown is done
+        while self._heartbeat.held():  # pictures that wait for the storage: until the drain hands their jobs back
+            time.sleep(0.05)
+        self._runner.stop()
         self._heartbeat.stop()
         self._engine.stop()
+        if isinstance(self._trace, Trace):
+            self._trace.close()
+        self._operating.close()
+        self._telemetry.close()
         try:
             self._store.retire_worker(self.name)
         except ServiceUnavailable as error:
             log.warning("worker not retired", extra={"reason": str(error)})
+        if not self._draining.is_set():  # nobody has asked it to: Celery has met a bug, and has logged it
+            log.critical("worker ends: its consumer has stopped", extra={"worker": self.name})
+            return EXIT_FATAL
         log.info("worker stopped", extra={"worker": self.name})
         return 0
 
@@ -143,6 +264,11 @@ class Worker:
         # Celery has installed its own handlers by now, in this thread; ours drain within a bound instead.
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
+        endpoint = self._options.preemption_endpoint
+        source = notice_source(self._options.preemption, str(endpoint) if endpoint else None)
+        if source is not None:
+            Watcher(source, self._on_notice).start()
+        self._consuming.set()
         log.info(
             "worker ready",
             extra={
@@ -152,23 +278,39 @@ class Worker:
                 "device": self._options.device,
                 "max_rows": self._options.max_rows,
                 "jobs_in_flight": self._options.jobs_in_flight,
+                **({} if self._operating.port is None else {"metrics_port": self._operating.port}),
             },
         )
 
+    def _not_ready(self) -> str | None:
+        if self._draining.is_set():
+            return "draining"
+        return None if self._consuming.is_set() else "starting"
+
     def _on_signal(self, number: int, _: object) -> None:
         # No logging here: the interrupted code may hold the logger's lock.
-        if self._draining.is_set():
+        self._signals += 1
+        if self._signals > 1:
             threading.Thread(target=self._leave_now, daemon=True).start()
-            return
+        else:
+            self._leave(signal.Signals(number).name, self._options.grace_seconds)
+
+    def _on_notice(self, notice: Notice) -> None:
+        """No signal: the one that follows, when the machine is shut down, is a first one."""
+        within = max(0.0, notice.seconds_left - _HAND_BACK_SECONDS)
+        self._leave(f"preemption notice ({notice.where})", min(self._options.grace_seconds, within))
+
+    def _leave(self, reason: str, grace_seconds: float) -> None:
+        """From any thread or signal handler, and more than once: the earliest end counts."""
         self._draining.set()
         celery_state.should_stop = 0  # Celery's warm shutdown: stop consuming, wait for what runs, exit status 0
-        threading.Thread(target=self._drain, args=(signal.Signals(number).name,), daemon=True).start()
+        threading.Thread(target=self._drain, args=(reason, grace_seconds), daemon=True).start()
 
-    def _drain(self, signal_name: str) -> None:
+    def _drain(self, reason: str, grace_seconds: float) -> None:
         """Let jobs finish for the grace period, then hand the rest back to the queue."""
         holding = len(self._heartbeat.held())
-        log.info("worker drains", extra={"signal": signal_name, "jobs": holding, "grace": self._options.grace_seconds})
-        ends = time.monotonic() + self._options.grace_seconds
+        log.info("worker drains", extra={"reason": reason, "jobs": holding, "grace": grace_seconds})
+        ends = time.monotonic() + grace_seconds
         while self._heartbeat.held() and time.monotonic() < ends:
             time.sleep(0.05)
         self._heartbeat.release_all()
@@ -189,21 +331,41 @@ class Worker:
         while True:
             time.sleep(_REAP_SECONDS * random.uniform(0.5, 1.5))
             try:
+                self._look_for_newer()
                 reaped = self._store.reap(who=self.name)
+                if reaped is not None:
+                    sweep(self._store, self._storage, older_than_seconds=_SWEEP_LEASES * self._options.lease_seconds)
             except ServiceUnavailable:
                 continue  # the heartbeat tells of it
             except Exception:
                 log.exception("the reaper met a bug")
                 continue
-            if reaped and (reaped.requeued or reaped.failed or reaped.republished):
+            if reaped is not None:
+                self._tally.count(names.LEASE_REAPS, "requeued", by=len(reaped.requeued))
+                self._tally.count(names.LEASE_REAPS, "failed", by=len(reaped.failed))
+                self._tally.count(names.GAP_REPUBLISH, by=reaped.invited)
+            if reaped and (reaped.requeued or reaped.failed or reaped.invited):
                 log.info(
                     "jobs reaped",
                     extra={
                         "requeued": ",".join(reaped.requeued),
                         "failed": ",".join(reaped.failed),
-                        "republished": ",".join(reaped.republished),
+                        "invited": reaped.invited,
                     },
                 )
+
+    def _look_for_newer(self) -> None:
+        """Jobs that this version cannot do are left to others: said once, and shown for as long as it is so."""
+        found = self._store.left_for_newer(self._queues)
+        for queue, schema in found.items():
+            if queue not in self._told_of:
+                remedy = "they stay queued for a worker of a newer version; upgrade the workers"
+                log.warning(
+                    "jobs are too new for this worker",
+                    extra={"queue": queue, "schema": schema, "known": self._store.schema, "remedy": remedy},
+                )
+        self._told_of |= found.keys()
+        self._left_for_newer = tuple(found)
 
     def _report(self) -> None:
         stats = self._engine.stats()
@@ -214,6 +376,8 @@ class Worker:
             host=socket.gethostname(),
             pid=os.getpid(),
             version=self._version,
+            schema_number=self._store.schema,
+            left_for_newer=self._left_for_newer,
             started_at=self._started_at,
             running_jobs=len(self._heartbeat.held()),
             draining=self._draining.is_set(),
@@ -221,10 +385,12 @@ class Worker:
             rows=stats.rows,
             images=stats.images,
             failed=stats.failed,
+            out_of_memory=stats.out_of_memory,
             step_seconds=stats.step_seconds,
             encode_seconds=stats.encode_seconds,
             decode_seconds=stats.decode_seconds,
             idle_seconds=stats.idle_seconds,
+            groups=step_groups(self._engine.running()),
         )
         self._store.announce_worker(info, ttl_seconds=_REPORT_TTL_SECONDS)
 

@@ -15,24 +15,11 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from calotype_shared.config import GenerationConfig, OutputFormat, SamplerType
+from calotype_shared import a1111
+from calotype_shared.config import GenerationConfig, OutputFormat
 
 QUALITY = 92  # of WebP and JPEG
 _IMAGE_DESCRIPTION = 0x010E  # EXIF tag
-
-# Sampler names as AUTOMATIC1111's web UI spells them.
-A1111_NAMES: Mapping[SamplerType, str] = {
-    SamplerType.DDPM: "DDPM",
-    SamplerType.DDIM: "DDIM",
-    SamplerType.PNDM: "PLMS",
-    SamplerType.EULER: "Euler",
-    SamplerType.EULER_A: "Euler a",
-    SamplerType.HEUN: "Heun",
-    SamplerType.DPMPP_2M: "DPM++ 2M",
-    SamplerType.DPMPP_2M_KARRAS: "DPM++ 2M Karras",
-    SamplerType.UNIPC: "UniPC",
-    SamplerType.LCM: "LCM",
-}
 
 
 def encode_image(pixels: np.ndarray, output_format: OutputFormat, provenance: Mapping[str, Any]) -> bytes:
@@ -69,7 +56,7 @@ def parameters_line(config: GenerationConfig, *, seed: int, steps: int) -> str:
     if config.negative_prompt:
         lines.append(f"Negative prompt: {config.negative_prompt}")
     lines.append(
-        f"Steps: {steps}, Sampler: {A1111_NAMES[config.sampler]}, CFG scale: {config.guidance_scale:g}, "
+        f"Steps: {steps}, Sampler: {a1111.NAMES[config.sampler]}, CFG scale: {config.guidance_scale:g}, "
         f"Seed: {seed}, Size: {config.width}x{config.height}, Model: {config.model}"
     )
     return "\n".join(lines)

@@ -1,0 +1,34 @@
+"""`calotype worker --profile`: how a step's time grows with its rows on this device, as a table with bars."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from calotype_worker.engine import Engine, EngineSettings
+from calotype_worker.models import ModelPool
+from calotype_worker.settings import WorkerSettings
+from calotype_worker.worker import load_models
+
+_BAR = 32  # characters of the best throughput
+
+
+def print_profiles(options: WorkerSettings) -> None:
+    """Measures, for at least ten seconds where it was not said how long. Raises ModelLoadError."""
+    console = Console()
+    settings = EngineSettings(max_rows=options.max_rows, compile=options.compile)
+    engine = Engine(ModelPool(load_models(options)), settings)
+    for profile in engine.profile(seconds=max(10.0, options.profile_seconds)):
+        table = Table(
+            title=f"{profile.model} {profile.width}x{profile.height} on {options.device}", title_justify="left"
+        )
+        for heading in ("rows", "ms a step", "rows/s"):
+            table.add_column(heading, justify="right")
+        table.add_column("throughput", min_width=_BAR)
+        table.add_column("")
+        best = max(point.rate for point in profile.points)
+        for point in profile.points:
+            bar = "█" * round(_BAR * point.rate / best)
+            note = "◀" if point is profile.knee else ""
+            table.add_row(str(point.rows), f"{point.seconds * 1e3:.1f}", f"{point.rate:.1f}", bar, note)
+        console.print(table)
