@@ -1,0 +1,210 @@
+"""API keys of the gateway: who may do what, as which tenant, and how much of it.
+
+A token is `ct_{id}_{secret}`. Redis keeps a SHA-256 of the secret only: it has 256 random bits, which nobody can guess
+through a fast hash, so a slow one would add nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import math
+import re
+import secrets
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable
+from enum import StrEnum
+
+from pydantic import BaseModel, ConfigDict, field_validator
+from redis import Redis
+
+from calotype_shared.errors import CalotypeError, InvalidRequest, TooBusy
+from calotype_shared.scripts import Scripted, said_clearly
+from calotype_shared.settings import TENANT_PATTERN
+
+_TOKEN = re.compile(r"ct_([a-z0-9]{8})_([A-Za-z0-9_-]{43})")
+_LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
+_REMEMBERED_SECONDS = 2.0  # a revoked key works for at most so long
+_REMEMBERED = 1_000
+_LONGEST_NAME = 100
+
+
+class Unauthorized(CalotypeError):
+    code = "unauthorized"
+
+
+class Forbidden(CalotypeError):
+    code = "forbidden"
+
+
+class TooManyRequests(TooBusy):
+    code = "rate_limited"
+
+
+class Scope(StrEnum):
+    """What a key may do. Each covers only its tenant's own, but for `admin`."""
+
+    JOBS_READ = "jobs:read"
+    JOBS_WRITE = "jobs:write"
+    BATCHES = "batches"
+    ADMIN = "admin"  # workers and queues
+
+
+DEFAULT_SCOPES = frozenset(Scope) - {Scope.ADMIN}
+
+
+class ApiKey(BaseModel):
+    """A key as it is stored, without its secret."""
+
+    model_config = ConfigDict(frozen=True)
+
+    id: str
+    name: str
+    tenant: str
+    scopes: frozenset[Scope]
+    requests_per_minute: int | None = None
+    pictures_per_day: int | None = None
+    created_at: float
+    hash: str
+
+    @field_validator("scopes", mode="before")
+    @classmethod
+    def _known(cls, scopes: Collection[str]) -> list[str]:
+        """A newer version may have made the key: scopes that mean nothing here allow nothing here."""
+        return [scope for scope in scopes if scope in set(Scope)]
+
+    def require(self, scope: Scope) -> None:
+        """Raises Forbidden."""
+        if scope not in self.scopes:
+            raise Forbidden(f"this key has not the scope {scope.value!r}; use one that has it, see: calotype keys list")
+
+
+class ApiKeys(Scripted):
+    """All keys of a deployment. Raises RedisUnavailable when Redis cannot be reached."""
+
+    def __init__(
+        self, redis: Redis, *, key_prefix: str = "calotype:", clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        super().__init__(redis, key_prefix=key_prefix)
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._remembered: dict[tuple[str, str], tuple[float, ApiKey]] = {}  # by id and the secret's hash
+
+    @said_clearly
+    def create(
+        self,
+        *,
+        name: str,
+        tenant: str = "default",
+        scopes: Collection[Scope] = DEFAULT_SCOPES,
+        requests_per_minute: int | None = None,
+        pictures_per_day: int | None = None,
+    ) -> tuple[str, ApiKey]:
+        """A new key: its token, which is shown this once, and what is stored of it. Raises InvalidRequest."""
+        if not re.fullmatch(TENANT_PATTERN, tenant):
+            raise InvalidRequest(
+                "is no tenant's name",
+                field="tenant",
+                value=tenant,
+                remedy="use lower-case letters, digits, '.', '_' and '-', at most 64",
+            )
+        if not name.isprintable() or not 1 <= len(name) <= _LONGEST_NAME:
+            raise InvalidRequest(
+                "is no name for a key",
+                field="name",
+                value=name,
+                remedy=f"use 1 to {_LONGEST_NAME} characters, and none that controls a terminal",
+            )
+        unknown = sorted(str(scope) for scope in scopes if scope not in set(Scope))
+        if unknown or not scopes:
+            raise InvalidRequest(
+                "are no scopes", field="scopes", value=unknown, remedy=f"use one or more of: {', '.join(Scope)}"
+            )
+        for field, limit in (("requests_per_minute", requests_per_minute), ("pictures_per_day", pictures_per_day)):
+            if limit is not None and (type(limit) is not int or not 1 <= limit <= 10**9):
+                raise InvalidRequest(
+                    "is no limit", field=field, value=limit, remedy="use a whole number from 1 to 1000000000, or none"
+                )
+        key_id, secret = "".join(secrets.choice(_LETTERS) for _ in range(8)), secrets.token_urlsafe(32)
+        key = ApiKey(
+            id=key_id,
+            name=name,
+            tenant=tenant,
+            scopes=frozenset(map(Scope, scopes)),
+            requests_per_minute=requests_per_minute,
+            pictures_per_day=pictures_per_day,
+            created_at=time.time(),
+            hash=_hash(secret),
+        )
+        self._redis.hset(self.keys.api_keys, key_id, key.model_dump_json())
+        return f"ct_{key_id}_{secret}", key
+
+    @said_clearly
+    def all(self) -> list[ApiKey]:
+        """Oldest first."""
+        stored = self._redis.hvals(self.keys.api_keys)
+        return sorted((ApiKey.model_validate_json(key) for key in stored), key=lambda key: key.created_at)
+
+    @said_clearly
+    def restore(self, keys: Iterable[ApiKey]) -> list[ApiKey]:
+        """Keys as `all` gave them once, into a Redis that has lost them; returns those that were not there.
+
+        One that is there stays as it is. A key that was revoked since works again: revoke it once more.
+        """
+        return [key for key in keys if self._redis.hsetnx(self.keys.api_keys, key.id, key.model_dump_json())]
+
+    @said_clearly
+    def revoke(self, key_id: str) -> bool:
+        """Within seconds nobody accepts it any more. False if there was no such key."""
+        self._redis.delete(self.keys.allowance(key_id))
+        return bool(self._redis.hdel(self.keys.api_keys, key_id))
+
+    @said_clearly
+    def authenticate(self, token: str) -> ApiKey:
+        """The key of a token. Raises Unauthorized, which does not say what was wrong with it."""
+        match = _TOKEN.fullmatch(token)
+        if match is None:
+            raise Unauthorized("this is no API key; send one as `Authorization: Bearer ct_…`")
+        key_id, hashed = match[1], _hash(match[2])
+        with self._lock:
+            until, key = self._remembered.get((key_id, hashed), (0.0, None))
+        if key is not None and self._clock() < until:
+            return key
+        stored = self._redis.hget(self.keys.api_keys, key_id)
+        key = ApiKey.model_validate_json(stored) if stored is not None else None
+        if key is None or not hmac.compare_digest(key.hash, hashed):
+            raise Unauthorized("this API key is not valid; create one with: calotype keys create")
+        with self._lock:
+            if len(self._remembered) >= _REMEMBERED:
+                self._remembered.clear()
+            self._remembered[key_id, hashed] = (self._clock() + _REMEMBERED_SECONDS, key)
+        return key
+
+    @said_clearly
+    def allow(self, key: ApiKey, *, pictures: int = 0) -> None:
+        """Count a request, and pictures asked for, against the key's limits. A refused call counts nothing.
+
+        Raises:
+            TooManyRequests: with the seconds after which it may work.
+            Forbidden: so many pictures are more than this key may ever make in a day.
+        """
+        if key.pictures_per_day is not None and pictures > key.pictures_per_day:
+            raise Forbidden(
+                f"{pictures} pictures at once are more than key {key.id} may make in a day "
+                f"({key.pictures_per_day}); ask for fewer, or use another key"
+            )
+        if key.requests_per_minute is None and (key.pictures_per_day is None or not pictures):
+            return
+        limits = ["" if limit is None else limit for limit in (key.requests_per_minute, key.pictures_per_day)]
+        wait = int(self._run("allow", [key.id, *limits, pictures])) / 1e6
+        if wait:
+            raise TooManyRequests(
+                f"key {key.id} may make {key.requests_per_minute or 'any number of'} requests a minute and "
+                f"{key.pictures_per_day or 'any number of'} pictures a day (UTC); wait {math.ceil(wait)} s",
+                wait,
+            )
+
+
+def _hash(secret: str) -> str:
+    return hashlib.sha256(secret.encode()).hexdigest()

@@ -1,0 +1,72 @@
+"""`calotype gateway`: the HTTP API."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from contextlib import suppress
+from typing import Annotated
+
+import typer
+
+from calotype.cli.output import say
+from calotype.cli.serve import sigterm_interrupts
+from calotype_shared.errors import ServiceUnavailable
+from calotype_shared.logs import set_up_logging
+from calotype_shared.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+def gateway(
+    host: Annotated[str | None, typer.Option(help="The address to listen at [127.0.0.1].")] = None,
+    port: Annotated[int | None, typer.Option(help="[8000]")] = None,
+    auth: Annotated[str | None, typer.Option(help="keys, off, or auto: off where only this machine connects.")] = None,
+) -> None:
+    """Serve the HTTP API until interrupted: Calotype's own, OpenAI's and AUTOMATIC1111's.
+
+    It also leads batches and delivers webhooks, unless CALOTYPE_GATEWAY_DISPATCH=false.
+    """
+    try:
+        import uvicorn  # noqa: PLC0415 - only this command needs it
+
+        from calotype.gateway.app import create_app  # noqa: PLC0415
+        from calotype.gateway.settings import GatewaySettings  # noqa: PLC0415
+    except ImportError as error:
+        raise ServiceUnavailable(
+            f"the gateway is not installed here ({error.name} missing); run: pip install 'calotype[gateway]'"
+        ) from None
+    options = GatewaySettings.load(host=host, port=port, auth=auth)
+    set_up_logging(log_format=options.log_format, level=options.log_level)
+    config = uvicorn.Config(
+        create_app(Settings.load(), options),
+        log_config=None,
+        log_level=options.log_level,
+        access_log=False,
+        timeout_graceful_shutdown=10,
+        server_header=False,
+    )
+    with listening(options.host, options.port) as listener, sigterm_interrupts():
+        if options.log_format == "json":
+            log.info("gateway listens", extra={"url": address(listener), "needs_key": options.needs_key})
+        else:
+            keys = "needs an API key" if options.needs_key else "needs no key, being bound to loopback"
+            say(f"gateway at {address(listener)}, which {keys}; Ctrl-C stops it")
+        with suppress(KeyboardInterrupt):  # uvicorn raises the signal again after it has stopped
+            uvicorn.Server(config).run(sockets=[listener])
+        log.info("gateway stopped") if options.log_format == "json" else say("stopped")
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A port that connections may wait at from here on. Raises ServiceUnavailable."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise ServiceUnavailable(
+            f"cannot listen at {host!r}, port {port} ({error.strerror}); give another --host or --port"
+        ) from None
+
+
+def address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -1,0 +1,325 @@
+"""AUTOMATIC1111's web API, for `webuiapi` and the many tools that speak as it does.
+
+A request is a job of its own; `progress` and `interrupt` are about all unfinished ones of the caller that came this
+way. Without effect: styles, `eta` and the `s_` parameters, `mask_blur`, `inpainting_fill`, `inpaint_full_res`,
+`resize_mode` and saving on the server's disk. Refused, since the picture would be another: hires fix, tiling, face
+restoration, variation seeds, scripts.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import json
+import re
+import time
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import PIL.Image
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.concurrency import run_in_threadpool
+
+from calotype.client import require_success
+from calotype.gateway.auth import Caller, Reader, Writer
+from calotype.gateway.errors import documented
+from calotype.gateway.jobs import finished
+from calotype.gateway.state import Services, Using
+from calotype_shared import a1111
+from calotype_shared.config import MAX_IMAGES, OutputFormat
+from calotype_shared.errors import InvalidRequest
+from calotype_shared.jobs import JobRecord, JobState, Lane
+from calotype_shared.uploads import FORMATS
+
+router = APIRouter(prefix="/sdapi/v1", tags=["automatic1111"])
+
+_VIA = {"via": "sdapi"}  # in a job's metadata
+_PREVIEWS = 8  # a job's previews for `progress`, over its steps
+_LORA = re.compile(r"<lora:([^:<>]+)(?::([0-9.+-]+))?>")
+_REFUSED = ("enable_hr", "restore_faces", "tiling")
+_Optional = dict[str, Any] | None
+
+
+class Txt2Img(BaseModel):
+    """The parameters that have an effect here. All others are accepted."""
+
+    model_config = ConfigDict(extra="allow", json_schema_extra={"examples": [{"prompt": "a red circle", "steps": 20}]})
+
+    prompt: str = ""
+    negative_prompt: str | None = ""
+    steps: int = 20
+    sampler_name: str | None = None
+    sampler_index: str | None = None
+    scheduler: str | None = "automatic"
+    cfg_scale: float = 7.0
+    width: int = 512
+    height: int = 512
+    seed: int = Field(-1, description="-1 draws one.")
+    batch_size: Annotated[int, Field(ge=1, le=MAX_IMAGES)] = 1
+    n_iter: Annotated[int, Field(ge=1, le=MAX_IMAGES)] = 1
+    enable_hr: bool | None = False
+    restore_faces: bool | None = False
+    tiling: bool | None = False
+    subseed_strength: float | None = 0.0
+    script_name: str | None = None
+    alwayson_scripts: _Optional = None
+    override_settings: _Optional = None
+    send_images: bool = True
+
+
+class Img2Img(Txt2Img):
+    init_images: Annotated[list[str], Field(max_length=1, description="Base64, with or without data: in front.")] = []
+    mask: str | None = Field(None, description="White is painted anew.")
+    inpainting_mask_invert: int | bool | None = 0
+    denoising_strength: float | None = 0.75
+
+
+class Pictures(BaseModel):
+    images: list[str]
+    parameters: dict[str, Any]
+    info: str
+
+
+@router.post(
+    "/txt2img", operation_id="sdTxt2Img", response_model=Pictures, responses=documented(404, 409, 422, 504, openai=True)
+)
+async def txt2img(wanted: Txt2Img, request: Request, caller: Writer, using: Using) -> Response:
+    """Make pictures from text."""
+    return await _answer(wanted, await _fields(wanted, caller, using), request, caller, using)
+
+
+@router.post(
+    "/img2img", operation_id="sdImg2Img", response_model=Pictures, responses=documented(404, 409, 422, 504, openai=True)
+)
+async def img2img(wanted: Img2Img, request: Request, caller: Writer, using: Using) -> Response:
+    """Make pictures from a picture, all of it or where the mask is white."""
+    if not wanted.init_images:
+        raise InvalidRequest("is missing", field="init_images", value=[], remedy="give one picture in base64")
+    fields = await _fields(wanted, caller, using)
+    fields["init_image"] = await _upload(using, wanted.init_images[0], "init_images")
+    fields["strength"] = wanted.denoising_strength
+    if wanted.mask:
+        invert = bool(wanted.inpainting_mask_invert)
+        fields["mask_image"] = await _upload(using, wanted.mask, "mask", invert=invert)
+    return await _answer(wanted, fields, request, caller, using)
+
+
+async def _fields(wanted: Txt2Img, caller: Caller, using: Services) -> dict[str, Any]:
+    """The config that a request means, as fields."""
+    for name in _REFUSED:
+        if getattr(wanted, name):
+            raise InvalidRequest("is not available here", field=name, value=True, remedy="leave it out")
+    if wanted.subseed_strength:
+        raise InvalidRequest(
+            "variation seeds are not available here",
+            field="subseed_strength",
+            value=wanted.subseed_strength,
+            remedy="use 0",
+        )
+    if wanted.script_name:
+        raise InvalidRequest(
+            "is not available here", field="script_name", value=wanted.script_name, remedy="leave it out"
+        )
+    chosen = (wanted.override_settings or {}).get("sd_model_checkpoint")
+    model = await chosen_model(using, caller.tenant, chosen)
+    prompt, loras = _loras(wanted.prompt)
+    return {
+        "model": model,
+        "prompt": prompt,
+        "negative_prompt": wanted.negative_prompt or "",
+        "num_inference_steps": wanted.steps,
+        "sampler": a1111.sampler_named(
+            wanted.sampler_name or wanted.sampler_index or "Euler", wanted.scheduler or "automatic"
+        ),
+        "guidance_scale": wanted.cfg_scale,
+        "width": wanted.width,
+        "height": wanted.height,
+        "seed": None if wanted.seed < 0 else wanted.seed,
+        "num_images": wanted.batch_size * wanted.n_iter,
+        "loras": loras,
+        "controls": await _controls(wanted.alwayson_scripts or {}, using),
+        "preview_every": max(1, wanted.steps // _PREVIEWS),
+        "output_format": OutputFormat.PNG,
+    }
+
+
+def _loras(prompt: str) -> tuple[str, list[dict[str, Any]]]:
+    """The prompt without its `<lora:name:weight>`, and those."""
+    loras = [{"name": name, "weight": weight or 1.0} for name, weight in _LORA.findall(prompt)]
+    return _LORA.sub("", prompt).strip(), loras
+
+
+async def _controls(scripts: Mapping[str, Any], using: Services) -> list[dict[str, Any]]:
+    """ControlNet's units; any other script that is switched on is refused."""
+    controls = []
+    for name, script in scripts.items():
+        arguments = script.get("args", []) if isinstance(script, Mapping) else script
+        active = [argument for argument in arguments or [] if argument]
+        if name.lower() != "controlnet" and active:
+            raise InvalidRequest("is not available here", field="alwayson_scripts", value=name, remedy="leave it out")
+        for unit in active:
+            if not isinstance(unit, Mapping):
+                raise InvalidRequest("is no unit", field="alwayson_scripts", value=unit, remedy="give model and image")
+            if not unit.get("enabled", True):
+                continue
+            image = unit.get("image") or unit.get("input_image")
+            if isinstance(image, Mapping):
+                image = image.get("image")
+            if unit.get("module", "none") not in ("none", None) or not isinstance(image, str):
+                raise InvalidRequest(
+                    "needs a control picture that is prepared already",
+                    field="alwayson_scripts",
+                    value=unit.get("module"),
+                    remedy="give it as image, with module none",
+                )
+            controls.append(
+                {
+                    "name": unit.get("model"),
+                    "image": await _upload(using, image, "alwayson_scripts"),
+                    "scale": unit.get("weight", 1.0),
+                    "start": unit.get("guidance_start", 0.0),
+                    "end": unit.get("guidance_end", 1.0),
+                }
+            )
+    return controls
+
+
+async def _upload(using: Services, encoded: str, field: str, *, invert: bool = False) -> str:
+    data = decoded(encoded, field)
+    if invert:
+        data = await run_in_threadpool(_inverted, data, field)
+    return await run_in_threadpool(using.client.upload, data, field=field)
+
+
+def decoded(encoded: str, field: str) -> bytes:
+    """The bytes of a picture in a request. Raises InvalidRequest."""
+    try:
+        return base64.b64decode(encoded.partition(",")[2] if encoded.startswith("data:") else encoded, validate=True)
+    except (binascii.Error, ValueError):
+        raise InvalidRequest(
+            "is no base64", field=field, value=encoded[:40], remedy="give a PNG, JPEG or WebP file in base64"
+        ) from None
+
+
+def _inverted(data: bytes, field: str) -> bytes:
+    from calotype_shared.uploads import normalise  # noqa: PLC0415
+
+    _, plain = normalise(data, field=field)
+    buffer = io.BytesIO()
+    with PIL.Image.open(io.BytesIO(plain), formats=FORMATS) as picture:
+        picture.convert("L").point([255 - value for value in range(256)]).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+async def _answer(
+    wanted: Txt2Img, fields: dict[str, Any], request: Request, caller: Caller, using: Services
+) -> Response:
+    async with caller.taking(pictures=fields["num_images"]):
+        job = await run_in_threadpool(
+            using.client.submit, fields, lane=Lane.INTERACTIVE, metadata=_VIA, tenant=caller.tenant
+        )
+    seconds = using.gateway.max_wait_seconds
+    record = await finished(using, job.id, caller.tenant, seconds=seconds, check=False, abandon=request)
+    if record.state is not JobState.CANCELLED:  # an interrupted request is answered with what there is
+        require_success(record)
+    images = []
+    if wanted.send_images:
+        files = [await run_in_threadpool(using.storage.get, image.key) for image in record.images]
+        images = [base64.b64encode(data).decode() for data in files]
+    parameters = wanted.model_dump(exclude={"init_images", "mask"})
+    return JSONResponse({"images": images, "parameters": parameters, "info": json.dumps(_info(record))})
+
+
+def _info(record: JobRecord) -> dict[str, Any]:
+    """What tools read from an answer, in the web UI's words."""
+    config = record.config
+    assert config.seed is not None
+    seeds = [config.seed + number for number in range(config.num_images)]
+    texts = [
+        f"{config.prompt}\nNegative prompt: {config.negative_prompt}\nSteps: {config.num_inference_steps}, "
+        f"Sampler: {a1111.NAMES[config.sampler]}, CFG scale: {config.guidance_scale:g}, Seed: {seed}, "
+        f"Size: {config.width}x{config.height}, Model: {config.model}"
+        for seed in seeds
+    ]
+    return {
+        "prompt": config.prompt,
+        "all_prompts": [config.prompt] * len(seeds),
+        "negative_prompt": config.negative_prompt,
+        "all_negative_prompts": [config.negative_prompt] * len(seeds),
+        "seed": config.seed,
+        "all_seeds": seeds,
+        "subseed": -1,
+        "subseed_strength": 0,
+        "width": config.width,
+        "height": config.height,
+        "sampler_name": a1111.NAMES[config.sampler],
+        "cfg_scale": config.guidance_scale,
+        "steps": config.num_inference_steps,
+        "batch_size": config.num_images,
+        "sd_model_name": config.model,
+        "denoising_strength": config.strength,
+        "infotexts": texts,
+        "job_timestamp": time.strftime("%Y%m%d%H%M%S", time.gmtime(record.created_at)),
+        "calotype_job": record.id,
+    }
+
+
+async def chosen_model(using: Services, tenant: str, chosen: str | None = None) -> str:
+    """The checkpoint asked for, or the one chosen before, or the first that is announced."""
+    known = list(await run_in_threadpool(using.client.models))
+    if chosen is None:
+        chosen = await run_in_threadpool(lambda: using.keys.redis.get(using.keys.keys.options(tenant)))  # type: ignore[arg-type, return-value]
+    if chosen is None:
+        return known[0] if known else "demo"
+    name = str(chosen).split(" ", maxsplit=1)[0]
+    if known and name not in known:
+        raise InvalidRequest(
+            "is no checkpoint here", field="sd_model_checkpoint", value=chosen, remedy=f"use one of: {', '.join(known)}"
+        )
+    return name
+
+
+async def _unfinished(using: Services, tenant: str) -> list[JobRecord]:
+    """The caller's newest jobs that came this way and are not final, the one that is furthest first."""
+    newest = await run_in_threadpool(using.client.jobs, tenant=tenant, limit=100)
+    found = [job for job in newest if not job.state.final and job.metadata == _VIA]
+    return sorted(found, key=lambda job: -job.progress)
+
+
+@router.get("/progress", operation_id="sdProgress", responses=documented(openai=True))
+async def progress(caller: Reader, using: Using, skip_current_image: bool = False) -> dict[str, Any]:
+    """How far the caller's requests are."""
+    jobs = await _unfinished(using, caller.tenant)
+    share, left, step, steps, picture = 0.0, 0.0, 0, 0, None
+    if jobs:
+        first = jobs[0]
+        share, step, steps = first.progress, first.step, first.total_steps
+        if first.started_at is not None and share > 0:
+            spent = max(0.0, time.time() - first.started_at)
+            left = spent / share - spent
+        if not skip_current_image:
+            previews = await run_in_threadpool(using.client.previews, first.id)
+            picture = previews[0].image if previews else None
+    state = {
+        "skipped": False,
+        "interrupted": False,
+        "job": jobs[0].id if jobs else "",
+        "job_count": len(jobs),
+        "job_no": 0,
+        "job_timestamp": time.strftime("%Y%m%d%H%M%S", time.gmtime(jobs[0].created_at)) if jobs else "0",
+        "sampling_step": step,
+        "sampling_steps": steps,
+    }
+    return {"progress": share, "eta_relative": left, "state": state, "current_image": picture, "textinfo": None}
+
+
+@router.post("/interrupt", operation_id="sdInterrupt", responses=documented(openai=True))
+@router.post("/skip", operation_id="sdSkip", responses=documented(openai=True))
+async def interrupt(caller: Writer, using: Using) -> dict[str, Any]:
+    """End the caller's requests; they are answered at once, without pictures."""
+    for job in await _unfinished(using, caller.tenant):
+        await run_in_threadpool(using.client.cancel, job.id)
+    return {}

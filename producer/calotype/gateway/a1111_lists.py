@@ -1,0 +1,140 @@
+"""AUTOMATIC1111's web API: the lists and options that its clients ask for beside pictures."""
+
+from __future__ import annotations
+
+import io
+from typing import Annotated, Any
+
+import PIL.Image
+from fastapi import APIRouter, Body
+from pydantic import BaseModel, Field
+from starlette.concurrency import run_in_threadpool
+
+from calotype.gateway.a1111 import chosen_model, decoded
+from calotype.gateway.auth import Reader, Writer
+from calotype.gateway.errors import documented
+from calotype.gateway.state import Using
+from calotype_shared import a1111
+from calotype_shared.errors import InvalidRequest
+from calotype_shared.uploads import FORMATS
+
+router = APIRouter(prefix="/sdapi/v1", tags=["automatic1111"])
+
+
+@router.get("/options", operation_id="sdGetOptions", responses=documented(openai=True))
+async def get_options(caller: Reader, using: Using) -> dict[str, Any]:
+    """The checkpoint that requests use."""
+    name = await chosen_model(using, caller.tenant)
+    return {
+        "sd_model_checkpoint": name,
+        "sd_checkpoint_hash": "",
+        "samples_format": "png",
+        "CLIP_stop_at_last_layers": 1,
+    }
+
+
+@router.post("/options", operation_id="sdSetOptions", responses=documented(openai=True))
+async def set_options(options: Annotated[dict[str, Any], Body()], caller: Writer, using: Using) -> None:
+    """Choose the checkpoint, `sd_model_checkpoint`; other options have no effect."""
+    chosen = options.get("sd_model_checkpoint")
+    if chosen is not None:
+        name = await chosen_model(using, caller.tenant, str(chosen))
+        await run_in_threadpool(using.keys.redis.set, using.keys.keys.options(caller.tenant), name)
+
+
+@router.get("/sd-models", operation_id="sdModels", responses=documented(openai=True))
+async def sd_models(caller: Reader, using: Using) -> list[dict[str, Any]]:
+    """The models that workers have announced."""
+    cards = await run_in_threadpool(using.client.models)
+    return [
+        {
+            "title": name,
+            "model_name": name,
+            "hash": card.version[:10],
+            "sha256": card.version,
+            "filename": name,
+            "config": None,
+        }
+        for name, card in cards.items()
+    ]
+
+
+@router.get("/samplers", operation_id="sdSamplers", responses=documented(openai=True))
+async def samplers(caller: Reader) -> list[dict[str, Any]]:
+    """By the web UI's names."""
+    return [{"name": name, "aliases": a1111.aliases(sampler), "options": {}} for sampler, name in a1111.NAMES.items()]
+
+
+@router.get("/schedulers", operation_id="sdSchedulers", responses=documented(openai=True))
+async def schedulers(caller: Reader) -> list[dict[str, Any]]:
+    """Noise schedules."""
+    return [
+        {"name": name, "label": name.title(), "aliases": None, "default_rho": -1, "need_inner_model": False}
+        for name in a1111.SCHEDULERS
+    ]
+
+
+@router.get("/loras", operation_id="sdLoras", responses=documented(openai=True))
+async def loras(caller: Reader, using: Using) -> list[dict[str, Any]]:
+    """LoRAs of all models, to be written into prompts as `<lora:name:weight>`."""
+    names = {name for card in (await run_in_threadpool(using.client.models)).values() for name in card.loras}
+    return [{"name": name, "alias": name, "path": name, "metadata": {}} for name in sorted(names)]
+
+
+@router.get("/embeddings", operation_id="sdEmbeddings", responses=documented(openai=True))
+async def embeddings(caller: Reader, using: Using) -> dict[str, Any]:
+    """Learned words of all models."""
+    words = {word for card in (await run_in_threadpool(using.client.models)).values() for word in card.embeddings}
+    return {"loaded": {word: {"step": None, "shape": 0, "vectors": 1} for word in sorted(words)}, "skipped": {}}
+
+
+@router.get("/upscalers", operation_id="sdUpscalers", responses=documented(openai=True))
+async def upscalers(caller: Reader) -> list[dict[str, Any]]:
+    """None, which the web UI lists too."""
+    return [{"name": "None", "model_name": None, "model_path": None, "model_url": None, "scale": 1.0}]
+
+
+@router.get("/scripts", operation_id="sdScripts", responses=documented(openai=True))
+async def scripts(caller: Reader) -> dict[str, list[str]]:
+    """ControlNet is the one extension there is."""
+    return {"txt2img": ["controlnet"], "img2img": ["controlnet"]}
+
+
+@router.get("/prompt-styles", operation_id="sdPromptStyles", responses=documented(openai=True))
+@router.get("/hypernetworks", operation_id="sdHypernetworks", responses=documented(openai=True))
+@router.get("/face-restorers", operation_id="sdFaceRestorers", responses=documented(openai=True))
+@router.get("/realesrgan-models", operation_id="sdRealesrgan", responses=documented(openai=True))
+@router.get("/latent-upscale-modes", operation_id="sdLatentUpscale", responses=documented(openai=True))
+@router.get("/sd-vae", operation_id="sdVae", responses=documented(openai=True))
+async def none_here(caller: Reader) -> list[dict[str, Any]]:
+    """There are none here."""
+    return []
+
+
+@router.get("/cmd-flags", operation_id="sdCmdFlags", responses=documented(openai=True))
+async def cmd_flags(caller: Reader) -> dict[str, Any]:
+    """There are none here."""
+    return {}
+
+
+@router.post("/refresh-checkpoints", operation_id="sdRefreshCheckpoints", responses=documented(openai=True))
+async def refresh(caller: Writer) -> None:
+    """Models are announced by workers; there is nothing to refresh."""
+
+
+class PngInfo(BaseModel):
+    image: Annotated[str, Field(description="Base64, with or without data: in front.")]
+
+
+@router.post("/png-info", operation_id="sdPngInfo", responses=documented(openai=True))
+async def png_info(wanted: PngInfo, caller: Reader) -> dict[str, Any]:
+    """What a picture says of how it was made."""
+    data = decoded(wanted.image, "image")
+    try:
+        with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+            texts = {name: text for name, text in picture.info.items() if isinstance(text, str)}
+    except Exception as error:  # Pillow's plugins raise almost anything for a broken file
+        raise InvalidRequest(
+            "is no readable picture", field="image", value=f"{len(data)} bytes", remedy="give a PNG, JPEG or WebP file"
+        ) from error
+    return {"info": texts.get("parameters", ""), "items": texts, "parameters": {}}

@@ -1,0 +1,126 @@
+"""`Caller`: who sends a request, as which tenant, and whether there is enough left of their limits."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Annotated
+from urllib.parse import urlsplit
+
+from fastapi import Depends, Request
+from starlette.concurrency import run_in_threadpool
+
+from calotype.api_keys import ApiKey, ApiKeys, Forbidden, Scope, Unauthorized
+from calotype.gateway.state import services
+from calotype_shared.errors import CalotypeError
+
+_LOOPBACK = {"localhost", "127.0.0.1", "::1"}
+
+
+@dataclass(frozen=True)
+class Caller:
+    """`key` is None where no keys are needed; everything is allowed then."""
+
+    tenant: str
+    key: ApiKey | None
+    keys: ApiKeys
+
+    def may(self, scope: Scope) -> bool:
+        return self.key is None or scope in self.key.scopes
+
+    @asynccontextmanager
+    async def taking(self, *, pictures: int) -> AsyncIterator[None]:
+        """Count pictures against the key's limit, but for those of a submission that is then refused.
+
+        Raises:
+            TooManyRequests: it has not so many left today.
+        """
+        if self.key is None or self.key.pictures_per_day is None:
+            yield
+            return
+        # The request itself was counted already.
+        without_rate = self.key.model_copy(update={"requests_per_minute": None})
+        await run_in_threadpool(self.keys.allow, without_rate, pictures=pictures)
+        try:
+            yield
+        except CalotypeError:
+            await run_in_threadpool(self.keys.allow, without_rate, pictures=-pictures)
+            raise
+
+    def require_no_quota(self) -> None:
+        """A batch's pictures are counted only when it is validated, which is too late for a quota. Raises Forbidden."""
+        if self.key is not None and self.key.pictures_per_day is not None:
+            raise Forbidden(
+                "this key has a quota of pictures a day, and a batch may have any number; use a key without a quota"
+            )
+
+
+def caller(scope: Scope) -> Callable[..., Awaitable[Caller]]:
+    """A dependency: whoever asks, if they may do this. Raises Unauthorized, Forbidden, TooManyRequests."""
+
+    async def find(request: Request) -> Caller:
+        using = await services(request)
+        keys = using.keys
+        if not using.gateway.needs_key:
+            _from_this_machine(request, {*_LOOPBACK, *using.gateway.allowed_hosts})
+            return Caller(using.settings.tenant, None, keys)
+        key = await run_in_threadpool(_admit, keys, _token(request), scope)
+        return Caller(key.tenant, key, keys)
+
+    return find
+
+
+def _admit(keys: ApiKeys, token: str, scope: Scope) -> ApiKey:
+    """The key of a request, which counts against its limits."""
+    key = keys.authenticate(token)
+    key.require(scope)
+    keys.allow(key)
+    return key
+
+
+def _token(request: Request) -> str:
+    kind, _, value = request.headers.get("authorization", "").partition(" ")
+    if kind.lower() == "bearer":
+        return value.strip()
+    if token := request.headers.get("x-api-key"):
+        return token
+    if kind.lower() == "basic":  # AUTOMATIC1111's clients know only user and password: the password is the key
+        return _password(value)
+    raise Unauthorized("an API key is needed; send it as `Authorization: Bearer ct_…`; see: calotype keys create")
+
+
+def _password(value: str) -> str:
+    try:
+        return base64.b64decode(value, validate=True).decode().partition(":")[2]
+    except (binascii.Error, UnicodeDecodeError):
+        return ""
+
+
+def _from_this_machine(request: Request, names: Collection[str]) -> None:
+    """Without keys, a web page that a browser on this machine shows must not act in its user's place."""
+    host = _host_of(f"//{request.headers.get('host', '')}")
+    if host not in names:
+        raise Forbidden(
+            f"without API keys this gateway answers only to this machine's own names, not to {host!r}; "
+            "use http://127.0.0.1, name it in CALOTYPE_GATEWAY_ALLOWED_HOSTS, or start it with --auth keys"
+        )
+    origin = request.headers.get("origin")
+    if origin is not None and _host_of(origin) not in names:
+        raise Forbidden(f"pages of {origin!r} may not use this gateway; start it with --auth keys")
+
+
+def _host_of(url: str) -> str:
+    """Its host in lower case; nothing where it has none, or is no URL."""
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
+
+
+Reader = Annotated[Caller, Depends(caller(Scope.JOBS_READ))]
+Writer = Annotated[Caller, Depends(caller(Scope.JOBS_WRITE))]
+Batcher = Annotated[Caller, Depends(caller(Scope.BATCHES))]
+Admin = Annotated[Caller, Depends(caller(Scope.ADMIN))]

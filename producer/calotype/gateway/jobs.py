@@ -1,0 +1,256 @@
+"""Calotype's own API: `/v1/jobs`, and what there is to see of workers and queues."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Path, Query, Request, Response
+from fastapi.responses import JSONResponse, RedirectResponse, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.concurrency import run_in_threadpool
+
+from calotype.client import require_success
+from calotype.gateway.auth import Admin, Reader, Writer
+from calotype.gateway.errors import NotFound, documented
+from calotype.gateway.state import Services, Using
+from calotype_shared.config import GenerationConfig
+from calotype_shared.errors import WaitTimeout
+from calotype_shared.jobs import JobRecord, JobState, Lane
+
+router = APIRouter(prefix="/v1", tags=["jobs"])
+
+_PREFER_WAIT = re.compile(r"\bwait=(\d{1,5})\b")
+_POLL_SECONDS = 0.1  # between looks at a job whose events are followed
+_HEARTBEAT_SECONDS = 15.0  # comments that keep proxies from closing a silent stream
+
+JobId = Annotated[str, Path(max_length=100, description="A job's id.")]
+
+
+class JobRequest(GenerationConfig):
+    """A config, and how to treat its job."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "a red circle on a blue background"}]})
+
+    quality: str | None = Field(None, description="Steps and guidance at once: fast, balanced or high.")
+    lane: Lane = Lane.INTERACTIVE
+    metadata: dict[str, Any] = Field(default={}, description="Your own words; kept with the job, never read.")
+    webhook_url: str | None = Field(None, max_length=2_000, description="Told, signed, when the job is final.")
+
+
+class JobView(JobRecord):
+    """A job as it is now."""
+
+    # By another name inside, for the record has a property of this one.
+    done: float = Field(serialization_alias="progress", description="Done share, 0 to 1.")
+    urls: list[str] = Field(default=[], description="Links to its pictures, which work without keys for a while.")
+
+
+class JobList(BaseModel):
+    """A page, newest first. `next` is the cursor of the page after, to be sent as `after`."""
+
+    data: list[JobView]
+    has_more: bool
+    next: str | None = None
+
+
+class Cancelled(BaseModel):
+    """The state it has now: `cancelled`, or the final one it had reached before."""
+
+    id: str
+    state: JobState
+
+
+async def view(record: JobRecord, using: Services) -> dict[str, Any]:
+    """A job as answers show it."""
+    shown = record.model_dump(mode="json")
+    shown["progress"] = round(record.progress, 4)
+    shown["urls"] = await using.links([image.key for image in record.images])
+    return shown
+
+
+@router.post(
+    "/jobs",
+    operation_id="createJob",
+    status_code=202,
+    response_model=JobView,
+    responses={200: {"model": JobView, "description": "It is final already."}, **documented(404, 409)},
+)
+async def create_job(  # noqa: PLR0917 - FastAPI passes them by name
+    job: JobRequest,
+    caller: Writer,
+    using: Using,
+    response: Response,
+    idempotency_key: Annotated[str | None, Header(description="The same key gives the same job.")] = None,
+    prefer: Annotated[
+        str | None, Header(description="`wait=30` answers with the finished job, if it is in time.")
+    ] = None,
+) -> Response:
+    """Queue a job."""
+    fields = job.model_dump(exclude_unset=True, exclude={"lane", "metadata", "webhook_url"})
+    async with caller.taking(pictures=job.picture_count):
+        handle = await run_in_threadpool(
+            using.client.submit,
+            fields,
+            lane=job.lane,
+            metadata=job.metadata,
+            tenant=caller.tenant,
+            idempotency_key=idempotency_key,
+            webhook_url=job.webhook_url,
+        )
+    found = _PREFER_WAIT.search(prefer or "")
+    record = await finished(using, handle.id, caller.tenant, seconds=int(found[1]) if found else 0, check=False)
+    status = 200 if record.state.final else 202
+    return JSONResponse(await view(record, using), status, headers={"Location": f"/v1/jobs/{record.id}"})
+
+
+async def finished(
+    using: Services, job_id: str, tenant: str, *, seconds: float, check: bool = True, abandon: Request | None = None
+) -> JobRecord:
+    """The job once it is final. With `check`, raises if that is not in time, or if it did not succeed.
+
+    It is cancelled when whoever sent the request `abandon` has hung up.
+    """
+    ends = asyncio.get_running_loop().time() + min(seconds, using.gateway.max_wait_seconds)
+    pause = 0.02
+    while True:
+        record = await using.job(job_id, tenant)
+        if record.state.final or asyncio.get_running_loop().time() >= ends:
+            break
+        if abandon is not None and await abandon.is_disconnected():
+            await run_in_threadpool(using.client.cancel, job_id)
+        await asyncio.sleep(pause)
+        pause = min(0.25, pause * 1.3)
+    if check:
+        if not record.state.final:
+            raise WaitTimeout(f"job {job_id} is still {record.state.value}; look again at /v1/jobs/{job_id}")
+        require_success(record)
+    return record
+
+
+@router.get("/jobs", operation_id="listJobs", response_model=JobList, responses=documented())
+async def list_jobs(
+    caller: Reader,
+    using: Using,
+    state: Annotated[JobState | None, Query(description="Only those in this state.")] = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    after: Annotated[
+        str | None, Query(pattern="^[0-9a-hjkmnp-tv-z]{26}$", description="Cursor: the `next` of the page before.")
+    ] = None,
+) -> Response:
+    """List jobs outside batches, newest first."""
+    found = await run_in_threadpool(using.client.jobs, state=state, limit=limit + 1, tenant=caller.tenant, after=after)
+    page, more = found[:limit], len(found) > limit
+    data = [await view(record, using) for record in page]
+    return JSONResponse({"data": data, "has_more": more, "next": page[-1].id if more else None})
+
+
+@router.get("/jobs/{job_id}", operation_id="getJob", response_model=JobView, responses=documented(404))
+async def get_job(job_id: JobId, caller: Reader, using: Using) -> Response:
+    """A job as it is now."""
+    return JSONResponse(await view(await using.job(job_id, caller.tenant), using))
+
+
+@router.post("/jobs/{job_id}/cancel", operation_id="cancelJob", response_model=Cancelled, responses=documented(404))
+async def cancel_job(job_id: JobId, caller: Writer, using: Using) -> Response:
+    """End a job at once, queued or running. A final one stays as it is."""
+    await using.job(job_id, caller.tenant)
+    state = await run_in_threadpool(using.client.cancel, job_id)
+    return JSONResponse({"id": job_id, "state": state.value})
+
+
+@router.get(
+    "/jobs/{job_id}/images/{index}",
+    operation_id="getJobImage",
+    status_code=307,
+    response_class=RedirectResponse,
+    responses={307: {"description": "Where the picture is, for a while."}, **documented(404)},
+)
+async def get_image(
+    job_id: JobId, index: Annotated[int, Path(ge=0, le=10_000)], caller: Reader, using: Using
+) -> Response:
+    """One of a finished job's pictures."""
+    record = await using.job(job_id, caller.tenant)
+    if index >= len(record.images):
+        raise NotFound(
+            f"job {job_id} is {record.state.value} and has {len(record.images)} picture(s); none is number {index}"
+        )
+    [link] = await using.links([record.images[index].key])
+    return RedirectResponse(link)
+
+
+@router.get(
+    "/jobs/{job_id}/events",
+    operation_id="followJob",
+    response_class=StreamingResponse,
+    responses={
+        200: {"content": {"text/event-stream": {}}, "description": "`state`, `progress`, `preview`, `done`."},
+        **documented(404),
+    },
+)
+async def follow_job(job_id: JobId, caller: Reader, using: Using) -> Response:
+    """Server-sent events until the job is final. A stream that broke may simply be opened again."""
+    await using.job(job_id, caller.tenant)
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    return StreamingResponse(_events(using, job_id, caller.tenant), media_type="text/event-stream", headers=headers)
+
+
+async def _events(using: Services, job_id: str, tenant: str) -> AsyncIterator[str]:
+    clock = asyncio.get_running_loop().time
+    last: JobRecord | None = None
+    shown: dict[int, tuple[int, int]] = {}
+    said = clock()
+    while True:
+        record = await using.job(job_id, tenant)
+        if last is None or (record.state, record.attempt) != (last.state, last.attempt):
+            yield _event("state", {"id": job_id, "state": record.state.value, "attempt": record.attempt})
+            said = clock()
+        if last is None or record.step != last.step:
+            yield _event(
+                "progress",
+                {"step": record.step, "total_steps": record.total_steps, "progress": round(record.progress, 4)},
+            )
+            said = clock()
+        if record.config.preview_every:
+            for preview in await run_in_threadpool(using.client.previews, job_id):
+                if shown.get(preview.index) != (preview.attempt, preview.step):
+                    shown[preview.index] = (preview.attempt, preview.step)
+                    yield _event("preview", preview.model_dump())
+                    said = clock()
+        if record.state.final:
+            yield _event("done", await view(record, using))
+            return
+        if clock() - said >= _HEARTBEAT_SECONDS:
+            yield ": still here\n\n"
+            said = clock()
+        last = record
+        await asyncio.sleep(_POLL_SECONDS)
+
+
+def _event(name: str, data: dict[str, Any]) -> str:
+    return f"event: {name}\ndata: {json.dumps(data, separators=(',', ':'))}\n\n"
+
+
+class Queues(BaseModel):
+    """Jobs by state, over all tenants, and jobs waiting in each queue."""
+
+    counts: dict[JobState, int]
+    depths: dict[str, int]
+
+
+@router.get("/queues", operation_id="getQueues", tags=["operating"], response_model=Queues, responses=documented())
+async def get_queues(caller: Admin, using: Using) -> Response:
+    """How much is queued, running and done."""
+    counts = await run_in_threadpool(using.client.counts)
+    depths = await run_in_threadpool(using.client.depths)
+    return JSONResponse({"counts": {state.value: count for state, count in counts.items()}, "depths": depths})
+
+
+@router.get("/workers", operation_id="listWorkers", tags=["operating"], responses=documented())
+async def list_workers(caller: Admin, using: Using) -> list[dict[str, Any]]:
+    """The workers alive now. What each works on is told at /v1/fleet, to each tenant as much as it may know."""
+    workers = await run_in_threadpool(using.client.workers)
+    return [worker.model_dump(mode="json", exclude={"groups"}) for worker in workers]

@@ -1,0 +1,142 @@
+"""`GatewayMetrics`: what a gateway or a dispatcher tells at its metrics port: of itself, and of the whole fleet.
+
+The fleet is counted in Redis when somebody asks, at most once a second. All gateways say the same of it, so
+dashboards and rules take the largest of what they say, never the sum.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+
+from prometheus_client.registry import Collector
+
+from calotype.gateway.settings import GatewaySettings
+from calotype_shared import metric_names as names
+from calotype_shared.census import Census, Censuses
+from calotype_shared.connection import connect_redis
+from calotype_shared.errors import ServiceUnavailable
+from calotype_shared.jobs import JobState
+from calotype_shared.metrics import Family, counter, family, histogram, new_registry, scraped
+from calotype_shared.operator_server import Answer, Asked, OperatorServer, probed
+from calotype_shared.settings import Settings
+
+_REMEMBERED_SECONDS = 1.0
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+
+class GatewayMetrics:
+    """Holds its port from the start; answers from `start` to `close`. What counts may be called by any thread."""
+
+    def __init__(self, settings: Settings, options: GatewaySettings) -> None:
+        """Raises SettingsError if the port cannot be had."""
+        assert options.metrics_port is not None
+        registry = new_registry()
+        self._requests = counter(names.HTTP_REQUESTS, registry)
+        self._seconds = histogram(names.HTTP_REQUEST_SECONDS, registry)
+        self._webhooks = counter(names.WEBHOOKS, registry)
+        self._redis = connect_redis(settings)
+        self._recent = RecentCensus(Censuses(self._redis, key_prefix=settings.key_prefix).take)
+        registry.register(FleetCollector(self._recent))
+        routes = {
+            "/metrics": lambda asked: scraped(registry, asked),
+            "/backlog": self._backlog,
+            "/healthz": lambda _: probed(None),
+            "/readyz": lambda _: probed(self._recent.problem()),
+        }
+        self._server = OperatorServer(
+            options.metrics_host, options.metrics_port, routes, setting="CALOTYPE_GATEWAY_METRICS_PORT"
+        )
+
+    @property
+    def port(self) -> int:
+        return self._server.port
+
+    def start(self) -> None:
+        self._server.start()
+
+    def close(self) -> None:
+        self._server.close()
+        self._redis.close()
+
+    def request(self, *, route: str, method: str, status: int, seconds: float) -> None:
+        """`route` is a template; whatever else a stranger can choose would make a series of its own."""
+        method = method if method in _METHODS else "other"
+        self._requests.labels(route, method, str(status)).inc()
+        self._seconds.labels(route, method).observe(seconds)
+
+    def webhook(self, outcome: str) -> None:
+        self._webhooks.labels(outcome).inc()
+
+    def _backlog(self, asked: Asked) -> Answer:
+        """For autoscalers that read JSON: `?model=NAME` gives one object, without it there is one a model."""
+        try:
+            census = self._recent.get()
+        except ServiceUnavailable as error:
+            return Answer.of({"error": str(error)}, status=503)
+        found = {
+            model: {"queued": queued, "running": running, "backlog": queued + running}
+            for model, (queued, running) in census.backlog.items()
+        }
+        model = asked.query.get("model")
+        if model is None:
+            return Answer.of({"models": found})
+        return Answer.of(found.get(model, {"queued": 0, "running": 0, "backlog": 0}))
+
+
+class RecentCensus:
+    """The newest census, taken again when it is older than a second. For any thread: one asks, others wait for it."""
+
+    def __init__(self, take: Callable[[], Census], *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._take = take
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._taken: tuple[float, Census] | None = None
+
+    def get(self) -> Census:
+        """Raises RedisUnavailable."""
+        with self._lock:
+            if self._taken is None or self._clock() - self._taken[0] >= _REMEMBERED_SECONDS:
+                self._taken = None
+                census = self._take()
+                self._taken = (self._clock(), census)
+            return self._taken[1]
+
+    def problem(self) -> str | None:
+        """Why there is none now."""
+        try:
+            self.get()
+        except ServiceUnavailable as error:
+            return str(error)
+        return None
+
+
+class FleetCollector(Collector):
+    """Counts the fleet when it is scraped. While Redis is away only that is said: old numbers would lie."""
+
+    def __init__(self, recent: RecentCensus) -> None:
+        self._recent = recent
+
+    def describe(self) -> Iterable[Family]:
+        """Nothing, so that registering it asks nobody."""
+        return ()
+
+    def collect(self) -> Iterable[Family]:
+        try:
+            census = self._recent.get()
+        except ServiceUnavailable:
+            yield family(names.REDIS_UP, 0)
+            return
+        queues = {(queue.lane, queue.model): queue for queue in census.queues}
+        backlog = dict.fromkeys(census.workers, (0, 0)) | census.backlog
+        yield family(names.REDIS_UP, 1)
+        yield family(names.QUEUE_DEPTH, {labels: queue.waiting for labels, queue in queues.items()})
+        yield family(names.OLDEST_JOB_AGE_SECONDS, {labels: queue.oldest_seconds for labels, queue in queues.items()})
+        yield family(names.BACKLOG_JOBS, {(model,): sum(jobs) for model, jobs in backlog.items()})
+        yield family(names.WORKERS, {(model,): count for model, count in census.workers.items()})
+        for metric in (names.UNFINISHED_JOBS, names.JOBS):
+            yield family(metric, {(state,): census.counts[JobState(state)] for state in metric.values})
+        yield family(names.DEAD_JOBS, census.dead)
+        yield family(names.OPEN_BATCHES, census.open_batches)
+        yield family(names.WEBHOOKS_WAITING, census.webhooks_waiting)

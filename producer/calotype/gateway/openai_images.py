@@ -1,0 +1,228 @@
+"""OpenAI's images and models API, for their SDK and whatever speaks as it does."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import time
+from collections.abc import AsyncIterator, Mapping
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body, Path, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import FormData, UploadFile
+
+from calotype.client import require_success
+from calotype.gateway.auth import Caller, Reader, Writer
+from calotype.gateway.errors import documented, problem_of
+from calotype.gateway.jobs import finished
+from calotype.gateway.state import Services, Using
+from calotype.openai_images import Generation, image_data, inverted_mask, read_generation
+from calotype_shared.errors import CalotypeError, InvalidRequest, UnknownModel
+from calotype_shared.jobs import JobRecord, Lane
+
+router = APIRouter(prefix="/v1", tags=["openai"])
+
+_POLL_SECONDS = 0.1
+_EXAMPLE = {"model": "demo", "prompt": "a red circle on a blue background", "size": "128x128"}
+_IMAGES = {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {"schema": {"type": "string"}}}
+_ANSWER: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The pictures, or events of them.", "content": _IMAGES}
+}
+
+
+@router.post(
+    "/images/generations",
+    operation_id="openaiGenerate",
+    responses={**_ANSWER, **documented(404, 409, 422, 504, openai=True)},
+)
+async def generate(
+    body: Annotated[dict[str, Any], Body(openapi_examples={"plain": {"value": _EXAMPLE}})],
+    request: Request,
+    caller: Writer,
+    using: Using,
+) -> Response:
+    """Make pictures and answer with them. Every field of a config may stand beside OpenAI's own."""
+    return await _answer(read_generation(body), request, caller, using, kind="image_generation")
+
+
+@router.post(
+    "/images/edits",
+    operation_id="openaiEdit",
+    responses={**_ANSWER, **documented(404, 409, 422, 504, openai=True)},
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {
+                "multipart/form-data": {
+                    "schema": {
+                        "type": "object",
+                        "required": ["image", "prompt"],
+                        "properties": {
+                            "image": {"type": "string", "format": "binary"},
+                            "mask": {"type": "string", "format": "binary"},
+                            "prompt": {"type": "string"},
+                        },
+                    }
+                }
+            },
+        }
+    },
+)
+async def edit(request: Request, caller: Writer, using: Using) -> Response:
+    """Repaint a picture: all of it, or where the mask is transparent."""
+    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        raise InvalidRequest(
+            "must be a form",
+            field="content-type",
+            value=request.headers.get("content-type"),
+            remedy="send multipart/form-data with image and prompt",
+        )
+    async with request.form(max_files=20, max_fields=100) as form:
+        fields = _form_fields(form)
+        pictures = await _pictures(form)
+    if not pictures.get("image"):
+        raise InvalidRequest("is missing", field="image", value=None, remedy="send the picture to edit as a file")
+    if len(pictures["image"]) > 1:
+        raise InvalidRequest(
+            "is more than one",
+            field="image",
+            value=len(pictures["image"]),
+            remedy="send one picture; others have no use",
+        )
+    uploaded = await run_in_threadpool(using.client.upload, pictures["image"][0])
+    fields["init_image"] = uploaded
+    if pictures.get("mask"):
+        white_where_painted = await run_in_threadpool(inverted_mask, pictures["mask"][0])
+        fields["mask_image"] = await run_in_threadpool(using.client.upload, white_where_painted, field="mask")
+    return await _answer(read_generation(fields), request, caller, using, kind="image_edit")
+
+
+def _form_fields(form: FormData) -> dict[str, Any]:
+    """A form's texts as JSON would have them: numbers as numbers, lists as lists."""
+    fields: dict[str, Any] = {}
+    for name, value in form.multi_items():
+        if isinstance(value, UploadFile):
+            continue
+        if name in ("prompt", "negative_prompt", "model", "size"):
+            fields[name] = value
+            continue
+        try:
+            fields[name] = json.loads(value)
+        except ValueError:
+            fields[name] = value
+    return fields
+
+
+async def _pictures(form: FormData) -> dict[str, list[bytes]]:
+    found: dict[str, list[bytes]] = {}
+    for name, value in form.multi_items():
+        if isinstance(value, UploadFile):
+            found.setdefault(name.removesuffix("[]"), []).append(await value.read())
+    return found
+
+
+async def _answer(wanted: Generation, request: Request, caller: Caller, using: Services, *, kind: str) -> Response:
+    config = wanted.config
+    if wanted.stream and wanted.partial_images:
+        every = max(1, config.num_inference_steps // (wanted.partial_images + 1))
+        config = config.model_copy(update={"preview_every": config.preview_every or every})
+    async with caller.taking(pictures=config.picture_count):
+        job = await run_in_threadpool(
+            using.client.submit,
+            config,
+            lane=Lane.INTERACTIVE,
+            tenant=caller.tenant,
+            idempotency_key=request.headers.get("idempotency-key"),
+        )
+    if wanted.stream:
+        events = _stream(using, job.id, caller.tenant, wanted, kind)
+        return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+    seconds = using.gateway.max_wait_seconds
+    record = await finished(using, job.id, caller.tenant, seconds=seconds, abandon=request)
+    data = await _data(using, record, wanted)
+    return JSONResponse({"created": int(record.finished_at or 0), "data": data, **_shown(record)})
+
+
+async def _data(using: Services, record: JobRecord, wanted: Generation) -> list[dict[str, Any]]:
+    images = [image.model_dump() for image in record.images]
+    if wanted.as_url:
+        links = await using.links([image.key for image in record.images])
+        return [image_data(image, url=link) for image, link in zip(images, links, strict=True)]
+    files = [await run_in_threadpool(using.storage.get, image.key) for image in record.images]
+    return [image_data(image, b64=base64.b64encode(file).decode()) for image, file in zip(images, files, strict=True)]
+
+
+def _shown(record: JobRecord) -> dict[str, Any]:
+    """What answers and events say of all pictures."""
+    config = record.config
+    size = f"{config.width}x{config.height}"
+    return {"size": size, "quality": "auto", "background": "opaque", "output_format": config.output_format.value}
+
+
+async def _stream(using: Services, job_id: str, tenant: str, wanted: Generation, kind: str) -> AsyncIterator[str]:
+    """The previews as partial pictures, then the pictures. Who stops listening stops the job."""
+    sent, shown, done = 0, set(), False
+    try:
+        while True:
+            record = await using.job(job_id, tenant)
+            if sent < wanted.partial_images and not record.state.final:
+                for preview in await run_in_threadpool(using.client.previews, job_id):
+                    if (preview.index, preview.step) in shown or sent >= wanted.partial_images:
+                        continue
+                    shown.add((preview.index, preview.step))
+                    part = {"partial_image_index": sent, "b64_json": preview.image, **_shown(record)}
+                    yield _event(f"{kind}.partial_image", {**part, "output_format": "jpeg"})
+                    sent += 1
+            if record.state.final:
+                done = True
+                break
+            await asyncio.sleep(_POLL_SECONDS)
+        require_success(record)
+        for item in await _data(using, record, wanted._replace(as_url=False)):
+            yield _event(f"{kind}.completed", {**item, **_shown(record), "usage": _NO_USAGE})
+    except CalotypeError as error:
+        problem = problem_of(error)
+        told = {"message": problem.detail, "type": "server_error", "code": problem.code, "param": problem.field}
+        yield f"event: error\ndata: {json.dumps({'type': 'error', 'error': told})}\n\n"
+    finally:
+        if not done:
+            await asyncio.shield(run_in_threadpool(using.client.cancel, job_id))
+
+
+# Their SDK wants it in this event; there are no tokens to count here.
+_NO_USAGE = {
+    "input_tokens": 0,
+    "output_tokens": 0,
+    "total_tokens": 0,
+    "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
+}
+
+
+def _event(kind: str, data: Mapping[str, Any]) -> str:
+    body = {"type": kind, "created_at": int(time.time()), **data}
+    return f"event: {kind}\ndata: {json.dumps(body)}\n\n"
+
+
+@router.get("/models", operation_id="openaiListModels", responses=documented(openai=True))
+async def list_models(caller: Reader, using: Using) -> dict[str, Any]:
+    """The models that workers have announced, each with what it can do."""
+    cards = await run_in_threadpool(using.client.models)
+    return {"object": "list", "data": [_model(name, card.model_dump(mode="json")) for name, card in cards.items()]}
+
+
+@router.get("/models/{model}", operation_id="openaiGetModel", responses=documented(404, openai=True))
+async def get_model(model: Annotated[str, Path(max_length=64)], caller: Reader, using: Using) -> dict[str, Any]:
+    """One model."""
+    cards = await run_in_threadpool(using.client.models)
+    if model not in cards:
+        raise UnknownModel(
+            "no worker has announced this model", field="model", value=model, remedy=f"use one of: {', '.join(cards)}"
+        )
+    return _model(model, cards[model].model_dump(mode="json"))
+
+
+def _model(name: str, card: dict[str, Any]) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "calotype", "card": card}

@@ -1,0 +1,129 @@
+"""What every request needs, opened once a process: the client, the API keys, a Redis connection for the event loop."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Annotated, cast
+
+from fastapi import Depends, FastAPI, Request
+from redis.asyncio import Redis as AsyncRedis
+from redis.asyncio.sentinel import Sentinel as AsyncSentinel
+from redis.exceptions import RedisError
+from starlette.concurrency import run_in_threadpool
+
+from calotype.api_keys import ApiKeys
+from calotype.batches.dispatcher import Dispatcher
+from calotype.batches.record import BatchRecord
+from calotype.client import Client
+from calotype.files import FileStore
+from calotype.gateway.metrics import GatewayMetrics
+from calotype.gateway.settings import GatewaySettings
+from calotype.waiting import no_such_job
+from calotype_shared.connection import connect_redis, connection_options, is_outage, sentinel_options, unavailable
+from calotype_shared.errors import BatchNotFound, JobNotFound
+from calotype_shared.jobs import JobRecord
+from calotype_shared.keys import Keys
+from calotype_shared.records import read_record
+from calotype_shared.settings import Settings
+from calotype_shared.storage import Storage
+from calotype_shared.telemetry import make_telemetry
+
+_LINKS = 10_000  # remembered
+_CONNECTIONS = 256
+
+
+class Services:
+    """Belongs to the application; closed with it."""
+
+    def __init__(self, settings: Settings, gateway: GatewaySettings) -> None:
+        self.settings = settings
+        self.gateway = gateway
+        self.telemetry = make_telemetry(settings, service="calotype-gateway")
+        self.client = Client(settings=settings, telemetry=self.telemetry)
+        self.keys = ApiKeys(connect_redis(settings), key_prefix=settings.key_prefix)
+        self.storage = Storage(settings)
+        self.files = FileStore(self.keys.redis, self.storage, key_prefix=settings.key_prefix)
+        self._links: dict[str, tuple[float, str]] = {}  # by key: until when to use it again, and the link
+        self._names = Keys(settings.key_prefix)
+        self._redis = _connect(settings)
+        self.metrics = GatewayMetrics(settings, gateway) if gateway.metrics_port is not None else None
+
+    async def job(self, job_id: str, tenant: str) -> JobRecord:
+        """A tenant's job as it is now, without a thread: what is polled a thousand times a second.
+
+        Raises:
+            JobNotFound: there is none of that id, or it is another tenant's.
+            RedisUnavailable: Redis is away.
+        """
+        try:
+            fields: dict[str, str] = await self._redis.hgetall(self._names.job(job_id))  # type: ignore[assignment]
+        except RedisError as error:
+            if not is_outage(error):
+                raise
+            raise unavailable(error, str(self.settings.redis)) from error
+        if not fields or fields.get("tenant", "default") != tenant:
+            raise JobNotFound(no_such_job(job_id))
+        return read_record(job_id, fields)
+
+    async def batch(self, batch_id: str, tenant: str) -> BatchRecord:
+        """A tenant's batch as it is now. Raises BatchNotFound."""
+        batch = await run_in_threadpool(self.client.batch, batch_id)
+        if batch.tenant != tenant:
+            raise BatchNotFound(f"there is no batch {batch_id!r}")
+        return batch
+
+    async def links(self, keys: Sequence[str]) -> list[str]:
+        """Links to objects. Signing takes a third of a millisecond each, so they are used again for a while."""
+        now = time.monotonic()
+        if len(self._links) > _LINKS:
+            self._links.clear()
+        missing = [key for key in keys if self._links.get(key, (0.0, ""))[0] <= now]
+        if missing:
+            urls = await run_in_threadpool(lambda: [self.storage.presigned_url(key) for key in missing])
+            until = now + self.settings.url_expires_seconds / 4
+            self._links.update((key, (until, url)) for key, url in zip(missing, urls, strict=True))
+        return [self._links[key][1] for key in keys]
+
+    async def close(self) -> None:
+        await self._redis.aclose()
+        self.client.close()
+        self.keys.redis.close()
+        if self.metrics is not None:
+            await run_in_threadpool(self.metrics.close)
+        await run_in_threadpool(self.telemetry.close)
+
+
+def _connect(settings: Settings) -> AsyncRedis:
+    """As `connect_redis`, for the event loop."""
+    address, options = settings.redis, {**connection_options(settings), "max_connections": _CONNECTIONS}
+    if address.name:
+        sentinel = AsyncSentinel(address.hosts, sentinel_kwargs=sentinel_options(settings))  # type: ignore[no-untyped-call]
+        primary: AsyncRedis = sentinel.master_for(address.name, **options)
+        return primary
+    return AsyncRedis(**options)
+
+
+@asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    """Opens the services, and leads batches beside serving."""
+    services = cast(Services, app.state.services)
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(services.close)
+        if services.metrics is not None:
+            services.metrics.start()
+        if services.gateway.dispatch:
+            on_webhook = services.metrics.webhook if services.metrics is not None else None
+            stack.enter_context(Dispatcher(services.settings, on_webhook=on_webhook))
+        gc.freeze()  # what has been imported stays: the collector need not walk it again, which takes 50 ms each time
+        yield
+
+
+async def services(request: Request) -> Services:
+    """A dependency; async, since FastAPI calls others in a thread each time."""
+    return cast(Services, request.app.state.services)
+
+
+Using = Annotated[Services, Depends(services)]

@@ -1,0 +1,129 @@
+"""Pictures that go in: sent through the gateway, or put straight into storage by a presigned link."""
+
+from __future__ import annotations
+
+import secrets
+import struct
+import time
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import UploadFile
+
+from calotype.gateway.auth import Writer
+from calotype.gateway.errors import NotFound, documented
+from calotype.gateway.state import Using
+from calotype_shared.errors import InvalidRequest
+from calotype_shared.storage import Storage
+from calotype_shared.uploads import MAX_BYTES, normalise, upload_key
+
+router = APIRouter(prefix="/v1/uploads", tags=["uploads"])
+
+_LINK_SECONDS = 900
+
+
+class Upload(BaseModel):
+    """A stored picture, of so many pixels: name it by its id in `init_image`, `mask_image` or a control."""
+
+    id: str
+    width: int
+    height: int
+
+
+class Link(BaseModel):
+    """Where to put a picture: `PUT` its bytes to `url`, then complete it with the token."""
+
+    url: str
+    method: str = "PUT"
+    token: str
+    expires_at: int
+    max_bytes: int = MAX_BYTES
+
+
+class Token(BaseModel):
+    token: Annotated[str, Field(pattern="^[A-Za-z0-9_-]{43}$")]
+
+
+_PICTURE = {"schema": {"type": "string", "format": "binary"}}
+
+
+@router.post(
+    "",
+    operation_id="uploadImage",
+    status_code=201,
+    response_model=Upload,
+    responses=documented(),
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {
+                **{f"image/{kind}": _PICTURE for kind in ("png", "jpeg", "webp")},
+                "multipart/form-data": {
+                    "schema": {"type": "object", "required": ["image"], "properties": {"image": _PICTURE["schema"]}}
+                },
+            },
+        }
+    },
+)
+async def upload(request: Request, caller: Writer, using: Using) -> Response:
+    """Store a picture: a PNG, JPEG or WebP file as the body, or as `image` of a form."""
+    form = request.headers.get("content-type", "").startswith("multipart/form-data")
+    data = await _from_form(request) if form else await request.body()
+    return JSONResponse(await run_in_threadpool(_store, using.storage, data), 201)
+
+
+async def _from_form(request: Request) -> bytes:
+    async with request.form(max_files=1, max_fields=0) as form:
+        picture = form.get("image")
+        if not isinstance(picture, UploadFile):
+            raise InvalidRequest("is missing", field="image", value=None, remedy="send the picture as the file `image`")
+        return await picture.read()
+
+
+@router.post("/presigned", operation_id="createUploadLink", response_model=Link, responses=documented())
+async def presign(caller: Writer, using: Using) -> Response:
+    """A link to put a picture straight into storage, without passing through the gateway."""
+    token = secrets.token_urlsafe(32)
+    url = await run_in_threadpool(
+        using.storage.presigned_put, _incoming(caller.tenant, token), expires_seconds=_LINK_SECONDS
+    )
+    return JSONResponse(
+        {
+            "url": url,
+            "method": "PUT",
+            "token": token,
+            "expires_at": int(time.time()) + _LINK_SECONDS,
+            "max_bytes": MAX_BYTES,
+        }
+    )
+
+
+@router.post(
+    "/complete", operation_id="completeUpload", status_code=201, response_model=Upload, responses=documented(404)
+)
+async def complete(done: Token, caller: Writer, using: Using) -> Response:
+    """Check the picture that was put there, and store it."""
+    key = _incoming(caller.tenant, done.token)
+    if not await run_in_threadpool(using.storage.exists, key):
+        raise NotFound("nothing was put there; PUT the picture to the link first, or ask for a new link")
+    # One byte more than is allowed tells that it is too large, without fetching all of it.
+    data = await run_in_threadpool(using.storage.get_range, key, 0, MAX_BYTES + 1)
+    try:
+        return JSONResponse(await run_in_threadpool(_store, using.storage, data), 201)
+    finally:
+        await run_in_threadpool(using.storage.delete, key)
+
+
+def _incoming(tenant: str, token: str) -> str:
+    return f"incoming/{tenant}/{token}"
+
+
+def _store(storage: Storage, data: bytes) -> dict[str, Any]:
+    """As `Client.upload` does, with the size. Raises InvalidRequest."""
+    upload_id, stored = normalise(data)
+    storage.put(upload_key(upload_id), stored, "image/png")
+    width, height = struct.unpack(">II", stored[16:24])  # where every PNG has them
+    return {"id": upload_id, "width": width, "height": height}

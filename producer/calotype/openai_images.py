@@ -1,0 +1,108 @@
+"""OpenAI's images API as far as its words go: which of our configs a request asks for, and how a picture is answered.
+
+Used by the gateway's routes and for the lines of batches. `size`, `n`, `quality`, `output_format` and
+`response_format` are theirs; every field of `GenerationConfig` may stand beside them (`extra_body` in their SDK).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from calotype.resolver import with_preset
+from calotype_shared.config import GenerationConfig, OutputFormat
+from calotype_shared.errors import InvalidRequest
+from calotype_shared.uploads import FORMATS, MAX_PIXELS
+
+MAX_N = 10
+# Their words for quality, by our presets.
+_QUALITIES = {"low": "fast", "medium": "balanced", "high": "high", "standard": "balanced", "hd": "high"}
+_SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
+# Theirs, of no meaning to a diffusion model of one's own; accepted so that their clients work unchanged.
+_WITHOUT_EFFECT = {"background", "moderation", "output_compression", "style", "user", "input_fidelity"}
+
+
+class Generation(NamedTuple):
+    """What a request asks for."""
+
+    config: GenerationConfig  # not resolved yet
+    as_url: bool  # else the picture itself, in base64
+    stream: bool
+    partial_images: int
+
+
+def read_generation(body: Mapping[str, Any]) -> Generation:
+    """The config that the fields of a request mean.
+
+    Raises:
+        InvalidRequest: naming the field as it was written there.
+    """
+    values = {name: value for name, value in body.items() if name not in _WITHOUT_EFFECT and value is not None}
+    response_format = values.pop("response_format", "b64_json")
+    if response_format not in ("b64_json", "url"):
+        raise _wrong("response_format", response_format, "use b64_json or url")
+    stream = bool(values.pop("stream", False))
+    partial_images = values.pop("partial_images", 0)
+    if not isinstance(partial_images, int) or not 0 <= partial_images <= 3:
+        raise _wrong("partial_images", partial_images, "use 0 to 3")
+    n = values.pop("n", 1)
+    if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= MAX_N:
+        raise _wrong("n", n, f"use 1 to {MAX_N}")
+    size = values.pop("size", "auto")
+    if size != "auto":
+        match = _SIZE.fullmatch(size) if isinstance(size, str) else None
+        if match is None:
+            raise _wrong("size", size, "use WIDTHxHEIGHT, for instance 512x512, or auto")
+        values |= {"width": int(match[1]), "height": int(match[2])}
+    quality = values.pop("quality", "auto")
+    if quality != "auto":
+        if quality not in (*_QUALITIES, *_QUALITIES.values()):
+            raise _wrong("quality", quality, f"use auto, {', '.join(_QUALITIES)}")
+        values["quality"] = _QUALITIES.get(quality, quality)
+    values.setdefault("num_images", n)
+    if "output_format" in values and values["output_format"] not in tuple(OutputFormat):
+        raise _wrong("output_format", values["output_format"], f"use {', '.join(OutputFormat)}")
+    return Generation(GenerationConfig.parse(with_preset(values)), response_format == "url", stream, partial_images)
+
+
+def image_data(image: Mapping[str, Any], *, url: str | None = None, b64: str | None = None) -> dict[str, Any]:
+    """One picture of an answer. The seed is ours: with it the picture can be made again."""
+    shown = {"url": url} if b64 is None else {"b64_json": b64}
+    return {**shown, "seed": image["seed"]}
+
+
+def _wrong(field: str, value: object, remedy: str) -> InvalidRequest:
+    return InvalidRequest("is not valid", field=field, value=value, remedy=remedy)
+
+
+def inverted_mask(data: bytes) -> bytes:
+    """A mask in our sense, white where to paint, of one in theirs, transparent where to paint; as a PNG file.
+
+    Raises:
+        InvalidRequest: it is no picture, or nothing in it is transparent.
+    """
+    import io  # noqa: PLC0415 - these three only where a mask comes
+
+    import PIL.Image  # noqa: PLC0415
+    import PIL.ImageOps  # noqa: PLC0415
+
+    try:
+        with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise _wrong("mask", f"{picture.width}x{picture.height}", f"use at most {MAX_PIXELS} pixels")
+            alpha = picture.convert("RGBA").getchannel("A")
+    except InvalidRequest:
+        raise
+    except Exception as error:  # Pillow's plugins raise almost anything for a broken file
+        raise _wrong("mask", f"{len(data)} bytes", "send a PNG with transparent parts") from error
+    if not alpha.histogram()[:128].count(0) < 128:
+        raise InvalidRequest(
+            "is nowhere transparent",
+            field="mask",
+            value=f"{alpha.width}x{alpha.height}",
+            remedy="make transparent what is to be painted anew",
+        )
+    painted = io.BytesIO()
+    PIL.ImageOps.invert(alpha).save(painted, "PNG")
+    return painted.getvalue()

@@ -1,0 +1,231 @@
+"""`Resolver`: makes of what a submitter wrote a complete job, or says what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pydantic_core import from_json, to_json
+
+from calotype.picture import PictureSource, is_picture, picture_bytes
+from calotype_shared.config import GenerationConfig, digest_of, quality_preset
+from calotype_shared.errors import InvalidRequest, ObjectMissing, UnknownModel
+from calotype_shared.jobs import Lane
+from calotype_shared.model_card import ModelCard
+from calotype_shared.settings import TENANT_PATTERN, Settings
+from calotype_shared.storage import SAFE_SECONDS, Storage
+from calotype_shared.store import JobStore
+from calotype_shared.submission import Idempotency, NewJob
+from calotype_shared.uploads import normalise, upload_key
+
+Submission = GenerationConfig | str | Mapping[str, Any]  # a config, a bare prompt, or fields
+
+_CARDS_SECONDS = 5.0  # how long the models' cards are remembered
+_UPLOADS_SECONDS = 600.0  # how long an upload is believed to be there; well below half of the least age that gc removes
+_UPLOADS = 100_000
+_METADATA_BYTES = 16 * 1024
+_IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,200}")
+
+
+class Resolver:
+    """Knows the models' cards and what has been uploaded. Safe to share between threads."""
+
+    def __init__(
+        self, settings: Settings, store: JobStore, storage: Storage, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._settings = settings
+        self._store = store
+        self._storage = storage
+        self._clock = clock
+        self._cards: dict[str, ModelCard] = {}
+        self._cards_until = float("-inf")
+        self._uploaded: dict[str, float] = {}  # ids known to be in storage for long enough, until when to believe it
+        # `calotype gc` takes uploads that are older and unused: one that is to be used is renewed long before.
+        self._renewed_after = max(settings.retention_seconds, SAFE_SECONDS) / 2
+
+    def parse(self, config: Submission, fields: Mapping[str, Any]) -> GenerationConfig:
+        """What was written as a config; pictures among it are uploaded. Raises InvalidRequest."""
+        if isinstance(config, GenerationConfig) and not fields:
+            return config
+        return GenerationConfig.parse(self._with_uploads(_fields(config, fields)))
+
+    def new_job(self, parsed: GenerationConfig, *, lane: Lane, tenant: str, job_id: str = "") -> NewJob:
+        """The job for a config. Whoever gave the seed asks for the very pictures an equal job makes.
+
+        Raises:
+            InvalidRequest: as `resolve`.
+        """
+        resolved = self.resolve(parsed)
+        new = NewJob.of(resolved, lane=lane, job_id=job_id)
+        if parsed.seed is None or not self._settings.coalesce:
+            return new
+        versions = ",".join(self._card(model).version for model in resolved.models)
+        return new._replace(identity=digest_of(f"{tenant} {lane.value} {new.digest} {versions}"))
+
+    def resolve(self, config: GenerationConfig) -> GenerationConfig:
+        """The complete config: seed and size filled in, checked against the models' cards and what is uploaded.
+
+        Raises:
+            InvalidRequest: it cannot be made; `UnknownModel` if no worker ever announced the model.
+        """
+        resolved = config.resolved(self._card(config.model))
+        for model in resolved.ensemble:
+            self._card(model).check(resolved)
+        if resolved.refiner is not None:
+            self._card(resolved.refiner.model).check_as_refiner(resolved)
+        self._check_together(resolved)
+        self._check_uploads(resolved)
+        return resolved
+
+    def _check_together(self, config: GenerationConfig) -> None:
+        """A job that uses several models goes to a worker that has them all."""
+        wanted = set(config.models)
+        if len(wanted) > 1 and not any(wanted <= served for served in self._store.served_together()):
+            raise InvalidRequest(
+                "no worker serves these models together",
+                field="ensemble" if config.ensemble else "refiner",
+                value=", ".join(config.models),
+                remedy=f"start one: calotype worker {' '.join(f'--model {name}' for name in config.models)}",
+            )
+
+    def _check_uploads(self, config: GenerationConfig) -> None:
+        for upload_id in config.uploads:
+            if self._is_known(upload_id):
+                continue
+            key = upload_key(upload_id)
+            age = self._storage.age(key)
+            if age is not None and age > self._renewed_after:
+                try:
+                    self._storage.put(key, self._storage.get(key), "image/png")
+                except ObjectMissing:
+                    age = None
+            if age is None:
+                raise InvalidRequest(
+                    "no such upload", field="upload", value=upload_id, remedy="upload the picture first: Client.upload"
+                )
+            self._remember(upload_id)
+
+    def _is_known(self, upload_id: str) -> bool:
+        return self._uploaded.get(upload_id, float("-inf")) > self._clock()
+
+    def _remember(self, upload_id: str) -> None:
+        if len(self._uploaded) >= _UPLOADS:
+            self._uploaded.clear()
+        self._uploaded[upload_id] = self._clock() + _UPLOADS_SECONDS
+
+    def upload(self, picture: PictureSource, *, field: str = "image") -> str:
+        """Store a picture for use as `init_image`, `mask_image` or a control; returns its id.
+
+        Raises:
+            InvalidRequest: it is no PNG, JPEG or WebP, or too large. Nothing was stored.
+        """
+        upload_id, data = normalise(picture_bytes(picture, field), field=field)
+        if not self._is_known(upload_id):
+            self._storage.put(upload_key(upload_id), data, "image/png")
+            self._remember(upload_id)
+        return upload_id
+
+    def _with_uploads(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """Pictures given in place of their ids are uploaded."""
+        for name in ("init_image", "mask_image"):
+            if is_picture(fields.get(name)):
+                fields[name] = self.upload(fields[name], field=name)
+        controls = fields.get("controls")
+        if isinstance(controls, (list, tuple)):
+            fields["controls"] = [
+                {**control, "image": self.upload(control["image"], field="controls.image")}
+                if isinstance(control, Mapping) and is_picture(control.get("image"))
+                else control
+                for control in controls
+            ]
+        return fields
+
+    def _card(self, model: str) -> ModelCard:
+        if model not in self._cards or self._clock() >= self._cards_until:
+            self._cards = dict(self._store.models())
+            self._cards_until = self._clock() + _CARDS_SECONDS
+        card = self._cards.get(model)
+        if card is None:
+            known = f"use one of: {', '.join(sorted(self._cards))}; or start" if self._cards else "start"
+            raise UnknownModel(
+                "no worker has announced this model",
+                field="model",
+                value=model,
+                remedy=f"{known} a worker for it: calotype worker --model {model}",
+            )
+        return card
+
+    def tenant(self, name: str | None) -> str:
+        """Whose job it is: as given, or this process' own. Raises InvalidRequest."""
+        if name is None:
+            return self._settings.tenant
+        if not re.fullmatch(TENANT_PATTERN, name):
+            raise InvalidRequest(
+                "is no tenant's name",
+                field="tenant",
+                value=name,
+                remedy="use lower-case letters, digits, '.', '_' and '-', at most 64",
+            )
+        return name
+
+
+def storable(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Metadata that any answer can show again: no NaN, lone surrogates or hundreds of levels; and not too long.
+
+    Raises:
+        InvalidRequest: it is none.
+    """
+    plain = dict(metadata or {})
+    problem = f"takes more than {_METADATA_BYTES} bytes as JSON"
+    try:
+        written = to_json(plain)
+        from_json(written, allow_inf_nan=False)
+        if len(written) <= _METADATA_BYTES:
+            return plain
+    except ValueError:
+        problem = "is no JSON that can be stored"
+    raise InvalidRequest(
+        problem,
+        field="metadata",
+        value=plain,
+        remedy="send less, without NaN, infinities, lone surrogates and deep nesting",
+    )
+
+
+def idempotency(key: str | None, *asked: object) -> Idempotency | None:
+    """The key of a submission together with a hash of all that was asked. Raises InvalidRequest."""
+    if key is None:
+        return None
+    if not _IDEMPOTENCY_KEY.fullmatch(key):
+        raise InvalidRequest(
+            "is no idempotency key", field="idempotency_key", value=key, remedy="use 1 to 200 printable characters"
+        )
+    return Idempotency(key, digest_of(json.dumps(asked, sort_keys=True, default=str)))
+
+
+def with_preset(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields in which `quality` stands for a preset; one that is written beside it wins."""
+    values = dict(fields)
+    quality = values.pop("quality", None)
+    return values if quality is None else {**quality_preset(quality), **values}
+
+
+def _fields(config: Submission, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """One mapping of fields: the config's own, then a quality preset's, then those given beside it."""
+    if isinstance(config, GenerationConfig):
+        base = config.model_dump()
+    elif isinstance(config, str):
+        base = {"prompt": config}
+    else:
+        base = dict(config)
+    given = dict(fields)
+    quality = given.pop("quality", base.pop("quality", None))
+    if quality is None:
+        return {**base, **given}
+    preset = quality_preset(quality)
+    if isinstance(config, Mapping):  # a field written beside the preset wins over it
+        return {**preset, **base, **given}
+    return {**base, **preset, **given}

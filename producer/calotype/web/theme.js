@@ -1,0 +1,11 @@
+// Runs before the page is drawn, so that it never shows in the wrong colours.
+{
+  const chosen = (() => {
+    try {
+      return localStorage.getItem("calotype-theme");
+    } catch {
+      return null;
+    }
+  })();
+  if (chosen === "light" || chosen === "dark") document.documentElement.dataset.theme = chosen;
+}

@@ -1,0 +1,13 @@
+"""Webhooks: tells a submitter's address that a job or a batch is final. Signed, retried, at least once.
+
+The script that makes a job or batch final leaves a delivery in Redis; any number of `Deliverer`s carry them out. They
+only ever read the job, so whatever becomes of a delivery, the job is none the worse.
+"""
+
+from calotype.webhooks.addresses import check_webhook_url
+from calotype.webhooks.deliverer import Deliverer
+from calotype.webhooks.describing import Describe, describe_job
+from calotype.webhooks.hooks import Hooks
+from calotype.webhooks.signing import tenant_secret
+
+__all__ = ["Deliverer", "Describe", "Hooks", "check_webhook_url", "describe_job", "tenant_secret"]
