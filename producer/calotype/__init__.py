@@ -10,12 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from calotype.aio import AsyncClient, AsyncJobHandle
+    from calotype.batches.client import BatchHandle
+    from calotype.batches.dispatcher import Dispatcher
+    from calotype.batches.record import BatchRecord, BatchState
     from calotype.client import Client
     from calotype.handle import JobHandle
     from calotype.picture import Picture
     from calotype_shared.config import GenerationConfig, OutputFormat, SamplerType
     from calotype_shared.errors import (
+        BatchNotFound,
         CalotypeError,
+        IdempotencyConflict,
         InvalidRequest,
         JobCancelled,
         JobFailed,
@@ -34,9 +39,15 @@ if TYPE_CHECKING:
 __all__ = [
     "AsyncClient",
     "AsyncJobHandle",
+    "BatchHandle",
+    "BatchNotFound",
+    "BatchRecord",
+    "BatchState",
     "CalotypeError",
     "Client",
+    "Dispatcher",
     "GenerationConfig",
+    "IdempotencyConflict",
     "ImageRef",
     "InvalidRequest",
     "JobCancelled",
@@ -61,12 +72,17 @@ __all__ = [
 
 _HOMES = {
     "calotype.aio": ("AsyncClient", "AsyncJobHandle"),
+    "calotype.batches.client": ("BatchHandle",),
+    "calotype.batches.dispatcher": ("Dispatcher",),
+    "calotype.batches.record": ("BatchRecord", "BatchState"),
     "calotype.client": ("Client",),
     "calotype.handle": ("JobHandle",),
     "calotype.picture": ("Picture",),
     "calotype_shared.config": ("GenerationConfig", "OutputFormat", "SamplerType"),
     "calotype_shared.errors": (
+        "BatchNotFound",
         "CalotypeError",
+        "IdempotencyConflict",
         "InvalidRequest",
         "JobCancelled",
         "JobFailed",

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
-from calotype.client import Client, Submission, require_success
+from calotype.batches.client import POLL_SECONDS, BatchOptions, Manifest, still_running
+from calotype.batches.record import BatchRecord
+from calotype.client import Client, require_success
 from calotype.handle import JobHandle
 from calotype.picture import PictureSource
+from calotype.resolver import Submission
+from calotype_shared.errors import WaitTimeout
 from calotype_shared.jobs import JobRecord, JobState, Lane, Preview
 
 if TYPE_CHECKING:
@@ -29,15 +34,32 @@ class AsyncClient:
         *,
         lane: Lane = Lane.INTERACTIVE,
         metadata: Mapping[str, Any] | None = None,
+        tenant: str | None = None,
+        idempotency_key: str | None = None,
+        webhook_url: str | None = None,
         **fields: Any,
     ) -> AsyncJobHandle:
-        job = await asyncio.to_thread(self._client.submit, config, lane=lane, metadata=metadata, **fields)
+        job = await asyncio.to_thread(
+            self._client.submit,
+            config,
+            lane=lane,
+            metadata=metadata,
+            tenant=tenant,
+            idempotency_key=idempotency_key,
+            webhook_url=webhook_url,
+            **fields,
+        )
         return AsyncJobHandle(self, job)
 
     async def submit_many(
-        self, configs: Iterable[Submission], *, lane: Lane = Lane.BULK, metadata: Mapping[str, Any] | None = None
+        self,
+        configs: Iterable[Submission],
+        *,
+        lane: Lane = Lane.BULK,
+        metadata: Mapping[str, Any] | None = None,
+        tenant: str | None = None,
     ) -> list[AsyncJobHandle]:
-        jobs = await asyncio.to_thread(self._client.submit_many, configs, lane=lane, metadata=metadata)
+        jobs = await asyncio.to_thread(self._client.submit_many, configs, lane=lane, metadata=metadata, tenant=tenant)
         return [AsyncJobHandle(self, job) for job in jobs]
 
     async def status(self, job_id: str) -> JobRecord:
@@ -69,6 +91,28 @@ class AsyncClient:
     async def cancel(self, job_id: str) -> JobState:
         return await asyncio.to_thread(self._client.cancel, job_id)
 
+    async def submit_batch(
+        self, manifest: Manifest, *, idempotency_key: str | None = None, **options: Unpack[BatchOptions]
+    ) -> str:
+        """The batch's id."""
+        submit = functools.partial(self._client.submit_batch, manifest, idempotency_key=idempotency_key, **options)
+        return (await asyncio.to_thread(submit)).id
+
+    async def batch(self, batch_id: str) -> BatchRecord:
+        return await asyncio.to_thread(self._client.batch, batch_id)
+
+    async def wait_batch(self, batch_id: str, timeout: float | None = None) -> BatchRecord:
+        loop = asyncio.get_running_loop()
+        ends = None if timeout is None else loop.time() + timeout
+        while not (record := await self.batch(batch_id)).state.final:
+            if ends is not None and loop.time() >= ends:
+                raise WaitTimeout(still_running(record, timeout))
+            await asyncio.sleep(POLL_SECONDS)
+        return record
+
+    async def cancel_batch(self, batch_id: str) -> BatchRecord:
+        return await asyncio.to_thread(self._client.cancel_batch, batch_id)
+
     async def upload(self, picture: PictureSource, *, field: str = "image") -> str:
         return await asyncio.to_thread(self._client.upload, picture, field=field)
 
@@ -81,8 +125,10 @@ class AsyncClient:
     async def urls(self, job_id: str, *, expires_seconds: int | None = None) -> list[str]:
         return await asyncio.to_thread(self._client.urls, job_id, expires_seconds=expires_seconds)
 
-    async def jobs(self, *, state: JobState | None = None, limit: int = 50) -> list[JobRecord]:
-        return await asyncio.to_thread(self._client.jobs, state=state, limit=limit)
+    async def jobs(
+        self, *, state: JobState | None = None, limit: int = 50, tenant: str | None = None, after: str | None = None
+    ) -> list[JobRecord]:
+        return await asyncio.to_thread(self._client.jobs, state=state, limit=limit, tenant=tenant, after=after)
 
     async def models(self) -> dict[str, ModelCard]:
         return await asyncio.to_thread(self._client.models)

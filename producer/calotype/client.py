@@ -3,35 +3,49 @@
 from __future__ import annotations
 
 import logging
+import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self, overload
 
+from calotype.batches.client import BatchCalls
+from calotype.batches.store import BatchStore
+from calotype.dead import DeadCalls
 from calotype.handle import JobHandle
-from calotype.picture import Picture, PictureSource, is_picture, picture_bytes
+from calotype.overview import Overview, look
+from calotype.picture import Picture, PictureSource
+from calotype.resolver import Resolver, Submission, idempotency, storable
 from calotype.waiting import Waiting
-from calotype_shared.config import GenerationConfig, quality_preset
-from calotype_shared.errors import InvalidRequest, JobCancelled, JobFailed, UnknownModel, WaitTimeout
+from calotype_shared.connection import connect_redis
+from calotype_shared.errors import (
+    InvalidRequest,
+    JobCancelled,
+    JobFailed,
+    QueueFull,
+    ServiceUnavailable,
+    WaitTimeout,
+)
 from calotype_shared.jobs import JobRecord, JobState, Lane, Preview
 from calotype_shared.model_card import ModelCard
-from calotype_shared.settings import Settings, connect_redis
+from calotype_shared.settings import Settings
 from calotype_shared.storage import Storage
 from calotype_shared.store import JobStore
-from calotype_shared.uploads import normalise, upload_key
+from calotype_shared.submission import NewJob
+from calotype_shared.telemetry import SILENT, Telemetry, make_telemetry
 
 if TYPE_CHECKING:
     from calotype_shared.worker_info import WorkerInfo
 
 log = logging.getLogger(__name__)
 
-Submission = GenerationConfig | str | Mapping[str, Any]  # a config, a bare prompt, or fields
 JobIds = list[str] | tuple[str, ...]  # not Sequence: a str is one of those too
 
-_CARDS_SECONDS = 5.0  # how long the models' cards are remembered
+_PATIENCE_SECONDS = 60.0  # with a queue that fills up in the middle of a submission
+_PAUSE_SECONDS = 5.0
 _WORKER_CHECK_SECONDS = 5.0  # between looks at whether anyone serves what is waited for
 
 
-class Client:
+class Client(BatchCalls, DeadCalls):
     """Talks to one Redis and one bucket; safe to share between threads. Connects on first use.
 
     ```python
@@ -52,6 +66,7 @@ class Client:
         on_warning: Callable[[str], None] = log.warning,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
+        telemetry: Telemetry | None = None,
     ) -> None:
         if settings is None:
             settings = Settings.load(redis_url=redis_url)
@@ -60,15 +75,26 @@ class Client:
         self.settings = settings
         self._redis = connect_redis(settings)
         self._store = JobStore(
-            self._redis, key_prefix=settings.key_prefix, retention_seconds=settings.retention_seconds
+            self._redis,
+            key_prefix=settings.key_prefix,
+            retention_seconds=settings.retention_seconds,
+            max_queued=settings.max_queued,
+            max_queued_per_tenant=settings.max_queued_per_tenant,
         )
         self._storage = Storage(settings)
         self._on_warning = on_warning
         self._clock = clock
         self._sleep = sleep
-        self._cards: dict[str, ModelCard] = {}
-        self._cards_until = float("-inf")
-        self._uploaded: set[str] = set()  # ids known to be in storage
+        self._own_telemetry = make_telemetry(settings, service="calotype-client") if telemetry is None else SILENT
+        self._telemetry = telemetry or self._own_telemetry
+        self._batches = BatchStore(
+            self._redis,
+            key_prefix=settings.key_prefix,
+            retention_seconds=settings.retention_seconds,
+            max_open=settings.max_open_batches,
+            max_open_per_tenant=settings.max_open_batches_per_tenant,
+        )
+        self._resolver = Resolver(settings, self._store, self._storage, clock=clock)
 
     def submit(
         self,
@@ -76,68 +102,93 @@ class Client:
         *,
         lane: Lane = Lane.INTERACTIVE,
         metadata: Mapping[str, Any] | None = None,
+        tenant: str | None = None,
+        idempotency_key: str | None = None,
+        webhook_url: str | None = None,
         **fields: Any,
     ) -> JobHandle:
         """Queue one job. `config` is a config or a prompt; `fields` are any of `GenerationConfig`'s, and `quality`.
 
+        A second submission with the same `idempotency_key` gets the first one's job. `webhook_url` is told when the
+        job is final.
+
         Raises:
-            InvalidRequest: a field is wrong; nothing was queued. `UnknownModel` if no worker ever announced the model.
+            InvalidRequest: a field is wrong; nothing was queued. `UnknownModel` if no worker ever announced the model,
+                `IdempotencyConflict` if the key was used for another request.
+            QueueFull: too many jobs wait; its `retry_after_seconds` is when to come again. Nothing was queued.
         """
-        resolved = self._resolved(config, fields)
-        [job_id] = self._store.create([resolved], lane=lane, metadata=metadata)
+        tenant = self._resolver.tenant(tenant)
+        parsed = self._resolver.parse(config, fields)
+        with self._telemetry.begin("submit", kind="producer", model=parsed.model, lane=lane.value) as span:
+            [job_id] = self._store.create(
+                [self._resolver.new_job(parsed, lane=lane, tenant=tenant)],
+                lane=lane,
+                metadata=storable(metadata),
+                tenant=tenant,
+                webhook=self._webhook(webhook_url),
+                reuse=self.settings.reuse_finished,
+                idempotency=idempotency(idempotency_key, parsed.canonical_json(), lane, metadata, webhook_url),
+                traceparent=span.traceparent,
+            )
+            span.set(job_id=job_id)
         return JobHandle(self, job_id)
 
     def submit_many(
-        self, configs: Iterable[Submission], *, lane: Lane = Lane.BULK, metadata: Mapping[str, Any] | None = None
+        self,
+        configs: Iterable[Submission],
+        *,
+        lane: Lane = Lane.BULK,
+        metadata: Mapping[str, Any] | None = None,
+        tenant: str | None = None,
     ) -> list[JobHandle]:
         """Queue many jobs in few round trips. All are checked before the first is queued.
 
         Raises:
             InvalidRequest: its `field` names the index of the first bad one; nothing was queued.
+            QueueFull: there is no room for all of them, and nothing was queued. Only if others take that room
+                meanwhile, and it stays so for a minute, some were: their ids are in its `accepted`.
         """
-        resolved = []
+        tenant = self._resolver.tenant(tenant)
+        new = []
         for index, config in enumerate(configs):
             try:
-                resolved.append(self._resolved(config, {}))
+                new.append(self._resolver.new_job(self._resolver.parse(config, {}), lane=lane, tenant=tenant))
             except InvalidRequest as error:
                 raise type(error)(
                     error.problem, field=f"configs[{index}].{error.field}", value=error.value, remedy=error.remedy
                 ) from error
-        return [JobHandle(self, job_id) for job_id in self._store.create(resolved, lane=lane, metadata=metadata)]
+        with self._telemetry.begin("submit many", kind="producer", jobs=len(new), lane=lane.value) as span:
+            ids = self._create_all(new, lane=lane, metadata=metadata, tenant=tenant, traceparent=span.traceparent)
+        return [JobHandle(self, job_id) for job_id in ids]
 
-    def _resolved(self, config: Submission, fields: Mapping[str, Any]) -> GenerationConfig:
-        """The complete config, checked against the model's card."""
-        if isinstance(config, GenerationConfig) and not fields:
-            parsed = config
-        else:
-            parsed = GenerationConfig.parse(self._with_uploads(_fields(config, fields)))
-        resolved = parsed.resolved(self._card(parsed.model))
-        for model in resolved.ensemble:
-            self._card(model).check(resolved)
-        if resolved.refiner is not None:
-            self._card(resolved.refiner.model).check_as_refiner(resolved)
-        self._check_together(resolved)
-        self._check_uploads(resolved)
-        return resolved
-
-    def _check_together(self, config: GenerationConfig) -> None:
-        """A job that uses several models goes to a worker that has them all."""
-        wanted = set(config.models)
-        if len(wanted) > 1 and not any(wanted <= served for served in self._store.served_together()):
-            raise InvalidRequest(
-                "no worker serves these models together",
-                field="ensemble" if config.ensemble else "refiner",
-                value=", ".join(config.models),
-                remedy=f"start one: calotype worker {' '.join(f'--model {name}' for name in config.models)}",
-            )
-
-    def _check_uploads(self, config: GenerationConfig) -> None:
-        for upload_id in config.uploads:
-            if upload_id not in self._uploaded and not self._storage.exists(upload_key(upload_id)):
-                raise InvalidRequest(
-                    "no such upload", field="upload", value=upload_id, remedy="upload the picture first: Client.upload"
+    def _create_all(
+        self,
+        new: Sequence[NewJob],
+        *,
+        lane: Lane,
+        metadata: Mapping[str, Any] | None,
+        tenant: str,
+        traceparent: str | None,
+    ) -> list[str]:
+        """Again, for a while, where others have taken the room. Raises QueueFull."""
+        ids: list[str] = []
+        ends = self._clock() + _PATIENCE_SECONDS
+        while len(ids) < len(new):
+            try:
+                ids += self._store.create(
+                    new[len(ids) :],
+                    lane=lane,
+                    metadata=storable(metadata),
+                    tenant=tenant,
+                    reuse=self.settings.reuse_finished,
+                    traceparent=traceparent,
                 )
-            self._uploaded.add(upload_id)
+            except QueueFull as full:
+                ids += full.accepted
+                if not ids or self._clock() >= ends:
+                    raise QueueFull(str(full), full.retry_after_seconds, accepted=ids) from full
+                self._sleep(random.uniform(0.5, 1.0) * min(full.retry_after_seconds, _PAUSE_SECONDS))
+        return ids
 
     def upload(self, picture: PictureSource, *, field: str = "image") -> str:
         """Store a picture for use as `init_image`, `mask_image` or a control; returns its id.
@@ -145,41 +196,24 @@ class Client:
         Raises:
             InvalidRequest: it is no PNG, JPEG or WebP, or too large. Nothing was stored.
         """
-        upload_id, data = normalise(picture_bytes(picture, field), field=field)
-        if upload_id not in self._uploaded:
-            self._storage.put(upload_key(upload_id), data, "image/png")
-            self._uploaded.add(upload_id)
-        return upload_id
+        return self._resolver.upload(picture, field=field)
 
-    def _with_uploads(self, fields: dict[str, Any]) -> dict[str, Any]:
-        """Pictures given in place of their ids are uploaded."""
-        for name in ("init_image", "mask_image"):
-            if is_picture(fields.get(name)):
-                fields[name] = self.upload(fields[name], field=name)
-        controls = fields.get("controls")
-        if isinstance(controls, (list, tuple)):
-            fields["controls"] = [
-                {**control, "image": self.upload(control["image"], field="controls.image")}
-                if isinstance(control, Mapping) and is_picture(control.get("image"))
-                else control
-                for control in controls
-            ]
-        return fields
-
-    def _card(self, model: str) -> ModelCard:
-        if model not in self._cards or self._clock() >= self._cards_until:
-            self._cards = dict(self._store.models())
-            self._cards_until = self._clock() + _CARDS_SECONDS
-        card = self._cards.get(model)
-        if card is None:
-            known = f"use one of: {', '.join(sorted(self._cards))}; or start" if self._cards else "start"
-            raise UnknownModel(
-                "no worker has announced this model",
-                field="model",
-                value=model,
-                remedy=f"{known} a worker for it: calotype worker --model {model}",
+    def _webhook(self, url: str | None) -> str | None:
+        if url is None:
+            return None
+        if self.settings.webhook_secret is None:
+            raise InvalidRequest(
+                "webhooks are not set up here",
+                field="webhook_url",
+                value=url,
+                remedy="set CALOTYPE_WEBHOOK_SECRET for this process and the dispatcher",
             )
-        return card
+        try:
+            from calotype.webhooks.addresses import check_webhook_url  # noqa: PLC0415 - only where they are used
+        except ImportError:
+            raise ServiceUnavailable("webhooks need packages; run: pip install 'calotype[gateway]'") from None
+        check_webhook_url(url, allow_private=self.settings.webhook_allow_private)
+        return url
 
     def status(self, job_id: str) -> JobRecord:
         """The job as it is now. Raises JobNotFound."""
@@ -247,13 +281,20 @@ class Client:
 
     def _unserved(self, waiting: Waiting) -> str:
         """A sentence about queued jobs whose models no live worker serves; empty if there are none."""
-        queued = {record.config.models for record in waiting.unfinished if record.state is JobState.QUEUED}
+        queued = {(r.config.models, r.schema_number) for r in waiting.unfinished if r.state is JobState.QUEUED}
         if not queued:
             return ""
-        served = [set(worker.models) for worker in self.workers()]
-        missing = sorted(models for models in queued if not any(set(models) <= own for own in served))
+        served = [(set(worker.models), worker.schema_number) for worker in self.workers()]
+        missing = sorted(models for models, _ in queued if not any(set(models) <= own for own, _ in served))
         if not missing:
-            return ""
+            newest = {models: max((known for own, known in served if set(models) <= own)) for models, _ in queued}
+            too_new = sorted(models for models, number in queued if number > newest[models])
+            if not too_new:
+                return ""
+            return (
+                f"every live worker of {'+'.join(too_new[0])!r} is of an older version than the job: it stays queued "
+                "until one of a newer version is there; upgrade the workers"
+            )
         return (
             f"no live worker serves {', '.join(repr('+'.join(models)) for models in missing)}: the job stays queued "
             f"until one does; start one with: calotype worker {' '.join(f'--model {name}' for name in missing[0])}"
@@ -315,9 +356,11 @@ class Client:
         require_success(record)
         return record
 
-    def jobs(self, *, state: JobState | None = None, limit: int = 50) -> list[JobRecord]:
-        """Jobs, newest first."""
-        return self._store.jobs(state=state, limit=limit)
+    def jobs(
+        self, *, state: JobState | None = None, limit: int = 50, tenant: str | None = None, after: str | None = None
+    ) -> list[JobRecord]:
+        """Jobs outside batches, newest first: of one tenant, or of all. `after` is the last one of the page before."""
+        return self._store.jobs(state=state, limit=limit, tenant=tenant, after=after)
 
     def models(self) -> dict[str, ModelCard]:
         """Every model that a worker has announced, served at the moment or not."""
@@ -331,8 +374,17 @@ class Client:
         """How many jobs are in each state."""
         return self._store.counts()
 
+    def depths(self) -> dict[str, int]:
+        """Jobs waiting in each queue."""
+        return self._store.depths()
+
+    def overview(self, *, tenant: str | None = None) -> Overview:
+        """Queues, workers and what they work on. With `tenant`, only its own jobs are told apart."""
+        return look(self._store, tenant=tenant)
+
     def close(self) -> None:
         self._redis.close()
+        self._own_telemetry.close()
 
     def __enter__(self) -> Self:
         return self
@@ -346,24 +398,6 @@ def require_success(record: JobRecord) -> None:
     if record.state is JobState.FAILED:
         error = record.error
         reason = f"{error.code}: {error.message}" if error else "no reason was recorded"
-        raise JobFailed(f"job {record.id} failed after {record.failures} attempt(s): {reason}")
+        raise JobFailed(f"job {record.id} failed after {record.attempt} attempt(s): {reason}")
     if record.state is JobState.CANCELLED:
         raise JobCancelled(f"job {record.id} was cancelled; submit it again if you want its pictures")
-
-
-def _fields(config: Submission, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """One mapping of fields: the config's own, then a quality preset's, then those given beside it."""
-    if isinstance(config, GenerationConfig):
-        base = config.model_dump()
-    elif isinstance(config, str):
-        base = {"prompt": config}
-    else:
-        base = dict(config)
-    given = dict(fields)
-    quality = given.pop("quality", base.pop("quality", None))
-    if quality is None:
-        return {**base, **given}
-    preset = quality_preset(quality)
-    if isinstance(config, Mapping):  # a field written beside the preset wins over it
-        return {**preset, **base, **given}
-    return {**base, **preset, **given}

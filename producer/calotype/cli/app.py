@@ -8,9 +8,13 @@ from importlib import metadata
 
 import typer
 
-from calotype.cli import jobs, serve
+from calotype.cli import batch, dead, jobs, keys, serve
+from calotype.cli.dispatcher import dispatcher
 from calotype.cli.exit_codes import ExitCode, exit_code, exit_code_help
+from calotype.cli.gateway import gateway
+from calotype.cli.gc import gc
 from calotype.cli.output import error_details, print_json, report
+from calotype.cli.top import top
 from calotype.cli.train import train
 from calotype_shared.errors import CalotypeError
 
@@ -18,7 +22,6 @@ from calotype_shared.errors import CalotypeError
 def build_app() -> typer.Typer:
     app = typer.Typer(
         name="calotype",
-        add_completion=False,
         invoke_without_command=True,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
@@ -28,6 +31,9 @@ def build_app() -> typer.Typer:
     app.callback()(_root)
     app.command()(serve.up)
     app.command()(serve.demo)
+    app.command()(dispatcher)
+    app.command()(gateway)
+    app.command()(gc)
     # Their options are another process's own: passed on as they are, --help too.
     handed_over = {"allow_extra_args": True, "ignore_unknown_options": True}
     app.command(add_help_option=False, context_settings=handed_over)(serve.worker)
@@ -37,6 +43,10 @@ def build_app() -> typer.Typer:
     app.command()(jobs.cancel)
     app.command()(jobs.jobs)
     app.command()(jobs.models)
+    app.command()(top)
+    app.add_typer(batch.app, name="batch")
+    app.add_typer(keys.app, name="keys")
+    app.add_typer(dead.app, name="dead")
     app.command()(version)
     return app
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+from calotype.gc.bond import GcRefused
 from calotype_shared.errors import (
+    BatchNotFound,
     CalotypeError,
     InvalidRequest,
     JobCancelled,
@@ -13,6 +15,7 @@ from calotype_shared.errors import (
     ModelLoadError,
     ServiceUnavailable,
     SettingsError,
+    TooBusy,
     WaitTimeout,
 )
 
@@ -32,8 +35,8 @@ MEANINGS: dict[ExitCode, str] = {
     ExitCode.OK: "done",
     ExitCode.JOB_FAILED: "a job failed or was cancelled, or another error",
     ExitCode.USAGE: "bad usage: an option, a setting or a request is wrong; nothing was queued",
-    ExitCode.NOT_FOUND: "no such job",
-    ExitCode.UNAVAILABLE: "Redis, the storage, a worker or an extra is not there; worth a retry",
+    ExitCode.NOT_FOUND: "no such job or batch",
+    ExitCode.UNAVAILABLE: "Redis, the storage, a worker or an extra is not there, or the queue is full; worth a retry",
     ExitCode.TIMEOUT: "the wait ended before the job; the job goes on",
     ExitCode.MODEL: "a worker cannot use its model",
     ExitCode.INTERRUPTED: "interrupted",
@@ -44,8 +47,11 @@ _BY_ERROR: dict[type[CalotypeError], ExitCode] = {
     JobCancelled: ExitCode.JOB_FAILED,
     InvalidRequest: ExitCode.USAGE,
     SettingsError: ExitCode.USAGE,
+    GcRefused: ExitCode.USAGE,
     JobNotFound: ExitCode.NOT_FOUND,
+    BatchNotFound: ExitCode.NOT_FOUND,
     ServiceUnavailable: ExitCode.UNAVAILABLE,
+    TooBusy: ExitCode.UNAVAILABLE,
     ModelLoadError: ExitCode.MODEL,
     WaitTimeout: ExitCode.TIMEOUT,
 }

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from calotype_shared.errors import CalotypeError, InvalidRequest
 from calotype_shared.jobs import JobRecord
@@ -22,7 +23,12 @@ def print_json(value: object) -> None:
 
 def say(text: str) -> None:
     """A line for people."""
-    print(text, file=sys.stderr, flush=True)
+    print(plain(text), file=sys.stderr, flush=True)
+
+
+def plain(text: str) -> str:
+    """Without what could control a terminal: some of it was written by others."""
+    return "".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in text)
 
 
 def report(code: str, message: str, *, as_json: bool, details: Mapping[str, Any] | None = None) -> None:
@@ -46,6 +52,8 @@ def record_json(record: JobRecord) -> dict[str, Any]:
 def record_line(record: JobRecord) -> str:
     """A job in one line."""
     line = f"{record.id}  {record.state.value:<9}  {record.progress:4.0%}"
+    if record.newer:
+        line += f"  of a newer version (schema {record.schema_number})"
     if record.worker:
         line += f"  {record.worker}"
     if record.error is not None:
@@ -59,7 +67,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*map(str, row))
+        table.add_row(*(Text(plain(str(cell))) for cell in row))  # a `Text`, as `[…]` in a plain one would be markup
     console = Console() if sys.stdout.isatty() else Console(width=200)
     console.print(table)
 

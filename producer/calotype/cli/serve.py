@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from calotype.batches.dispatcher import Dispatcher
 from calotype.cli.exit_codes import ExitCode
 from calotype.cli.jobs import AsJson
 from calotype.cli.output import print_json, say
 from calotype.client import Client
 from calotype.demo import run_demo
 from calotype.embedded import EmbeddedServers, LocalWorkers, local_devices, require_worker
-from calotype_shared.errors import SettingsError
+from calotype_shared.errors import ServiceUnavailable, SettingsError
 
 _READY_SECONDS = 300.0  # loading a large model from a slow disk
 _WATCH_SECONDS = 0.5
@@ -31,24 +35,27 @@ Devices = Annotated[
 WorkerCount = Annotated[int | None, typer.Option("--workers", help="Workers, spread over the devices.", min=1)]
 
 
-def up(
+def up(  # noqa: PLR0917 - the command's options; Typer passes them by name
     model: Model = "demo",
     device: Devices = None,
     workers: WorkerCount = None,
     data_dir: Annotated[
         Path | None, typer.Option(file_okay=False, help="Where jobs and pictures are kept [~/.local/share/calotype].")
     ] = None,
+    port: Annotated[int, typer.Option(help="Of the gateway; 0 takes a free one.")] = 8000,
     as_json: AsJson = False,
 ) -> None:
-    """Start a Valkey, an S3 server and a worker a device here; run until interrupted, then stop them all.
+    """Start a Valkey, an S3 server, a worker a device and the gateway here; run until interrupted, then stop them all.
 
-    With --json, one line tells their addresses and the environment that points other commands at them.
+    Without the gateway's packages it leads batches itself. With --json, one line tells all addresses and the
+    environment that points other commands at them.
     """
     require_worker()
     data_dir = (data_dir or default_data_dir()).expanduser().resolve()
     ready = False
     try:
         with sigterm_interrupts(), ExitStack() as stack:
+            listener = stack.enter_context(listening(port)) if gateway_installed() else None
             say(f"starting in {data_dir}")
             servers = stack.enter_context(EmbeddedServers.start(data_dir))
             pool = stack.enter_context(
@@ -62,8 +69,13 @@ def up(
             )
             client = stack.enter_context(Client(settings=servers.settings()))
             pool.await_ready(client.workers, _READY_SECONDS)
+            url = None
+            if listener is not None:
+                url = stack.enter_context(serving_http(servers, listener))
+            else:
+                stack.enter_context(Dispatcher(servers.settings()))
             ready = True
-            announce(servers, pool, data_dir, as_json=as_json)
+            announce(servers, pool, data_dir, url, as_json=as_json)
             while True:
                 time.sleep(_WATCH_SECONDS)
                 pool.watch()
@@ -107,11 +119,58 @@ def spread(devices: list[str], workers: int | None) -> list[str]:
     return [devices[number % len(devices)] for number in range(workers or len(devices))]
 
 
-def announce(servers: EmbeddedServers, pool: LocalWorkers, data_dir: Path, *, as_json: bool) -> None:
+def gateway_installed() -> bool:
+    return all(
+        find_spec(name) is not None for name in ("fastapi", "uvicorn", "multipart", "httpx", "prometheus_client")
+    )
+
+
+@contextmanager
+def listening(port: int) -> Iterator[socket.socket]:
+    """A loopback port, held from here on. Raises ServiceUnavailable."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise ServiceUnavailable(f"port {port} is taken ({error.strerror}); give another with --port") from None
+        yield listener
+
+
+@contextmanager
+def serving_http(servers: EmbeddedServers, listener: socket.socket) -> Iterator[str]:
+    """The gateway in a thread; yields its address once it answers. Raises ServiceUnavailable."""
+    import uvicorn  # noqa: PLC0415 - an extra
+
+    from calotype.gateway.app import create_app  # noqa: PLC0415
+    from calotype.gateway.settings import GatewaySettings  # noqa: PLC0415
+
+    options = GatewaySettings.load(host="127.0.0.1", port=listener.getsockname()[1])
+    config = uvicorn.Config(
+        create_app(servers.settings(), options), log_level="warning", access_log=False, timeout_graceful_shutdown=5
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, args=([listener],), name="calotype-gateway", daemon=True)
+    thread.start()
+    try:
+        while not server.started:
+            if not thread.is_alive():
+                raise ServiceUnavailable("the gateway ended while starting; the lines above say why")
+            time.sleep(0.02)
+        yield f"http://127.0.0.1:{options.port}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def announce(
+    servers: EmbeddedServers, pool: LocalWorkers, data_dir: Path, gateway: str | None, *, as_json: bool
+) -> None:
     """Say where everything is: one line of JSON, or what to paste into a shell."""
     if as_json:
         print_json(
             {
+                "gateway_url": gateway,
                 "redis_url": servers.valkey.url,
                 "s3_endpoint_url": servers.seaweed.endpoint_url,
                 "s3_bucket": servers.bucket,
@@ -128,7 +187,10 @@ def announce(servers: EmbeddedServers, pool: LocalWorkers, data_dir: Path, *, as
     print("In another terminal:\n")
     for name, value in servers.environment.items():
         print(f"  export {name}={value}")
-    print('\n  calotype submit "a red circle on a blue background" --wait -o out\n', flush=True)
+    print('\n  calotype submit "a red circle on a blue background" --wait -o out\n')
+    if gateway:
+        print(f"HTTP: {gateway}/v1 (OpenAI's clients too), {gateway}/sdapi/v1 (AUTOMATIC1111's)\n")
+    sys.stdout.flush()
     say("Ctrl-C stops everything")
 
 

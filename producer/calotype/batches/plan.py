@@ -1,0 +1,182 @@
+"""The plan of a batch: its manifest, validated once and written down as jobs that only need to be sent.
+
+A plan is a folder in storage: `jobs-000001.jsonl`, … with a JSON array a line, and `errors-000001.jsonl`, … with the
+lines that cannot be used. It is written by one dispatcher into a folder of its own and counts only once the batch's
+record names it, so that a validation that was cut short is simply done again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from calotype.batches.lines import (
+    FORMATS,
+    LONGEST_LINE,
+    Finished,
+    LineFormat,
+    dump,
+    parse_line,
+    problem,
+    read_custom_id,
+)
+from calotype.batches.record import BatchRecord
+from calotype.resolver import Resolver
+from calotype_shared.config import DRAWN_SEED_BITS
+from calotype_shared.errors import CalotypeError, InvalidRequest
+from calotype_shared.jobs import new_job_id
+from calotype_shared.storage import Storage
+from calotype_shared.streams import Line, read_lines
+from calotype_shared.submission import NewJob
+
+log = logging.getLogger(__name__)
+
+MAX_LINES = 1_000_000
+_PART = 5_000  # lines
+_CONTENT = "application/jsonl"
+
+
+class Planned(NamedTuple):
+    """What validating a manifest found."""
+
+    folder: str
+    total: int
+    invalid: int
+
+
+def batch_folder(batch_id: str) -> str:
+    return f"batches/{batch_id}/"
+
+
+def write_plan(storage: Storage, batch: BatchRecord, resolver: Resolver, *, keep_on: Callable[[], None]) -> Planned:
+    """Validate every line of a batch's manifest. `keep_on` is called now and then and may raise to stop it.
+
+    Raises:
+        InvalidRequest: the manifest as a whole cannot be used.
+        StorageUnavailable: nothing counts; do it again.
+    """
+    folder = f"{batch_folder(batch.id)}plan-{new_job_id()}/"
+    reader = _Reader(batch, resolver)
+    jobs, errors = bytearray(), bytearray()
+    parts = total = invalid = in_part = 0
+
+    def flush() -> None:
+        nonlocal parts, in_part
+        parts += 1
+        in_part = 0
+        for name, data in (("jobs", jobs), ("errors", errors)):
+            if data:
+                storage.put(f"{folder}{name}-{parts:06}.jsonl", bytes(data), _CONTENT)
+                data.clear()
+        keep_on()
+
+    for line in read_lines(storage, batch.manifest, longest=LONGEST_LINE):
+        if not line.data.strip():
+            continue
+        if total == MAX_LINES:
+            raise InvalidRequest(
+                f"has more than {MAX_LINES} lines", field="manifest", value=batch.manifest, remedy="split it"
+            )
+        total += 1
+        in_part += 1
+        try:
+            jobs += reader.read(line)
+        except InvalidRequest as error:
+            invalid += 1
+            errors += reader.refuse(line, error)
+        except CalotypeError:
+            raise
+        except Exception as bug:  # of ours; one line must not keep the whole batch from ever starting
+            log.exception("a line met a bug", extra={"batch_id": batch.id, "line": line.number})
+            invalid += 1
+            told = InvalidRequest(
+                f"met a bug ({type(bug).__name__})", field="line", value=line.number, remedy="correct or report it"
+            )
+            errors += reader.refuse(line, told)
+        if in_part == _PART:
+            flush()
+    if in_part:
+        flush()
+    return Planned(folder, total, invalid)
+
+
+class _Reader:
+    """Turns lines of one manifest into lines of its plan. Remembers the custom ids it has seen, by hash."""
+
+    def __init__(self, batch: BatchRecord, resolver: Resolver) -> None:
+        self._batch = batch
+        self._resolver = resolver
+        self._format: LineFormat = FORMATS[batch.format]
+        self._seen: set[int] = set()
+
+    def read(self, line: Line) -> bytes:
+        """Raises InvalidRequest."""
+        request = self._format.read(parse_line(line.data), number=line.number)
+        seen = int.from_bytes(hashlib.blake2b(request.custom_id.encode(), digest_size=8).digest())
+        if seen in self._seen:
+            raise InvalidRequest(
+                "was used by an earlier line", field="custom_id", value=request.custom_id, remedy="give each its own"
+            )
+        config = request.config
+        open_seed = config.seed is None
+        if open_seed:  # drawn from the line's place, so that validating it twice gives the same picture
+            drawn = hashlib.sha256(f"{self._batch.id}/{line.number}".encode()).digest()[: DRAWN_SEED_BITS // 8]
+            config = config.model_copy(update={"seed": int.from_bytes(drawn)})
+        batch = self._batch
+        job = self._resolver.new_job(config, lane=batch.lane, tenant=batch.tenant, job_id=f"{batch.id}-{line.number}")
+        if open_seed:
+            job = job._replace(identity="")
+        self._seen.add(seen)
+        return dump_job(job._replace(custom_id=request.custom_id))
+
+    def refuse(self, line: Line, error: InvalidRequest) -> bytes:
+        """The line of the errors file for a line that cannot be used."""
+        try:
+            custom_id = read_custom_id(parse_line(line.data).get("custom_id"), line.number)
+        except InvalidRequest:
+            custom_id = f"line-{line.number}"
+        result = unmade(self._batch, line.number, custom_id, "invalid", problem(error))
+        return dump(self._format.write(result, url=str))
+
+
+def unmade(batch: BatchRecord, line: int, custom_id: str, state: str, error: dict[str, str]) -> Finished:
+    """A result for a line that never became a job."""
+    message = f"line {line}: {error['message']}"
+    job_id = f"{batch.id}-{line}"
+    return Finished(line, custom_id, job_id, state, [], {**error, "message": message}, batch.now)
+
+
+def dump_job(job: NewJob) -> bytes:
+    return json.dumps(job, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+
+
+class PlanReader:
+    """The jobs of a plan from any cursor on: `part:line`, both from 0. Holds one part in memory."""
+
+    def __init__(self, storage: Storage, folder: str) -> None:
+        self._storage = storage
+        self._parts = [key for key in storage.list(folder) if "/jobs-" in key]
+        self._held = -1
+        self._lines: list[bytes] = []
+
+    def take(self, cursor: str, most: int) -> tuple[list[NewJob], str]:
+        """Up to `most` jobs of one part, and the cursor behind them. No jobs at the end of the plan."""
+        part, line = map(int, cursor.split(":"))
+        if part == len(self._parts):
+            return [], cursor
+        if part != self._held:
+            self._lines = self._storage.get(self._parts[part]).splitlines()
+            self._held = part
+        jobs = [NewJob._make(json.loads(data)) for data in self._lines[line : line + most]]
+        line += len(jobs)
+        return jobs, f"{part + 1}:0" if line == len(self._lines) else f"{part}:{line}"
+
+    def rest(self, cursor: str) -> Iterator[NewJob]:
+        """Every job from the cursor on."""
+        jobs, cursor = self.take(cursor, _PART)
+        while jobs:
+            yield from jobs
+            jobs, cursor = self.take(cursor, _PART)

@@ -1,0 +1,214 @@
+"""The commands about batches: `calotype batch submit`, `status`, `list`, `results`, `cancel` and more."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from calotype.batches.client import WINDOW, BatchHandle, BatchOptions
+from calotype.batches.dispatcher import Dispatcher
+from calotype.batches.record import BatchRecord, BatchState
+from calotype.cli.exit_codes import ExitCode
+from calotype.cli.jobs import AsJson
+from calotype.cli.output import clock_time, print_json, print_table, say
+from calotype.client import Client
+from calotype_shared.errors import InvalidRequest
+from calotype_shared.jobs import Lane
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Many jobs from one file.")
+
+BatchId = Annotated[str, typer.Argument(metavar="ID")]
+Wait = Annotated[bool, typer.Option("--wait", help="Lead it from here, and wait until it is done.")]
+
+
+@app.command()
+def submit(  # noqa: PLR0917 - the command's options; Typer passes them by name
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A config a line, as JSON.")],
+    lane: Annotated[Lane, typer.Option(help="interactive jobs go first.")] = Lane.BULK,
+    window: Annotated[int, typer.Option(help="Jobs of it in the queue at a time.")] = WINDOW,
+    expires_in: Annotated[float | None, typer.Option(help="Give up after so many seconds.")] = None,
+    metadata: Annotated[list[str] | None, typer.Option(help="KEY=VALUE, kept with it; may be repeated.")] = None,
+    idempotency_key: Annotated[str | None, typer.Option(help="The same key gives the same batch.")] = None,
+    webhook_url: Annotated[str | None, typer.Option(help="Told when it is done.")] = None,
+    wait: Wait = False,
+    as_json: AsJson = False,
+) -> None:
+    """Submit a file of up to a million lines; prints the batch's id."""
+    options: BatchOptions = {
+        "lane": lane,
+        "window": window,
+        "expires_in": expires_in,
+        "metadata": dict(_pair(entry) for entry in metadata or ()),
+        "webhook_url": webhook_url,
+    }
+    with Client() as client:
+        batch = client.submit_batch(file, idempotency_key=idempotency_key, **options)
+        _report(client, batch, wait=wait, as_json=as_json)
+
+
+@app.command()
+def status(
+    batch_id: BatchId,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it until it is done.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show a batch. With --watch the exit status tells how it ended."""
+    with Client() as client:
+        record = _watch(client.follow_batch(batch_id), as_json=as_json) if watch else client.batch(batch_id)
+        if not (watch and as_json):
+            _show(record, as_json=as_json)
+    if watch:
+        _exit(record)
+
+
+@app.command("list")
+def list_batches(
+    limit: Annotated[int, typer.Option(help="At most so many.", min=1)] = 20, as_json: AsJson = False
+) -> None:
+    """List batches, newest first."""
+    with Client() as client:
+        records = client.batches(limit=limit)
+    if as_json:
+        for record in records:
+            print_json(batch_json(record))
+        return
+    print_table(
+        ("ID", "STATE", "DONE", "LINES", "FAILED", "SUBMITTED"),
+        (
+            (
+                r.id,
+                r.state.value,
+                f"{r.progress:.0%}",
+                r.counts.total,
+                r.counts.failed + r.counts.invalid,
+                clock_time(r.created_at),
+            )
+            for r in records
+        ),
+    )
+
+
+@app.command()
+def results(
+    batch_id: BatchId,
+    errors: Annotated[bool, typer.Option("--errors", help="What failed, instead of what succeeded.")] = False,
+    output: Annotated[Path | None, typer.Option("-o", "--output", dir_okay=False, help="A file.")] = None,
+) -> None:
+    """Print the results so far, a JSON object a line. They can be read while it runs."""
+    with Client() as client, ExitStack() as stack:
+        target = stack.enter_context(output.open("wb")) if output else sys.stdout.buffer
+        for data in client.batch_result_chunks(batch_id, errors=errors):
+            target.write(data)
+        target.flush()
+
+
+@app.command()
+def cancel(batch_id: BatchId, as_json: AsJson = False) -> None:
+    """Nothing new of it starts, and its running jobs stop within a step."""
+    with Client() as client:
+        _show(client.cancel_batch(batch_id), as_json=as_json)
+
+
+@app.command()
+def pause(batch_id: BatchId, as_json: AsJson = False) -> None:
+    """Send no more of its jobs into the queue; those that are there already run."""
+    with Client() as client:
+        client.pause_batch(batch_id)
+        _show(client.batch(batch_id), as_json=as_json)
+
+
+@app.command()
+def resume(batch_id: BatchId, wait: Wait = False, as_json: AsJson = False) -> None:
+    """Go on with a paused batch; with --wait, also with one whose dispatcher is gone."""
+    with Client() as client:
+        client.resume_batch(batch_id)
+        _report(client, BatchHandle(client, batch_id), wait=wait, as_json=as_json)
+
+
+@app.command()
+def retry(batch_id: BatchId, wait: Wait = False, as_json: AsJson = False) -> None:
+    """Submit only the lines that did not succeed as a new batch; prints its id."""
+    with Client() as client:
+        _report(client, client.retry_batch(batch_id), wait=wait, as_json=as_json)
+
+
+def batch_json(record: BatchRecord) -> dict[str, Any]:
+    left = record.seconds_left
+    shown = {"progress": round(record.progress, 4), "rate": round(record.rate, 2)}
+    return {**record.model_dump(mode="json"), **shown, "seconds_left": None if left is None else round(left, 1)}
+
+
+def batch_line(record: BatchRecord) -> str:
+    """A batch in one line."""
+    counts = record.counts
+    told = [f"{counts.done} of {counts.total or '?'} lines done"]
+    for name in ("running", "queued", "waiting", "failed", "invalid", "cancelled", "expired"):
+        if value := getattr(counts, name):
+            told.append(f"{value} {name}")
+    if not record.state.final and record.seconds_left is not None:
+        told.append(f"{record.rate:.1f} a second, {record.seconds_left:.0f} s left")
+    paused = " (paused)" if record.paused else ""
+    return f"{record.id}  {record.state.value}{paused}  {', '.join(told)}" + (
+        f"  {record.problem}" if record.problem else ""
+    )
+
+
+def _pair(entry: str) -> tuple[str, str]:
+    key, equals, value = entry.partition("=")
+    if not equals or not key:
+        raise InvalidRequest("is no pair", field="--metadata", value=entry, remedy="write KEY=VALUE")
+    return key, value
+
+
+def _show(record: BatchRecord, *, as_json: bool) -> None:
+    print_json(batch_json(record)) if as_json else print(batch_line(record), flush=True)
+
+
+def _report(client: Client, batch: BatchHandle, *, wait: bool, as_json: bool) -> None:
+    """The id now, or how it ended."""
+    if not wait:
+        print_json(batch_json(batch.status())) if as_json else print(batch.id)
+        return
+    if not as_json:
+        say(f"batch {batch.id}")
+    try:
+        with Dispatcher(client.settings):
+            record = _watch(client.follow_batch(batch.id), as_json=as_json)
+    except KeyboardInterrupt:
+        say(f"without a dispatcher {batch.id} stands still; go on with: calotype batch resume {batch.id} --wait")
+        raise
+    if not as_json:
+        print(batch_line(record))
+    _exit(record)
+
+
+def _watch(records: Iterable[BatchRecord], *, as_json: bool) -> BatchRecord:
+    """The last record, after showing those before: a line of JSON a change, or a bar in a terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    seen: BatchRecord | None = None
+    with Progress(*columns, console=console, disable=as_json or not console.is_terminal) as progress:
+        bar = progress.add_task(BatchState.VALIDATING.value, total=None)
+        for record in records:
+            if as_json and (seen is None or (record.state, record.counts) != (seen.state, seen.counts)):
+                print_json(batch_json(record))
+            seen = record
+            rate = f" {record.rate:.1f}/s" if record.rate else ""
+            described = f"{record.state.value}{rate}"
+            total = record.counts.total or None
+            progress.update(bar, completed=record.counts.done, total=total, description=described)
+    assert seen is not None
+    return seen
+
+
+def _exit(record: BatchRecord) -> None:
+    """Exit status 1 unless every line succeeded."""
+    if record.state is not BatchState.COMPLETED or record.counts.succeeded < record.counts.total:
+        raise typer.Exit(ExitCode.JOB_FAILED)

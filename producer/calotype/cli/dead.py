@@ -1,0 +1,101 @@
+"""The commands about jobs that failed for good: `calotype dead list`, `show`, `retry`, `drop`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from calotype.cli.jobs import AsJson
+from calotype.cli.output import clock_time, plain, print_json, print_table, record_json, say
+from calotype.client import Client
+from calotype_shared.errors import InvalidRequest, JobNotFound
+from calotype_shared.jobs import JobRecord
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Jobs that failed for good.")
+
+_EVERYTHING = 1_000_000
+JobIds = Annotated[list[str] | None, typer.Argument(metavar="[ID]...")]
+All = Annotated[bool, typer.Option("--all", help="Every dead job, or every one of --tenant.")]
+Tenant = Annotated[str | None, typer.Option(help="Only this tenant's.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+
+
+@app.command("list")
+def list_dead(limit: Annotated[int, typer.Option(min=1)] = 50, tenant: Tenant = None, as_json: AsJson = False) -> None:
+    """List them, newest first."""
+    with Client() as client:
+        found = client.dead(limit=limit, tenant=tenant)
+    if as_json:
+        print_json([record_json(record) for record in found])
+        return
+    columns = ["id", "tenant", "model", "finished", "crashes", "failures", "error"]
+    print_table(columns, [_row(record) for record in found])
+
+
+@app.command()
+def show(job_id: Annotated[str, typer.Argument(metavar="ID")], as_json: AsJson = False) -> None:
+    """Show a job's error, its config, and what became of each of its attempts."""
+    with Client() as client:
+        record = client.status(job_id)
+    if as_json:
+        print_json(record_json(record))
+        return
+    problem = f"{record.error.code}: {record.error.message}" if record.error else "no error"
+    print(plain(f"{record.id}  {record.state.value}, {record.crashes} crashes, {record.failures} failures\n{problem}"))
+    print(plain(record.config.canonical_json()))
+    attempts = [
+        (
+            attempt.attempt,
+            clock_time(attempt.started_at),
+            f"{attempt.ended_at - attempt.started_at:.1f}",
+            attempt.worker or "",
+            attempt.how,
+            f"{attempt.error.code}: {attempt.error.message}" if attempt.error else "",
+        )
+        for attempt in record.history
+    ]
+    print_table(["attempt", "started", "seconds", "worker", "ended", "error"], attempts)
+
+
+@app.command()
+def retry(
+    ids: JobIds = None, everything: All = False, tenant: Tenant = None, yes: Yes = False, as_json: AsJson = False
+) -> None:
+    """Submit their configs once more as new jobs; prints the new ids."""
+    with Client() as client:
+        for job_id in _chosen(client, ids, "retry", everything=everything, tenant=tenant, yes=yes):
+            handle = client.retry_dead(job_id)
+            print_json({"id": handle.id, "retry_of": job_id}) if as_json else print(handle.id, flush=True)
+
+
+@app.command()
+def drop(ids: JobIds = None, everything: All = False, tenant: Tenant = None, yes: Yes = False) -> None:
+    """Take them off the list; their records stay for their time."""
+    with Client() as client:
+        for job_id in _chosen(client, ids, "drop", everything=everything, tenant=tenant, yes=yes):
+            client.drop_dead(job_id)
+            say(f"dropped {job_id}")
+
+
+def _chosen(
+    client: Client, ids: list[str] | None, what: str, *, everything: bool, tenant: str | None, yes: bool
+) -> list[str]:
+    """Ids that are all on the list, after asking where all are meant. Raises InvalidRequest, JobNotFound, Abort."""
+    if bool(ids) == everything:
+        raise InvalidRequest("says nothing clear", field="ID", value=ids, remedy="give ids, or --all")
+    known = [record.id for record in client.dead(limit=_EVERYTHING, tenant=tenant)]
+    if ids:
+        for job_id in ids:
+            if job_id not in known:
+                raise JobNotFound(f"job {job_id!r} is not on the list of dead jobs; see: calotype dead list")
+        return ids
+    if known and not yes:
+        typer.confirm(f"{what} {len(known)} dead jobs?", abort=True, err=True)
+    return known
+
+
+def _row(record: JobRecord) -> tuple[object, ...]:
+    problem = record.error.code if record.error else ""
+    when = clock_time(record.finished_at) if record.finished_at else ""
+    return (record.id, record.tenant, record.config.model, when, record.crashes, record.failures, problem)

@@ -1,0 +1,74 @@
+"""What `Client` does with jobs that failed for good: look at them, try them again, or let them go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from redis import Redis
+
+from calotype.handle import JobHandle
+from calotype_shared.errors import InvalidRequest, JobNotFound
+from calotype_shared.jobs import JobRecord
+from calotype_shared.store import JobStore
+
+
+class DeadCalls:
+    """A part of `Client`. A dead job stays on the list until it is retried or dropped, or its record expires."""
+
+    _redis: Redis
+    _store: JobStore
+
+    submit: Callable[..., JobHandle]
+
+    def dead(self, *, limit: int = 50, tenant: str | None = None) -> list[JobRecord]:
+        """Jobs that failed for good, newest first; `history` tells of each attempt.
+
+        Bad lines of a batch are in its errors instead; here are only those on which workers have died.
+        """
+        return self._store.dead(limit=limit, tenant=tenant)
+
+    def retry_dead(self, job_id: str) -> JobHandle:
+        """Submit a dead job's config once more, as a new job, and take the old one off the list; its record stays.
+
+        Repeated after a lost answer, it gives the same new job.
+
+        Raises:
+            JobNotFound: the job is not on the list.
+            InvalidRequest: its config can no longer be done, or its webhook no longer be reached; it stays on the list.
+        """
+        record = self._dead(job_id)
+        if record.newer:
+            raise InvalidRequest(
+                f"is of a newer version (schema {record.schema_number}), and not all of it is understood here",
+                field="job_id",
+                value=job_id,
+                remedy="upgrade this process",
+            )
+        webhook = self._redis.hget(self._store.keys.job(job_id), "webhook")
+        handle = self.submit(
+            record.config,
+            lane=record.lane,
+            metadata=record.metadata,
+            tenant=record.tenant,
+            idempotency_key=f"dead-{job_id}",
+            webhook_url=None if webhook is None else str(webhook),
+        )
+        self._store.forget_dead(job_id)
+        return handle
+
+    def drop_dead(self, job_id: str) -> None:
+        """Take a dead job off the list; its record stays for its time. Raises JobNotFound."""
+        if not self._store.forget_dead(job_id):
+            raise JobNotFound(_not_there(job_id))
+
+    def _dead(self, job_id: str) -> JobRecord:
+        if not self._store.is_dead(job_id):
+            raise JobNotFound(_not_there(job_id))
+        return self._store.get(job_id)
+
+
+def _not_there(job_id: str) -> str:
+    return (
+        f"job {job_id!r} is not on the list of dead jobs: it did not fail for good, or was retried or dropped; "
+        "see: calotype dead list"
+    )

@@ -1,0 +1,7 @@
+"""What `calotype gc` does: removes from the bucket, and from indexes in Redis, what no record refers to any more."""
+
+from calotype.gc.bond import GcRefused
+from calotype.gc.collector import Collector
+from calotype.gc.report import Kind, Report
+
+__all__ = ["Collector", "GcRefused", "Kind", "Report"]

@@ -1,0 +1,106 @@
+"""`References`: everything in storage that a record or a batch's results refer to beyond what a look-up would find.
+
+A picture may be another job's too: equal jobs share them, and results of batches name those of jobs whose records are
+gone. References are only ever copied in one direction (a finished job's pictures for equal ones to come, then a record,
+then a batch's results), and are read in that order: one that moves meanwhile is met where it goes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from redis import Redis
+
+from calotype.batches.lines import LONGEST_LINE
+from calotype.batches.record import BatchState
+from calotype.gc.bloom import BloomFilter
+from calotype_shared.errors import ObjectMissing
+from calotype_shared.jobs import JobState
+from calotype_shared.keys import Keys
+from calotype_shared.storage import Storage, attempt_folder
+from calotype_shared.streams import read_lines
+
+_FINAL = {state.value for state in BatchState if state.final}
+_STEP = 500  # keys asked for at a time
+_LONGEST_RESULT = 2**24  # bytes
+_TRIES = 3  # at a batch that is finished while it is looked at
+# Whatever looks like one is taken for one, in any format of any version: too much kept is no harm.
+_FOLDER = re.compile(r"[0-9a-z_-]{26,}/\d+-[0-9a-f]+(?=/)")
+_UPLOAD = re.compile(r"[0-9a-f]{64}")
+
+
+class References:
+    """Collected once, in bounded steps and fixed memory; asked often."""
+
+    def __init__(self, redis: Redis, keys: Keys, storage: Storage) -> None:
+        """Raises StorageUnavailable."""
+        self._redis = redis
+        self._keys = keys
+        self._storage = storage
+        self._folders, self._uploads = BloomFilter(), BloomFilter()
+        self.records = 0  # of jobs and batches
+        for made in self._scan(keys.made("*")):
+            pipeline = redis.pipeline(transaction=False)
+            for key in made:
+                pipeline.get(key)
+            self._note(self._folders, _FOLDER, pipeline.execute())
+        for jobs in self._scan(keys.job("*")):
+            self._read_jobs(jobs)
+        for batches in self._scan(keys.batch("*")):
+            for key in batches:
+                self.records += 1
+                self._read_batch(key)
+
+    def has_folder(self, folder: str) -> bool:
+        return folder in self._folders
+
+    def has_upload(self, upload_id: str) -> bool:
+        return upload_id in self._uploads
+
+    def _scan(self, pattern: str) -> Iterator[list[str]]:
+        """Keys a few hundred at a time; all that are there all along, some of them twice."""
+        cursor = 0
+        while True:
+            cursor, found = self._redis.scan(cursor, match=pattern, count=_STEP)
+            yield list(map(str, found))
+            if not cursor:
+                return
+
+    @staticmethod
+    def _note(known: BloomFilter, pattern: re.Pattern[str], texts: list[str | None]) -> None:
+        for text in texts:
+            for found in pattern.findall(text or ""):
+                known.add(found)
+
+    def _read_jobs(self, keys: list[str]) -> None:
+        pipeline = self._redis.pipeline(transaction=False)
+        for key in keys:
+            pipeline.hmget(key, "state", "config", "images", "attempt", "token")
+        for key, (state, config, images, attempt, token) in zip(keys, pipeline.execute(), strict=True):
+            self.records += state is not None
+            self._note(self._uploads, _UPLOAD, [config])
+            self._note(self._folders, _FOLDER, [images])
+            if state == JobState.RUNNING.value:
+                # It may be done, and its record gone, before its pictures are looked at.
+                self._folders.add(attempt_folder(key.removeprefix(self._keys.job("")), int(attempt), token))
+
+    def _read_batch(self, key: str) -> None:
+        batch_id = key.removeprefix(self._keys.batch(""))
+        for _ in range(_TRIES):
+            found: list[Any] = self._redis.hmget(key, "state", "manifest", "output")
+            state, manifest, output = found
+            if state is None:  # it has just expired
+                return
+            parts = list(map(str, self._redis.lrange(self._keys.parts(batch_id), 0, -1)))
+            try:
+                for name in [output] if output else parts:
+                    for line in read_lines(self._storage, name, longest=_LONGEST_RESULT):
+                        self._note(self._folders, _FOLDER, [line.data.decode(errors="replace")])
+                if state not in _FINAL and self._storage.exists(manifest):  # its lines have no records yet
+                    for line in read_lines(self._storage, manifest, longest=LONGEST_LINE):
+                        self._note(self._uploads, _UPLOAD, [line.data.decode(errors="replace")])
+            except ObjectMissing:  # parts are joined and removed when it is finished: look at it anew
+                continue
+            return

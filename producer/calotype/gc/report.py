@@ -1,0 +1,60 @@
+"""`Report`: what a collection has found, by kind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+class Kind(StrEnum):
+    """What there is in a bucket, and in Redis' indexes."""
+
+    PICTURES = "pictures"  # of jobs, with their provenance
+    UPLOADS = "uploads"
+    INCOMING = "incoming"  # put there by a link and never completed
+    FILES = "files"  # that came in by HTTP
+    BATCHES = "batches"  # manifests, plans, parts and results
+    UNFINISHED = "unfinished"  # objects of several parts that were never completed
+    INDEX = "index"  # entries in Redis for records that are gone
+    FOREIGN = "foreign"  # nothing of ours: never touched
+
+
+@dataclass
+class Tally:
+    """Objects of a kind: removed, or to be removed in a dry run; too young to be judged; and kept."""
+
+    removed: int = 0
+    removed_bytes: int = 0
+    young: int = 0
+    kept: int = 0
+
+
+@dataclass(kw_only=True)
+class Report:
+    """Owned by the one thread that collects."""
+
+    dry_run: bool
+    by_kind: dict[Kind, Tally] = field(default_factory=lambda: {kind: Tally() for kind in Kind})
+    seconds: float = 0.0
+
+    def __getitem__(self, kind: Kind) -> Tally:
+        return self.by_kind[kind]
+
+    @property
+    def removed(self) -> int:
+        return sum(tally.removed for tally in self.by_kind.values())
+
+    @property
+    def removed_bytes(self) -> int:
+        return sum(tally.removed_bytes for tally in self.by_kind.values())
+
+    def json(self) -> dict[str, Any]:
+        kinds = {kind.value: vars(tally) for kind, tally in self.by_kind.items()}
+        return {
+            "dry_run": self.dry_run,
+            "removed": self.removed,
+            "removed_bytes": self.removed_bytes,
+            "seconds": round(self.seconds, 3),
+            "by_kind": kinds,
+        }

@@ -1,0 +1,129 @@
+"""`Overview`: the queues, the workers and the rows of their step batches at one moment, for people who watch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from calotype_shared.jobs import JobRecord, JobState, Lane
+from calotype_shared.store import JobStore
+from calotype_shared.worker_info import StepGroup, StepRow, WorkerInfo
+
+_LONGEST_PROMPT = 120  # characters: enough to know a job again
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class QueueLine(_Part):
+    """Jobs that wait for the same models, in one lane."""
+
+    name: str
+    models: tuple[str, ...]
+    lane: Lane
+    waiting: int
+    oldest_wait_seconds: float | None = None  # None: nobody waits
+
+
+class RowView(_Part):
+    """A picture in a step batch. Of another tenant's it is said that it is there, how far it is, and nothing else."""
+
+    job: str | None = None
+    picture: int | None = None
+    prompt: str | None = Field(None, description="Its first words.")
+    step: int
+    total_steps: int
+    guided: bool
+
+
+class GroupView(_Part):
+    """Pictures of one model and size, which go through the network together."""
+
+    model: str
+    width: int
+    height: int
+    budget: int = Field(description="Rows of a step, at most. A guided picture takes two.")
+    running: int
+    waiting: int
+    decoding: int
+    rows: tuple[RowView, ...] = Field(description="In their order; the first of them, where there are many.")
+
+
+class WorkerView(_Part):
+    """A live worker. Counters are since its start."""
+
+    name: str
+    models: tuple[str, ...]
+    device: str
+    version: str
+    started_at: float
+    draining: bool
+    running_jobs: int
+    forward_passes: int
+    rows: int
+    images: int
+    failed: int
+    out_of_memory: int
+    step_seconds: float
+    idle_seconds: float
+    groups: tuple[GroupView, ...]
+
+
+class Overview(_Part):
+    """What there is to see at `at`, in seconds since the epoch."""
+
+    at: float
+    queues: tuple[QueueLine, ...]
+    jobs_a_second: float | None = Field(description="That ended lately; null where no worker has measured it.")
+    workers: tuple[WorkerView, ...]
+    counts: dict[JobState, int] | None = Field(
+        None, description="Jobs by state over all tenants; only for who may administer."
+    )
+
+
+def look(store: JobStore, *, tenant: str | None = None) -> Overview:
+    """As it is now. With `tenant`, only that one's jobs are told apart. Raises RedisUnavailable."""
+    workers = store.workers()
+    ids = list({row.job for worker in workers for group in worker.groups for row in group.rows})
+    records = {record.id: record for record in store.get_many(ids) if record is not None} if ids else {}
+    known = {job_id: record for job_id, record in records.items() if tenant in (None, record.tenant)}
+    waits = store.oldest_waits()
+    return Overview(
+        at=time.time(),
+        queues=tuple(_line(name, waiting, waits.get(name)) for name, waiting in store.depths().items()),
+        jobs_a_second=store.pace(),
+        workers=tuple(_worker(worker, known) for worker in workers),
+        counts=store.counts(),
+    )
+
+
+def _line(name: str, waiting: int, oldest: float | None) -> QueueLine:
+    models, _, lane = name.rpartition(".")
+    return QueueLine(
+        name=name, models=tuple(models.split("+")), lane=Lane(lane), waiting=waiting, oldest_wait_seconds=oldest
+    )
+
+
+def _worker(worker: WorkerInfo, known: Mapping[str, JobRecord]) -> WorkerView:
+    shared = worker.model_dump(include=set(WorkerView.model_fields) - {"models", "groups"})
+    return WorkerView(**shared, models=worker.models, groups=tuple(_group(group, known) for group in worker.groups))
+
+
+def _group(group: StepGroup, known: Mapping[str, JobRecord]) -> GroupView:
+    shared = group.model_dump(exclude={"rows"})
+    return GroupView(**shared, rows=tuple(_row(row, known.get(row.job)) for row in group.rows))
+
+
+def _row(row: StepRow, record: JobRecord | None) -> RowView:
+    own = record is not None
+    return RowView(
+        job=row.job if own else None,
+        picture=row.picture if own else None,
+        prompt=record.config.prompt[:_LONGEST_PROMPT] if record else None,
+        step=row.step,
+        total_steps=row.total_steps,
+        guided=row.guided,
+    )
