@@ -17,6 +17,18 @@ if TYPE_CHECKING:
     from calotype_shared.settings import Settings
     from calotype_shared.storage import Storage
     from calotype_shared.store import JobStore
+    from tests.faults.harness import Forge
+
+# Before torch is imported: tests run many processes on few cores, whose threads should not wait for each other at all.
+os.environ.setdefault("GOMP_SPINCOUNT", "100")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What is marked `full` is not selected, rather than skipped, unless everything was asked for."""
+    left = [] if os.environ.get("FAULTS") == "full" else [item for item in items if item.get_closest_marker("full")]
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in left]
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +76,7 @@ def settings(valkey: str, s3: dict[str, str]) -> Settings:
 @pytest.fixture
 def redis(settings: Settings) -> Iterator[Redis]:
     """A connection to the shared Valkey, as clients and workers make it: answers are strings."""
-    from calotype_shared.settings import connect_redis
+    from calotype_shared.connection import connect_redis
 
     with connect_redis(settings) as connection:
         yield connection
@@ -95,6 +107,8 @@ def environment(settings: Settings, servers: EmbeddedServers) -> dict[str, str]:
         **servers.environment,
         "CALOTYPE_KEY_PREFIX": settings.key_prefix,
         "CALOTYPE_S3_BUCKET": settings.s3_bucket,
+        # What a busy machine makes of the profile would decide how many jobs run together.
+        "CALOTYPE_WORKER_PROFILE_SECONDS": "0",
     }
 
 
@@ -104,3 +118,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.models import write_tiny_sd
 
     return write_tiny_sd(tmp_path_factory.mktemp("tiny-model") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def forge() -> Iterator[Forge]:
+    """Starts worker processes that have torch imported already."""
+    from tests.faults.harness import Forge
+
+    forge = Forge()
+    yield forge
+    forge.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +18,27 @@ def write(pipeline: Any, folder: Path) -> Path:
     return folder
 
 
-def tiny_sdxl(*, seed: int = 0) -> Any:
-    """Two text encoders, pooled text and sizes as added conditioning."""
+def tiny_sdxl(*, seed: int = 0, second: int = _WIDTH, layers: int = 2, **unet_overrides: Any) -> Any:
+    """Two text encoders, pooled text and sizes as added conditioning.
+
+    The second encoder is `second` wide and `layers` deep.
+    """
     from diffusers import StableDiffusionXLPipeline
 
     torch.manual_seed(seed)
     return StableDiffusionXLPipeline(
         vae=_vae(4),
         text_encoder=_clip(projection=False),
-        text_encoder_2=_clip(projection=True),
+        text_encoder_2=_clip(projection=True, width=second, layers=layers),
         tokenizer=byte_tokenizer(),
         tokenizer_2=byte_tokenizer(),
-        unet=_sdxl_unet(text=2 * _WIDTH, added=_WIDTH + 6 * 8),
+        unet=_sdxl_unet(text=_WIDTH + second, added=second + 6 * 8, **unet_overrides),
         scheduler=_euler(),
         force_zeros_for_empty_prompt=True,
     )
 
 
-def tiny_refiner(*, seed: int = 1) -> Any:
+def tiny_refiner(*, seed: int = 1, layers: int = 2) -> Any:
     """Only the second text encoder, and an aesthetic score instead of the target size."""
     from diffusers import StableDiffusionXLImg2ImgPipeline
 
@@ -42,7 +46,7 @@ def tiny_refiner(*, seed: int = 1) -> Any:
     return StableDiffusionXLImg2ImgPipeline(
         vae=_vae(4),
         text_encoder=None,
-        text_encoder_2=_clip(projection=True),
+        text_encoder_2=_clip(projection=True, layers=layers),
         tokenizer=None,
         tokenizer_2=byte_tokenizer(),
         unet=_sdxl_unet(text=_WIDTH, added=_WIDTH + 5 * 8),
@@ -52,8 +56,11 @@ def tiny_refiner(*, seed: int = 1) -> Any:
     )
 
 
-def tiny_sd3(*, seed: int = 0, t5: bool = True) -> Any:
-    """Two CLIPs, T5 or none, and a transformer over 16 channels."""
+def tiny_sd3(*, seed: int = 0, t5: bool = True, second: int = _WIDTH, layers: int = 2, dynamic: bool = False) -> Any:
+    """Two CLIPs, T5 or none, and a transformer over 16 channels.
+
+    The second CLIP is `second` wide, the transformer `layers` deep; `dynamic`: its noise levels shift with the size.
+    """
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
     torch.manual_seed(seed)
@@ -62,24 +69,24 @@ def tiny_sd3(*, seed: int = 0, t5: bool = True) -> Any:
         patch_size=2,
         in_channels=16,
         out_channels=16,
-        num_layers=2,
+        num_layers=layers,
         attention_head_dim=8,
         num_attention_heads=4,
-        joint_attention_dim=2 * _WIDTH,
+        joint_attention_dim=_WIDTH + second,
         caption_projection_dim=_WIDTH,
-        pooled_projection_dim=2 * _WIDTH,
+        pooled_projection_dim=_WIDTH + second,
         pos_embed_max_size=24,
     )
     _louder(transformer.proj_out, transformer.norm_out.linear)
     return StableDiffusion3Pipeline(
         transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=dynamic),
         vae=_vae(16),
         text_encoder=_clip(projection=True),
         tokenizer=byte_tokenizer(),
-        text_encoder_2=_clip(projection=True),
+        text_encoder_2=_clip(projection=True, width=second),
         tokenizer_2=byte_tokenizer(),
-        text_encoder_3=_t5(2 * _WIDTH) if t5 else None,
+        text_encoder_3=_t5(_WIDTH + second) if t5 else None,
         tokenizer_3=t5_tokenizer() if t5 else None,
     )
 
@@ -113,6 +120,54 @@ def tiny_flux(*, seed: int = 0, guidance: bool = True) -> Any:
     )
 
 
+def write_lora(pipeline: Any, file: Path, *, seed: int = 3) -> Path:
+    """A LoRA with random weights for the pipeline's network and, of SDXL, for both text encoders."""
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    torch.manual_seed(seed)
+    parts = {"transformer": ["to_q", "to_v"]}
+    if not hasattr(pipeline, "transformer"):
+        encoders = {name: ["q_proj", "v_proj"] for name in ("text_encoder", "text_encoder_2")}
+        parts = {"unet": ["to_q", "to_v"], **encoders}
+    layers: dict[str, Any] = {}
+    for part, targets in parts.items():
+        module = copy.deepcopy(getattr(pipeline, part))
+        module.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False))
+        for name, weight in module.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(weight, std=0.2)
+        layers[f"{part}_lora_layers"] = get_peft_model_state_dict(module)
+        layers[f"{part}_lora_adapter_metadata"] = {"r": 4, "lora_alpha": 8, "target_modules": targets}
+    pipeline.save_lora_weights(file.parent, weight_name=file.name, safe_serialization=True, **layers)
+    return file
+
+
+def write_controlnet(pipeline: Any, folder: Path, *, seed: int = 5) -> Path:
+    """A ControlNet for a tiny SDXL whose residuals matter, see `tests.models.write_tiny_controlnet`."""
+    from diffusers import ControlNetModel
+
+    torch.manual_seed(seed)
+    net = ControlNetModel.from_unet(pipeline.unet, conditioning_embedding_out_channels=(8, 8, 16, 16))
+    with torch.no_grad():
+        for block in [*net.controlnet_down_blocks, net.controlnet_mid_block]:
+            torch.nn.init.normal_(block.weight, std=0.1)
+        for name, parameter in net.controlnet_cond_embedding.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            else:
+                torch.nn.init.kaiming_normal_(parameter)
+    return write(net, folder)
+
+
+def write_embedding(file: Path, *, seed: int = 1) -> Path:
+    """A textual inversion of two vectors for both of SDXL's encoders."""
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(seed)
+    save_file({key: torch.randn((2, _WIDTH), generator=generator) for key in ("clip_l", "clip_g")}, file)
+    return file
+
+
 def t5_tokenizer() -> Any:
     """A T5 tokenizer whose tokens are single letters."""
     from transformers import T5Tokenizer
@@ -127,7 +182,7 @@ def _euler() -> Any:
     return EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
 
 
-def _sdxl_unet(*, text: int, added: int) -> Any:
+def _sdxl_unet(*, text: int, added: int, **overrides: Any) -> Any:
     from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel(
@@ -143,6 +198,7 @@ def _sdxl_unet(*, text: int, added: int) -> Any:
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=added,
+        **overrides,
     )
     _louder(unet.conv_out, unet.add_embedding.linear_2)
     return unet
@@ -166,18 +222,18 @@ def _vae(channels: int) -> Any:
     return vae
 
 
-def _clip(*, projection: bool) -> Any:
+def _clip(*, projection: bool, width: int = _WIDTH, layers: int = 2) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     tokenizer = byte_tokenizer()
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=_WIDTH,
+        hidden_size=width,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         max_position_embeddings=PROMPT_TOKENS,
-        projection_dim=_WIDTH,
+        projection_dim=width,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )

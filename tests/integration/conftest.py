@@ -15,11 +15,12 @@ from redis import Redis
 from calotype import Client
 from calotype_shared.settings import Settings
 from calotype_shared.store import JobStore
+from tests.faults.harness import Forge, WorkerProcess
 from tests.invariants import check_store
 
 
-class WorkerProcess:
-    """A `python -m calotype_worker` of its own, with its log in a file."""
+class CommandWorker:
+    """A `python -m calotype_worker` of its own, with its log in a file, on all cores."""
 
     def __init__(self, arguments: list[str], environment: dict[str, str], log: Path) -> None:
         self.log = log
@@ -31,7 +32,7 @@ class WorkerProcess:
             stderr=subprocess.STDOUT,
         )
 
-    def wait_until_ready(self, seconds: float = 60) -> None:
+    def wait_until_ready(self, seconds: float = 180) -> None:
         until(lambda: "worker ready" in self.text() or self.process.poll() is not None, seconds)
         assert self.process.poll() is None, self.text()
 
@@ -45,7 +46,7 @@ class WorkerProcess:
         self._output.close()
 
 
-def until(condition: Callable[[], Any], seconds: float = 30) -> None:
+def until(condition: Callable[[], Any], seconds: float = 60) -> None:
     """Wait for a condition, bounded."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -55,24 +56,23 @@ def until(condition: Callable[[], Any], seconds: float = 30) -> None:
 
 @pytest.fixture
 def start_worker(
-    environment: dict[str, str], tiny_model: Path, tmp_path: Path
+    environment: dict[str, str], tiny_model: Path, tmp_path: Path, forge: Forge
 ) -> Iterator[Callable[..., WorkerProcess]]:
     """Starts workers on the tiny model; whatever still runs at the end is killed."""
     workers: list[WorkerProcess] = []
 
     def start(*arguments: str, ready: bool = True, **variables: str) -> WorkerProcess:
         log = tmp_path / f"worker-{len(workers)}.log"
-        worker = WorkerProcess(
-            ["--model", f"tiny={tiny_model}", "--max-rows", "8", *arguments], {**environment, **variables}, log
-        )
+        options = ["--model", f"tiny={tiny_model}", "--max-rows", "8", *arguments]
+        worker = forge.start(options, environment={**environment, **variables}, log=log)
         workers.append(worker)
         if ready:
-            worker.wait_until_ready()
+            worker.wait_for("worker ready")
         return worker
 
     yield start
     for worker in workers:
-        worker.stop()
+        worker.kill()
 
 
 @pytest.fixture

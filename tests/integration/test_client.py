@@ -27,6 +27,7 @@ from calotype_shared.errors import (
     WaitTimeout,
 )
 from calotype_shared.jobs import ImageRef, JobError, JobState
+from calotype_shared.keys import queue_name
 from calotype_shared.model_card import ModelCard
 from calotype_shared.settings import Settings
 from calotype_shared.storage import Storage, image_key
@@ -54,8 +55,10 @@ def client(settings: Settings, store: JobStore) -> Iterator[Client]:
 
 
 def claim(store: JobStore, job_id: str) -> Claim:
-    claimed = store.claim(job_id, worker="test-worker", lease_seconds=30)
+    record = store.get(job_id)
+    claimed = store.claim(queue_name(record.config.models, record.lane), worker="test-worker", lease_seconds=30)
     assert claimed is not None
+    assert claimed.job_id == job_id, "another job is before it in line"
     return claimed
 
 
@@ -71,7 +74,7 @@ def finish(store: JobStore, storage: Storage, job_id: str) -> None:
         buffer = io.BytesIO()
         Image.new("RGB", (config.width, config.height), (200, index, 0)).save(buffer, "PNG")
         data = buffer.getvalue()
-        key = image_key(job_id, claimed.attempt, index, OutputFormat.PNG)
+        key = image_key(claimed.folder, index, OutputFormat.PNG)
         storage.put(key, data, "image/png")
         refs.append(
             ImageRef(
@@ -226,8 +229,9 @@ def test_waiting_for_many_returns_them_in_order(client: Client, store: JobStore,
     ids = [job.id for job in jobs]
 
     def work() -> None:
-        for job_id in reversed(ids):
-            assert store.commit(claim(store, job_id), images=[], timings={})
+        claims = [claim(store, job_id) for job_id in ids]
+        for claimed in reversed(claims):
+            assert store.commit(claimed, images=[], timings={})
 
     worker = in_background(work)
     records = client.wait(ids, timeout=60)

@@ -10,7 +10,7 @@ from celery import Celery
 from kombu import Connection, Exchange, Queue
 from redis import Redis
 
-from calotype_shared.broker import TASK_NAME, envelope
+from calotype_shared.broker import TASK_NAME, message
 from calotype_shared.settings import Settings
 
 
@@ -18,17 +18,17 @@ def test_it_says_what_celerys_own_producer_says(settings: Settings, redis: Redis
     """Same body, same headers and properties that a consumer reads; only ids, origin and encoding may differ."""
     app = Celery(broker=settings.redis_url, set_as_current=False)
     app.conf.broker_transport_options = {"global_keyprefix": settings.key_prefix}
-    app.send_task(TASK_NAME, args=["the-job"], task_id="the-job", queue="m.bulk", ignore_result=True)
+    app.send_task(TASK_NAME, args=["m.bulk"], task_id="number-1", queue="m.bulk", ignore_result=True)
     theirs = json.loads(redis.lpop(f"{settings.key_prefix}m.bulk"))
-    ours = json.loads(envelope("the-job", "m.bulk"))
+    ours = json.loads(message("number-1", "m.bulk"))
 
-    def body(message: dict[str, Any]) -> Any:
-        text = message["body"]
-        if message["properties"].get("body_encoding") == "base64":
+    def body(sent: dict[str, Any]) -> Any:
+        text = sent["body"]
+        if sent["properties"].get("body_encoding") == "base64":
             text = base64.b64decode(text)
         return json.loads(text)
 
-    assert body(ours) == body(theirs) == [["the-job"], {}, body(theirs)[2]]
+    assert body(ours) == body(theirs) == [["m.bulk"], {}, body(theirs)[2]]
     for field in ("content-type", "content-encoding"):
         assert ours[field] == theirs[field]
     for header in ("lang", "task", "id", "root_id", "parent_id", "group", "retries", "eta", "expires", "timelimit"):
@@ -41,14 +41,14 @@ def test_it_says_what_celerys_own_producer_says(settings: Settings, redis: Redis
 
 def test_kombu_delivers_it(settings: Settings, redis: Redis) -> None:
     """The transport that every worker uses reads it, and acknowledging leaves nothing behind."""
-    redis.lpush(f"{settings.key_prefix}m.bulk", envelope("the-job", "m.bulk"))
+    redis.lpush(f"{settings.key_prefix}m.bulk", message("number-1", "m.bulk"))
     options = {"global_keyprefix": settings.key_prefix, "priority_steps": [0]}
     with Connection(settings.redis_url, transport_options=options) as connection:
         queue = Queue("m.bulk", exchange=Exchange(""), routing_key="m.bulk")(connection.default_channel)
-        message = queue.get()
-        assert message is not None
-        assert message.payload[0] == ["the-job"]
-        assert message.headers["task"] == TASK_NAME
-        message.ack()
+        delivered = queue.get()
+        assert delivered is not None
+        assert delivered.payload[0] == ["m.bulk"]
+        assert delivered.headers["task"] == TASK_NAME
+        delivered.ack()
     assert not redis.exists(f"{settings.key_prefix}m.bulk")
     assert not redis.exists(f"{settings.key_prefix}unacked")

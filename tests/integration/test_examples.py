@@ -15,7 +15,7 @@ from PIL import Image
 from calotype import Client, InvalidRequest
 from calotype_worker.output.mesh import read_provenance
 from calotype_worker.output.video import read_gif, read_mp4
-from tests.integration.conftest import WorkerProcess
+from tests.integration.conftest import CommandWorker
 from tests.opaque_models import write_tiny_animatediff, write_tiny_shap_e
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -29,7 +29,7 @@ def run(environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[..., N
     def start(models: list[str], examples: list[str]) -> None:
         if models:
             arguments = [part for model in models for part in ("--model", model)]
-            worker = WorkerProcess(arguments, environment, tmp_path / "worker.log")
+            worker = CommandWorker(arguments, environment, tmp_path / "worker.log")
             workers.append(worker)
             worker.wait_until_ready(90)
         (tmp_path / "out").mkdir(exist_ok=True)

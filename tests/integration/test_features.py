@@ -19,7 +19,8 @@ from calotype import Client, InvalidRequest, JobState, Picture
 from calotype_shared.config import GenerationConfig
 from calotype_shared.storage import Storage
 from calotype_shared.uploads import MAX_PIXELS, upload_key
-from tests.integration.conftest import WorkerProcess, until
+from tests.faults.harness import WorkerProcess
+from tests.integration.conftest import until
 from tests.models import picture, write_tiny_controlnet, write_tiny_embedding, write_tiny_lora, write_tiny_sd
 
 SOURCE = Image.fromarray(picture(1))
@@ -80,7 +81,7 @@ def test_every_feature_goes_through_the_queue(service: Service, storage: Storage
     for name in set(ASKED) - {"plain", "strength 1", "video size"}:
         assert np.abs(made[name] - plain).max() > 3, f"{name} did nothing"
     assert np.array_equal(made["strength 0"], picture(1)), "strength 0 gives the source back"
-    assert np.array_equal(made["strength 1"], plain), "strength 1 ignores it"
+    assert np.abs(made["strength 1"] - plain).max() <= 1, "strength 1 ignores it"
     assert made["video size"].shape == (64, 96, 3)
     painted = np.asarray(MASK) > 0
     assert np.array_equal(made["inpainting"][~painted], picture(1)[~painted]), "kept pixels are kept"

@@ -20,8 +20,8 @@ def changed(settings: Settings, **changes: object) -> Storage:
 
 def test_objects_come_back_as_they_went(storage: Storage) -> None:
     """Bytes, type and key; listing is by prefix; deleting twice is fine."""
-    key, beside = image_key("job", 2, 0, OutputFormat.WEBP), sidecar_key("job", 2, 0)
-    assert (key, beside) == ("job/2/0.webp", "job/2/0.json")
+    key, beside = image_key("job/2-ab", 0, OutputFormat.WEBP), sidecar_key("job/2-ab", 0)
+    assert (key, beside) == ("job/2-ab/0.webp", "job/2-ab/0.json")
     data = bytes(range(256)) * 1000
     storage.put(key, data, "image/webp")
     storage.put(beside, b"{}", "application/json")

@@ -7,6 +7,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+from tests.unit.test_release import load_release
+
 ROOT = Path(__file__).resolve().parents[2]
 
 _USE = """
@@ -21,6 +23,8 @@ from calotype_shared.scripts import script_source
 assert "EDGES" in script_source("create")
 from calotype.demo import read_prompts
 assert len(read_prompts(None, "demo")) >= 24
+from calotype.gateway.page import web_files
+assert {"index.html", "style.css", "app.js", "icon.svg"} <= set(web_files())
 from calotype_worker.models import demo_folder, load_model
 assert demo_folder().is_relative_to(here)
 model = load_model("demo")
@@ -29,9 +33,11 @@ print(model.card.native_sizes[0])
 
 
 def test_the_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
-    """Scripts, prompts and the demo model come with it; its dependencies are those of this environment."""
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
-    subprocess.run(build, check=True, capture_output=True, timeout=120)
+    """Scripts, prompts, the page and the demo model come with it; its dependencies are those of this environment."""
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True, timeout=120)  # an sdist, and the wheel from that
+    release = load_release()
+    assert len(release.check_distributions(tmp_path, version=release.version())) == 2
     [wheel] = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()

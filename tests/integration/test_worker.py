@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import signal
 import time
 import urllib.request
@@ -16,13 +17,14 @@ from PIL import Image
 from redis import Redis
 
 from calotype import Client, GenerationConfig
-from calotype_shared.broker import envelope
+from calotype_shared.broker import message
 from calotype_shared.errors import InvalidRequest, JobFailed
 from calotype_shared.jobs import JobState, Lane
 from calotype_shared.storage import Storage
 from calotype_shared.store import JobStore
 from calotype_worker.output.image import read_provenance
-from tests.integration.conftest import WorkerProcess, until
+from tests.faults.harness import WorkerProcess
+from tests.integration.conftest import until
 
 pytestmark = pytest.mark.usefixtures("invariants")
 
@@ -68,8 +70,8 @@ def test_jobs_become_pictures_with_their_provenance(
     assert (said["seed"], said["model"], said["job_id"]) == (1, "tiny", jobs[1].id)
     assert picture.image.text["parameters"].startswith("cat 1\nSteps: 7, Sampler: Euler a, CFG scale: 7.5, Seed: 1")
     key = records[1].images[0].key
-    assert key == f"{jobs[1].id}/1/0.png"
-    assert json.loads(storage.get(f"{jobs[1].id}/1/0.json"))["digest"] == said["digest"]
+    assert re.fullmatch(rf"{jobs[1].id}/1-[0-9a-f]{{8}}/0\.png", key)
+    assert json.loads(storage.get(key.replace(".png", ".json")))["digest"] == said["digest"]
     assert storage.content_type(key) == "image/png"
     with urllib.request.urlopen(jobs[1].urls()[0]) as answer:
         assert answer.read() == picture.data
@@ -111,16 +113,16 @@ def test_jobs_become_pictures_with_their_provenance(
     # Duplicate and senseless messages are dropped; the worker lives on.
     queue = store.keys.messages("tiny.bulk")
     before = client.counts()
-    strange = json.loads(envelope("x", "tiny.bulk"))
+    strange = json.loads(message("x", "tiny.bulk"))
     strange["body"] = json.dumps([["a", "b", {"c": 1}], {"d": 2}, {}])
-    unknown_task = json.loads(envelope("x", "tiny.bulk"))
+    unknown_task = json.loads(message("x", "tiny.bulk"))
     unknown_task["headers"]["task"] = "os.system"
-    messages = [envelope(jobs[0].id, "tiny.bulk"), envelope("nothing", "tiny.bulk"), strange, unknown_task]
+    messages = [message("a", "tiny.bulk"), message("b", "other.bulk"), strange, unknown_task]
     redis.lpush(queue, *(m if isinstance(m, str) else json.dumps(m) for m in messages))
     assert client.submit("after", model="tiny", num_inference_steps=2, lane=Lane.BULK).wait(30)
     assert client.counts()[JobState.SUCCEEDED] == before[JobState.SUCCEEDED] + 1
     assert client.status(jobs[0].id).attempt == 1
-    assert worker.process.poll() is None
+    assert worker.alive
     assert "cat 1" not in worker.text(), "prompts do not belong in logs"
 
 
@@ -129,9 +131,9 @@ def test_cancel_frees_a_running_job_and_a_queued_one(
 ) -> None:
     """Its steps stop at once, and a waiting job gets its place."""
     start_worker("--concurrency", "1")
-    long = client.submit("long", model="tiny", num_inference_steps=900, sampler="ddim")
-    queued = client.submit("queued", model="tiny")
-    last = client.submit("last", model="tiny", num_inference_steps=2)
+    long = client.submit("long", model="tiny", num_inference_steps=900, sampler="ddim", lane=Lane.BULK)
+    queued = client.submit("queued", model="tiny", lane=Lane.BULK)
+    last = client.submit("last", model="tiny", num_inference_steps=2, lane=Lane.BULK)
     until(lambda: long.status().step > 0)
     assert queued.cancel() is JobState.CANCELLED
     assert long.cancel() is JobState.CANCELLED
@@ -157,7 +159,7 @@ def test_interactive_jobs_go_first(start_worker: Callable[..., WorkerProcess], c
 def test_two_workers_share_a_queue(start_worker: Callable[..., WorkerProcess], client: Client) -> None:
     """Both do some of it, and every job is done once."""
     for worker in [start_worker("--concurrency", "3", ready=False) for _ in range(2)]:
-        worker.wait_until_ready()
+        worker.wait_for("worker ready")
     records = client.wait([job.id for job in client.submit_many(mixed(24, steps=15))], timeout=90)
     assert all(record.attempt == 1 for record in records)
     by_worker = Counter(record.worker for record in records)
@@ -173,14 +175,15 @@ def test_a_killed_worker_loses_nothing(
     victim = start_worker("--concurrency", "8", **short)
     jobs = client.submit_many(mixed(16, steps=60))
     until(lambda: sum(j.status().state is JobState.RUNNING and j.status().step > 0 for j in jobs) >= 4)
-    victim.process.send_signal(signal.SIGKILL)
+    victim.send(signal.SIGKILL)
     start_worker("--concurrency", "8", **short)
     records = client.wait([job.id for job in jobs], timeout=120)
     assert {record.state for record in records} == {JobState.SUCCEEDED}
     assert max(record.attempt for record in records) == 2, "no job was taken over"
     assert client.counts()[JobState.SUCCEEDED] == 16
     for record in records:
-        assert [image.key for image in record.images] == [f"{record.id}/{record.attempt}/0.png"]
+        [image] = record.images
+        assert image.key.startswith(f"{record.id}/{record.attempt}-")
         assert storage.get(record.images[0].key)
 
 
@@ -188,13 +191,13 @@ def test_sigterm_finishes_or_returns_what_is_in_flight(
     start_worker: Callable[..., WorkerProcess], client: Client
 ) -> None:
     """Short jobs finish within the grace period, long ones go back at once; a second worker takes them over."""
-    first = start_worker("--concurrency", "4", "--grace-seconds", "2")
+    first = start_worker("--concurrency", "4", "--grace-seconds", "3")
     long = [client.submit("long", model="tiny", num_inference_steps=900, seed=i, sampler="ddim") for i in range(2)]
     until(lambda: all(job.status().step > 0 for job in long))
     short = client.submit_many(mixed(2, steps=5))
     until(lambda: all(job.status().state is not JobState.QUEUED for job in short))
-    first.process.send_signal(signal.SIGTERM)
-    assert first.process.wait(20) == 0, first.text()
+    first.send(signal.SIGTERM)
+    assert first.wait(20) == 0, first.text()
     assert [job.status().state for job in short] == [JobState.SUCCEEDED] * 2
     assert [(job.status().state, job.status().failures) for job in long] == [(JobState.QUEUED, 0)] * 2
     assert client.workers() == []
@@ -210,11 +213,36 @@ def test_a_second_signal_leaves_within_a_second(start_worker: Callable[..., Work
     worker = start_worker()
     job = client.submit("long", model="tiny", num_inference_steps=900, sampler="ddim")
     until(lambda: job.status().step > 0)
-    worker.process.send_signal(signal.SIGTERM)
+    worker.send(signal.SIGTERM)
     until(lambda: "worker drains" in worker.text())
     began = time.monotonic()
-    worker.process.send_signal(signal.SIGTERM)
-    assert worker.process.wait(5) == 75
+    worker.send(signal.SIGTERM)
+    assert worker.wait(5) == 75
     assert time.monotonic() - began < 1.5
     assert job.status().state is JobState.QUEUED
     job.cancel()
+
+
+def test_an_urgent_job_does_not_wait_for_a_bulk_load(
+    start_worker: Callable[..., WorkerProcess], client: Client
+) -> None:
+    """It is claimed at once and takes the next place in the step batch, though every place for bulk jobs is taken."""
+    start_worker("--max-rows", "4")
+    first = [20, 40, 60, 80]  # so that the four rows after them end one by one, and not soon
+    bulk = client.submit_many(
+        [
+            {"prompt": f"bulk {i}", "model": "tiny", "num_inference_steps": steps, "sampler": "ddim"}
+            for i, steps in enumerate([*first, *[160] * 40])
+        ]
+    )
+    until(lambda: bulk[3].status().state.final)
+    urgent = client.submit("now", model="tiny", num_inference_steps=5, sampler="ddim")
+    record = urgent.wait(60)
+    assert record.started_at is not None
+    began = record.started_at + sum(record.timings[phase] for phase in ("fetch", "prepare", "wait"))
+    finished = [at for job in bulk if (at := job.status().finished_at) is not None and at > record.created_at]
+    assert not [at for at in finished if at <= record.started_at], "it waited for a thread"
+    assert len([at for at in finished if at <= began]) <= 1, "it waited for more than one place"
+    assert len(bulk) - len(finished) > 30, "there was a full bulk load"
+    for job in bulk:
+        job.cancel()

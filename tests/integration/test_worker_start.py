@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ from typing import Any
 import pytest
 
 from calotype_worker.__main__ import main
+from tests.integration.conftest import until
 
 
 @pytest.fixture
@@ -57,7 +61,10 @@ def test_bad_settings_and_services(refused: Any, variables: dict[str, str], stat
     """The setting, the value and the remedy; never a secret."""
     message = refused(status=status, **variables)
     assert said in message
-    assert "secret" not in message.lower().replace("secret_access_key", "")
+    shown = message.lower()
+    for setting in ("secret_access_key", "webhook_secret"):
+        shown = shown.replace(setting, "")
+    assert "secret" not in shown
 
 
 @pytest.mark.parametrize(
@@ -92,3 +99,21 @@ def test_a_broken_model_folder(refused: Any, tiny_model: Path, tmp_path: Path) -
     assert "'KandinskyPipeline' is not supported" in broken(
         "kandinsky", lambda f: (f / "model_index.json").write_text(other)
     )
+
+
+def test_a_worker_that_still_starts_hears_sigterm(environment: dict[str, str]) -> None:
+    """By a handler of its own, from its first moment: process 1 of a container is killed by no signal without one."""
+    worker = subprocess.Popen([sys.executable, "-m", "calotype_worker"], env=environment, stderr=subprocess.DEVNULL)
+    try:
+        until(lambda: catches(worker.pid, signal.SIGTERM) or worker.poll() is not None)
+        worker.send_signal(signal.SIGTERM)
+        assert worker.wait(20) == 128 + signal.SIGTERM, "and not -15, which would be the signal itself"
+    finally:
+        worker.kill()
+        worker.wait()
+
+
+def catches(pid: int, number: signal.Signals) -> bool:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    [mask] = [int(line.split()[1], 16) for line in lines if line.startswith("SigCgt:")]
+    return bool(mask >> (number - 1) & 1)

@@ -34,8 +34,15 @@ def make_engine(tiny_step_model: StepModel) -> Iterator[Any]:
 
     engines: list[Engine] = []
 
-    def make(model: StepModel = tiny_step_model, *, on_fatal: Any = None, start: bool = True, **options: Any) -> Engine:
-        engine = Engine(model, EngineSettings(**options), on_fatal=on_fatal)
+    def make(
+        model: StepModel = tiny_step_model,
+        *,
+        on_fatal: Any = None,
+        trace: Any = None,
+        start: bool = True,
+        **options: Any,
+    ) -> Engine:
+        engine = Engine(model, EngineSettings(**options), on_fatal=on_fatal, trace=trace)
         engines.append(engine)
         if start:
             engine.start()

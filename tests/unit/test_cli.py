@@ -11,7 +11,9 @@ from calotype.cli.app import main
 from calotype.cli.exit_codes import MEANINGS, ExitCode
 
 
-@pytest.mark.parametrize("command", [[], ["up"], ["demo"], ["submit"], ["status"], ["cancel"], ["jobs"], ["models"]])
+@pytest.mark.parametrize(
+    "command", [[], ["up"], ["demo"], ["submit"], ["status"], ["cancel"], ["jobs"], ["models"], ["top"]]
+)
 def test_every_command_explains_itself(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """`--help` works without any server."""
     assert main([*command, "--help"]) == 0

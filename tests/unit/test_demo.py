@@ -53,7 +53,8 @@ def test_prompts_name_the_model_only_where_they_do_not(tmp_path: Path) -> None:
 )
 def test_a_bad_line_is_named(tmp_path: Path, text: str, said: str) -> None:
     """The error says which line, and what would do."""
-    file = tmp_path / "prompts.jsonl"
+    file = tmp_path / ("a long name" * 9) / "prompts.jsonl"
+    file.parent.mkdir()
     file.write_text(text)
     with pytest.raises(InvalidRequest, match=said):
         read_prompts(file, "demo")

@@ -215,6 +215,7 @@ def test_control_a_shared_generator_is_caught(
         join(self, slots)
         for slot in self.slots:
             slot.generator = self.slots[0].generator
+            slot.ahead.clear()  # what was drawn beforehand is its own
 
     monkeypatch.setattr(StepBatch, "join", shared)
     assert worst_with(tiny_step_model, references) > CAUGHT

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from calotype_shared import a1111
 from calotype_shared.config import GenerationConfig, OutputFormat, SamplerType
-from calotype_worker.output.image import A1111_NAMES, encode_image, parameters_line, read_provenance
+from calotype_worker.output.image import encode_image, parameters_line, read_provenance
 
 CONFIG = GenerationConfig(
     prompt="a lake — «serene» ✓", negative_prompt="blurry", width=64, height=48, sampler="euler_a", guidance_scale=7.0
@@ -43,7 +44,7 @@ def test_other_tools_can_read_the_settings() -> None:
 
 def test_every_sampler_has_a_name_there() -> None:
     """A new sampler must be given one."""
-    assert set(A1111_NAMES) == set(SamplerType)
+    assert set(a1111.NAMES) == set(SamplerType)
 
 
 def test_a_strangers_picture_has_no_provenance() -> None:

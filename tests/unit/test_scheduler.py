@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -152,3 +152,111 @@ def test_groups_that_are_not_at_hand_give_way_for_a_while() -> None:
     scheduler.add("one of c", "c", 1)
     assert scheduler.plan() is not None, "with nobody at hand the first in line runs"
     scheduler.check_integrity()
+
+
+def test_urgent_requests_join_first() -> None:
+    """Before all that wait, in their own order; and a large one is not passed by small patient ones."""
+    scheduler = Scheduler[str](lambda _: 2)
+    for request in ("running", "a", "b"):
+        scheduler.add(request, "group", 1 if request == "running" else 2)
+    assert scheduler.plan().admitted == ("running",)  # type: ignore[union-attr]
+    scheduler.add("late", "group", 1)
+    scheduler.add("urgent", "group", 2, urgent=True)
+    scheduler.add("urgent too", "group", 1, urgent=True)
+    assert scheduler.plan().admitted == ()  # type: ignore[union-attr]
+    scheduler.remove("running")
+    order = []
+    while scheduler.waiting():
+        admitted = scheduler.plan().admitted  # type: ignore[union-attr]
+        order += admitted
+        scheduler.check_integrity()
+        for request in admitted:
+            scheduler.remove(request)
+    assert order == ["urgent", "urgent too", "a", "b", "late"]
+    scheduler.add("x", "group", 1, urgent=True)
+    scheduler.remove("x")
+    assert len(scheduler) == 0
+
+
+def test_a_budget_may_change_between_steps() -> None:
+    """Who runs stays; who waits is admitted by the new one."""
+    budget = {"g": 6}
+    scheduler: Scheduler[str] = Scheduler(budget.__getitem__)
+    for number in range(5):
+        scheduler.add(f"r{number}", "g", 2)
+    assert scheduler.plan().admitted == ("r0", "r1", "r2")  # type: ignore[union-attr]
+    budget["g"] = 4
+    assert scheduler.plan().admitted == ()  # type: ignore[union-attr]
+    scheduler.check_integrity()
+    scheduler.remove("r0")
+    assert scheduler.plan().admitted == ()  # type: ignore[union-attr]
+    scheduler.remove("r1")
+    assert scheduler.plan().admitted == ("r3",)  # type: ignore[union-attr]
+    scheduler.check_integrity()
+    budget["g"] = 6
+    assert scheduler.plan().admitted == ("r4",)  # type: ignore[union-attr]
+    scheduler.check_integrity()
+
+
+def turns(scheduler: Scheduler[str], count: int) -> list[str]:
+    plans = [scheduler.plan() for _ in range(count)]
+    return [plan.group for plan in plans if plan is not None]
+
+
+def test_groups_share_time_and_not_steps() -> None:
+    """Four steps of small pictures take as long as one of large ones, and so they run for each of these."""
+    scheduler: Scheduler[str] = Scheduler(lambda _: 8, step_cost={"small": 0.25, "large": 1.0}.__getitem__)
+    for group in ("small", "large"):
+        scheduler.add(f"one of {group}", group, 1)
+    assert turns(scheduler, 10) == ["small"] * 4 + ["large"] + ["small"] * 4 + ["large"]
+
+
+@given(
+    costs=st.dictionaries(st.sampled_from("abcdef"), st.floats(0.001, 2.0), min_size=2),
+    changes=st.lists(st.tuples(st.sampled_from("abcdef"), st.floats(0.001, 2.0)), max_size=20),
+)
+def test_nobody_waits_longer_than_promised(costs: dict[str, float], changes: list[tuple[str, float]]) -> None:
+    """Whatever steps cost, and however that changes: twice the dearest step for each other group."""
+    scheduler: Scheduler[str] = Scheduler(lambda _: 8, step_cost=lambda group: costs[group])
+    for group in costs:
+        scheduler.add(f"one of {group}", group, 1)
+    dearest = max([*costs.values(), *(cost for _, cost in changes)])
+    waited = dict.fromkeys(costs, 0.0)
+    served = dict.fromkeys(costs, 0.0)
+    for number in range(400):
+        if number % 10 == 0 and changes:
+            group, cost = changes[number // 10 % len(changes)]
+            costs |= {group: cost} if group in costs else {}
+        (group,) = turns(scheduler, 1)
+        served[group] += costs[group]
+        waited = {other: 0.0 if other == group else seconds + costs[group] for other, seconds in waited.items()}
+        assert max(waited.values()) <= 2 * dearest * (len(costs) - 1) + 1e-6
+    if not changes:
+        assert max(served.values()) - min(served.values()) <= 2 * dearest, "shares of time are not equal"
+
+
+def test_a_stall_of_the_machine_does_not_give_a_group_the_device() -> None:
+    """A round that began while a step was dear ends when steps are cheap again."""
+    costs = {"a": 10.0, "b": 10.0}
+    scheduler: Scheduler[str] = Scheduler(lambda _: 8, step_cost=costs.__getitem__)
+    for group in costs:
+        scheduler.add(f"one of {group}", group, 1)
+    assert turns(scheduler, 1) == ["a"]
+    costs |= {"a": 0.01, "b": 0.01}
+    assert "a" in turns(scheduler, 3)
+    assert "b" in turns(scheduler, 3)
+
+
+def test_groups_with_urgent_requests_go_first_and_the_others_are_not_forgotten() -> None:
+    """Eight steps of theirs, then one of the others'; as soon as no urgent one runs, all take turns again."""
+    scheduler: Scheduler[str] = Scheduler(lambda _: 2)
+    scheduler.add("patient", "a", 1)
+    scheduler.add("urgent", "b", 1, urgent=True)
+    scheduler.add("neighbour", "b", 1)
+    plan = scheduler.plan()
+    assert plan is not None
+    assert (plan.group, plan.reason) == ("b", "urgent")
+    assert turns(scheduler, 17) == [*"bbbbbbb", "a", *"bbbbbbbb", "a"]
+    scheduler.check_integrity()
+    scheduler.remove("urgent")
+    assert sorted(turns(scheduler, 4)) == [*"aabb"]

@@ -75,3 +75,19 @@ def test_without_configs_the_way_out_is_said(checkpoint: Path, tmp_path: Path, m
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ModelLoadError, match=r"tiny.safetensors.*v1.*put a diffusers folder.*beside it as 'tiny'/"):
         load_model("tiny", source=str(checkpoint))
+
+
+def test_parts_that_the_file_lacks_come_from_the_folder(checkpoint: Path) -> None:
+    """With their weights; without them the file is refused, and so is one that holds a part by halves."""
+    expected = draw(load_model("tiny", source=str(checkpoint.parent / "whole")))
+    whole = load_file(checkpoint)
+    save_file({key: value for key, value in whole.items() if not key.startswith("first_stage_model.")}, checkpoint)
+    with pytest.raises(ModelLoadError, match=r"holds no vae.*weights in tiny/vae/"):
+        load_model("tiny", source=str(checkpoint))
+    shutil.copy(next((checkpoint.parent / "whole" / "vae").glob("*.safetensors")), checkpoint.parent / "tiny" / "vae")
+    assert np.abs(draw(load_model("tiny", source=str(checkpoint))) - expected).max() <= 1
+    for part in ("cond_stage_model", "output_blocks"):
+        missing = next(key for key in whole if part in key and key.endswith("weight"))
+        save_file({key: value for key, value in whole.items() if key != missing}, checkpoint)
+        with pytest.raises(ModelLoadError, match="could not be loaded with the configs"):
+            load_model("tiny", source=str(checkpoint))

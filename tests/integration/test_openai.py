@@ -1,0 +1,240 @@
+"""The real `openai` package against a running gateway, worker, Valkey and S3: only its address is changed."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from PIL import Image
+
+from calotype.api_keys import Scope
+from calotype.embedded import EmbeddedServers
+from tests.integration.conftest import until
+from tests.integration.gateway import Gateway, serving
+from tests.models import picture
+
+QUICK = {"num_inference_steps": 3, "guidance_scale": 1.0}
+
+
+@pytest.fixture(scope="module")
+def gateway(servers: EmbeddedServers, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    folder = tmp_path_factory.mktemp("openai")
+    with serving(servers, folder, f"tiny={tiny_model}", auth="keys") as gateway:
+        yield gateway
+
+
+@pytest.fixture(scope="module")
+def client(gateway: Gateway) -> Iterator[openai.OpenAI]:
+    token, _ = gateway.app.state.services.keys.create(name="sdk", tenant="acme", scopes=list(Scope))
+    with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key=token, max_retries=0, timeout=60) as client:
+        yield client
+
+
+def opened(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def test_generate(client: openai.OpenAI) -> None:
+    """Two pictures in base64, with our own parameters beside theirs; the seed makes them again."""
+    answer = client.images.generate(
+        model="tiny", prompt="a cat", n=2, size="64x96", extra_body={**QUICK, "seed": 5, "sampler": "euler_a"}
+    )
+    pictures = [opened(base64.b64decode(item.b64_json or "")) for item in answer.data or []]
+    assert [shown.shape for shown in pictures] == [(96, 64, 3)] * 2
+    assert [item.seed for item in answer.data or []] == [5, 6]  # type: ignore[attr-defined]
+    again = client.images.generate(
+        model="tiny", prompt="a cat", size="64x96", extra_body={**QUICK, "seed": 6, "sampler": "euler_a"}
+    )
+    shown = opened(base64.b64decode((again.data or [])[0].b64_json or ""))
+    assert np.abs(shown.astype(int) - pictures[1]).max() <= 1
+
+
+def test_generate_as_a_link(client: openai.OpenAI) -> None:
+    """`response_format` of their older models; other file formats."""
+    answer = client.images.generate(
+        model="tiny", prompt="a cat", response_format="url", output_format="webp", quality="low", extra_body=QUICK
+    )
+    data = httpx.get((answer.data or [])[0].url or "").content
+    assert Image.open(io.BytesIO(data)).format == "WEBP"
+    assert answer.output_format == "webp"
+
+
+def test_generate_streaming(client: openai.OpenAI) -> None:
+    """Previews arrive as partial pictures, the last event is the whole one."""
+    stream = client.images.generate(
+        model="tiny",
+        prompt="a cat",
+        stream=True,
+        partial_images=2,
+        extra_body={"num_inference_steps": 500, "sampler": "ddim", "guidance_scale": 1.0},
+    )
+    events = list(stream)
+    assert [event.type for event in events][-1] == "image_generation.completed"
+    partial = [event for event in events if event.type == "image_generation.partial_image"]
+    assert 1 <= len(partial) <= 2
+    assert [event.partial_image_index for event in partial] == list(range(len(partial)))
+    assert all(opened(base64.b64decode(event.b64_json)).shape[2] == 3 for event in events)
+
+
+def test_who_stops_listening_stops_the_job(client: openai.OpenAI, gateway: Gateway) -> None:
+    """A closed stream, and a request that timed out, leave no work behind."""
+    long = {"num_inference_steps": 900, "sampler": "ddim", "guidance_scale": 1.0, "num_images": 4}
+    stream = client.images.generate(model="tiny", prompt="long", stream=True, partial_images=3, extra_body=long)
+    next(iter(stream))
+    stream.close()
+    with pytest.raises(openai.APITimeoutError):
+        client.with_options(timeout=0.5).images.generate(model="tiny", prompt="long", extra_body=long)
+    until(lambda: [job.state.value for job in gateway.client.jobs(limit=2)] == ["cancelled"] * 2)
+
+
+def test_edit(client: openai.OpenAI) -> None:
+    """Where their mask is transparent is painted anew, the rest is kept to the level."""
+    source = io.BytesIO()
+    Image.fromarray(picture(4)).save(source, "PNG")
+    mask = Image.new("RGBA", (64, 64), (0, 0, 0, 255))
+    mask.paste((0, 0, 0, 0), (32, 0, 64, 64))
+    masked = io.BytesIO()
+    mask.save(masked, "PNG")
+    answer = client.images.edit(
+        model="tiny",
+        image=("source.png", source.getvalue(), "image/png"),
+        mask=("mask.png", masked.getvalue(), "image/png"),
+        prompt="a dog",
+        extra_body={**QUICK, "seed": 1},
+    )
+    shown = opened(base64.b64decode((answer.data or [])[0].b64_json or ""))
+    assert np.array_equal(shown[:, :32], picture(4)[:, :32])
+    assert not np.array_equal(shown[:, 32:], picture(4)[:, 32:])
+    whole = client.images.edit(
+        model="tiny", image=source.getvalue(), prompt="a dog", extra_body={**QUICK, "strength": 0.0}
+    )
+    assert np.array_equal(opened(base64.b64decode((whole.data or [])[0].b64_json or "")), picture(4))
+
+
+def test_models(client: openai.OpenAI) -> None:
+    """Listed, and one by one."""
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").owned_by == "calotype"
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.models.retrieve("gpt-image-1")
+    assert missing.value.code == "model_not_found"
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "param", "said"),
+    [
+        ({"size": "60x64"}, openai.BadRequestError, "width", "use 56 or 64"),
+        ({"size": "large"}, openai.BadRequestError, "size", "WIDTHxHEIGHT"),
+        ({"n": 11}, openai.BadRequestError, "n", "use 1 to 10"),
+        ({"model": "dall-e-3"}, openai.NotFoundError, "model", "no worker has announced this model"),
+        ({"extra_body": {"color": "red"}}, openai.BadRequestError, "color", "remove it"),
+        ({"prompt": "x" * 5000}, openai.BadRequestError, "prompt", "shorten it"),
+    ],
+)
+def test_errors_are_theirs(client: openai.OpenAI, fields: dict[str, Any], kind: type, param: str, said: str) -> None:
+    """The SDK's own exceptions, with the field and the remedy."""
+    with pytest.raises(kind) as refused:
+        client.images.generate(**{"model": "tiny", "prompt": "a cat", **fields})
+    assert refused.value.param == param
+    assert said in refused.value.message
+
+
+def test_errors_of_keys(client: openai.OpenAI, gateway: Gateway) -> None:
+    """No key, and one that may not."""
+    with pytest.raises(openai.AuthenticationError):
+        client.with_options(api_key="sk-wrong").models.list()
+    reader, _ = gateway.app.state.services.keys.create(name="r", scopes=[Scope.JOBS_READ])
+    with pytest.raises(openai.PermissionDeniedError):
+        client.with_options(api_key=reader).images.generate(model="tiny", prompt="a cat")
+    few, _ = gateway.app.state.services.keys.create(name="few", requests_per_minute=1)
+    client.with_options(api_key=few).models.list()
+    with pytest.raises(openai.RateLimitError):
+        client.with_options(api_key=few).models.list()
+
+
+def test_the_whole_batch_round_trip(client: openai.OpenAI) -> None:
+    """File, batch, polling, output and error files, as their guide does it."""
+    lines = [
+        {
+            "custom_id": f"picture-{i}",
+            "method": "POST",
+            "url": "/v1/images/generations",
+            "body": {"model": "tiny", "prompt": f"cat {i}", "size": "64x64", **QUICK, "seed": i},
+        }
+        for i in range(20)
+    ]
+    lines[7]["body"] = {"model": "tiny", "prompt": "cat", "size": "63x64"}
+    lines[8]["url"] = "/v1/chat/completions"
+    manifest = "\n".join(json.dumps(line) for line in lines).encode()
+    file = client.files.create(file=("lines.jsonl", manifest), purpose="batch")
+    assert (file.bytes, file.purpose, file.filename) == (len(manifest), "batch", "lines.jsonl")
+    assert [listed.id for listed in client.files.list()] == [file.id]
+    assert client.files.content(file.id).read() == manifest
+
+    batch = client.batches.create(
+        input_file_id=file.id,
+        endpoint="/v1/images/generations",
+        completion_window="24h",
+        metadata={"night": "1"},
+    )
+    assert (batch.object, batch.endpoint, batch.input_file_id) == ("batch", "/v1/images/generations", file.id)
+    assert batch.expires_at == batch.created_at + 86_400
+    deadline = time.monotonic() + 60
+    while batch.status not in ("completed", "failed", "expired", "cancelled"):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+        batch = client.batches.retrieve(batch.id)
+    assert (batch.status, batch.metadata) == ("completed", {"night": "1"})
+    assert batch.request_counts is not None
+    assert batch.request_counts.model_dump() == {"total": 20, "completed": 18, "failed": 2}
+
+    output = [json.loads(line) for line in client.files.content(batch.output_file_id or "").text.splitlines()]
+    by_id = {line["custom_id"]: line for line in output}
+    assert len(by_id) == 18
+    answer = by_id["picture-3"]["response"]
+    assert (answer["status_code"], by_id["picture-3"]["error"]) == (200, None)
+    [item] = answer["body"]["data"]
+    assert item["seed"] == 3
+    assert opened(httpx.get(item["url"]).content).shape == (64, 64, 3)
+    failed = [json.loads(line) for line in client.files.content(batch.error_file_id or "").text.splitlines()]
+    assert {line["custom_id"] for line in failed} == {"picture-7", "picture-8"}
+    assert all(line["error"]["code"] == "invalid_request" for line in failed)
+    assert client.files.retrieve(batch.output_file_id or "").purpose == "batch_output"
+    assert [listed.id for listed in client.batches.list(limit=5)] == [batch.id]
+    assert client.files.delete(file.id).deleted
+    with pytest.raises(openai.NotFoundError):
+        client.files.retrieve(file.id)
+
+
+def test_cancelling_a_batch(client: openai.OpenAI, gateway: Gateway) -> None:
+    """Nothing new starts; and nobody else's batch can be seen."""
+    body = {"model": "tiny", "prompt": "x", "num_inference_steps": 900, "sampler": "ddim"}
+    line = {"method": "POST", "url": "/v1/images/generations", "body": body}
+    manifest = "\n".join(json.dumps({**line, "custom_id": str(i)}) for i in range(50)).encode()
+    file = client.files.create(file=("lines.jsonl", manifest), purpose="batch")
+    batch = client.batches.create(input_file_id=file.id, endpoint="/v1/images/generations", completion_window="24h")
+    until(lambda: client.batches.retrieve(batch.id).status == "in_progress")
+    assert client.batches.cancel(batch.id).status == "cancelling"
+    until(lambda: client.batches.retrieve(batch.id).status == "cancelled")
+    counts = client.batches.retrieve(batch.id).request_counts
+    assert counts is not None
+    assert (counts.total, counts.completed) == (50, 0)
+    other, _ = gateway.app.state.services.keys.create(name="other", tenant="other")
+    for ask in (
+        lambda: client.with_options(api_key=other).batches.retrieve(batch.id),
+        lambda: client.with_options(api_key=other).batches.cancel(batch.id),
+        lambda: client.with_options(api_key=other).files.content(file.id),
+        lambda: client.with_options(api_key=other).files.content(f"file-{batch.id}-errors"),
+        lambda: client.with_options(api_key=other).files.delete(file.id),
+    ):
+        with pytest.raises(openai.NotFoundError):
+            ask()

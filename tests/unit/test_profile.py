@@ -1,0 +1,152 @@
+"""The start-up profile: where its knee is, what stops it, and that the engine keeps to it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from calotype_worker.engine import Engine, GenerationRequest, engine
+from calotype_worker.engine.profile import Point, Profile, measure, sizes_up_to
+from calotype_worker.engine.request import GroupKey
+from calotype_worker.models.base import StepModel
+from tests.unit.test_engine import request
+
+CPU = torch.device("cpu")
+
+
+def profile(times: dict[int, float]) -> Profile:
+    points = tuple(Point(rows=rows, seconds=seconds) for rows, seconds in times.items())
+    return Profile(model="m", width=64, height=64, points=points)
+
+
+@pytest.mark.parametrize(
+    ("times", "knee"),
+    [
+        ({1: 1.0, 2: 1.0, 4: 1.0, 8: 1.0}, 8),  # a row is free: all of them
+        ({1: 1.0, 2: 2.0, 4: 4.0, 8: 8.0}, 1),  # a row costs a row: they would only wait for each other
+        ({1: 1.0, 2: 1.1, 4: 2.0, 8: 3.9, 16: 7.8}, 4),  # 4 rows make 2.0 a second, 8 and 16 make 2.05
+        ({1: 1.0}, 1),
+    ],
+)
+def test_the_knee_is_the_fewest_rows_that_come_near_the_best(times: dict[int, float], knee: int) -> None:
+    """Within 5% of the best throughput."""
+    assert profile(times).knee.rows == knee
+
+
+def test_a_busy_processor_is_not_taken_for_a_small_knee() -> None:
+    """Long steps suffer more from other processes than short ones; on a device of one's own a fall is real."""
+    times = {1: 0.02, 2: 0.05, 4: 0.12, 8: 0.3, 16: 0.7}
+    assert profile(times).knee.rows == 1
+    busy = replace(profile(times), shared=True)
+    assert busy.disturbed
+    assert busy.knee.rows == 16
+    quiet = replace(profile({1: 0.02, 2: 0.02, 4: 0.03, 8: 0.06, 16: 0.14}), shared=True)
+    assert not quiet.disturbed
+    assert quiet.knee.rows == 4
+
+
+def test_sizes_grow_by_halves_of_a_doubling() -> None:
+    """Up to the most, which is always tried itself."""
+    assert sizes_up_to(20) == (1, 2, 3, 4, 6, 8, 12, 16, 20)
+    assert sizes_up_to(2) == (1, 2)
+
+
+def test_measure_times_each_size() -> None:
+    """The least of all, so that slow rounds are nothing."""
+    slow = iter([False, False, True, True, True] + [False] * 40)
+
+    def make_step(rows: int) -> Callable[[], object]:
+        return lambda: time.sleep(0.004 * rows + (0.1 if rows == 2 and next(slow) else 0.0))
+
+    points = measure([1, 2, 4], make_step, seconds=5, device=CPU)
+    assert [point.rows for point in points] == [1, 2, 4]
+    assert [point.seconds for point in points] == pytest.approx([0.004, 0.008, 0.016], rel=0.5)
+
+
+def test_a_busy_machine_does_not_make_the_knee_small() -> None:
+    """Every size is tried, even where the time for it is over."""
+    points = measure([1, 2, 4, 8], lambda rows: lambda: time.sleep(0.02), seconds=0.01, device=CPU)
+    assert [point.rows for point in points] == [1, 2, 4, 8]
+
+
+def test_fewer_rows_take_no_longer_than_more() -> None:
+    """A size that was only ever timed while the machine was busy has the time of the next larger one."""
+
+    def make_step(rows: int) -> Callable[[], object]:
+        return lambda: time.sleep(0.1 if rows in (1, 4) else 0.005 * rows)
+
+    points = measure([1, 2, 4, 8], make_step, seconds=0.1, device=CPU)
+    assert [point.seconds for point in points] == pytest.approx([0.01, 0.01, 0.04, 0.04], rel=0.4)
+
+
+def test_measure_stops_where_memory_ends() -> None:
+    """The sizes that fit are what is known; any other error is one."""
+
+    def make_step(rows: int) -> Callable[[], object]:
+        if rows > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return lambda: None
+
+    assert [point.rows for point in measure([1, 2, 4, 8], make_step, seconds=1, device=CPU)] == [1, 2]
+    with pytest.raises(torch.OutOfMemoryError):
+        measure([4], make_step, seconds=1, device=CPU)
+
+    def broken(_: int) -> Callable[[], object]:
+        raise RuntimeError("no kernel image")
+
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        measure([1], broken, seconds=1, device=CPU)
+
+
+def test_the_engine_keeps_to_the_knee(make_engine: Any, tiny_step_model: StepModel, monkeypatch: Any) -> None:
+    """Of the size itself, and by area of the nearest one for others; never above what was configured."""
+    tried: list[Sequence[int]] = []
+
+    def known(sizes: Sequence[int], make_step: Callable[[int], Callable[[], object]], **_: Any) -> tuple[Point, ...]:
+        tried.append(sizes)
+        make_step(2)()  # a real step
+        return (Point(rows=1, seconds=1.0), Point(rows=6, seconds=1.2), Point(rows=16, seconds=3.2))
+
+    monkeypatch.setattr(engine, "measure", known)
+    made: Engine = make_engine(tiny_step_model, max_rows=16, start=False)
+    width, height = tiny_step_model.card.native_sizes[0]
+    assert made.profile(seconds=1)[0].knee.rows == 6
+    assert tried[0][-1] == 16
+
+    def budget(width: int, height: int) -> int:
+        return made._row_budget(
+            GroupKey(model=tiny_step_model.card.name, latent_shape=tiny_step_model.latent_shape(width, height))
+        )
+
+    assert budget(width, height) == 6
+    assert budget(width // 2, height // 2) == 16
+    assert budget(2 * width, height) == 3
+    assert budget(4 * width, 4 * height) == 2
+    made.start()
+    futures = [made.submit(request(f"r{number}", guidance=1.0)) for number in range(12)]
+    for future in futures:
+        future.result(60)
+    stats = made.stats()
+    assert 4 < stats.rows / stats.forward_passes <= 6  # the first pass may have begun before all were here
+
+
+def test_a_fixed_number_of_rows_is_not_measured(make_engine: Any) -> None:
+    """Deterministic pictures must not depend on how fast a machine is."""
+    made: Engine = make_engine(deterministic=True, start=False)
+    assert made.profile(seconds=1) == []
+
+
+def test_a_real_profile_is_of_every_native_size(make_engine: Any, tiny_step_model: StepModel) -> None:
+    """And leaves an engine that works."""
+    made: Engine = make_engine(tiny_step_model, max_rows=4, start=False)
+    profiles = made.profile(seconds=0.5)
+    assert [(p.width, p.height) for p in profiles] == list(tiny_step_model.card.native_sizes)
+    assert all(point.seconds > 0 for p in profiles for point in p.points)
+    made.start()
+    wanted: GenerationRequest = request("after")
+    assert made.submit(wanted).result(60).image.any()
