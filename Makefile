@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test check static format bench clean
+.PHONY: help demo test check audit prometheus infra faults static format docs reference bench build clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -12,11 +12,21 @@ help: ## list the targets
 demo: $(VENV)/.demo ## a real queue, worker and storage on this machine; pictures in out/
 	$(BIN)/calotype demo --out out
 
+# Two at a time: most tests wait for something most of the time. A file's tests share servers and workers.
 test: static ## every test, after the static checks
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-check: static ## formatter, linter, types, import contracts, unit tests
-	$(BIN)/python -m pytest tests/unit
+check: static audit prometheus infra ## formatter, linter, types, import contracts, vulnerabilities, what deploys it, unit tests
+	$(BIN)/python -m pytest tests/unit tests/observability
+
+audit: $(VENV)/.dev ## known vulnerabilities of what is installed
+	$(BIN)/python infra/audit.py
+
+prometheus:
+	@command -v promtool prometheus >/dev/null || { echo "make check needs promtool and prometheus, to test alerts and \
+	dashboards; install them (Debian: apt-get install prometheus), or run make test, which leaves those out" >&2; exit 1; }
+infra: .venv-infra/.installed ## manifests as rendered, Dockerfiles and the Compose file, by tools of their own environment
+	.venv-infra/bin/python infra/check.py
 
 static: $(VENV)/.dev
 	$(BIN)/ruff format --check --quiet .
@@ -28,11 +38,26 @@ format: $(VENV)/.dev ## format and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.demo ## the short benchmark, on the bundled model
-	$(BIN)/python benchmarks/throughput.py
+faults: $(VENV)/.dev ## every fault at full length, and the table of what was lost: nothing; half an hour
+	FAULTS=full $(BIN)/python -m pytest tests/faults --timeout 1800
+
+reference: $(VENV)/.dev ## write the generated pages of docs/ anew
+	$(BIN)/python -m infra.reference
+
+docs: $(VENV)/.dev ## the generated pages, and the site in site/, with every link checked
+	$(BIN)/python -m infra.reference
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+bench: $(VENV)/.bench ## the short benchmark against what one could take instead; about a quarter of an hour
+	$(BIN)/python benchmarks/throughput.py --requests 24
+
+build: $(VENV)/.dev ## sdist and wheel in dist/, checked as the package index would
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist --no-isolation
+	$(BIN)/python infra/release.py dist
 
 clean: ## remove the environment and all that was made
-	rm -rf $(VENV) out dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-infra out dist build site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # Stamps: an environment is installed once, and again when what it depends on changes.
 $(VENV)/bin/python:
@@ -43,5 +68,16 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(INSTALL) -e '.[worker,gateway,embedded,test,dev]'
+	$(INSTALL) -e '.[worker,gateway,telemetry,quantized,embedded,test,dev,docs]'
 	@touch $@ $(VENV)/.demo
+
+# celery-batches says that it wants an older Celery; it runs with ours.
+$(VENV)/.bench: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(INSTALL) -e '.[worker,gateway,embedded,bench]'
+	$(INSTALL) --no-deps celery-batches
+	@touch $@
+
+.venv-infra/.installed: infra/requirements.txt
+	$(PYTHON) -m venv .venv-infra
+	.venv-infra/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
