@@ -3,7 +3,7 @@
     python benchmarks/latency.py [--model demo] [--requests 30] [--rounds 2] [--loads 0.8 1.6]
 
 Arrivals are Poisson at shares of what sequential diffusers can do on this machine, measured first. All three serve the
-same arrivals of the same requests in this process, one after the other:
+same arrivals of the same requests, one after the other, plain diffusers in a process of its own:
 
 - sequential: a thread that makes them one by one, in the order they came;
 - dynamic: a thread that takes whatever waits, at most eight, and runs it as static batches of what is alike, each
@@ -29,10 +29,11 @@ from typing import Any
 
 from rivals import BATCH
 from throughput import to_request
-from workload import Plain, Wanted, quiet, surroundings, workload
+from workload import PlainElsewhere, Wanted, quiet, surroundings, workload
 
 from calotype_worker.engine import Engine, EngineSettings
 from calotype_worker.models import load_model
+from calotype_worker.threads import apart
 
 Submit = Callable[[Wanted], Future[Any]]
 
@@ -93,14 +94,14 @@ def main() -> None:
     options = parser.parse_args()
     quiet()
     name, _, source = options.model.partition("=")
-    model = load_model(name, source=source or None, device=options.device)
-    plain = Plain(options.model, device=options.device)
+    model = apart(lambda: load_model(name, source=source or None, device=options.device))
+    plain = PlainElsewhere(options.model, device=options.device)
     engine = Engine(model, EngineSettings())
     engine.profile(seconds=8)
     engine.start()
     count = iter(range(10**9))
     ways: dict[str, Submit] = {
-        "sequential": server(lambda some: plain.one(some[0]), 1),
+        "sequential": server(plain.one_by_one, 1),
         "dynamic": server(lambda some: plain.many(some, size=BATCH), BATCH),
         "engine": lambda wanted: engine.submit(to_request(wanted, f"r{next(count)}")),
     }
@@ -110,8 +111,7 @@ def main() -> None:
             future.result()
     sample = workload(14, *size, start=700)
     began = time.perf_counter()
-    for each in sample:
-        plain.one(each)
+    plain.one_by_one(sample)
     capacity = len(sample) / (time.perf_counter() - began)
     table = []
     for load in options.loads:
@@ -143,6 +143,7 @@ def main() -> None:
             }
         )
     engine.stop()
+    plain.stop()
     result = {
         "command": f"benchmarks/latency.py --requests {options.requests} --rounds {options.rounds}",
         **surroundings(options.device),

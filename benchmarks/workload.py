@@ -5,6 +5,7 @@ Steps from 10 to 50, six samplers, guidance of three scales and off: what users 
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import platform
@@ -34,6 +35,8 @@ STEPS = (10, 15, 20, 25, 30, 40, 50)
 SAMPLERS = ("ddim", "euler", "euler_a", "dpmpp_2m_karras", "unipc", "ddpm")
 GUIDANCE = (5.0, 7.5, 3.0, 1.0)
 PROMPTS = ("a red circle on a blue background", "a large green star on a white background", "a yellow heart on black")
+
+KINDS = math.lcm(len(SAMPLERS), len(STEPS))  # requests after which a workload brings nothing new to a sampler
 
 
 @dataclass(frozen=True, kw_only=True)

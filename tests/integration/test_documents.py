@@ -60,7 +60,9 @@ def paste(document: str, gateway: Gateway, environment: dict[str, str], folder: 
         )
         assert ran.returncode == 0, f"{code}\n{ran.stdout[-3000:]}"
         if printed:
-            assert re.fullmatch(as_pattern(printed), ran.stdout), f"{code}\nprints\n{ran.stdout}\nand the page says\n{printed}"
+            assert re.fullmatch(as_pattern(printed), ran.stdout), (
+                f"{code}\nprints\n{ran.stdout}\nand the page says\n{printed}"
+            )
         said.append(ran.stdout)
     return "\n".join(said)
 

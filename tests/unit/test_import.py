@@ -14,30 +14,33 @@ class Refuse(importlib.abc.MetaPathFinder):
             raise ImportError(name + " must not be imported by the producer")
         return None
 sys.meta_path.insert(0, Refuse())
-started = time.process_time()
+began = time.process_time()
+import pydantic_settings, redis.asyncio
+between = time.process_time()
 import calotype
 from calotype import Client, GenerationConfig
-seconds = time.process_time() - started
+share = (time.process_time() - between) / (between - began)
 client = Client("redis://127.0.0.1:1/0")
 for name in calotype.__all__:
     getattr(calotype, name)
 import calotype.cli, calotype.demo, calotype.embedded
-print(seconds, "boto3" in sys.modules)
+print(share, "boto3" in sys.modules)
 """
 
 
-def test_the_producer_imports_in_half_a_second_without_the_workers_packages() -> None:
-    """In a fresh interpreter where those packages cannot be imported; processor time, so that a busy machine passes."""
-    best = 99.0
+def test_the_producer_imports_as_fast_as_its_dependencies_without_the_workers_packages() -> None:
+    """In a fresh interpreter where those packages cannot be imported: its own part takes half as long as pydantic's and
+    redis' do. Processor time, and of one process, so that a slow or busy machine passes."""
+    least = 99.0
     for _ in range(3):  # the first run may also compile bytecode
         done = subprocess.run(
             [sys.executable, "-c", _IMPORT_WITHOUT], capture_output=True, text=True, timeout=60, check=False
         )
         assert done.returncode == 0, done.stderr
-        seconds, boto3 = done.stdout.split()
+        share, boto3 = done.stdout.split()
         assert boto3 == "False"
-        best = min(best, float(seconds))
-    assert best < 0.5
+        least = min(least, float(share))
+    assert least < 1
 
 
 def test_unknown_names_are_refused_as_usual() -> None:

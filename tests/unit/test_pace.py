@@ -37,10 +37,9 @@ class Moment:
 
 
 def test_the_host_is_at_most_one_step_ahead() -> None:
-    """After each order all steps but the last are done, and their times are told once, each for its own group."""
+    """After each order all steps but the last are done, and each has told its own group's cost."""
     device = Device()
     pace: Pace[str] = Pace(device.event)
-    told = []
     for number in range(5):
 
         def order() -> int:
@@ -49,16 +48,38 @@ def test_the_host_is_at_most_one_step_ahead() -> None:
 
         assert pace.step(f"group {number}", order) == number + 1
         assert device.clock == 10.0 * number
-        told += pace.measured()
-    assert told == [(f"group {number}", pytest.approx(0.01)) for number in range(4)]
-    assert pace.measured() == []
+        assert pace.cost(f"group {number}") == 0.0, "not known yet"
+    assert [pace.cost(f"group {number}") for number in range(4)] == pytest.approx([0.01] * 4)
 
 
 def test_a_cpu_is_done_when_the_call_returns() -> None:
-    """No events; the time of the call is the step's, and it is told at once."""
+    """No events; the time of the call is the step's, and known at once."""
     assert events_of(torch.device("cpu")) is None
     pace: Pace[str] = Pace(None)
     assert pace.step("group", lambda: "report") == "report"
-    [(group, seconds)] = pace.measured()
-    assert group == "group"
-    assert 0 <= seconds < 1
+    assert 0 < pace.cost("group") < 1
+
+
+def test_a_cost_is_the_least_of_the_last_eight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One stalled step changes nothing; eight slower ones do. Groups that have not run for long are forgotten."""
+    clock = 0.0
+    monkeypatch.setattr("calotype_worker.engine.pace.time.monotonic", lambda: clock)
+    pace: Pace[str] = Pace(None)
+
+    def step(group: str, seconds: float) -> None:
+        def order() -> None:
+            nonlocal clock
+            clock += seconds
+
+        pace.step(group, order)
+
+    step("group", 1.0)
+    step("group", 5.0)
+    assert pace.cost("group") == pytest.approx(1.0)
+    for _ in range(7):
+        step("group", 2.0)
+    assert pace.cost("group") == pytest.approx(2.0)
+    for number in range(128):
+        step(f"group {number}", 3.0)
+    assert pace.cost("group") == 0.0
+    assert pace.cost("group 127") == pytest.approx(3.0)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from calotype_worker.engine import Engine, GenerationRequest, engine
+from calotype_worker.engine import Engine, GenerationRequest, profiler
 from calotype_worker.engine.profile import Point, Profile, measure, sizes_up_to
 from calotype_worker.engine.request import GroupKey
 from calotype_worker.models.base import StepModel
@@ -112,16 +112,15 @@ def test_the_engine_keeps_to_the_knee(make_engine: Any, tiny_step_model: StepMod
         make_step(2)()  # a real step
         return (Point(rows=1, seconds=1.0), Point(rows=6, seconds=1.2), Point(rows=16, seconds=3.2))
 
-    monkeypatch.setattr(engine, "measure", known)
+    monkeypatch.setattr(profiler, "measure", known)
     made: Engine = make_engine(tiny_step_model, max_rows=16, start=False)
     width, height = tiny_step_model.card.native_sizes[0]
     assert made.profile(seconds=1)[0].knee.rows == 6
     assert tried[0][-1] == 16
 
     def budget(width: int, height: int) -> int:
-        return made._row_budget(
-            GroupKey(model=tiny_step_model.card.name, latent_shape=tiny_step_model.latent_shape(width, height))
-        )
+        shape = tiny_step_model.latent_shape(width, height)
+        return made._budgets.now(GroupKey(model=tiny_step_model.card.name, latent_shape=shape))
 
     assert budget(width, height) == 6
     assert budget(width // 2, height // 2) == 16

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 import torch
 
+from calotype_shared.errors import InvalidRequest
+from calotype_worker.engine import engine
+from calotype_worker.engine.ticket import prepare
 from calotype_worker.threads import apart, compute_alone, compute_with, wait_briefly
+from tests.unit.test_engine import request
 
 
 def test_waiting_threads_sleep_soon() -> None:
@@ -53,6 +58,32 @@ def test_threads_that_compute_alone_leave_the_others_their_helpers() -> None:
     apart(lambda: torch.set_num_threads(before))
     assert found == {"engine": 2, "job": 1}
     assert torch.get_num_threads() == before
+
+
+def test_a_request_is_prepared_without_helpers(make_engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a thread of whoever submits it, which has as many as before afterwards, whatever came of it."""
+    seen = []
+
+    def preparing(*arguments: Any, **options: Any) -> Any:
+        seen.append(torch.get_num_threads())
+        return prepare(*arguments, **options)
+
+    monkeypatch.setattr(engine, "prepare", preparing)
+    made = make_engine()
+
+    def submit() -> int:
+        torch.set_num_threads(2)
+        made.submit(request("good")).result(60)
+        with pytest.raises(InvalidRequest):
+            made.submit(request("bad", width=12))
+        return torch.get_num_threads()
+
+    before = torch.get_num_threads()
+    try:
+        assert apart(submit) == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1, 1]
 
 
 def test_apart_hands_on_what_came_of_it() -> None:

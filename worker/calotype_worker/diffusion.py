@@ -37,6 +37,7 @@ from calotype_shared.uploads import fitted, normalise, open_upload
 from calotype_worker.engine import Engine, EngineSettings, Generated, GenerationRequest
 from calotype_worker.engine.request import Mesh
 from calotype_worker.models import Adapters, Lossy, Memory, ModelPool, StepModel, load_model
+from calotype_worker.threads import apart
 
 Picture = np.ndarray | Image.Image | str | Path | bytes  # uint8 (H, W, 3), or a picture file or its bytes
 KEPT_UPLOADS = 256
@@ -269,14 +270,16 @@ class DiffusionModel:
     def _running(self) -> Engine:
         with self._lock:
             if self._engine is None or not self._engine.alive:
-                model = load_model(
-                    self._name,
-                    source=self._source,
-                    device=self._device,
-                    dtype=self._dtype,
-                    adapters=self._adapters,
-                    memory=self._memory,
-                    lossy=self._lossy,
+                model = apart(
+                    lambda: load_model(
+                        self._name,
+                        source=self._source,
+                        device=self._device,
+                        dtype=self._dtype,
+                        adapters=self._adapters,
+                        memory=self._memory,
+                        lossy=self._lossy,
+                    )
                 )
                 self._engine = Engine(ModelPool([model]), self._settings)
                 self._engine.start()

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -37,6 +38,22 @@ def compute_alone() -> None:
     if not getattr(_own, "alone", False):
         compute_with(1)
         _own.alone = True
+
+
+@contextmanager
+def alone_meanwhile() -> Iterator[None]:
+    """`compute_alone` for a while, in a thread that is not ours."""
+    import torch  # noqa: PLC0415
+
+    before = torch.get_num_threads()
+    if before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def compute_with(threads: int) -> None:

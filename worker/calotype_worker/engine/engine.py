@@ -10,23 +10,24 @@ import dataclasses
 import logging
 import threading
 import time
-from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from calotype_shared.config import SamplerType
 from calotype_shared.errors import CalotypeError, GenerationFailed, InvalidRequest
 from calotype_worker.engine.admission import Admission
 from calotype_worker.engine.compiled import CompiledStep, CompileMode, buckets_up_to
 from calotype_worker.engine.decoder import Decoder, Finished
 from calotype_worker.engine.memory_limit import MemoryLimit, is_out_of_memory
 from calotype_worker.engine.pace import Pace, events_of
-from calotype_worker.engine.profile import Profile, measure, sizes_up_to
+from calotype_worker.engine.profile import Profile, sizes_up_to
+from calotype_worker.engine.profiler import profile_models
 from calotype_worker.engine.request import Generated, GenerationRequest, GroupKey
+from calotype_worker.engine.row_budget import RowBudgets
 from calotype_worker.engine.running import RunningGroup, running_groups
 from calotype_worker.engine.scheduler import Plan, Scheduler
 from calotype_worker.engine.split import run_splitting
@@ -37,12 +38,9 @@ from calotype_worker.engine.trace import Tracer, Untraced
 from calotype_worker.models.base import OpaqueModel, StepModel
 from calotype_worker.models.pool import AnyModel, ModelPool
 from calotype_worker.sampling.table import TableCache
-from calotype_worker.threads import apart, compute_with
+from calotype_worker.threads import alone_meanwhile, compute_with
 
 log = logging.getLogger(__name__)
-
-_REMEMBERED_LIMITS = 128
-_REMEMBERED_COSTS = 8  # steps of a group
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,18 +112,22 @@ class Engine:
         self._tickets: dict[str, Ticket] = {}  # every request not yet resolved
         self._stop_at: float | None = None
         # From here on the engine's thread alone.
+        self._counters = Counters()
+        self._budgets = RowBudgets(
+            self.models,
+            max_rows=self.settings.max_rows,
+            powers_of_two=self.settings.deterministic,
+            on_out_of_memory=self._counters.count_out_of_memory,
+        )
+        self._pace: Pace[GroupKey] = Pace(events_of(self.models.get(next(iter(self.models.names))).device))
         self._scheduler: Scheduler[GroupKey] = Scheduler(
-            self._row_budget,
-            step_cost=self._step_cost,
+            self._budgets.now,
+            step_cost=self._pace.cost,
             at_hand=lambda group: group.model in self.models.resident,
             patience=self.settings.model_patience,
         )
         self._batches: dict[GroupKey, StepBatch] = {}
-        self._profiles: dict[str, dict[tuple[int, int], Profile]] = {}  # by model and (h, w) of the latents
-        self._costs: OrderedDict[GroupKey, deque[float]] = OrderedDict()  # seconds of the last steps
-        self._pace: Pace[GroupKey] = Pace(events_of(self.models.get(next(iter(self.models.names))).device))
         self._graphs: dict[str, CompiledStep] = {}  # by model
-        self._limits: OrderedDict[Hashable, MemoryLimit] = OrderedDict()  # the last used at the end
         self._admission = Admission(
             cache_capacity=self.settings.conditioning_cache, together=not self.settings.deterministic
         )
@@ -133,9 +135,8 @@ class Engine:
             self.models,
             batch=1 if self.settings.deterministic else self.settings.decode_batch,
             patience=self.settings.decode_patience,
-            limits=self._limit,
+            limits=self._budgets.limit,
         )
-        self._counters = Counters()
         self._threads = torch.get_num_threads()  # of the engine's own operators; others' threads may choose fewer
         self._thread = threading.Thread(target=self._main, name="calotype-engine", daemon=True)
 
@@ -158,7 +159,8 @@ class Engine:
             InvalidRequest: the model cannot do this; nothing was queued.
             GenerationFailed: the engine is stopping or its device is lost.
         """
-        ticket = prepare(request, self.models, self._tables, exact=self.settings.deterministic)
+        with alone_meanwhile():
+            ticket = prepare(request, self.models, self._tables, exact=self.settings.deterministic)
         if ticket.total_steps == 0 and request.init_image is not None:
             ticket.resolve(ticket.generated(request.init_image, ticket.submitted))  # strength 0: the source itself
             return ticket.future
@@ -197,7 +199,7 @@ class Engine:
         """The step batches of this moment, row by row. The step loop is not held up."""
         with self._wake:
             tickets = list(self._tickets.values())
-        return running_groups(tickets, self._batches.copy(), self._row_budget)
+        return running_groups(tickets, self._batches.copy(), self._budgets.now)
 
     def row_budget(self, model: str, width: int, height: int) -> int:
         """Rows that may run together, of pictures of a size.
@@ -208,7 +210,7 @@ class Engine:
         found = self.models.get(model)
         found.card.check_size(width, height)
         shape = () if isinstance(found, OpaqueModel) else found.latent_shape(width, height)
-        return self._row_budget(GroupKey(model=found.card.name, latent_shape=shape))
+        return self._budgets.now(GroupKey(model=found.card.name, latent_shape=shape))
 
     def rows_of_picture(self, model: str, guided: bool) -> int:
         """Rows that one picture takes."""
@@ -223,65 +225,22 @@ class Engine:
         """
         if self.settings.deterministic:
             return []
-        all_models = [self.models.get(name) for name in self.models.names]
-        steppable = [model for model in all_models if not isinstance(model, OpaqueModel)]
-        share = seconds / max(1, sum(len(model.card.native_sizes) for model in steppable))
-
-        def measure_all() -> None:
-            for model in steppable:
-                self.models.use(model.card.name)
-                with torch.inference_mode():
-                    profiles = [self._measure(model, *size, seconds=share) for size in model.card.native_sizes]
-                self._profiles[model.card.name] = {model.latent_shape(p.width, p.height)[1:]: p for p in profiles}
-
-        apart(measure_all)
+        whole = self.settings.compile == "reduce-overhead"
+        profile_models(
+            self.models,
+            self._budgets,
+            seconds=seconds,
+            sizes=buckets_up_to if whole else sizes_up_to,
+            tables=self._tables,
+            admission=self._admission,
+            make_batch=self._make_batch,
+        )
         return self.profiles
 
     @property
     def profiles(self) -> list[Profile]:
         """What was measured: of each model, its native sizes."""
-        return [profile for known in self._profiles.values() for profile in known.values()]
-
-    def _measure(self, model: StepModel, width: int, height: int, *, seconds: float) -> Profile:
-        """Times whole steps of unguided requests, as the loop runs them."""
-
-        def make_step(rows: int) -> Callable[[], object]:
-            tickets = [
-                prepare(
-                    GenerationRequest(
-                        request_id=f"profile-{number}",
-                        prompt="",
-                        width=width,
-                        height=height,
-                        num_inference_steps=50,
-                        guidance_scale=1.0,
-                        seed=number,
-                        sampler=SamplerType(model.card.samplers[0]),
-                        model=model.card.name,
-                    ),
-                    self.models,
-                    self._tables,
-                )
-                for number in range(rows)
-            ]
-            for error in self._admission.admit(model, [ticket.stages[0] for ticket in tickets]):
-                if error is not None:
-                    raise error
-            batch = self._make_batch(model, tickets[0].group, MemoryLimit(rows, on_lower=lambda *_: None))
-            batch.join([ticket.slot for ticket in tickets])
-            return batch.step
-
-        group = GroupKey(model=model.card.name, latent_shape=model.latent_shape(width, height))
-        most = self._configured_rows(group)
-        sizes = buckets_up_to(most) if self.settings.compile == "reduce-overhead" else sizes_up_to(most)
-        points = measure(sizes, make_step, seconds=seconds, device=model.device)
-        shared = model.device.type == "cpu"
-        profile = Profile(model=model.card.name, width=width, height=height, points=points, shared=shared)
-        if profile.disturbed:
-            log.warning(
-                "profile disturbed: the processor is busy", extra={"model": profile.model, "rows": points[-1].rows}
-            )
-        return profile
+        return self._budgets.profiles
 
     def stop(self, *, drain_seconds: float = 0.0) -> None:
         """Refuse new requests, finish what is in flight for up to `drain_seconds`, cancel the rest, end the thread."""
@@ -291,49 +250,11 @@ class Engine:
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join()
 
-    def _row_budget(self, group: GroupKey) -> int:
-        """Rows that may run together, at least two: a guided request needs them, one after the other if it must be."""
-        most = self._configured_rows(group)
-        limit = self._limits.get(group)
-        return most if limit is None else max(min(2, most), min(most, limit.current))
-
     def _check_accelerations(self) -> None:
         """Raises InvalidRequest: a model's accelerations do not go with the settings."""
         for model in map(self.models.get, self.models.names):
             if not isinstance(model, OpaqueModel):
                 model.lossy.check(deterministic=self.settings.deterministic, compiled=self.settings.compile != "off")
-
-    def _limit(self, work: Hashable, most: int) -> MemoryLimit:
-        """What was learned about a kind of work: the steps of a group, or the decoding of a shape."""
-
-        def on_lower(tried: int, current: int) -> None:
-            self._counters.out_of_memory += 1
-            log.warning("out of memory", extra={"work": str(work), "tried": tried, "from_now_on": current})
-
-        if work not in self._limits:
-            self._limits[work] = MemoryLimit(most, doubling=self.settings.deterministic, on_lower=on_lower)
-        self._limits.move_to_end(work)
-        while len(self._limits) > _REMEMBERED_LIMITS:
-            self._limits.popitem(last=False)
-        return self._limits[work]
-
-    def _configured_rows(self, group: GroupKey) -> int:
-        model = self.models.get(group.model)
-        if isinstance(model, OpaqueModel):
-            return model.max_batch
-        native_width, native_height = model.card.native_sizes[0]
-        _, native_h, native_w = model.latent_shape(native_width, native_height)
-        _, h, w = group.step_shape
-        budget = max(2, min(self.settings.max_rows, self.settings.max_rows * native_h * native_w // (h * w)))
-        known = self._profiles.get(group.model)
-        if known:
-            # At the knee; of a size that was not measured it is guessed from the next in area.
-            near = min(known, key=lambda size: abs(size[0] * size[1] - h * w))
-            budget = max(2, min(budget, known[near].knee.rows * near[0] * near[1] // (h * w)))
-        if self.settings.deterministic:
-            # Measured: with 6 rows on two threads a row's last bits depend on its position, with 4 or 8 they do not.
-            budget = 1 << (budget.bit_length() - 1)
-        return budget
 
     # ---- the engine's thread
 
@@ -381,16 +302,6 @@ class Engine:
         self._decode()
         return True
 
-    def _step_cost(self, group: GroupKey) -> float:
-        """Seconds of a group's next step: the least of its last ones, for a stall of the machine is none of its own."""
-        return min(self._costs[group]) if group in self._costs else 0.0
-
-    def _note_cost(self, group: GroupKey, seconds: float) -> None:
-        self._costs.setdefault(group, deque(maxlen=_REMEMBERED_COSTS)).append(seconds)
-        self._costs.move_to_end(group)
-        while len(self._costs) > _REMEMBERED_LIMITS:
-            self._costs.popitem(last=False)
-
     def _drop(self, cancelled: set[str]) -> None:
         """Free the rows of requests that were cancelled, here or through their future."""
         with self._wake:
@@ -416,8 +327,6 @@ class Engine:
         report = self._pace.step(group, batch.step)
         now = time.monotonic()
         self._counters.count_step(report, now - began)
-        for measured, seconds in self._pace.measured():
-            self._note_cost(measured, seconds)
         self._trace.span(
             "engine",
             f"step {group.model} {group.step_shape[2]}x{group.step_shape[1]}",
@@ -426,7 +335,7 @@ class Engine:
             model=group.model,
             rows=report.rows,
             padding=report.padding_rows,
-            budget=self._row_budget(group),
+            budget=self._budgets.now(group),
             joined=len(admitted),
             finished=len(report.finished),
             waiting=self._scheduler.waiting(),
@@ -472,12 +381,12 @@ class Engine:
         if not ready:
             return
         if group not in self._batches:
-            self._batches[group] = self._make_batch(model, group, self._limit(group, self._configured_rows(group)))
+            self._batches[group] = self._make_batch(model, group, self._budgets.limit(group, self._budgets.most(group)))
         self._batches[group].join(ready)
 
     def _make_batch(self, model: StepModel, group: GroupKey, limit: MemoryLimit) -> StepBatch:
         graph = self._graph(model)
-        most = self._configured_rows(group)
+        most = self._budgets.most(group)
         buckets = self.settings.row_buckets
         if self.settings.deterministic:
             buckets = (most,)
@@ -514,7 +423,7 @@ class Engine:
 
         for ticket in tickets:
             ticket.admitted = began
-        limit = self._limit(group, self._configured_rows(group))
+        limit = self._budgets.limit(group, self._budgets.most(group))
 
         def run(chosen: Sequence[Ticket]) -> list[Generated | None]:
             parts = limit.run(chosen, lambda part: model.run([ticket.request for ticket in part], watch))

@@ -1,4 +1,4 @@
-"""`Pace`: keeps the host close to its device, and says how long steps took there.
+"""`Pace`: keeps the host close to its device, and knows what a step costs there.
 
 A GPU takes orders and answers later: without this the engine would order many steps ahead of it. Who joins or leaves
 then would wait for all of them, and the time between two orders would say nothing about a step's cost. One step ahead
@@ -8,14 +8,17 @@ is enough to keep the device busy while the host looks after its requests.
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
 
-Key = TypeVar("Key")
+Key = TypeVar("Key", bound=Hashable)
 T = TypeVar("T")
+
+_STEPS = 8  # whose times are remembered
+_GROUPS = 128
 
 
 class Event(Protocol):
@@ -39,14 +42,14 @@ class Pace(Generic[Key]):
         self._make_event = make_event
         self._ahead = ahead
         self._ordered: deque[tuple[Key, Event, Event]] = deque()
-        self._measured: list[tuple[Key, float]] = []
+        self._seconds: OrderedDict[Key, deque[float]] = OrderedDict()  # the last used at the end
 
     def step(self, key: Key, order: Callable[[], T]) -> T:
         """Call `order`; returns once at most `ahead` steps are not done."""
         if self._make_event is None:
             began = time.monotonic()
             result = order()
-            self._measured.append((key, time.monotonic() - began))
+            self._note(key, time.monotonic() - began)
             return result
         start, end = self._make_event(), self._make_event()
         start.record()
@@ -56,13 +59,18 @@ class Pace(Generic[Key]):
         while len(self._ordered) > self._ahead:
             done, start, end = self._ordered.popleft()
             end.synchronize()
-            self._measured.append((done, start.elapsed_time(end) / 1e3))
+            self._note(done, start.elapsed_time(end) / 1e3)
         return result
 
-    def measured(self) -> list[tuple[Key, float]]:
-        """Seconds of the steps that are done, each told once."""
-        found, self._measured = self._measured, []
-        return found
+    def cost(self, key: Key) -> float:
+        """Seconds of a group's next step: the least of its last ones, for a stall of the machine is none of its own."""
+        return min(self._seconds[key]) if key in self._seconds else 0.0
+
+    def _note(self, key: Key, seconds: float) -> None:
+        self._seconds.setdefault(key, deque(maxlen=_STEPS)).append(seconds)
+        self._seconds.move_to_end(key)
+        while len(self._seconds) > _GROUPS:
+            self._seconds.popitem(last=False)
 
 
 def events_of(device: torch.device) -> Callable[[], Event] | None:

@@ -61,5 +61,8 @@ class Counters:
         self.fallback_steps += report.fallback_steps
         self.step_seconds += seconds
 
+    def count_out_of_memory(self) -> None:
+        self.out_of_memory += 1
+
     def snapshot(self, *, in_flight: int) -> EngineStats:
         return EngineStats(in_flight=in_flight, **dataclasses.asdict(self))

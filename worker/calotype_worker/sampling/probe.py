@@ -8,6 +8,7 @@ shaped (1, 1, 1, D), one coordinate an input plus a few that no input uses: ther
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,8 +49,12 @@ def probe_steps(scheduler: Any, timesteps: torch.Tensor) -> list[ProbedStep]:
 
 def step_arguments(scheduler: Any, generator: torch.Generator) -> dict[str, Any]:
     """Keyword arguments for `scheduler.step`, as diffusers pipelines pass them: the generator where it is taken."""
-    accepts = inspect.signature(scheduler.step).parameters
-    return {"return_dict": False, **({"generator": generator} if "generator" in accepts else {})}
+    return {"return_dict": False, **({"generator": generator} if _takes_generator(type(scheduler).step) else {})}
+
+
+@functools.cache
+def _takes_generator(step: Callable[..., Any]) -> bool:
+    return "generator" in inspect.signature(step).parameters
 
 
 def scaled_input(scheduler: Any, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:

@@ -115,17 +115,19 @@ def trajectory_error(table: SamplerTable, trajectory: Trajectory) -> float:
     sample = torch.randn(shape, generator=source) * table.initial_sigma
     state = torch.zeros(table.remembered + 1, sample.numel())
     state[0] = sample.flatten()
-    worst, largest = 0.0, float(sample.abs().max())
+    arguments = step_arguments(scheduler, theirs)
+    wanted, found = [sample.flatten()], [state[0]]
     for index, timestep in enumerate(trajectory.timesteps):
-        scaled = scaled_input(scheduler, sample, timestep)
-        worst = max(worst, float((state[0] * table.input_scale[index] - scaled.flatten()).abs().max()))
+        wanted.append(scaled_input(scheduler, sample, timestep).flatten())
+        found.append(state[0] * table.input_scale[index])
         output = torch.randn(shape, generator=source)
-        sample = scheduler.step(output, timestep, sample, **step_arguments(scheduler, theirs))[0]
+        sample = scheduler.step(output, timestep, sample, **arguments)[0]
         noise = torch.randn(shape, generator=ours) if table.draws_noise[index] else torch.zeros(shape)
         state = table.matrices[index] @ torch.cat([state, output.reshape(1, -1), noise.reshape(1, -1)])
-        worst = max(worst, float((state[0] - sample.flatten()).abs().max()))
-        largest = max(largest, float(sample.abs().max()))
-    return worst / largest
+        wanted.append(sample.flatten())
+        found.append(state[0])
+    exact = torch.stack(wanted)
+    return float((torch.stack(found) - exact).abs().max() / exact.abs().max())
 
 
 def _pack(steps: list[ProbedStep]) -> torch.Tensor:

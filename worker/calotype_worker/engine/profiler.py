@@ -1,0 +1,86 @@
+"""`profile_models`: times whole steps of unguided requests, as the loop runs them, to find each model's knee."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+
+from calotype_shared.config import SamplerType
+from calotype_worker.engine.admission import Admission
+from calotype_worker.engine.memory_limit import MemoryLimit
+from calotype_worker.engine.profile import Profile, measure
+from calotype_worker.engine.request import GenerationRequest, GroupKey
+from calotype_worker.engine.row_budget import RowBudgets
+from calotype_worker.engine.step_batch import StepBatch
+from calotype_worker.engine.ticket import prepare
+from calotype_worker.models.base import OpaqueModel, StepModel
+from calotype_worker.models.pool import ModelPool
+from calotype_worker.sampling.table import TableCache
+from calotype_worker.threads import apart
+
+log = logging.getLogger(__name__)
+
+MakeBatch = Callable[[StepModel, GroupKey, MemoryLimit], StepBatch]
+
+
+def profile_models(
+    models: ModelPool,
+    budgets: RowBudgets,
+    *,
+    seconds: float,
+    sizes: Callable[[int], Sequence[int]],
+    tables: TableCache,
+    admission: Admission,
+    make_batch: MakeBatch,
+) -> None:
+    """Give `budgets` the profiles of each model's native sizes, with `sizes(most)` rows tried, in `seconds` in all."""
+    found = [models.get(name) for name in models.names]
+    steppable = [model for model in found if not isinstance(model, OpaqueModel)]
+    share = seconds / max(1, sum(len(model.card.native_sizes) for model in steppable))
+
+    def profile_one(model: StepModel, width: int, height: int) -> tuple[tuple[int, int], Profile]:
+        shape = model.latent_shape(width, height)
+        group = GroupKey(model=model.card.name, latent_shape=shape)
+
+        def make_step(rows: int) -> Callable[[], object]:
+            tickets = [prepare(_request(model, width, height, number), models, tables) for number in range(rows)]
+            for error in admission.admit(model, [ticket.stages[0] for ticket in tickets]):
+                if error is not None:
+                    raise error
+            batch = make_batch(model, tickets[0].group, MemoryLimit(rows, on_lower=lambda *_: None))
+            batch.join([ticket.slot for ticket in tickets])
+            return batch.step
+
+        points = measure(sizes(budgets.most(group)), make_step, seconds=share, device=model.device)
+        shared = model.device.type == "cpu"
+        profile = Profile(model=model.card.name, width=width, height=height, points=points, shared=shared)
+        if profile.disturbed:
+            log.warning(
+                "profile disturbed: the processor is busy", extra={"model": profile.model, "rows": points[-1].rows}
+            )
+        return shape[1:], profile
+
+    def profile_all() -> None:
+        for model in steppable:
+            models.use(model.card.name)
+            with torch.inference_mode():
+                profiles = [profile_one(model, *size) for size in model.card.native_sizes]
+            budgets.keep(model.card.name, profiles)
+
+    apart(profile_all)
+
+
+def _request(model: StepModel, width: int, height: int, number: int) -> GenerationRequest:
+    return GenerationRequest(
+        request_id=f"profile-{number}",
+        prompt="",
+        width=width,
+        height=height,
+        num_inference_steps=50,
+        guidance_scale=1.0,
+        seed=number,
+        sampler=SamplerType(model.card.samplers[0]),
+        model=model.card.name,
+    )
