@@ -16,6 +16,7 @@ from workload import quiet, surroundings
 from calotype_worker.engine import Engine, EngineSettings
 from calotype_worker.engine.profile import Profile
 from calotype_worker.models import load_model
+from calotype_worker.threads import apart
 
 
 def main() -> None:
@@ -31,7 +32,7 @@ def main() -> None:
     options = parser.parse_args()
     quiet()
     name, _, source = options.model.partition("=")
-    model = load_model(name, source=source or None, device=options.device)
+    model = apart(lambda: load_model(name, source=source or None, device=options.device))
     profiles = []
     for side in options.sides:
         # The engine scales its rows to the native area: here each size is native in turn, so that all try as many.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from calotype_shared.config import Feature
 from calotype_shared.errors import InvalidRequest, ModelLoadError
+from calotype_worker.models.base import Conditioning, Rows, Text
 from calotype_worker.models.latent import Adapters, LatentModel, Setup
 from calotype_worker.sampling.samplers import FLOW_SAMPLERS
 
@@ -41,6 +43,28 @@ class FlowModel(LatentModel):
                 "inversions or ControlNets; leave them out, or register them for another model as MODEL/NAME=FILE"
             )
         super().__init__(pipeline, setup, denoiser=denoiser, text_encoders=text_encoders)
+
+    @torch.inference_mode()
+    def encode(self, texts: Sequence[Text]) -> Sequence[Conditioning]:
+        return self._by_loras(texts, self._encode)
+
+    @abstractmethod
+    def _encode(self, texts: Sequence[Text]) -> list[Conditioning]:
+        """Of prompts that share their LoRAs."""
+
+    @torch.inference_mode()
+    def predict(self, rows: Rows) -> torch.Tensor:
+        with self._using("denoiser"), self.loras.active(rows.loras):
+            return self.forward(rows.latents, rows.timesteps, rows.conditioning, self._network(rows))
+
+    @abstractmethod
+    def forward(
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        conditioning: Conditioning,
+        network: Any = None,
+    ) -> torch.Tensor: ...
 
     def predicted_original(self, latents: torch.Tensor, outputs: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """x - σ·v; a timestep is a thousandth of σ whatever the schedule's shift."""

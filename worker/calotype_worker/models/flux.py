@@ -10,7 +10,7 @@ import torch
 
 from calotype_shared.config import SamplerType
 from calotype_worker.engine.request import GenerationRequest
-from calotype_worker.models.base import Conditioning, Rows, Text
+from calotype_worker.models.base import Conditioning, Text
 from calotype_worker.models.flow import FlowModel, PlainText
 from calotype_worker.models.latent import Setup
 from calotype_worker.sampling.samplers import FLOW_SAMPLERS
@@ -49,12 +49,8 @@ class Flux(FlowModel):
         self._t5.check(field, prompt)
         return 1
 
-    @torch.inference_mode()
-    def encode(self, texts: Sequence[Text]) -> Sequence[Conditioning]:
-        """`text`: T5's sequence; `pooled`: CLIP's vector."""
-        return self._by_loras(texts, self._encode)
-
     def _encode(self, texts: Sequence[Text]) -> list[Conditioning]:
+        """`text`: T5's sequence; `pooled`: CLIP's vector."""
         prompts = [text.prompt for text in texts]
         with self._using("text_encoder"):
             pooled = self._clip.encoder(self._clip.tokens(prompts)).pooler_output.to(self.dtype)
@@ -64,11 +60,6 @@ class Flux(FlowModel):
 
     def row_inputs(self, request: GenerationRequest, *, negative: bool) -> Conditioning:
         return {"guidance": torch.tensor(request.guidance_scale)} if self._reads_guidance else {}
-
-    @torch.inference_mode()
-    def predict(self, rows: Rows) -> torch.Tensor:
-        with self._using("denoiser"), self.loras.active(rows.loras):
-            return self.forward(rows.latents, rows.timesteps, rows.conditioning, self._network(rows))
 
     def forward(
         self,

@@ -10,17 +10,16 @@ import torch
 
 from calotype_shared.config import Feature
 from calotype_shared.errors import ModelLoadError
-from calotype_worker.engine.request import GenerationRequest
-from calotype_worker.models.base import Conditioning, Rows, Text
+from calotype_worker.models.base import Conditioning, Text
 from calotype_worker.models.clip_text import ClipText
-from calotype_worker.models.controlnet import Residuals, control_residuals, load_controlnets
-from calotype_worker.models.latent import Adapters, LatentModel, Setup
+from calotype_worker.models.latent import Adapters, Setup
+from calotype_worker.models.unet import UNetModel
 
 _LATENT_CHANNELS = 4
 _INPAINTING_CHANNELS = 9  # latents, mask, and the latents of the masked picture
 
 
-class StableDiffusion(LatentModel):
+class StableDiffusion(UNetModel):
     """A `StepModel` around the parts of a `StableDiffusionPipeline` that was loaded in `dtype`.
 
     Epsilon and v-prediction differ only in the scheduler's config, so one class serves both; so it does for U-Nets
@@ -38,19 +37,8 @@ class StableDiffusion(LatentModel):
         unet = pipeline.unet
         _refuse_other_inputs(unet.config, setup.card.name)
         load_embeddings(pipeline, setup.adapters.embeddings)
-        controls = load_controlnets(
-            setup.adapters.controls, dtype=setup.dtype, cross_attention_dim=unet.config.cross_attention_dim
-        )
-        super().__init__(
-            pipeline,
-            setup,
-            denoiser=unet.to(memory_format=torch.channels_last),
-            text_encoders={"text_encoder": pipeline.text_encoder},
-            controls=controls,
-        )
+        super().__init__(pipeline, setup, text_encoders={"text_encoder": pipeline.text_encoder})
         self._text = ClipText(pipeline.tokenizer, pipeline.text_encoder, device=setup.device)
-        self._guidance_features = int(unet.config.time_cond_proj_dim or 0)
-        self.embedded_guidance = self._guidance_features > 0
         self.mask_channels = unet.config.in_channels - _LATENT_CHANNELS
 
     def text_windows(self, field: str, prompt: str) -> int:
@@ -65,52 +53,6 @@ class StableDiffusion(LatentModel):
                     texts, lambda own: self._text.encode_all([(text.prompt, text.windows) for text in own])
                 )
             ]
-
-    def row_inputs(self, request: GenerationRequest, *, negative: bool) -> Conditioning:
-        if not self.embedded_guidance:
-            return {}
-        return {"guidance": guidance_embedding(request.guidance_scale, self._guidance_features)}
-
-    @torch.inference_mode()
-    def predict(self, rows: Rows) -> torch.Tensor:
-        residuals = control_residuals(self._controls, rows, dtype=self.dtype)
-        with self._using("denoiser"), self.loras.active(rows.loras):
-            return self.forward(rows.latents, rows.timesteps, rows.conditioning, residuals, self._network(rows))
-
-    def forward(
-        self,
-        latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        conditioning: Conditioning,
-        residuals: Residuals = (None, None),
-        network: Any = None,
-    ) -> torch.Tensor:
-        if self.mask_channels:
-            latents = torch.cat([latents, conditioning["inpainting"].to(latents)], dim=1)
-        guidance = conditioning.get("guidance")
-        output: torch.Tensor = (network or self._denoiser)(
-            latents.to(self.dtype, memory_format=torch.channels_last),
-            timesteps,
-            encoder_hidden_states=conditioning["text"],
-            encoder_attention_mask=conditioning.get("text_mask"),
-            timestep_cond=guidance.to(self.dtype) if guidance is not None else None,
-            down_block_additional_residuals=residuals[0],
-            mid_block_additional_residual=residuals[1],
-            return_dict=False,
-        )[0]
-        return output.float()
-
-
-def guidance_embedding(guidance_scale: float, features: int) -> torch.Tensor:
-    """Sinusoidal embedding of a guidance scale, (features,), as distilled networks read it (Meng et al. 2023).
-
-    The formula of diffusers' `get_guidance_scale_embedding`, of (scale - 1) in thousandths.
-    """
-    half = features // 2
-    frequencies = torch.exp(torch.arange(half) * -(torch.log(torch.tensor(10000.0)) / (half - 1)))
-    angles = (guidance_scale - 1) * 1000.0 * frequencies
-    embedding = torch.cat([angles.sin(), angles.cos()])
-    return torch.nn.functional.pad(embedding, (0, features - 2 * half))
 
 
 def load_embeddings(pipeline: Any, files: dict[str, Path] | Any) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from calotype_shared.config import SamplerType
 from calotype_worker.engine.request import GenerationRequest
-from calotype_worker.models.base import Conditioning, Rows, Text
+from calotype_worker.models.base import Conditioning, Text
 from calotype_worker.models.flow import FlowModel, PlainText
 from calotype_worker.models.latent import Setup
 from calotype_worker.sampling.samplers import Sampler
@@ -57,12 +57,8 @@ class StableDiffusion3(FlowModel):
         (self._t5 or self._clips["text_encoder"]).check(field, prompt)
         return 1
 
-    @torch.inference_mode()
-    def encode(self, texts: Sequence[Text]) -> Sequence[Conditioning]:
-        """`text`: both CLIPs side by side, padded to T5's features, then T5's; `pooled`: both CLIPs' projections."""
-        return self._by_loras(texts, self._encode)
-
     def _encode(self, texts: Sequence[Text]) -> list[Conditioning]:
+        """`text`: both CLIPs side by side, padded to T5's features, then T5's; `pooled`: both CLIPs' projections."""
         prompts = [text.prompt for text in texts]
         sides, pooled = [], []
         for name, clip in self._clips.items():
@@ -80,11 +76,6 @@ class StableDiffusion3(FlowModel):
         text = torch.cat([clips, sequence.to(clips)], dim=1).to(self.dtype)
         projections = torch.cat(pooled, dim=-1).to(self.dtype)
         return [{"text": own.clone(), "pooled": p.clone()} for own, p in zip(text, projections, strict=True)]
-
-    @torch.inference_mode()
-    def predict(self, rows: Rows) -> torch.Tensor:
-        with self._using("denoiser"), self.loras.active(rows.loras):
-            return self.forward(rows.latents, rows.timesteps, rows.conditioning, self._network(rows))
 
     def forward(
         self,

@@ -11,17 +11,16 @@ import torch
 from calotype_shared.config import Feature
 from calotype_shared.errors import ModelLoadError
 from calotype_worker.engine.request import GenerationRequest
-from calotype_worker.models.base import Conditioning, Rows, Text
+from calotype_worker.models.base import Conditioning, Text
 from calotype_worker.models.clip_text import ClipText
-from calotype_worker.models.controlnet import Residuals, control_residuals, load_controlnets
-from calotype_worker.models.latent import Adapters, LatentModel, Setup
-from calotype_worker.models.sd import guidance_embedding
+from calotype_worker.models.latent import Adapters, Setup
+from calotype_worker.models.unet import UNetModel
 
 # What diffusers' refiner pipeline says of a picture and of what to avoid, on the scale of LAION's aesthetic predictor.
 _AESTHETIC_SCORE, _NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
 
 
-class StableDiffusionXL(LatentModel):
+class StableDiffusionXL(UNetModel):
     """A `StepModel` around the parts of an SDXL pipeline. A refiner has only the second text encoder."""
 
     @classmethod
@@ -41,21 +40,12 @@ class StableDiffusionXL(LatentModel):
                 f"model {setup.card.name!r}: its autoencoder shifts latents by channel; use a plain SDXL one"
             )
         _load_embeddings(pipeline, setup.adapters)
-        controls = load_controlnets(
-            setup.adapters.controls, dtype=setup.dtype, cross_attention_dim=unet.config.cross_attention_dim
-        )
         encoders = {
             name: getattr(pipeline, name)
             for name in ("text_encoder", "text_encoder_2")
             if getattr(pipeline, name) is not None
         }
-        super().__init__(
-            pipeline,
-            setup,
-            denoiser=unet.to(memory_format=torch.channels_last),
-            text_encoders=encoders,
-            controls=controls,
-        )
+        super().__init__(pipeline, setup, text_encoders=encoders)
         tokenizers = {"text_encoder": pipeline.tokenizer, "text_encoder_2": pipeline.tokenizer_2}
         self._texts = {
             name: ClipText(tokenizers[name], encoder, penultimate=True, device=setup.device)
@@ -63,8 +53,6 @@ class StableDiffusionXL(LatentModel):
         }
         self._zero_negative = bool(pipeline.config.force_zeros_for_empty_prompt)
         self._aesthetic = bool(getattr(pipeline.config, "requires_aesthetics_score", False))
-        self._guidance_features = int(unet.config.time_cond_proj_dim or 0)
-        self.embedded_guidance = self._guidance_features > 0
 
     def text_windows(self, field: str, prompt: str) -> int:
         return max(text.windows(field, prompt) for text in self._texts.values())
@@ -93,39 +81,8 @@ class StableDiffusionXL(LatentModel):
         """`time_ids`: original size, crop and target size, or the refiner's aesthetic score; and embedded guidance."""
         size = [float(request.height), float(request.width)]
         score = _NEGATIVE_AESTHETIC_SCORE if negative else _AESTHETIC_SCORE
-        inputs = {"time_ids": torch.tensor([*size, 0.0, 0.0, *([score] if self._aesthetic else size)])}
-        if self.embedded_guidance:
-            inputs["guidance"] = guidance_embedding(request.guidance_scale, self._guidance_features)
-        return inputs
-
-    @torch.inference_mode()
-    def predict(self, rows: Rows) -> torch.Tensor:
-        added = self._added(rows.conditioning)
-        residuals = control_residuals(self._controls, rows, dtype=self.dtype, added=added)
-        with self._using("denoiser"), self.loras.active(rows.loras):
-            return self.forward(rows.latents, rows.timesteps, rows.conditioning, residuals, self._network(rows))
-
-    def forward(
-        self,
-        latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        conditioning: Conditioning,
-        residuals: Residuals = (None, None),
-        network: Any = None,
-    ) -> torch.Tensor:
-        guidance = conditioning.get("guidance")
-        output: torch.Tensor = (network or self._denoiser)(
-            latents.to(self.dtype, memory_format=torch.channels_last),
-            timesteps,
-            encoder_hidden_states=conditioning["text"],
-            encoder_attention_mask=conditioning.get("text_mask"),
-            added_cond_kwargs=self._added(conditioning),
-            timestep_cond=guidance.to(self.dtype) if guidance is not None else None,
-            down_block_additional_residuals=residuals[0],
-            mid_block_additional_residual=residuals[1],
-            return_dict=False,
-        )[0]
-        return output.float()
+        time_ids = torch.tensor([*size, 0.0, 0.0, *([score] if self._aesthetic else size)])
+        return {"time_ids": time_ids, **super().row_inputs(request, negative=negative)}
 
     def _added(self, conditioning: Conditioning) -> dict[str, torch.Tensor]:
         return {"text_embeds": conditioning["pooled"], "time_ids": conditioning["time_ids"].to(self.dtype)}
