@@ -48,7 +48,7 @@ docs: $(VENV)/.dev ## the generated pages, and the site in site/, with every lin
 	$(BIN)/python -m infra.reference
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-bench: $(VENV)/.bench ## the short benchmark against what one could take instead; about a quarter of an hour
+bench: $(VENV)/.bench ## the short benchmark against what one could take instead; half an hour
 	$(BIN)/python benchmarks/throughput.py
 
 build: $(VENV)/.dev ## sdist and wheel in dist/, checked as the package index would

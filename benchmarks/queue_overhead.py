@@ -5,20 +5,21 @@
 A job's latency, from before `submit` to a signed URL in hand, less what its device work took (text, steps, decode), is
 the queue's part: submit, message, claim, preparation, PNG, S3, commit, notice, URL. A bare Celery task that returns its
 argument, on the same Redis with results in Redis, is sent and awaited in between, for comparison. Commands are counted
-by MONITOR while jobs are made one after another, and while many are made at once: those that cross the network, and
-those that scripts call inside the server.
+by MONITOR while a worker has room for all jobs, and while more are in line: those that cross the network, and those
+that scripts call inside the server.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import statistics
 import sys
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,16 @@ from typing import Any
 from redis import Redis
 from workload import surroundings
 
+import calotype_shared
 from calotype import Client
 from calotype.embedded import EmbeddedServers, LocalWorkers
 from calotype.embedded.process import ChildProcess
+from calotype_shared.jobs import JobState
+from calotype_shared.scripts import script_source
+
+LUA = Path(calotype_shared.__file__).parent / "lua"
+NAMES = {file.stem for file in LUA.glob("*.lua")} - {"prelude"}
+SCRIPTS = {hashlib.sha1(script_source(name).encode()).hexdigest(): f"{name}.lua" for name in NAMES}
 
 
 def bare_celery(redis_url: str) -> Any:
@@ -62,7 +70,8 @@ class Commands:
                 if self._stop.is_set():
                     return
                 counter = self.scripted if seen["client_type"] == "lua" else self.network
-                counter[seen["command"].split(" ", 1)[0].upper()] += 1
+                name, _, rest = seen["command"].partition(" ")
+                counter[SCRIPTS.get(rest.partition(" ")[0], name.upper())] += 1
 
     def __enter__(self) -> Commands:
         self._ready = threading.Event()
@@ -77,14 +86,33 @@ class Commands:
         self._thread.join(5)
 
 
-def one_job(client: Client, seed: int) -> tuple[float, float]:
-    """Seconds from submit to URL, and of these on the device."""
+def one_job(client: Client, seed: int) -> tuple[float, dict[str, float]]:
+    """Seconds from submit to URL, and of its parts as the worker measured them."""
     began = time.perf_counter()
-    handle = client.submit(prompt="a red circle on a blue background", num_inference_steps=4, seed=seed, model="demo")
+    handle = client.submit("a red circle on a blue background", num_inference_steps=4, seed=seed, model="demo")
     record = client.wait(handle.id, 120)
     [_] = client.urls(handle.id)
-    seconds = time.perf_counter() - began
-    return seconds, sum(record.timings[name] for name in ("encode", "denoise", "decode"))
+    return time.perf_counter() - began, dict(record.timings)
+
+
+def commands(client: Client, redis_url: str, jobs: int, idle: float, *, start: int) -> dict[str, Any]:
+    """Of Redis, a job, while so many are made at once; less what is done anyhow, `idle` a second."""
+    before = client.counts()[JobState.SUCCEEDED]
+    with Commands(redis_url) as seen:
+        began = time.perf_counter()
+        client.submit_many(
+            [{"prompt": "a", "num_inference_steps": 4, "seed": start + n, "model": "demo"} for n in range(jobs)]
+        )
+        while client.counts()[JobState.SUCCEEDED] < before + jobs:  # a wait would ask for each job
+            time.sleep(1)
+        took = time.perf_counter() - began
+    return {
+        "jobs": jobs,
+        "jobs_a_second": round(jobs / took, 2),
+        "a_job": round((sum(seen.network.values()) - idle * took) / jobs, 2),
+        "inside_scripts_a_job": round(sum(seen.scripted.values()) / jobs, 2),
+        "most_frequent": {name: round(count / jobs, 2) for name, count in seen.network.most_common(12)},
+    }
 
 
 def measure(client: Client, celery: Any, redis_url: str, jobs: int) -> dict[str, Any]:
@@ -92,34 +120,31 @@ def measure(client: Client, celery: Any, redis_url: str, jobs: int) -> dict[str,
         one_job(client, 10_000 + seed)
         celery.send_task("echo", [seed]).get(timeout=30)
     ours, device, bare, added = [], [], [], []
+    parts: dict[str, list[float]] = defaultdict(list)
     for number in range(jobs):  # interleaved
-        seconds, on_device = one_job(client, number)
+        seconds, timings = one_job(client, number)
         ours.append(seconds)
-        device.append(on_device)
+        device.append(sum(timings[name] for name in ("encode", "denoise", "decode")))
+        for name, value in timings.items():
+            parts[name].append(value)
         began = time.perf_counter()
         celery.send_task("echo", [number]).get(timeout=30, interval=0.001)
         bare.append(time.perf_counter() - began)
-        added.append(seconds - on_device - bare[-1])
+        added.append(seconds - device[-1] - bare[-1])
     time.sleep(1)
-    with Commands(redis_url) as idle:
+    with Commands(redis_url) as seen:
         time.sleep(10)
-    with Commands(redis_url) as busy:
-        began = time.perf_counter()
-        rows = [{"prompt": "a", "num_inference_steps": 4, "seed": s, "model": "demo"} for s in range(50_000, 50_200)]
-        handles = client.submit_many(rows)
-        client.wait([handle.id for handle in handles], 300)
-        took = time.perf_counter() - began
-    background = sum(idle.network.values()) / 10 * took
+    idle = sum(seen.network.values()) / 10
     return {
         "jobs": jobs,
         "latency_ms": middle(ours),
         "device_ms": middle(device),
         "bare_celery_ms": middle(bare),
         "added_over_celery_ms": middle(added),
-        "redis_commands_a_job": round((sum(busy.network.values()) - background) / 200, 2),
-        "redis_commands_inside_scripts_a_job": round(sum(busy.scripted.values()) / 200, 2),
-        "redis_commands_a_second_idle": round(sum(idle.network.values()) / 10, 2),
-        "most_frequent": {name: round(count / 200, 2) for name, count in busy.network.most_common(8)},
+        "parts_ms": {name: middle(values)["median"] for name, values in parts.items()},
+        "redis_commands_a_second_idle": round(idle, 2),
+        "redis_commands_with_room": commands(client, redis_url, 24, idle, start=50_000),
+        "redis_commands_when_full": commands(client, redis_url, 160, idle, start=60_000),
     }
 
 

@@ -52,6 +52,7 @@ def worker(settings: Settings, name: str, places: int, seconds: float, until: fl
     redis = connect_redis(settings)
     store = JobStore(redis, key_prefix=settings.key_prefix)
     busy: list[tuple[float, Claim]] = []
+    taken = 0
     beat = time.monotonic()
     while time.monotonic() < until:
         now = time.monotonic()
@@ -65,7 +66,10 @@ def worker(settings: Settings, name: str, places: int, seconds: float, until: fl
         if len(busy) < places and redis.rpop(store.keys.messages(QUEUE)):
             claim_ = store.claim(QUEUE, worker=name, lease_seconds=LEASE_SECONDS)
             if claim_ is not None:
-                busy.append((now + seconds, claim_))
+                taken += 1
+                # The first ones are shorter, so that places become free one by one: in waves, the rate of an interval
+                # would depend on how many of them it holds.
+                busy.append((now + seconds * min(1.0, taken / places), claim_))
                 continue
         wait = busy[0][0] - time.monotonic() if busy else 0.05
         time.sleep(min(0.05, max(0.0, wait)))
@@ -86,7 +90,7 @@ def one(servers: EmbeddedServers, workers: int, options: argparse.Namespace) -> 
     linear = workers * options.places / options.seconds
     with Client(settings=settings) as client:
         client._store.announce_model(CARD)
-        jobs = int(linear * options.duration * 1.3)
+        jobs = int(linear * (options.duration + options.seconds + 2) * 1.2)  # some are left at the end
         for tenant in range(10):
             part = jobs // 2 if tenant == 0 else jobs // 18
             with Client(settings=settings.model_copy(update={"tenant": f"tenant-{tenant}"})) as own:

@@ -7,11 +7,11 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from infra.reference import commands, decisions, diagrams, errors, http, python_api, records, settings
+from infra.reference import commands, decisions, diagrams, errors, http, python_api, records, results, settings
 
 ROOT = Path(__file__).parents[2]
 
-# Every file that nobody writes by hand.
+# Every file that nobody writes by hand; of the last two, the tables of results.
 PAGES: dict[str, Callable[[], str]] = {
     "docs/reference/settings.md": settings.page,
     "docs/reference/cli.md": commands.page,
@@ -23,6 +23,8 @@ PAGES: dict[str, Callable[[], str]] = {
     "docs/decisions/index.md": decisions.page,
     "docs/images/job-states.svg": diagrams.job_states,
     "docs/images/step-batch.svg": diagrams.step_batch,
+    "docs/performance.md": results.filled("docs/performance.md"),
+    "README.md": results.filled("README.md"),
 }
 
 

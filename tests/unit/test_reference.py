@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import calotype_worker
 from calotype.gateway.settings import GatewaySettings
 from calotype_shared.settings import Settings, StrictSettings
 from calotype_worker.settings import WorkerSettings
-from infra.reference import python_api
+from infra.reference import python_api, results
 from infra.reference.__main__ import PAGES, stale
 
 REFERENCE = Path(__file__).parents[2] / "docs" / "reference"
@@ -36,6 +37,18 @@ def test_a_page_that_differs_is_noticed(tmp_path: Path, monkeypatch: pytest.Monk
     changed.write_text(changed.read_text().replace("`calotype:`", "`calotypes:`"))
     monkeypatch.setattr("infra.reference.__main__.ROOT", tmp_path)
     assert list(stale()) == ["docs/reference/settings.md"]
+
+
+def test_tables_follow_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A benchmark that was run again makes the pages that show it stale; and every table is shown somewhere."""
+    shutil.copytree(results.RESULTS, tmp_path / "results")
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
+    assert not list(stale())
+    latest = tmp_path / "results" / "latest.json"
+    latest.write_text(latest.read_text().replace('"sequential": ', '"sequential": 1', 1))
+    assert list(stale()) == ["docs/performance.md", "README.md"]
+    pages = "".join((REFERENCE.parents[1] / name).read_text() for name in PAGES if name.endswith(".md"))
+    assert {name for _, name, _ in results.BLOCK.findall(pages)} == set(results.TABLES)
 
 
 @pytest.mark.parametrize("settings", [Settings, WorkerSettings, GatewaySettings])

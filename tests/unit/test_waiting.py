@@ -43,20 +43,31 @@ def test_looks_grow_rarer_while_nothing_moves_and_quicken_when_it_does() -> None
     """Pauses grow to a second at most, and start again small after a change."""
     waiting = Waiting(["a"], started=0.0, timeout=None)
     pauses = []
-    for _ in range(20):
+    for _ in range(30):
         waiting.observe(["a"], [record("a")])
         pauses.append(waiting.pause(0.0))
     assert pauses == sorted(pauses)
-    assert pauses[0] == 0.05
+    assert pauses[0] == 0.01
     assert pauses[-1] == 1.0
     waiting.observe(["a"], [record("a", JobState.RUNNING, step=1)])
-    assert waiting.pause(0.0) == 0.05
+    assert waiting.pause(0.0) == 0.01
+
+
+def test_waits_for_many_jobs_look_less_often() -> None:
+    """About two hundred records a second, however many are waited for; and oftener as they become fewer."""
+    ids = [f"job-{number}" for number in range(100)]
+    waiting = Waiting(ids, started=0.0, timeout=None)
+    waiting.observe(ids, [record(job_id) for job_id in ids])
+    assert waiting.pause(0.0) == pytest.approx(0.5)
+    waiting.observe(ids[:90], [record(job_id, JobState.SUCCEEDED) for job_id in ids[:90]])
+    assert waiting.pause(0.0) == pytest.approx(0.05)
+    assert Waiting([*ids, *(f"{job_id}-b" for job_id in ids * 9)], started=0.0, timeout=None).pause(0.0) == 1.0
 
 
 def test_a_pause_ends_with_the_time_out() -> None:
     """The last sleep is cut short, and only an unfinished wait expires."""
     waiting = Waiting(["a"], started=10.0, timeout=5.0)
-    for _ in range(20):
+    for _ in range(30):
         waiting.observe(["a"], [record("a")])
     assert waiting.pause(14.75) == 0.25
     assert waiting.pause(99.0) == 0.0

@@ -11,7 +11,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 RESERVED = 8  # threads that only urgent jobs get
-_LOOK_SECONDS = 0.05  # between looks for urgent jobs while full
+_LOOK_SECONDS = 0.1  # between looks for urgent jobs while full
 _HOLD_SECONDS = 1.0  # then the message is given back: another worker may have room
 
 
