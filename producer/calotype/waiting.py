@@ -11,10 +11,10 @@ from calotype_shared.errors import JobNotFound
 from calotype_shared.jobs import JobRecord
 
 _WINDOW = 500  # jobs looked at in one round trip; the rest wait their turn, oldest first
-_FIRST_PAUSE = 0.01  # seconds; for many jobs more, so that a wait reads about 200 records a second at most
-_FIRST_PAUSE_A_JOB = 0.005
+_LATENESS = 0.05  # of the time waited so far: so much later than it came an end is noticed, at most
+_SHORTEST_PAUSE = 0.01  # seconds
+_PAUSE_A_JOB = 0.005  # a wait reads at most two hundred records a second
 _LONGEST_PAUSE = 1.0
-_GROWTH = 1.2  # so an end is noticed late by a fifth of the time since the last change, at most
 
 
 class Waiting:
@@ -27,7 +27,7 @@ class Waiting:
         self.next_worker_check = started
         self.final: dict[str, JobRecord] = {}
         self._unfinished: dict[str, JobRecord | None] = dict.fromkeys(job_ids)  # as last seen, in order
-        self._pause = self._first_pause
+        self._behind = False  # all that was looked at had ended: those after it may have, too
 
     @property
     def window(self) -> list[str]:
@@ -64,22 +64,21 @@ class Waiting:
                 self.final[job_id] = record
             else:
                 self._unfinished[job_id] = record
-        # Something moved: look again soon. Otherwise ever more gently.
-        self._pause = self._first_pause if changed else min(_LONGEST_PAUSE, self._pause * _GROWTH)
+        self._behind = all(job_id in self.final for job_id in job_ids)
         return changed
-
-    @property
-    def _first_pause(self) -> float:
-        return min(_LONGEST_PAUSE, max(_FIRST_PAUSE, _FIRST_PAUSE_A_JOB * min(_WINDOW, len(self._unfinished))))
 
     def expired(self, now: float) -> bool:
         return self.timeout is not None and not self.done and now - self.started >= self.timeout
 
     def pause(self, now: float) -> float:
         """Seconds to sleep before the next look; never past the time-out."""
+        if self._behind:
+            return 0.0
+        least = max(_SHORTEST_PAUSE, _PAUSE_A_JOB * min(_WINDOW, len(self._unfinished)))
+        pause = min(_LONGEST_PAUSE, max(least, _LATENESS * (now - self.started)))
         if self.timeout is None:
-            return self._pause
-        return max(0.0, min(self._pause, self.started + self.timeout - now))
+            return pause
+        return max(0.0, min(pause, self.started + self.timeout - now))
 
 
 def no_such_job(job_id: str) -> str:

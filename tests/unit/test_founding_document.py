@@ -133,7 +133,7 @@ def no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         registry, "resolve_source", lambda name, source: resolve(name, str(known[source]) if source else None)
     )
     monkeypatch.setattr(
-        "calotype_worker.models.sd.load_controlnets",
+        "calotype_worker.models.unet.load_controlnets",
         lambda sources, **options: load({n: str(known.get(s, s)) for n, s in sources.items()}, **options),
     )
     monkeypatch.chdir(tmp_path)

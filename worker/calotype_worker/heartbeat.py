@@ -163,9 +163,11 @@ class Heartbeat:
             self._lose(held)
 
     def _lose(self, held: Held) -> None:
-        held.lost = True
-        self._tally.count(names.LOST_CLAIMS)
-        log.info("claim lost", extra={"job_id": held.claim.job_id, "attempt": held.claim.attempt})
+        with self._lock:
+            known, held.lost = held.lost, True
+        if not known:  # the listener and a renewal may both hear of it
+            self._tally.count(names.LOST_CLAIMS)
+            log.info("claim lost", extra={"job_id": held.claim.job_id, "attempt": held.claim.attempt})
         self._stop(held)
 
     def _stop(self, held: Held) -> None:
