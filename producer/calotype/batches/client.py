@@ -122,6 +122,7 @@ class BatchCalls:
             self._storage.delete(key)
 
     def _webhook(self, url: str | None) -> str | None:
+        """The url, checked; `Client` knows how."""
         raise NotImplementedError
 
     def batch(self, batch_id: str) -> BatchRecord:
