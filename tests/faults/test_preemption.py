@@ -63,17 +63,19 @@ def test_what_fits_before_the_end_is_finished_and_a_signal_after_the_notice_is_a
     site: Site, tmp_path: Path, table: Table
 ) -> None:
     notice = tmp_path / "notice"
-    worker = site.start_worker("--concurrency", "24", CALOTYPE_WORKER_PREEMPTION=f"file:{notice}")
-    ids = site.submit(24, long=True)
-    until(lambda: _states(site, ids) == [JobState.RUNNING] * 24)
-    notice.write_text("30\n")
+    worker = site.start_worker(
+        "--concurrency", "12", "--grace-seconds", "120", CALOTYPE_WORKER_PREEMPTION=f"file:{notice}"
+    )
+    ids = site.submit(12, long=True)
+    until(lambda: _states(site, ids) == [JobState.RUNNING] * 12)
+    notice.write_text("120\n")
     began = time.monotonic()
     worker.wait_for("worker drains", 10)
     assert JobState.RUNNING in _states(site, ids)
     later = site.submit(3, first=24)
     worker.send(signal.SIGTERM)
-    assert worker.wait(30) == 0, worker.text()
-    assert _states(site, ids) == [JobState.SUCCEEDED] * 24
+    assert worker.wait(120) == 0, worker.text()
+    assert _states(site, ids) == [JobState.SUCCEEDED] * 12
     assert _states(site, later) == [JobState.QUEUED] * 3
     site.start_worker()
     site.wait(later)
