@@ -1,6 +1,6 @@
 """How long a picture takes when requests arrive at random: first in first out, dynamic static batches, and the engine.
 
-    python benchmarks/latency.py [--model demo] [--requests 30] [--rounds 2] [--loads 0.8 1.6]
+    python benchmarks/latency.py [--model demo] [--requests 64] [--rounds 2] [--loads 0.8 1.6]
 
 Arrivals are Poisson at shares of what sequential diffusers can do on this machine, measured first. All three serve the
 same arrivals of the same requests, one after the other, plain diffusers in a process of its own:
@@ -10,7 +10,8 @@ same arrivals of the same requests, one after the other, plain diffusers in a pr
   padded to its longest: what LitServe and celery-batches do, without their transport;
 - engine: they join the running step batch.
 
-Latency counts from a request's arrival, so a server that falls behind cannot hide it.
+Latency counts from a request's arrival, so a server that falls behind cannot hide it. Lines take a while to grow as
+long as they get: with few requests the figures are of an empty system filling up.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", help="NAME or NAME=SOURCE")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--requests", type=int, default=30)
+    parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--loads", type=float, nargs="*", default=[0.8, 1.6])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/latency.json"))

@@ -117,10 +117,11 @@ def queue_overhead() -> str:
             ("added_over_celery_ms", "**what the queue adds to that**: claim, lease, PNG, S3, commit, URL"),
         )
     ]
+    idle = result["redis_commands_a_second_idle"]
     commands = (
-        f"Redis commands a job: {room['a_job']:.0f} where a worker has room for it. One that is full looks for urgent "
-        f"jobs ten times a second, however fast it is: {full['a_job']:.0f} a job at {full['jobs_a_second']:.1f} jobs a "
-        f"second. An idle worker and client make {result['redis_commands_a_second_idle']:.0f} a second. "
+        f"Redis commands a job: {room['a_job']:.0f} where a worker has room for it, and {full['a_job']:.0f} where it "
+        f"is full, at {full['jobs_a_second']:.1f} jobs a second. An idle worker and client make {idle:.0f} "
+        "a second. "
     )
     return table(["milliseconds", "median", "p95"], rows) + "\n" + commands + provenance(result)
 

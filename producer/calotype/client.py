@@ -12,6 +12,7 @@ from calotype.batches.client import BatchCalls
 from calotype.batches.store import BatchStore
 from calotype.dead import DeadCalls
 from calotype.handle import JobHandle
+from calotype.notices import Notices
 from calotype.overview import Overview, look
 from calotype.picture import Picture, PictureSource
 from calotype.resolver import Resolver, Submission, idempotency, storable
@@ -95,6 +96,7 @@ class Client(BatchCalls, DeadCalls):
             max_open_per_tenant=settings.max_open_batches_per_tenant,
         )
         self._resolver = Resolver(settings, self._store, self._storage, clock=clock)
+        self.notices = Notices(self._redis, self._store.keys)
 
     def submit(
         self,
@@ -227,11 +229,13 @@ class Client(BatchCalls, DeadCalls):
             WaitTimeout: after `timeout` seconds; the jobs go on.
         """
         waiting = self.begin_wait(job_ids, timeout=timeout)
-        while True:
-            yield from self.look(waiting)
-            if waiting.done:
-                return
-            self._sleep(waiting.pause(self._clock()))
+        with self.notices.watch() as watch:
+            while True:
+                yield from self.look(waiting)
+                if waiting.done:
+                    return
+                watch.set_jobs(waiting.told)
+                watch.wait(waiting.pause(self._clock(), live=watch.live), at_least=waiting.least)
 
     @overload
     def wait(self, job_ids: str, timeout: float | None = None, *, check: bool = True) -> JobRecord: ...
@@ -275,9 +279,9 @@ class Client(BatchCalls, DeadCalls):
                 self._on_warning(unserved)
         return changed
 
-    def pause(self, waiting: Waiting) -> float:
-        """Seconds to sleep before the next `look`."""
-        return waiting.pause(self._clock())
+    def pause(self, waiting: Waiting, *, live: bool = False) -> float:
+        """Seconds to sleep before the next `look`; `live` as for `Waiting.pause`."""
+        return waiting.pause(self._clock(), live=live)
 
     def _unserved(self, waiting: Waiting) -> str:
         """A sentence about queued jobs whose models no live worker serves; empty if there are none."""
@@ -383,6 +387,7 @@ class Client(BatchCalls, DeadCalls):
         return look(self._store, tenant=tenant)
 
     def close(self) -> None:
+        self.notices.close()
         self._redis.close()
         self._own_telemetry.close()
 

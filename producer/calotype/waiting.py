@@ -11,6 +11,7 @@ from calotype_shared.errors import JobNotFound
 from calotype_shared.jobs import JobRecord
 
 _WINDOW = 500  # jobs looked at in one round trip; the rest wait their turn, oldest first
+_MOST_TOLD = 64  # unfinished jobs of which notices are heard; more are looked at too rarely to gain by it
 _LATENESS = 0.05  # of the time waited so far: so much later than it came an end is noticed, at most
 _SHORTEST_PAUSE = 0.01  # seconds
 _PAUSE_A_JOB = 0.005  # a wait reads at most two hundred records a second
@@ -18,7 +19,10 @@ _LONGEST_PAUSE = 1.0
 
 
 class Waiting:
-    """Owned by the one loop that drives it: look at `window`, `observe` what was found, sleep `pause` seconds."""
+    """Owned by the one loop that drives it: look at `window`, `observe` what was found, sleep `pause` seconds.
+
+    Or less, if something has changed about the jobs in `told`; but `least` seconds.
+    """
 
     def __init__(self, job_ids: Sequence[str], *, started: float, timeout: float | None) -> None:
         self.started = started
@@ -33,6 +37,11 @@ class Waiting:
     def window(self) -> list[str]:
         """The jobs to look at now."""
         return [job_id for job_id, _ in zip(self._unfinished, range(_WINDOW), strict=False)]
+
+    @property
+    def told(self) -> list[str]:
+        """The jobs whose changes are worth hearing of."""
+        return list(self._unfinished) if len(self._unfinished) <= _MOST_TOLD else []
 
     @property
     def done(self) -> bool:
@@ -70,12 +79,19 @@ class Waiting:
     def expired(self, now: float) -> bool:
         return self.timeout is not None and not self.done and now - self.started >= self.timeout
 
-    def pause(self, now: float) -> float:
-        """Seconds to sleep before the next look; never past the time-out."""
+    @property
+    def least(self) -> float:
+        """Seconds between two looks."""
         if self._behind:
             return 0.0
-        least = max(_SHORTEST_PAUSE, _PAUSE_A_JOB * min(_WINDOW, len(self._unfinished)))
-        pause = min(_LONGEST_PAUSE, max(least, _LATENESS * (now - self.started)))
+        return min(_LONGEST_PAUSE, max(_SHORTEST_PAUSE, _PAUSE_A_JOB * len(self._unfinished)))
+
+    def pause(self, now: float, *, live: bool = False) -> float:
+        """Seconds to sleep before the next look; never past the time-out. `live`: notices are heard meanwhile."""
+        if self._behind:
+            return 0.0
+        late = _LONGEST_PAUSE if live else _LATENESS * (now - self.started)
+        pause = min(_LONGEST_PAUSE, max(self.least, late))
         if self.timeout is None:
             return pause
         return max(0.0, min(pause, self.started + self.timeout - now))

@@ -42,7 +42,9 @@
 | `hooks` | zset | deliveries of webhooks, by the millisecond they are due | until delivered or given up |
 | `hook:{id}` | hash | one delivery: where to, of which job or batch, attempts so far | three days at most |
 | `gc` | hash | `name`, `bucket` and `runs` of collections: that Redis and bucket belong together | for ever |
-| `cancelled` | channel | ids of jobs as they are cancelled | – |
+| `cancelled` | channel | ids of jobs as they are cancelled while running | – |
+| `arrived:{queue}` | channel | that queue's name, as messages come into it; of interactive ones only | – |
+| `changed:{id}` | channel | that job's state whenever its record has changed, or it has a new preview | – |
 
 Celery's Redis transport keeps its own keys under the same prefix: `unacked`, `unacked_index`, `unacked_mutex`,
 `_kombu.binding*`. They are Celery's and nothing here reads them.
@@ -121,6 +123,12 @@ class Keys:
 
     def options(self, tenant: str) -> str:
         return f"{self.prefix}options:{tenant}"
+
+    def arrived(self, queue: str) -> str:
+        return f"{self.prefix}arrived:{queue}"
+
+    def changed(self, job_id: str) -> str:
+        return f"{self.prefix}changed:{job_id}"
 
     def hook(self, about: str) -> str:
         return f"{self.prefix}hook:{about}"

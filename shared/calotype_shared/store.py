@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -73,6 +73,13 @@ class Reaped:
     invited: int = 0
 
 
+class News(NamedTuple):
+    """`about` is the cancelled job's id, or the name of the queue that a job has come into."""
+
+    kind: Literal["cancelled", "arrived"]
+    about: str
+
+
 class JobStore(Fleet):
     """All operations on jobs.
 
@@ -103,6 +110,7 @@ class JobStore(Fleet):
         pipeline = self._redis.pipeline()
         pipeline.hset(self.keys.preview(job_id), str(preview.index), preview.model_dump_json())
         pipeline.expire(self.keys.preview(job_id), _PREVIEW_SECONDS)
+        pipeline.publish(self.keys.changed(job_id), "preview")
         pipeline.execute()
 
     @said_clearly
@@ -238,6 +246,11 @@ class JobStore(Fleet):
         self._run("invite", [queue])
 
     @said_clearly
+    def spare_messages(self, queue: str) -> int:
+        """Of that queue, those that no worker has taken yet."""
+        return int(self._redis.llen(self.keys.messages(queue)))
+
+    @said_clearly
     def renew(self, claims: Iterable[Claim], *, lease_seconds: float) -> set[str]:
         """Lengthen leases; returns the ids that were lost: cancelled, reaped, or finished by another attempt."""
         lost: set[str] = set()
@@ -323,19 +336,25 @@ class JobStore(Fleet):
         return bool(self._redis.zrem(self.keys.dead, job_id))
 
     @contextmanager
-    def cancellations(self) -> Iterator[Callable[[float], str | None]]:
-        """A subscription to jobs cancelled while running: call it with seconds to wait, get an id or None."""
+    def news(self, *queues: str) -> Iterator[Callable[[float], News | None]]:
+        """A subscription to what workers should hear at once: call it with seconds to wait.
+
+        Jobs cancelled while running; and these queues, of the interactive lane, as jobs come into them.
+        """
         subscription = self._redis.pubsub(ignore_subscribe_messages=True)  # type: ignore[no-untyped-call]
         try:
-            subscription.subscribe(self.keys.cancelled)
+            subscription.subscribe(self.keys.cancelled, *map(self.keys.arrived, queues))
 
-            def wait(seconds: float) -> str | None:
+            def wait(seconds: float) -> News | None:
                 deadline = time.monotonic() + seconds
                 while True:
                     # Also returns early, with None, on the confirmation of the subscription itself.
                     message = subscription.get_message(timeout=max(0.0, deadline - time.monotonic()))
-                    if message or time.monotonic() >= deadline:
-                        return str(message["data"]) if message else None
+                    if message:
+                        cancelled = message["channel"] == self.keys.cancelled
+                        return News("cancelled" if cancelled else "arrived", str(message["data"]))
+                    if time.monotonic() >= deadline:
+                        return None
 
             yield wait
         except (RedisConnectionError, RedisTimeoutError) as error:

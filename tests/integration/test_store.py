@@ -262,9 +262,9 @@ def test_cancel_wins_over_a_later_commit_and_loses_to_an_earlier_one(store: JobS
     first, second, third = store.create([CONFIG] * 3)
     claims = [take(store), take(store)]
     assert [claim.job_id for claim in claims] == [first, second]
-    with store.cancellations() as wait:
+    with store.news() as wait:
         assert store.cancel(first) is JobState.CANCELLED
-        assert wait(5) == first
+        assert wait(5) == ("cancelled", first)
     assert not store.commit(claims[0], images=[IMAGE], timings={})
     assert store.renew([claims[0]], lease_seconds=20) == {first}
     assert store.commit(claims[1], images=[IMAGE], timings={})

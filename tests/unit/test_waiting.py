@@ -61,6 +61,26 @@ def test_waits_for_many_jobs_look_less_often() -> None:
     assert Waiting([*ids, *(f"{job_id}-b" for job_id in ids * 9)], started=0.0, timeout=None).pause(0.0) == 1.0
 
 
+def test_who_hears_of_changes_looks_once_a_second() -> None:
+    """Whatever was waited for; and after a notice not sooner than waits for so many may look."""
+    waiting = Waiting(["a", "b"], started=0.0, timeout=None)
+    waiting.observe(["a", "b"], [record("a"), record("b")])
+    assert waiting.pause(0.0, live=True) == 1.0
+    assert waiting.pause(99.0, live=True) == 1.0
+    assert waiting.least == pytest.approx(0.01)
+    assert Waiting(["a"], started=0.0, timeout=0.5).pause(0.1, live=True) == pytest.approx(0.4)
+    assert Waiting([str(number) for number in range(40)], started=0.0, timeout=None).least == pytest.approx(0.2)
+
+
+def test_changes_of_few_jobs_are_worth_hearing_of() -> None:
+    """Of the last 64 of a wait: with more, looks are so rare that a notice gains little, and notices come thick."""
+    ids = [str(number) for number in range(65)]
+    waiting = Waiting(ids, started=0.0, timeout=None)
+    assert waiting.told == []
+    waiting.observe(ids[:1], [record(ids[0], JobState.SUCCEEDED)])
+    assert waiting.told == ids[1:]
+
+
 def test_a_pause_ends_with_the_time_out() -> None:
     """The last sleep is cut short, and only an unfinished wait expires."""
     waiting = Waiting(["a"], started=10.0, timeout=5.0)

@@ -1,4 +1,4 @@
-"""`Heartbeat`: keeps the leases of running jobs, reports their progress, and learns when one is lost.
+"""`Heartbeat`: renews the leases of running jobs, tells their progress, hears of lost ones and of urgent arrivals.
 
 Runs beside the step loop in threads of its own, so that neither a busy device nor a slow upload starves a lease.
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from calotype_shared import metric_names as names
 from calotype_shared.errors import ServiceUnavailable
-from calotype_shared.store import Claim, JobStore
+from calotype_shared.store import Claim, JobStore, News
 from calotype_worker.tally import Tally
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,10 @@ class Held:
 
 
 class Heartbeat:
-    """`progress(request_id)` says how far one picture is; `stop_request(request_id)` takes it out of the engine."""
+    """`progress(request_id)` says how far one picture is; `stop_request(request_id)` takes it out of the engine.
+
+    `on_urgent` is called when a job has come into one of `urgent_queues`.
+    """
 
     def __init__(
         self,
@@ -51,6 +54,8 @@ class Heartbeat:
         progress: Callable[[str], tuple[int, int] | None],
         stop_request: Callable[[str], object],
         report: Callable[[], None],
+        urgent_queues: Sequence[str] = (),
+        on_urgent: Callable[[], None] = lambda: None,
         tally: Tally | None = None,
     ) -> None:
         self._store = store
@@ -58,6 +63,7 @@ class Heartbeat:
         self._progress = progress
         self._stop_request = stop_request
         self._report = report  # announces the worker itself
+        self._urgent_queues, self._on_urgent = tuple(urgent_queues), on_urgent
         self._tally = tally or Tally()
         self._turned_at = time.monotonic()  # the last round of `_beat`, whether or not Redis answered
         self._lock = threading.Lock()
@@ -65,7 +71,7 @@ class Heartbeat:
         self._stopped = threading.Event()
         self._threads = [
             threading.Thread(target=self._beat, name="calotype-heartbeat", daemon=True),
-            threading.Thread(target=self._listen, name="calotype-cancellations", daemon=True),
+            threading.Thread(target=self._listen, name="calotype-news", daemon=True),
         ]
 
     def start(self) -> None:
@@ -147,18 +153,23 @@ class Heartbeat:
     def _listen(self) -> None:
         while not self._stopped.is_set():
             try:
-                with self._store.cancellations() as wait:
+                with self._store.news(*self._urgent_queues) as wait:
                     while not self._stopped.is_set():
                         self._heard(wait(_LISTEN_SECONDS))
             except ServiceUnavailable:
                 self._stopped.wait(random.uniform(0.2, _BACKOFF_SECONDS))  # the heartbeat tells of it
             except Exception:
-                log.exception("the cancellation listener met a bug")
+                log.exception("the listener for news met a bug")
                 self._stopped.wait(_BACKOFF_SECONDS)
 
-    def _heard(self, job_id: str | None) -> None:
+    def _heard(self, news: News | None) -> None:
+        if news is None:
+            return
+        if news.kind == "arrived":
+            self._on_urgent()
+            return
         with self._lock:
-            held = self._held.get(job_id) if job_id else None
+            held = self._held.get(news.about)
         if held is not None:
             self._lose(held)
 

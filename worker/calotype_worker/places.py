@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,44 +12,64 @@ from typing import TypeVar
 T = TypeVar("T")
 
 RESERVED = 8  # threads that only urgent jobs get
-_LOOK_SECONDS = 0.1  # between looks for urgent jobs while full
-_HOLD_SECONDS = 1.0  # then the message is given back: another worker may have room
+_HOLD_SECONDS = 1.0  # then, or later, the message is given back if it is the last: another worker may have room
+_LOOK_SECONDS = 1.0  # between looks for urgent jobs of which no notice came
+_TURN_SECONDS = 0.2  # between questions whether to stop
 
 
 class Places:
     """At most `patient` patient jobs run at a time; urgent ones take any thread that is left.
 
-    A thread whose message is for a patient job while all those places are taken waits a moment for one. It does so
-    usefully: the message is an invitation and no job, so meanwhile the thread takes urgent jobs if there are any.
+    A thread whose message is for a patient job while all those places are taken waits for one. It does so usefully:
+    the message is an invitation and no job, so meanwhile the thread takes an urgent job when there is one.
     """
 
     def __init__(self, patient: int) -> None:
-        self._free = threading.Semaphore(patient)
-        self._scout = threading.Lock()  # one of the waiting threads looks for urgent jobs
+        self._changed = threading.Condition()
+        self._free = patient
+        self._urgent = False  # whether an urgent job may wait
+        self._looked_at = -math.inf
+
+    def urgent_arrived(self) -> None:
+        """One of the threads that wait is to look for an urgent job."""
+        with self._changed:
+            self._urgent = True
+            self._changed.notify()
 
     @contextmanager
-    def patient(self, look: Callable[[], T | None], *, stopped: Callable[[], bool]) -> Iterator[T | bool]:
-        """Yields True with a place taken, an urgent job that `look` found, or False if neither came in time."""
-        ends = time.monotonic() + _HOLD_SECONDS
-        while not stopped():
-            if self._free.acquire(timeout=_LOOK_SECONDS):
-                try:
-                    yield True
-                finally:
-                    self._free.release()
-                return
-            found = self._look(look)
-            if found is not None:
-                yield found
-                return
-            if time.monotonic() >= ends:
-                break
-        yield False
+    def patient(
+        self, look: Callable[[], T | None], *, stopped: Callable[[], bool], spare: Callable[[], bool]
+    ) -> Iterator[T | bool]:
+        """Yields True with a place taken, an urgent job that `look` found, or False if neither came in time.
 
-    def _look(self, look: Callable[[], T | None]) -> T | None:
-        if not self._scout.acquire(blocking=False):
-            return None
+        That is, while there were messages to `spare` for other workers.
+        """
+        found = self._wait(look, stopped, spare)
         try:
-            return look()
+            yield found
         finally:
-            self._scout.release()
+            if found is True:
+                with self._changed:
+                    self._free += 1
+                    self._changed.notify()
+
+    def _wait(self, look: Callable[[], T | None], stopped: Callable[[], bool], spare: Callable[[], bool]) -> T | bool:
+        held_since = time.monotonic()
+        while not stopped():
+            with self._changed:
+                if self._free:
+                    self._free -= 1
+                    return True
+                looks = self._urgent or time.monotonic() - self._looked_at >= _LOOK_SECONDS
+                if looks:
+                    self._urgent, self._looked_at = False, time.monotonic()
+                else:
+                    self._changed.wait(_TURN_SECONDS)
+            if looks and (found := look()) is not None:
+                self.urgent_arrived()  # it may not have come alone
+                return found
+            if time.monotonic() - held_since >= _HOLD_SECONDS:
+                if not spare():
+                    return False
+                held_since = time.monotonic()
+        return False

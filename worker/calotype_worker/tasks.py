@@ -98,7 +98,8 @@ class JobRunner:
         if queue in self._urgent_queues:
             self._next(queue)
             return
-        with self._places.patient(self._find_urgent, stopped=self._draining) as place:
+        spare = functools.partial(self._spare, queue)
+        with self._places.patient(self._find_urgent, stopped=self._draining, spare=spare) as place:
             if place is True:
                 self._next(queue)
             elif place:
@@ -112,6 +113,13 @@ class JobRunner:
             return self._claim(*self._urgent_queues)
         except CalotypeError:
             return None
+
+    def _spare(self, queue: str) -> bool:
+        """Whether other workers, too, can have a message of that queue."""
+        try:
+            return self._store.spare_messages(queue) > 0
+        except CalotypeError:
+            return False
 
     def _give_back(self, queue: str) -> None:
         try:

@@ -159,16 +159,19 @@ class Worker:
         if options.profile_seconds or options.compile != "off":
             for profile in self._engine.profile(seconds=options.profile_seconds):
                 log.info("profiled", extra={"model": profile.model, **_facts(profile)})
+        self._draining, self._consuming = threading.Event(), threading.Event()
+        urgent_queues = queue_names(list(self._cards), Lane.INTERACTIVE)
+        places = Places(options.jobs_in_flight)
         self._heartbeat = Heartbeat(
             self._store,
             lease_seconds=options.lease_seconds,
             progress=self._engine.progress,
             stop_request=self._engine.cancel,
             report=self._report,
+            urgent_queues=urgent_queues,
+            on_urgent=places.urgent_arrived,
             tally=self._tally,
         )
-        self._draining, self._consuming = threading.Event(), threading.Event()
-        urgent_queues = queue_names(list(self._cards), Lane.INTERACTIVE)
         self._runner = JobRunner(
             self._store,
             self._engine,
@@ -177,7 +180,7 @@ class Worker:
             inputs=Inputs(storage),
             storage=storage,
             spool=spool,
-            places=Places(options.jobs_in_flight),
+            places=places,
             affinity=Affinity(
                 options.affinity,
                 budget=self._engine.row_budget,

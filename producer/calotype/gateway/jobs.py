@@ -24,7 +24,9 @@ from calotype_shared.jobs import JobRecord, JobState, Lane
 router = APIRouter(prefix="/v1", tags=["jobs"])
 
 _PREFER_WAIT = re.compile(r"\bwait=(\d{1,5})\b")
-_POLL_SECONDS = 0.1  # between looks at a job whose events are followed
+# Between looks at a job that is waited for: at a notice, and without one in case somebody has hung up.
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.02, 0.25
+_UNTOLD_SECONDS, _TOLD_SECONDS = 0.1, 1.0  # at most, between looks at a job whose events are followed
 _HEARTBEAT_SECONDS = 15.0  # comments that keep proxies from closing a silent stream
 
 JobId = Annotated[str, Path(max_length=100, description="A job's id.")]
@@ -115,15 +117,18 @@ async def finished(
     It is cancelled when whoever sent the request `abandon` has hung up.
     """
     ends = asyncio.get_running_loop().time() + min(seconds, using.gateway.max_wait_seconds)
-    pause = 0.02
-    while True:
-        record = await using.job(job_id, tenant)
-        if record.state.final or asyncio.get_running_loop().time() >= ends:
-            break
-        if abandon is not None and await abandon.is_disconnected():
-            await run_in_threadpool(using.client.cancel, job_id)
-        await asyncio.sleep(pause)
-        pause = min(0.25, pause * 1.3)
+    pause = _SHORTEST_PAUSE
+    with using.client.notices.watch_async() as watch:
+        while True:
+            record = await using.job(job_id, tenant)
+            if record.state.final or asyncio.get_running_loop().time() >= ends:
+                break
+            if abandon is not None and await abandon.is_disconnected():
+                await run_in_threadpool(using.client.cancel, job_id)
+            if not watch.channels:
+                await run_in_threadpool(watch.set_jobs, [job_id])
+            pause = _LONGEST_PAUSE if watch.live else min(_LONGEST_PAUSE, pause * 1.3)
+            await watch.wait(pause, at_least=_SHORTEST_PAUSE)
     if check:
         if not record.state.final:
             raise WaitTimeout(f"job {job_id} is still {record.state.value}; look again at /v1/jobs/{job_id}")
@@ -203,31 +208,34 @@ async def _events(using: Services, job_id: str, tenant: str) -> AsyncIterator[st
     last: JobRecord | None = None
     shown: dict[int, tuple[int, int]] = {}
     said = clock()
-    while True:
-        record = await using.job(job_id, tenant)
-        if last is None or (record.state, record.attempt) != (last.state, last.attempt):
-            yield _event("state", {"id": job_id, "state": record.state.value, "attempt": record.attempt})
-            said = clock()
-        if last is None or record.step != last.step:
-            yield _event(
-                "progress",
-                {"step": record.step, "total_steps": record.total_steps, "progress": round(record.progress, 4)},
-            )
-            said = clock()
-        if record.config.preview_every:
-            for preview in await run_in_threadpool(using.client.previews, job_id):
-                if shown.get(preview.index) != (preview.attempt, preview.step):
-                    shown[preview.index] = (preview.attempt, preview.step)
-                    yield _event("preview", preview.model_dump())
-                    said = clock()
-        if record.state.final:
-            yield _event("done", await view(record, using))
-            return
-        if clock() - said >= _HEARTBEAT_SECONDS:
-            yield ": still here\n\n"
-            said = clock()
-        last = record
-        await asyncio.sleep(_POLL_SECONDS)
+    with using.client.notices.watch_async() as watch:
+        while True:
+            record = await using.job(job_id, tenant)
+            if last is None or (record.state, record.attempt) != (last.state, last.attempt):
+                yield _event("state", {"id": job_id, "state": record.state.value, "attempt": record.attempt})
+                said = clock()
+            if last is None or record.step != last.step:
+                yield _event(
+                    "progress",
+                    {"step": record.step, "total_steps": record.total_steps, "progress": round(record.progress, 4)},
+                )
+                said = clock()
+            if record.config.preview_every:
+                for preview in await run_in_threadpool(using.client.previews, job_id):
+                    if shown.get(preview.index) != (preview.attempt, preview.step):
+                        shown[preview.index] = (preview.attempt, preview.step)
+                        yield _event("preview", preview.model_dump())
+                        said = clock()
+            if record.state.final:
+                yield _event("done", await view(record, using))
+                return
+            if clock() - said >= _HEARTBEAT_SECONDS:
+                yield ": still here\n\n"
+                said = clock()
+            last = record
+            if not watch.channels:
+                await run_in_threadpool(watch.set_jobs, [job_id])
+            await watch.wait(_TOLD_SECONDS if watch.live else _UNTOLD_SECONDS, at_least=_SHORTEST_PAUSE)
 
 
 def _event(name: str, data: dict[str, Any]) -> str:

@@ -25,6 +25,9 @@ local function pend(tenant, more)
   redis.call('HINCRBY', PREFIX .. 'pending', '*', more)
 end
 
+-- Tells who waits for a job that its record has changed, once this script is done. To nobody, mostly.
+local function announce(id, state) redis.call('PUBLISH', PREFIX .. 'changed:' .. id, state) end
+
 -- The one place that writes a state. Counts: queued and running are gauges, final states only grow.
 local function move(id, to)
   local found = redis.call('HMGET', job_key(id), 'state', 'batch', 'tenant')
@@ -43,6 +46,7 @@ local function move(id, to)
   elseif to == 'queued' then
     pend(found[3], 1)
   end
+  announce(id, to)
   return from
 end
 
@@ -52,6 +56,8 @@ local function invite(queue, count)
   local template, messages = MESSAGE:gsub('@queue@', queue), {}
   for i = 1, count do messages[i] = template:gsub('@id@', queue .. '-' .. whole(last - count + i)) end
   redis.call('LPUSH', PREFIX .. queue, unpack(messages))
+  -- Full workers take no messages, but have room for these (decision 11).
+  if queue:sub(-12) == '.interactive' then redis.call('PUBLISH', PREFIX .. 'arrived:' .. queue, queue) end
 end
 
 -- Puts a queued job in its queue's line at `tag`, its place by fair share (claim takes the lowest), and invites.

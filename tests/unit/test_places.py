@@ -1,0 +1,129 @@
+"""Room for urgent jobs in a full worker: who waits, for what, and how often Redis is asked."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from calotype_worker import places as module
+from calotype_worker.places import Places
+from tests.faults.harness import until
+
+
+class Line:
+    """Urgent jobs in line, and how often somebody has looked."""
+
+    def __init__(self) -> None:
+        self.jobs: list[str] = []
+        self.looks = 0
+
+    def look(self) -> str | None:
+        self.looks += 1
+        return self.jobs.pop(0) if self.jobs else None
+
+
+class Waiter:
+    """A thread with a message for a patient job. `got`: what it was given; it keeps that until `done`."""
+
+    def __init__(self, places: Places, line: Line, *, spare: bool = True, stop: threading.Event | None = None) -> None:
+        self.got: str | bool | None = None
+        self._done = threading.Event()
+        self._stop = stop or threading.Event()
+        self._arguments = (places, line, spare)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        places, line, spare = self._arguments
+        with places.patient(line.look, stopped=self._stop.is_set, spare=lambda: spare) as found:
+            self.got = found
+            self._done.wait(30)
+
+    def done(self) -> None:
+        self._done.set()
+        self._thread.join(30)
+        assert not self._thread.is_alive()
+
+
+@contextmanager
+def full(places: Places, line: Line, count: int) -> Iterator[list[Waiter]]:
+    holders = [Waiter(places, line) for _ in range(count)]
+    until(lambda: all(holder.got is True for holder in holders))
+    yield holders
+    for holder in holders:
+        holder.done()
+
+
+@pytest.fixture
+def line() -> Line:
+    return Line()
+
+
+def test_a_free_place_needs_no_look_and_one_given_up_goes_to_who_waits(line: Line) -> None:
+    places = Places(2)
+    with full(places, line, 2) as holders:
+        assert line.looks == 0
+        waiter = Waiter(places, line)
+        until(lambda: line.looks == 1)
+        assert waiter.got is None
+        holders[0].done()
+        until(lambda: waiter.got is True)
+        waiter.done()
+
+
+def test_an_arrival_is_looked_for_at_once_and_so_are_those_that_came_along(
+    line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only notices can do it here: looks without one are an hour apart."""
+    monkeypatch.setattr(module, "_LOOK_SECONDS", 3600.0)
+    places = Places(1)
+    with full(places, line, 1):
+        waiters = [Waiter(places, line) for _ in range(3)]
+        until(lambda: line.looks == 1)  # the first to wait looks, for nobody knows what was before
+        line.jobs += ["a", "b"]
+        places.urgent_arrived()
+        until(lambda: sorted(str(waiter.got) for waiter in waiters) == ["None", "a", "b"])
+        until(lambda: line.looks == 4)  # and once more than there were
+        [last] = [waiter for waiter in waiters if waiter.got is None]
+        line.jobs.append("c")
+        places.urgent_arrived()
+        until(lambda: last.got == "c")
+        for waiter in waiters:
+            waiter.done()
+
+
+def test_a_notice_that_was_missed_costs_a_second(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_LOOK_SECONDS", 0.3)
+    places = Places(1)
+    with full(places, line, 1):
+        waiter = Waiter(places, line)
+        line.jobs.append("a")
+        until(lambda: waiter.got == "a")
+        waiter.done()
+
+
+def test_the_last_message_is_given_back_and_others_are_kept(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_HOLD_SECONDS", 0.1)
+    monkeypatch.setattr(module, "_TURN_SECONDS", 0.02)
+    places = Places(1)
+    with full(places, line, 1) as holders:
+        patient, last = Waiter(places, line, spare=True), Waiter(places, line, spare=False)
+        until(lambda: last.got is False)
+        assert patient.got is None
+        last.done()
+        holders[0].done()
+        until(lambda: patient.got is True)
+        patient.done()
+
+
+def test_who_leaves_waits_for_nothing(line: Line) -> None:
+    places, stop = Places(1), threading.Event()
+    with full(places, line, 1):
+        waiter = Waiter(places, line, stop=stop)
+        until(lambda: line.looks == 1)
+        stop.set()
+        until(lambda: waiter.got is False)
+        waiter.done()
