@@ -12,9 +12,10 @@ help: ## list the targets
 demo: $(VENV)/.demo ## a real queue, worker and storage on this machine; pictures in out/
 	$(BIN)/calotype demo --out out
 
-# Two at a time: most tests wait for something most of the time. A file's tests share servers and workers.
+# Two at a time: most tests wait for something most of the time. A file's tests share servers and workers, and the
+# order of files is that of tests/conftest.py.
 test: static ## every test, after the static checks
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: static audit prometheus infra ## formatter, linter, types, import contracts, vulnerabilities, what deploys it, unit tests
 	$(BIN)/python -m pytest tests/unit tests/observability

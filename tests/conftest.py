@@ -23,12 +23,32 @@ if TYPE_CHECKING:
 os.environ.setdefault("GOMP_SPINCOUNT", "100")
 
 
+# The slowest first, two beside each other that use different things, so that no long file is left for the end.
+FIRST = (
+    *("faults/test_kills", "integration/test_examples", "integration/test_documents", "faults/test_outages"),
+    *(
+        "unit/test_founding_document",
+        "integration/test_cli_end_to_end",
+        "faults/test_protocol",
+        "integration/test_demo",
+    ),
+    *("faults/", "integration/test_worker", "integration/test_compose", "integration/test_batches"),
+    *("integration/test_openai", "integration/test_webuiapi", "browser/"),
+)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What is marked `full` is not selected, rather than skipped, unless everything was asked for."""
+    items.sort(key=_turn)
     left = [] if os.environ.get("FAULTS") == "full" else [item for item in items if item.get_closest_marker("full")]
     if left:
         config.hook.pytest_deselected(items=left)
         items[:] = [item for item in items if item not in left]
+
+
+def _turn(item: pytest.Item) -> int:
+    path = item.path.relative_to(Path(__file__).parent).as_posix()
+    return next((turn for turn, start in enumerate(FIRST) if path.startswith(start)), len(FIRST))
 
 
 @pytest.fixture(autouse=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from calotype.embedded import EmbeddedServers
 from calotype_shared.settings import Settings
@@ -35,10 +37,25 @@ def corner(servers: EmbeddedServers) -> Callable[..., Settings]:
 
 @pytest.fixture(scope="session")
 def reference(
-    corner: Callable[..., Settings], forge: Forge, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+    corner: Callable[..., Settings],
+    forge: Forge,
+    tiny_model: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    worker_id: str,
 ) -> Mapping[str, str]:
-    """Digests of an undisturbed run's pictures, by the config's digest."""
+    """Digests of an undisturbed run's pictures, by the config's digest. pytest's own workers share them."""
     folder = tmp_path_factory.mktemp("reference")
+    if worker_id == "master":
+        return _undisturbed(corner, forge, tiny_model, folder)
+    known = tmp_path_factory.getbasetemp().parent / "reference.json"
+    with FileLock(f"{known}.lock"):
+        if not known.exists():
+            known.write_text(json.dumps(_undisturbed(corner, forge, tiny_model, folder)))
+        found: dict[str, str] = json.loads(known.read_text())
+        return found
+
+
+def _undisturbed(corner: Callable[..., Settings], forge: Forge, tiny_model: Path, folder: Path) -> dict[str, str]:
     site = Site(corner(), forge=forge, model=tiny_model, folder=folder, reference={})
     try:
         site.start_worker()

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from calotype_worker.output.video import read_gif, read_mp4
 from tests.integration.conftest import CommandWorker
 from tests.opaque_models import write_tiny_animatediff, write_tiny_shap_e
 
+TOGETHER = 4  # their pictures share steps
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -33,18 +35,16 @@ def run(environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[..., N
             workers.append(worker)
             worker.wait_until_ready(90)
         (tmp_path / "out").mkdir(exist_ok=True)
-        for name in examples:
-            ran = subprocess.run(
-                [sys.executable, EXAMPLES / f"{name}.py"],
-                cwd=tmp_path,
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=150,
-                check=False,
-            )
-            assert ran.returncode == 0, f"{name}: {ran.stderr[-2000:]}"
-            assert "out/" in ran.stdout
+        with ThreadPoolExecutor(TOGETHER) as pool:
+            for name, ran in zip(examples, pool.map(example, examples), strict=True):
+                assert ran.returncode == 0, f"{name}: {ran.stderr[-2000:]}"
+                assert "out/" in ran.stdout
+
+    def example(name: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, EXAMPLES / f"{name}.py"]
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400, check=False
+        )
 
     yield start
     for worker in workers:

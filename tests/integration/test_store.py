@@ -274,6 +274,21 @@ def test_cancel_wins_over_a_later_commit_and_loses_to_an_earlier_one(store: JobS
     assert store.get(first).images == ()
 
 
+def test_workers_hear_of_urgent_jobs_however_they_come_into_line(store: JobStore) -> None:
+    """Submitted, or handed back by another worker; of bulk jobs, and of queues they do not serve, they hear nothing."""
+    with store.news("demo.interactive") as wait:
+        store.create([CONFIG])
+        store.create([CONFIG.model_copy(update={"model": "other"})], lane=Lane.INTERACTIVE)
+        assert wait(0.2) is None
+        store.create([CONFIG], lane=Lane.INTERACTIVE)
+        assert wait(5) == ("arrived", "demo.interactive")
+        claim = store.claim("demo.interactive", worker="w", lease_seconds=20)
+        assert claim is not None
+        assert store.release(claim)
+        assert wait(5) == ("arrived", "demo.interactive")
+        assert wait(0.2) is None
+
+
 def test_an_unknown_job_is_told_from_a_queued_one(store: JobStore) -> None:
     """ "Waiting" and "missing" must never look alike."""
     (job_id,) = store.create([CONFIG])
