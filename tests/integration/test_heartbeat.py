@@ -5,7 +5,7 @@ from __future__ import annotations
 from calotype_shared import metric_names as names
 from calotype_shared.config import GenerationConfig
 from calotype_shared.jobs import Lane
-from calotype_shared.store import JobStore
+from calotype_shared.store import JobStore, News
 from calotype_worker.heartbeat import Heartbeat
 from calotype_worker.tally import Tally
 
@@ -30,7 +30,7 @@ def test_a_lost_claim_is_counted_once(store: JobStore) -> None:
     heartbeat._renew()
     assert not held.lost
     store.cancel(job_id)
-    heartbeat._heard(job_id)
+    heartbeat._heard(News("cancelled", job_id))
     heartbeat._renew()
     assert held.lost
     assert stopped == ["picture", "picture"]
