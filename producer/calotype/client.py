@@ -23,7 +23,6 @@ from calotype_shared.errors import (
     JobCancelled,
     JobFailed,
     QueueFull,
-    ServiceUnavailable,
     WaitTimeout,
 )
 from calotype_shared.jobs import JobRecord, JobState, Lane, Preview
@@ -127,7 +126,7 @@ class Client(BatchCalls, DeadCalls):
                 lane=lane,
                 metadata=storable(metadata),
                 tenant=tenant,
-                webhook=self._webhook(webhook_url),
+                webhook=self._resolver.webhook(webhook_url),
                 reuse=self.settings.reuse_finished,
                 idempotency=idempotency(idempotency_key, parsed.canonical_json(), lane, metadata, webhook_url),
                 traceparent=span.traceparent,
@@ -199,23 +198,6 @@ class Client(BatchCalls, DeadCalls):
             InvalidRequest: it is no PNG, JPEG or WebP, or too large. Nothing was stored.
         """
         return self._resolver.upload(picture, field=field)
-
-    def _webhook(self, url: str | None) -> str | None:
-        if url is None:
-            return None
-        if self.settings.webhook_secret is None:
-            raise InvalidRequest(
-                "webhooks are not set up here",
-                field="webhook_url",
-                value=url,
-                remedy="set CALOTYPE_WEBHOOK_SECRET for this process and the dispatcher",
-            )
-        try:
-            from calotype.webhooks.addresses import check_webhook_url  # noqa: PLC0415 - only where they are used
-        except ImportError:
-            raise ServiceUnavailable("webhooks need packages; run: pip install 'calotype[gateway]'") from None
-        check_webhook_url(url, allow_private=self.settings.webhook_allow_private)
-        return url
 
     def status(self, job_id: str) -> JobRecord:
         """The job as it is now. Raises JobNotFound."""

@@ -12,7 +12,7 @@ from pydantic_core import from_json, to_json
 
 from calotype.picture import PictureSource, is_picture, picture_bytes
 from calotype_shared.config import GenerationConfig, digest_of, quality_preset
-from calotype_shared.errors import InvalidRequest, ObjectMissing, UnknownModel
+from calotype_shared.errors import InvalidRequest, ObjectMissing, ServiceUnavailable, UnknownModel
 from calotype_shared.jobs import Lane
 from calotype_shared.model_card import ModelCard
 from calotype_shared.settings import TENANT_PATTERN, Settings
@@ -170,6 +170,24 @@ class Resolver:
                 remedy="use lower-case letters, digits, '.', '_' and '-', at most 64",
             )
         return name
+
+    def webhook(self, url: str | None) -> str | None:
+        """The address that is to be told of an end, checked. Raises InvalidRequest, ServiceUnavailable."""
+        if url is None:
+            return None
+        if self._settings.webhook_secret is None:
+            raise InvalidRequest(
+                "webhooks are not set up here",
+                field="webhook_url",
+                value=url,
+                remedy="set CALOTYPE_WEBHOOK_SECRET for this process and the dispatcher",
+            )
+        try:
+            from calotype.webhooks.addresses import check_webhook_url  # noqa: PLC0415 - only where they are used
+        except ImportError:
+            raise ServiceUnavailable("webhooks need packages; run: pip install 'calotype[gateway]'") from None
+        check_webhook_url(url, allow_private=self._settings.webhook_allow_private)
+        return url
 
 
 def storable(metadata: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from calotype_shared.errors import InvalidRequest
+from calotype_worker import profiling
 from calotype_worker.engine import Engine, GenerationRequest, profiler
 from calotype_worker.engine.profile import Point, Profile, measure, sizes_up_to
 from calotype_worker.engine.request import GroupKey
 from calotype_worker.models.base import StepModel
+from calotype_worker.settings import WorkerSettings
 from tests.unit.test_engine import request
 
 CPU = torch.device("cpu")
@@ -138,6 +143,24 @@ def test_a_fixed_number_of_rows_is_not_measured(make_engine: Any) -> None:
     """Deterministic pictures must not depend on how fast a machine is."""
     made: Engine = make_engine(deterministic=True, start=False)
     assert made.profile(seconds=1) == []
+
+
+def test_the_command_shows_what_it_measured(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line a number of rows, the best with the longest bar and the knee marked; deterministic mode has no knee."""
+    monkeypatch.setattr(profiling, "_LEAST_SECONDS", 0.5)
+    options = WorkerSettings.load(model=f"tiny={tiny_model}", max_rows=4, profile_seconds=0.0)
+    profiling.print_profiles(options)
+    shown = capsys.readouterr().out
+    assert "tiny 64x64 on cpu" in shown
+    rows = re.findall(r"^[│ ]*(\d+)[│ ]+([\d.]+)[│ ]+([\d.]+)[│ ]+(█+)", shown, re.MULTILINE)
+    assert [int(row) for row, *_ in rows] == [1, 2, 3, 4]
+    best = max(rows, key=lambda row: float(row[2]))
+    assert len(best[3]) == max(len(bar) for *_, bar in rows) > 1
+    assert shown.count("◀") == 1
+    with pytest.raises(InvalidRequest, match="without --deterministic"):
+        profiling.print_profiles(options.model_copy(update={"deterministic": True}))
 
 
 def test_a_real_profile_is_of_every_native_size(make_engine: Any, tiny_step_model: StepModel) -> None:

@@ -5,20 +5,34 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from calotype_shared.errors import InvalidRequest
 from calotype_worker.engine import Engine, EngineSettings
 from calotype_worker.models import ModelPool
 from calotype_worker.settings import WorkerSettings
 from calotype_worker.worker import load_models
 
+_LEAST_SECONDS = 10.0
 _BAR = 32  # characters of the best throughput
 
 
 def print_profiles(options: WorkerSettings) -> None:
-    """Measures, for at least ten seconds where it was not said how long. Raises ModelLoadError."""
+    """Measures, for at least ten seconds where it was not said how long.
+
+    Raises:
+        ModelLoadError: a model cannot be loaded.
+        InvalidRequest: deterministic mode takes `max_rows` always, whatever a step of so many takes.
+    """
+    if options.deterministic:
+        raise InvalidRequest(
+            "takes its rows from the settings, not from a profile",
+            field="deterministic",
+            value=True,
+            remedy="profile without --deterministic, and give what you find as --max-rows",
+        )
     console = Console()
     settings = EngineSettings(max_rows=options.max_rows, compile=options.compile)
     engine = Engine(ModelPool(load_models(options)), settings)
-    for profile in engine.profile(seconds=max(10.0, options.profile_seconds)):
+    for profile in engine.profile(seconds=max(_LEAST_SECONDS, options.profile_seconds)):
         table = Table(
             title=f"{profile.model} {profile.width}x{profile.height} on {options.device}", title_justify="left"
         )

@@ -97,7 +97,7 @@ class BatchCalls:
             "format": options.get("format", BatchFormat.NATIVE).value,
             "window": str(window),
             "metadata": json.dumps(storable(options.get("metadata"))),
-            "webhook": self._webhook(options.get("webhook_url")),
+            "webhook": self._resolver.webhook(options.get("webhook_url")),
             "expires_after": None if expires_in is None else str(math.ceil(expires_in)),
         }
         return {name: value for name, value in fields.items() if value is not None}
@@ -120,10 +120,6 @@ class BatchCalls:
         """Of a batch that there is not. One that was in storage before stays."""
         if key.startswith(batch_folder(batch_id)):
             self._storage.delete(key)
-
-    def _webhook(self, url: str | None) -> str | None:
-        """The url, checked; `Client` knows how."""
-        raise NotImplementedError
 
     def batch(self, batch_id: str) -> BatchRecord:
         """The batch as it is now, in one round trip. Raises BatchNotFound."""
