@@ -13,7 +13,7 @@ from filelock import FileLock
 
 from calotype.embedded import EmbeddedServers
 from calotype_shared.settings import Settings
-from tests.faults.harness import KINDS, Forge, Site, Table, digest, new_names
+from tests.faults.harness import FULL, KINDS, Forge, Site, Table, digest, new_names
 from tests.integration.conftest import client, invariants, start_worker  # noqa: F401 - fixtures
 
 _table = Table()
@@ -59,7 +59,7 @@ def _undisturbed(corner: Callable[..., Settings], forge: Forge, tiny_model: Path
     site = Site(corner(), forge=forge, model=tiny_model, folder=folder, reference={})
     try:
         site.start_worker()
-        records = site.wait([*site.submit(KINDS[False]), *site.submit(KINDS[True], long=True)], 290)
+        records = site.wait([*site.submit(KINDS[False]), *site.submit(KINDS[True], long=True)], 1700 if FULL else 500)
         found = {record.digest: digest(site.storage.get(record.images[0].key)) for record in records}
     finally:
         site.close()
