@@ -238,7 +238,11 @@ class Site:
         ids = list(ids)
         others = dict.fromkeys(failed, JobState.FAILED) | dict.fromkeys(cancelled, JobState.CANCELLED)
         records = {record.id: record for record in self.store.get_many(ids) if record is not None}
-        wrong = {r.id: r.state.value for r in records.values() if r.state is not others.get(r.id, JobState.SUCCEEDED)}
+        wrong = {
+            r.id: f"{r.state.value} after {r.crashes} crashes: {r.error}"
+            for r in records.values()
+            if r.state is not others.get(r.id, JobState.SUCCEEDED)
+        }
         lost = dict.fromkeys(set(ids) - set(records), "no record") | wrong
         assert not lost, f"lost, or not as expected: {lost}"
         counts = self.store.counts()

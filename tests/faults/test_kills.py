@@ -204,6 +204,8 @@ def test_workers_are_killed_at_random(site: Site, table: Table) -> None:
         victim.kill()
         kills += 1
         workers.append(start())
+        # Else, on a slow machine, workers would only ever start, and their jobs be taken for what kills them.
+        workers[-1].wait_for("worker ready")
     began = time.monotonic()
     records = site.wait(ids, 300)
     assert kills >= (15 if FULL else 2), "there were too few kills to show anything"
