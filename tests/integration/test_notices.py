@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from redis import Redis
 
 from calotype import AsyncClient, Client, notices, waiting
-from calotype_shared.jobs import JobRecord, JobState
+from calotype.gateway import jobs as gateway_jobs
+from calotype_shared.jobs import JobError, JobRecord, JobState
 from calotype_shared.settings import Settings
 from calotype_shared.store import Claim, JobStore
 from tests.integration.conftest import until
+from tests.integration.gateway import Gateway
 from tests.integration.test_client import CARD, claim, in_background
 
 SOON = 30  # seconds: half of what a look would take
@@ -81,7 +84,7 @@ def test_every_way_out_of_a_state_is_heard_of(client: Client, store: JobStore, e
         assert following.end()[-1].state is JobState.CANCELLED
         return
     if end == "fail":
-        store._run("fail", [job.id, claimed.attempt, claimed.token, '{"code": "x", "message": "y"}', 1, 60])
+        store.fail(claimed, JobError(code="internal_error", message="try again"), retry=True)
     else:
         store.release(claimed)
     until(lambda: following.seen[-1].state is JobState.QUEUED, SOON)
@@ -190,3 +193,36 @@ def test_a_task_hears_too(client: Client, settings: Settings, store: JobStore) -
             assert {record.state for record in records} == {JobState.SUCCEEDED}
 
     asyncio.run(follow_all())
+
+
+def test_requests_that_wait_hear_too(
+    settings: Settings, store: JobStore, monkeypatch: pytest.MonkeyPatch, client: Client
+) -> None:
+    """A gateway's answer that was asked to wait, and its events."""
+    monkeypatch.setattr(gateway_jobs, "_LONGEST_PAUSE", 60.0)
+    monkeypatch.setattr(gateway_jobs, "_TOLD_SECONDS", 60.0)
+    gateway = Gateway(settings)
+    answers: dict[str, str] = {}
+
+    def ask(name: str, method: str, path: str, **more: Any) -> None:
+        answers[name] = gateway.http.request(method, path, timeout=120, **more).text
+
+    def newest_is_heard() -> bool:
+        newest = client.jobs(limit=1)
+        return bool(newest) and hears(gateway.app.state.services.client, newest[0].id)
+
+    try:
+        body, prefer = {"prompt": "a red circle", "seed": 1}, {"prefer": "wait=60"}
+        waits = in_background(lambda: ask("wait", "POST", "/v1/jobs", json=body, headers=prefer))
+        until(newest_is_heard)
+        [job] = client.jobs(limit=1)
+        follows = in_background(lambda: ask("events", "GET", f"/v1/jobs/{job.id}/events"))
+        until(lambda: len(gateway.app.state.services.client.notices._watches[store.keys.changed(job.id)]) == 2)
+        commit(store, claim(store, job.id))
+        for thread in (waits, follows):
+            thread.join(SOON)
+            assert not thread.is_alive()
+        assert '"succeeded"' in answers["wait"]
+        assert "event: done" in answers["events"]
+    finally:
+        gateway.stop()
