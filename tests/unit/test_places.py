@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,31 +15,37 @@ from tests.faults.harness import until
 
 
 class Line:
-    """Urgent jobs in line, and how often somebody has looked."""
+    """Urgent jobs in line, queues that have messages to spare, and how often somebody has looked or asked."""
 
     def __init__(self) -> None:
         self.jobs: list[str] = []
         self.looks = 0
+        self.spare = {"long"}
+        self.asked: list[str] = []
 
     def look(self) -> str | None:
         self.looks += 1
         return self.jobs.pop(0) if self.jobs else None
 
+    def has_spare(self, queue: str) -> bool:
+        self.asked.append(queue)
+        return queue in self.spare
+
 
 class Waiter:
     """A thread with a message for a patient job. `got`: what it was given; it keeps that until `done`."""
 
-    def __init__(self, places: Places, line: Line, *, spare: bool = True, stop: threading.Event | None = None) -> None:
+    def __init__(self, places: Places, line: Line, *, queue: str = "long", stop: threading.Event | None = None) -> None:
         self.got: str | bool | None = None
         self._done = threading.Event()
         self._stop = stop or threading.Event()
-        self._arguments = (places, line, spare)
+        self._arguments = (places, line, queue)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
-        places, line, spare = self._arguments
-        with places.patient(line.look, stopped=self._stop.is_set, spare=lambda: spare) as found:
+        places, line, queue = self._arguments
+        with places.patient(queue, line.look, stopped=self._stop.is_set, spare=line.has_spare) as found:
             self.got = found
             self._done.wait(30)
 
@@ -110,13 +117,30 @@ def test_the_last_message_is_given_back_and_others_are_kept(line: Line, monkeypa
     monkeypatch.setattr(module, "_TURN_SECONDS", 0.02)
     places = Places(1)
     with full(places, line, 1) as holders:
-        patient, last = Waiter(places, line, spare=True), Waiter(places, line, spare=False)
+        patient, last = Waiter(places, line), Waiter(places, line, queue="short")
         until(lambda: last.got is False)
         assert patient.got is None
         last.done()
         holders[0].done()
         until(lambda: patient.got is True)
         patient.done()
+
+
+def test_one_question_serves_all_who_wait(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one queue, and while the answer is yes: after a no the next thread asks for itself."""
+    monkeypatch.setattr(module, "_HOLD_SECONDS", 0.2)
+    monkeypatch.setattr(module, "_TURN_SECONDS", 0.01)
+    places, stop = Places(1), threading.Event()
+    with full(places, line, 1):
+        waiters = [Waiter(places, line, stop=stop) for _ in range(8)]
+        began = time.monotonic()
+        until(lambda: len(line.asked) == 3)
+        assert time.monotonic() - began > 2 * 0.2
+        line.spare.clear()
+        until(lambda: all(waiter.got is False for waiter in waiters))
+        assert len(line.asked) >= 3 + len(waiters)
+        for waiter in waiters:
+            waiter.done()
 
 
 def test_who_leaves_waits_for_nothing(line: Line) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from calotype_shared.errors import InvalidRequest
+from calotype_shared.errors import GenerationFailed, InvalidRequest
 from calotype_worker import profiling
 from calotype_worker.engine import Engine, GenerationRequest, profiler
 from calotype_worker.engine.profile import Point, Profile, measure, sizes_up_to
@@ -137,6 +138,26 @@ def test_the_engine_keeps_to_the_knee(make_engine: Any, tiny_step_model: StepMod
         future.result(60)
     stats = made.stats()
     assert 4 < stats.rows / stats.forward_passes <= 6  # the first pass may have begun before all were here
+
+
+def test_steps_are_measured_where_they_are_run(make_engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA graph is of the thread that recorded it. What goes wrong is told to who asked, and the engine goes on."""
+    threads: list[str] = []
+
+    def fails(*_: Any, **__: Any) -> tuple[Point, ...]:
+        threads.append(threading.current_thread().name)
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(profiler, "measure", fails)
+    made: Engine = make_engine(start=False)
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        made.profile(seconds=1)
+    made.start()
+    assert made.submit(request("after")).result(60).image.any()
+    assert threads == ["calotype-engine"]
+    made.stop()
+    with pytest.raises(GenerationFailed, match="not running"):
+        made.profile(seconds=1)
 
 
 def test_a_fixed_number_of_rows_is_not_measured(make_engine: Any) -> None:

@@ -12,7 +12,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 RESERVED = 8  # threads that only urgent jobs get
-_HOLD_SECONDS = 1.0  # then, or later, the message is given back if it is the last: another worker may have room
+_HOLD_SECONDS = 1.0  # then, or later, a message is given back if it is the last: another worker may have room
 _LOOK_SECONDS = 1.0  # between looks for urgent jobs of which no notice came
 _TURN_SECONDS = 0.2  # between questions whether to stop
 
@@ -29,6 +29,7 @@ class Places:
         self._free = patient
         self._urgent = False  # whether an urgent job may wait
         self._looked_at = -math.inf
+        self._asked_at: dict[str, float] = {}  # by queue: when a thread last asked, for all, if it has any to spare
 
     def urgent_arrived(self) -> None:
         """One of the threads that wait is to look for an urgent job."""
@@ -38,13 +39,13 @@ class Places:
 
     @contextmanager
     def patient(
-        self, look: Callable[[], T | None], *, stopped: Callable[[], bool], spare: Callable[[], bool]
+        self, queue: str, look: Callable[[], T | None], *, stopped: Callable[[], bool], spare: Callable[[str], bool]
     ) -> Iterator[T | bool]:
         """Yields True with a place taken, an urgent job that `look` found, or False if neither came in time.
 
-        That is, while there were messages to `spare` for other workers.
+        That is, while that queue had messages to `spare` for other workers.
         """
-        found = self._wait(look, stopped, spare)
+        found = self._wait(queue, look, stopped, spare)
         try:
             yield found
         finally:
@@ -53,23 +54,28 @@ class Places:
                     self._free += 1
                     self._changed.notify()
 
-    def _wait(self, look: Callable[[], T | None], stopped: Callable[[], bool], spare: Callable[[], bool]) -> T | bool:
-        held_since = time.monotonic()
+    def _wait(
+        self, queue: str, look: Callable[[], T | None], stopped: Callable[[], bool], spare: Callable[[str], bool]
+    ) -> T | bool:
+        came_at = time.monotonic()
         while not stopped():
             with self._changed:
                 if self._free:
                     self._free -= 1
                     return True
-                looks = self._urgent or time.monotonic() - self._looked_at >= _LOOK_SECONDS
+                now = time.monotonic()
+                looks = self._urgent or now - self._looked_at >= _LOOK_SECONDS
+                asks = now - max(came_at, self._asked_at.get(queue, came_at)) >= _HOLD_SECONDS
                 if looks:
-                    self._urgent, self._looked_at = False, time.monotonic()
-                else:
+                    self._urgent, self._looked_at = False, now
+                if asks:
+                    self._asked_at[queue] = now
+                if not (looks or asks):
                     self._changed.wait(_TURN_SECONDS)
             if looks and (found := look()) is not None:
                 self.urgent_arrived()  # it may not have come alone
                 return found
-            if time.monotonic() - held_since >= _HOLD_SECONDS:
-                if not spare():
-                    return False
-                held_since = time.monotonic()
+            if asks and not spare(queue):
+                self._asked_at.pop(queue, None)  # the next one asks for itself: this message is now one to spare
+                return False
         return False

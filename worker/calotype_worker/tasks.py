@@ -98,8 +98,7 @@ class JobRunner:
         if queue in self._urgent_queues:
             self._next(queue)
             return
-        spare = functools.partial(self._spare, queue)
-        with self._places.patient(self._find_urgent, stopped=self._draining, spare=spare) as place:
+        with self._places.patient(queue, self._find_urgent, stopped=self._draining, spare=self._spare) as place:
             if place is True:
                 self._next(queue)
             elif place:

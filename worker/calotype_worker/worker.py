@@ -40,9 +40,9 @@ from calotype_worker.output.spool import Spool
 from calotype_worker.places import RESERVED, Places
 from calotype_worker.preemption import Notice, Watcher, notice_source
 from calotype_worker.previews import Previews
+from calotype_worker.reaper import Reaper
 from calotype_worker.report import step_groups
 from calotype_worker.settings import WorkerSettings
-from calotype_worker.sweep import sweep
 from calotype_worker.tally import Tally
 from calotype_worker.tasks import JobRunner
 from calotype_worker.threads import apart
@@ -51,11 +51,9 @@ log = logging.getLogger(__name__)
 
 EXIT_FATAL = 70  # the device is lost, or a part that must not end has; a supervisor should start a new process
 EXIT_NOW = 75  # told twice to leave
-_REAP_SECONDS = 5.0
 _REPORT_TTL_SECONDS = 15.0
 _LEAVE_NOW_SECONDS = 0.6
 _HAND_BACK_SECONDS = 5.0  # before the machine is taken away, for jobs that are still running then
-_SWEEP_LEASES = 3.0
 
 
 def load_models(options: WorkerSettings) -> list[AnyModel]:
@@ -137,7 +135,7 @@ class Worker:
         self._store = JobStore(
             connect_redis(settings), key_prefix=settings.key_prefix, retention_seconds=settings.retention_seconds
         )
-        storage = self._storage = Storage(settings, attempts=2)  # whoever calls it tries again
+        storage = Storage(settings, attempts=2)  # whoever calls it tries again
         spool = _make_spool(options)
         pool = ModelPool(apart(lambda: load_models(options)), memory_budget=_bytes(options.memory_budget_gib))
         self._cards = {name: pool.get(name).card for name in pool.names}
@@ -217,8 +215,14 @@ class Worker:
         )
         self._app = make_app(settings, models=list(self._cards), run_next=self._runner.run)
         self._queues = [name for lane in Lane for name in queue_names(list(self._cards), lane)]
-        self._left_for_newer: tuple[str, ...] = ()  # queues whose next job is too new for this version
-        self._told_of: set[str] = set()
+        self._reaper = Reaper(
+            self._store,
+            storage,
+            worker=self.name,
+            queues=self._queues,
+            lease_seconds=options.lease_seconds,
+            tally=self._tally,
+        )
         self._signals = 0
 
     def run(self) -> int:
@@ -231,7 +235,7 @@ class Worker:
         self._heartbeat.start()
         self._runner.start()
         self._operating.start()
-        threading.Thread(target=self._reap, name="calotype-reaper", daemon=True).start()
+        self._reaper.start()
         signals.worker_ready.connect(self._ready, weak=False)
         signals.setup_logging.connect(_keep_our_logging, weak=False)
         consumer = self._app.Worker(
@@ -330,46 +334,6 @@ class Worker:
             self._store.release(held.claim)
         self._store.retire_worker(self.name)
 
-    def _reap(self) -> None:
-        while True:
-            time.sleep(_REAP_SECONDS * random.uniform(0.5, 1.5))
-            try:
-                self._look_for_newer()
-                reaped = self._store.reap(who=self.name)
-                if reaped is not None:
-                    sweep(self._store, self._storage, older_than_seconds=_SWEEP_LEASES * self._options.lease_seconds)
-            except ServiceUnavailable:
-                continue  # the heartbeat tells of it
-            except Exception:
-                log.exception("the reaper met a bug")
-                continue
-            if reaped is not None:
-                self._tally.count(names.LEASE_REAPS, "requeued", by=len(reaped.requeued))
-                self._tally.count(names.LEASE_REAPS, "failed", by=len(reaped.failed))
-                self._tally.count(names.GAP_REPUBLISH, by=reaped.invited)
-            if reaped and (reaped.requeued or reaped.failed or reaped.invited):
-                log.info(
-                    "jobs reaped",
-                    extra={
-                        "requeued": ",".join(reaped.requeued),
-                        "failed": ",".join(reaped.failed),
-                        "invited": reaped.invited,
-                    },
-                )
-
-    def _look_for_newer(self) -> None:
-        """Jobs that this version cannot do are left to others: said once, and shown for as long as it is so."""
-        found = self._store.left_for_newer(self._queues)
-        for queue, schema in found.items():
-            if queue not in self._told_of:
-                remedy = "they stay queued for a worker of a newer version; upgrade the workers"
-                log.warning(
-                    "jobs are too new for this worker",
-                    extra={"queue": queue, "schema": schema, "known": self._store.schema, "remedy": remedy},
-                )
-        self._told_of |= found.keys()
-        self._left_for_newer = tuple(found)
-
     def _report(self) -> None:
         stats = self._engine.stats()
         info = WorkerInfo(
@@ -380,7 +344,7 @@ class Worker:
             pid=os.getpid(),
             version=self._version,
             schema_number=self._store.schema,
-            left_for_newer=self._left_for_newer,
+            left_for_newer=self._reaper.left_for_newer,
             started_at=self._started_at,
             running_jobs=len(self._heartbeat.held()),
             draining=self._draining.is_set(),

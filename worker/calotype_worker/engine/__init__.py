@@ -1,7 +1,8 @@
 """The engine: one thread that owns a device and batches requests at every denoising step."""
 
-from calotype_worker.engine.engine import Engine, EngineSettings
+from calotype_worker.engine.engine import Engine
 from calotype_worker.engine.request import Generated, GenerationRequest
+from calotype_worker.engine.settings import EngineSettings
 from calotype_worker.engine.stats import EngineStats
 
 __all__ = ["Engine", "EngineSettings", "EngineStats", "Generated", "GenerationRequest"]

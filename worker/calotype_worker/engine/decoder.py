@@ -26,16 +26,27 @@ class Finished:
 
 
 class Decoder:
-    """Owned by the engine's thread. Decodes `batch` latents of one model and shape together, fewer after `patience`
-    turns of the loop. `limits(kind)` is how many of them fit into memory."""
+    """Owned by the engine's thread. Decodes `batch` latents of one model and shape together, and fewer rather than let
+    one wait for more than `patience` turns of the loop, or for company that is not about to come.
+
+    `steps_to_next(model, shape)` is after how many steps the next one is finished; `limits(kind)` how many of them fit
+    into memory.
+    """
 
     def __init__(
-        self, pool: ModelPool, *, batch: int, patience: int, limits: Callable[[Hashable, int], MemoryLimit]
+        self,
+        pool: ModelPool,
+        *,
+        batch: int,
+        patience: int,
+        limits: Callable[[Hashable, int], MemoryLimit],
+        steps_to_next: Callable[[str, torch.Size], float],
     ) -> None:
         self._pool = pool
         self._batch = batch
         self._patience = patience
         self._limits = limits
+        self._steps_to_next = steps_to_next
         self._pending: dict[tuple[str, torch.Size], list[Finished]] = {}
 
     def __len__(self) -> int:
@@ -55,7 +66,8 @@ class Decoder:
         for kind, line in list(self._pending.items()):
             for finished in line:
                 finished.turns += 1
-            while line and (flush or len(line) >= self._batch or line[0].turns > self._patience):
+            wait = self._steps_to_next(*kind)
+            while line and (flush or len(line) >= self._batch or line[0].turns - 1 + wait > self._patience):
                 chosen, line[:] = line[: self._batch], line[self._batch :]
                 limit = self._limits(("decode", *kind), self._batch)
                 images = run_splitting(chosen, functools.partial(self._decode_within, limit))

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from calotype_shared.errors import CalotypeError, GenerationFailed, InvalidRequest
 from calotype_worker.engine.admission import Admission
-from calotype_worker.engine.compiled import CompiledStep, CompileMode, buckets_up_to
+from calotype_worker.engine.compiled import CompiledStep, buckets_up_to
 from calotype_worker.engine.decoder import Decoder, Finished
 from calotype_worker.engine.memory_limit import MemoryLimit, is_out_of_memory
 from calotype_worker.engine.pace import Pace, events_of
@@ -30,7 +30,8 @@ from calotype_worker.engine.request import Generated, GenerationRequest, GroupKe
 from calotype_worker.engine.row_budget import RowBudgets
 from calotype_worker.engine.running import RunningGroup, running_groups
 from calotype_worker.engine.scheduler import Plan, Scheduler
-from calotype_worker.engine.split import run_splitting
+from calotype_worker.engine.settings import EngineSettings
+from calotype_worker.engine.split import is_fatal, run_splitting
 from calotype_worker.engine.stats import Counters, EngineStats
 from calotype_worker.engine.step_batch import StepBatch
 from calotype_worker.engine.ticket import Ticket, prepare
@@ -41,45 +42,6 @@ from calotype_worker.sampling.table import TableCache
 from calotype_worker.threads import alone_meanwhile, compute_with
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineSettings:
-    """How an engine uses its device.
-
-    `max_rows` is for pictures of the model's native area and shrinks as the area grows; `Engine.profile` may find that
-    fewer serve as well. `row_buckets` pads every
-    forward pass to one of a few sizes, for compiled graphs. `deterministic` makes a picture the same bit for bit
-    whatever stood beside it, by one fixed number of rows (a power of two): costly at low load. Where the device's
-    memory is too small for that number, a smaller one is used from then on, whose bits may be others.
-    """
-
-    max_rows: int = 32
-    row_buckets: tuple[int, ...] = ()
-    decode_batch: int = 4  # pictures decoded together
-    decode_patience: int = 4  # steps a finished latent waits for company at most
-    conditioning_cache: int = 512  # prompts
-    model_patience: int = 50  # steps a model that is not on the device waits for those that are
-    compile: CompileMode = "off"
-    deterministic: bool = False
-
-    def __post_init__(self) -> None:
-        if self.deterministic and self.compile != "off":
-            raise InvalidRequest(
-                "a compiled graph's bits depend on the number of rows",
-                field="compile",
-                value=self.compile,
-                remedy="leave it off, or do without deterministic",
-            )
-        for name, value, least in (
-            ("max_rows", self.max_rows, 2),  # a guided request alone needs two
-            ("decode_batch", self.decode_batch, 1),
-            ("decode_patience", self.decode_patience, 0),
-            ("conditioning_cache", self.conditioning_cache, 2),
-            ("model_patience", self.model_patience, 0),
-        ):
-            if value < least:
-                raise InvalidRequest("is too small", field=name, value=value, remedy=f"use at least {least}")
 
 
 class Engine:
@@ -106,7 +68,8 @@ class Engine:
         self._on_preview = on_preview
         self._tables = tables or TableCache()
         self._trace = trace or Untraced()
-        self._wake = threading.Condition()  # guards the four below
+        self._wake = threading.Condition()  # guards the five below
+        self._errands: deque[tuple[Callable[[], None], Future[None]]] = deque()
         self._inbox: deque[Ticket] = deque()
         self._cancelled: set[str] = set()
         self._tickets: dict[str, Ticket] = {}  # every request not yet resolved
@@ -136,6 +99,7 @@ class Engine:
             batch=1 if self.settings.deterministic else self.settings.decode_batch,
             patience=self.settings.decode_patience,
             limits=self._budgets.limit,
+            steps_to_next=self._steps_to_next,
         )
         self._threads = torch.get_num_threads()  # of the engine's own operators; others' threads may choose fewer
         self._thread = threading.Thread(target=self._main, name="calotype-engine", daemon=True)
@@ -148,7 +112,9 @@ class Engine:
         return self._thread.is_alive()
 
     def start(self) -> None:
-        self._thread.start()
+        """Once it runs, nothing more."""
+        if self._thread.ident is None:
+            self._thread.start()
 
     def submit(self, request: GenerationRequest) -> Future[Generated]:
         """Queue one picture.
@@ -218,24 +184,42 @@ class Engine:
         return 1 if isinstance(found, OpaqueModel) or not guided or found.embedded_guidance else 2
 
     def profile(self, *, seconds: float) -> list[Profile]:
-        """Measure steps of the models' native sizes, and keep row budgets at the knee from now on. Before `start`.
+        """Measure steps of the models' native sizes, and keep row budgets at the knee from now on.
 
-        Takes about `seconds` in all and, with graphs to compile, as long as they need. Not in deterministic mode, where
-        the number of rows must not depend on a measurement.
+        Starts the engine; requests wait meanwhile. Takes about `seconds` in all and, with graphs to compile, as long as
+        they need. Not in deterministic mode, where the number of rows must not depend on a measurement.
+
+        Raises:
+            GenerationFailed: the engine is stopping or its device is lost.
         """
         if self.settings.deterministic:
             return []
         whole = self.settings.compile == "reduce-overhead"
-        profile_models(
-            self.models,
-            self._budgets,
-            seconds=seconds,
-            sizes=buckets_up_to if whole else sizes_up_to,
-            tables=self._tables,
-            admission=self._admission,
-            make_batch=self._make_batch,
-        )
+
+        def measure() -> None:
+            profile_models(
+                self.models,
+                self._budgets,
+                seconds=seconds,
+                sizes=buckets_up_to if whole else sizes_up_to,
+                tables=self._tables,
+                admission=self._admission,
+                make_batch=self._make_batch,
+            )
+
+        self.start()
+        self._in_thread(measure)
         return self.profiles
+
+    def _in_thread(self, work: Callable[[], None]) -> None:
+        """Have the engine's thread do it between two steps: CUDA graphs are of the thread that recorded them."""
+        done: Future[None] = Future()
+        with self._wake:
+            if self._stop_at is not None or not self.alive:
+                raise GenerationFailed("the engine is not running")
+            self._errands.append((work, done))
+            self._wake.notify()
+        done.result()
 
     @property
     def profiles(self) -> list[Profile]:
@@ -276,7 +260,7 @@ class Engine:
         """One round of the loop. False when the engine should end."""
         waited = time.monotonic()
         with self._wake:
-            while not (self._inbox or self._cancelled or len(self._scheduler) or len(self._decoder)):
+            while not (self._errands or self._inbox or self._cancelled or len(self._scheduler) or len(self._decoder)):
                 if self._stop_at is not None:
                     return False
                 self._wake.wait()
@@ -288,6 +272,8 @@ class Engine:
         self._trace.span("engine", "idle", waited, now)
         if stop_at is not None and time.monotonic() >= stop_at:
             return False
+        while self._errands:
+            _run_errand(*self._errands.popleft())
         for ticket in fresh:
             self._scheduler.add(ticket.id, ticket.group, ticket.rows, urgent=ticket.request.urgent)
         self._drop(cancelled)
@@ -447,8 +433,18 @@ class Engine:
             timings = {"wait": began - ticket.submitted, "denoise": now - began}
             ticket.resolve(dataclasses.replace(result, timings=timings))
 
+    def _steps_to_next(self, model: str, shape: torch.Size) -> float:
+        """After how many steps of theirs the next latents of a shape are finished; infinity where none will be."""
+        running = [
+            slot
+            for group, batch in self._batches.items()
+            if group.model == model and group.step_shape == tuple(shape)
+            for slot in batch.slots
+        ]
+        return min((slot.total_steps - slot.step for slot in running), default=math.inf)
+
     def _decode(self) -> None:
-        """Decode what is due: a full small batch, what waited long enough, or all when nothing else can run."""
+        """Decode what is due: a full small batch, what nobody joins in time, or all when nothing else can run."""
         began = time.monotonic()
         results = self._decoder.run(flush=not len(self._scheduler))
         if not results:
@@ -496,12 +492,26 @@ class Engine:
         with self._wake:
             self._stop_at = self._stop_at or 0.0
             tickets, self._tickets = list(self._tickets.values()), {}
+            errands, self._errands = self._errands, deque()
             self._inbox.clear()
+        for _, done in errands:
+            done.set_exception(error or GenerationFailed("the engine has stopped"))
         for ticket in tickets:
             if error is None:
                 ticket.future.cancel()
             else:
                 ticket.resolve(error)
+
+
+def _run_errand(work: Callable[[], None], done: Future[None]) -> None:
+    try:
+        work()
+    except Exception as error:
+        done.set_exception(error)
+        if is_fatal(error):
+            raise
+    else:
+        done.set_result(None)
 
 
 def _said(error: Exception, request: GenerationRequest) -> str:

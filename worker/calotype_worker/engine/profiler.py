@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 
-import torch
-
 from calotype_shared.config import SamplerType
 from calotype_worker.engine.admission import Admission
 from calotype_worker.engine.memory_limit import MemoryLimit
@@ -18,7 +16,6 @@ from calotype_worker.engine.ticket import prepare
 from calotype_worker.models.base import OpaqueModel, StepModel
 from calotype_worker.models.pool import ModelPool
 from calotype_worker.sampling.table import TableCache
-from calotype_worker.threads import apart
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +32,10 @@ def profile_models(
     admission: Admission,
     make_batch: MakeBatch,
 ) -> None:
-    """Give `budgets` the profiles of each model's native sizes, with `sizes(most)` rows tried, in `seconds` in all."""
+    """Give `budgets` the profiles of each model's native sizes, with `sizes(most)` rows tried, in `seconds` in all.
+
+    In the engine's thread, whose helpers are then those that were measured.
+    """
     found = [models.get(name) for name in models.names]
     steppable = [model for model in found if not isinstance(model, OpaqueModel)]
     share = seconds / max(1, sum(len(model.card.native_sizes) for model in steppable))
@@ -62,14 +62,9 @@ def profile_models(
             )
         return shape[1:], profile
 
-    def profile_all() -> None:
-        for model in steppable:
-            models.use(model.card.name)
-            with torch.inference_mode():
-                profiles = [profile_one(model, *size) for size in model.card.native_sizes]
-            budgets.keep(model.card.name, profiles)
-
-    apart(profile_all)
+    for model in steppable:
+        models.use(model.card.name)
+        budgets.keep(model.card.name, [profile_one(model, *size) for size in model.card.native_sizes])
 
 
 def _request(model: StepModel, width: int, height: int, number: int) -> GenerationRequest:
