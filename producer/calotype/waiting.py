@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from calotype_shared.errors import JobNotFound
+from calotype_shared.errors import no_such_job
 from calotype_shared.jobs import JobRecord
 
 _WINDOW = 500  # jobs looked at in one round trip; the rest wait their turn, oldest first
@@ -65,7 +65,7 @@ class Waiting:
         changed = []
         for job_id, record in zip(job_ids, records, strict=True):
             if record is None:
-                raise JobNotFound(no_such_job(job_id))
+                raise no_such_job(job_id)
             if record != self._unfinished.get(job_id):
                 changed.append(record)
             if record.state.final:
@@ -95,7 +95,3 @@ class Waiting:
         if self.timeout is None:
             return pause
         return max(0.0, min(pause, self.started + self.timeout - now))
-
-
-def no_such_job(job_id: str) -> str:
-    return f"no job {job_id!r}: it was never created under this key prefix, or its record has expired; check the id"

@@ -137,3 +137,20 @@ def shown(value: object, limit: int = 80) -> str:
     except (ValueError, RecursionError):  # thousands of digits, or of brackets
         return f"({type(value).__name__} that is too large to be written)"
     return text if len(text) <= limit else f"{text[:limit]}… ({len(text)} characters)"
+
+
+def no_such_job(job_id: str) -> JobNotFound:
+    """Also for one of another tenant: nobody is told that there is one."""
+    return JobNotFound(_not_known(f"job {job_id!r}"))
+
+
+def no_such_batch(batch_id: str) -> BatchNotFound:
+    """As `no_such_job`."""
+    return BatchNotFound(_not_known(f"batch {batch_id!r}"))
+
+
+def _not_known(what: str) -> str:
+    return (
+        f"{what} is not known: it was never submitted here, or its record has expired; check the id, and that this is "
+        "the queue it was submitted to"
+    )

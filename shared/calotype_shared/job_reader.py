@@ -7,7 +7,7 @@ import itertools
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from calotype_shared.errors import JobNotFound
+from calotype_shared.errors import no_such_job
 from calotype_shared.fleet import Fleet
 from calotype_shared.jobs import JobRecord, JobState, Preview, created_us
 from calotype_shared.records import UnreadableRecord, read_record
@@ -37,7 +37,7 @@ class JobReader(Fleet):
         """
         fields = self._redis.hgetall(self.keys.job(job_id))
         if not fields:
-            raise not_known(job_id)
+            raise no_such_job(job_id)
         return read_record(job_id, fields, schema=self.schema)  # type: ignore[arg-type]
 
     @said_clearly
@@ -190,10 +190,3 @@ def _or_none(job_id: str, fields: Mapping[str, str], schema: int) -> JobRecord |
     except UnreadableRecord as error:
         log.warning("record skipped", extra={"job_id": job_id, "reason": str(error)})
         return None
-
-
-def not_known(job_id: str) -> JobNotFound:
-    return JobNotFound(
-        f"job {job_id!r} is not known: it was never submitted here, or its record has expired; "
-        "check the id and the Redis address"
-    )

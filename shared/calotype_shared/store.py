@@ -17,8 +17,8 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from calotype_shared.config import GenerationConfig
-from calotype_shared.errors import IdempotencyConflict
-from calotype_shared.job_reader import JobReader, not_known
+from calotype_shared.errors import IdempotencyConflict, no_such_job
+from calotype_shared.job_reader import JobReader
 from calotype_shared.jobs import ImageRef, JobError, JobRecord, JobState, Lane, Preview
 from calotype_shared.records import UnreadableRecord, read_record
 from calotype_shared.scripts import said_clearly
@@ -171,7 +171,7 @@ class JobStore(JobReader):
         """
         state = self._run("cancel", [job_id, self._retention])
         if state is None:
-            raise not_known(job_id)
+            raise no_such_job(job_id)
         return JobState(state)
 
     # ---- working

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from redis import Redis
 
 from calotype.batches.record import BatchRecord, BatchState
-from calotype_shared.errors import BatchNotFound, IdempotencyConflict, QueueFull
+from calotype_shared.errors import BatchNotFound, IdempotencyConflict, QueueFull, no_such_batch
 from calotype_shared.records import UnreadableRecord
 from calotype_shared.scripts import Scripted, said_clearly
 from calotype_shared.submission import Idempotency, NewJob
@@ -80,10 +80,7 @@ class BatchStore(Scripted):
         pipeline.time()
         fields, (seconds, microseconds) = pipeline.execute()
         if not fields:
-            raise BatchNotFound(
-                f"batch {batch_id!r} is not known: it was never submitted here, or its record has expired; "
-                "check the id and the Redis address"
-            )
+            raise no_such_batch(batch_id)
         return BatchRecord.read(batch_id, fields, now=seconds + microseconds / 1e6)
 
     @said_clearly

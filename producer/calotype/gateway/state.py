@@ -21,9 +21,8 @@ from calotype.client import Client
 from calotype.files import FileStore
 from calotype.gateway.metrics import GatewayMetrics
 from calotype.gateway.settings import GatewaySettings
-from calotype.waiting import no_such_job
 from calotype_shared.connection import connect_redis, connection_options, is_outage, sentinel_options, unavailable
-from calotype_shared.errors import BatchNotFound, JobNotFound
+from calotype_shared.errors import no_such_batch, no_such_job
 from calotype_shared.jobs import JobRecord
 from calotype_shared.keys import Keys
 from calotype_shared.records import read_record
@@ -65,14 +64,14 @@ class Services:
                 raise
             raise unavailable(error, str(self.settings.redis)) from error
         if not fields or fields.get("tenant", "default") != tenant:
-            raise JobNotFound(no_such_job(job_id))
+            raise no_such_job(job_id)
         return read_record(job_id, fields)
 
     async def batch(self, batch_id: str, tenant: str) -> BatchRecord:
         """A tenant's batch as it is now. Raises BatchNotFound."""
         batch = await run_in_threadpool(self.client.batch, batch_id)
         if batch.tenant != tenant:
-            raise BatchNotFound(f"there is no batch {batch_id!r}")
+            raise no_such_batch(batch_id)
         return batch
 
     async def links(self, keys: Sequence[str]) -> list[str]:

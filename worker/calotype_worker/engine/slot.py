@@ -84,6 +84,7 @@ class Layout:
     source: torch.Tensor  # (R,) the slot each row belongs to
     owners: Sequence[int | None]  # the same, None for padding
     conditioning: Conditioning  # each (R, …)
+    lengths: Mapping[str, Sequence[int]]  # each row's own, of what was padded
     guided: torch.Tensor  # (G,) slots that have an unconditional row
     guidance: torch.Tensor  # (G, 1, 1, 1) float32
     unconditional: torch.Tensor  # (R,) each slot's unconditional row; its own row where it has none
@@ -134,6 +135,7 @@ def layout(slots: Sequence[Slot], *, buckets: Sequence[int], device: torch.devic
         source=torch.tensor(source, device=device),
         owners=owners,
         conditioning=stack(conditioning, device),
+        lengths={name: own for name in conditioning[0] if len(set(own := lengths(name, conditioning))) > 1},
         guided=torch.tensor(guided, dtype=torch.long, device=device),
         guidance=torch.tensor(
             [slots[number].request.guidance_scale for number in guided], dtype=torch.float32, device=device
@@ -151,16 +153,21 @@ def stack(rows: Sequence[Conditioning], device: torch.device) -> Conditioning:
     stacked = {}
     for name in rows[0]:
         tensors = [row[name].to(device) for row in rows]
-        lengths = [tensor.shape[0] if tensor.dim() > 1 else 0 for tensor in tensors]
-        longest = max(lengths)
-        if min(lengths) < longest:
+        own = lengths(name, rows)
+        longest = max(own)
+        if min(own) < longest:
             tensors = [
                 torch.cat([tensor, tensor.new_zeros((longest - len(tensor), *tensor.shape[1:]))]) for tensor in tensors
             ]
-            reach = torch.tensor(lengths, device=device).unsqueeze(1)
+            reach = torch.tensor(own, device=device).unsqueeze(1)
             stacked[f"{name}_mask"] = (torch.arange(longest, device=device) < reach).float()
         stacked[name] = torch.stack(tensors)
     return stacked
+
+
+def lengths(name: str, rows: Sequence[Conditioning]) -> list[int]:
+    """First dimensions of rows' tensors of a name; 0 of vectors, which have none that could differ."""
+    return [row[name].shape[0] if row[name].dim() > 1 else 0 for row in rows]
 
 
 def _loras(slots: Sequence[Slot], owners: Sequence[int | None], device: torch.device) -> list[tuple[str, torch.Tensor]]:

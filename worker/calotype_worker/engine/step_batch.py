@@ -59,7 +59,8 @@ class StepBatch:
     def join(self, slots: Sequence[Slot]) -> None:
         """Take slots in at their first step. Their latents and conditioning must be set."""
         starts = [slot.latents for slot in slots if slot.latents is not None]
-        fresh = torch.cat([latents.reshape(1, 1, -1) for latents in starts]).to(self._model.device)
+        # Those that another model hands over are on the device already, fresh ones are not.
+        fresh = torch.cat([latents.reshape(1, 1, -1).to(self._model.device) for latents in starts])
         self.slots += slots
         self._lay_out(torch.cat([self._state, _widen(fresh, self._state.shape[1])]))
 
@@ -160,6 +161,7 @@ class StepBatch:
             latents=inputs[rows.source],
             timesteps=timesteps[rows.source],
             conditioning=rows.conditioning,
+            lengths=rows.lengths,
             loras=rows.loras,
             controls=rows.controls(slots),
             exact=self._exact,

@@ -56,6 +56,7 @@ class Rows:
     latents: torch.Tensor  # (R, C, h, w) float32, scaled as the sampler wants
     timesteps: torch.Tensor  # (R,) float32, each row its own
     conditioning: Conditioning  # each (R, …)
+    lengths: Mapping[str, Sequence[int]] = field(default_factory=dict)  # each row's own, of what was padded
     loras: Sequence[tuple[str, torch.Tensor]] = ()  # name, and each row's weight (R,); 0: not this row
     controls: Sequence[ControlRows] = ()
     exact: bool = False  # the same bits in any company: no work on a part of the rows
@@ -68,6 +69,7 @@ class Rows:
             latents=self.latents[chosen],
             timesteps=self.timesteps[chosen],
             conditioning={name: tensor[chosen] for name, tensor in self.conditioning.items()},
+            lengths={name: _chosen(lengths, chosen) for name, lengths in self.lengths.items()},
             loras=[(name, weights[chosen]) for name, weights in self.loras],
             controls=[
                 ControlRows(name=control.name, images=control.images[chosen], scales=control.scales[chosen])

@@ -50,8 +50,9 @@ def control_residuals(
     down: list[torch.Tensor] | None = None
     middle: torch.Tensor | None = None
     for control in rows.controls:
-        for index in _passes(control, rows):
-            new_down, new_middle = _one(nets[control.name], control, rows, index, dtype=dtype, added=added)
+        for length, chosen in _passes(control, rows):
+            index = torch.tensor(chosen, device=rows.latents.device)
+            new_down, new_middle = _one(nets[control.name], control, rows, index, length, dtype=dtype, added=added)
             if down is None or middle is None:
                 down = [part.new_zeros((len(rows.latents), *part.shape[1:])) for part in new_down]
                 middle = new_middle.new_zeros((len(rows.latents), *new_middle.shape[1:]))
@@ -60,19 +61,20 @@ def control_residuals(
     return down, middle
 
 
-def _passes(control: ControlRows, rows: Rows) -> Sequence[torch.Tensor]:
-    """Rows to run together, as indices. A ControlNet takes no mask for padded text, so lengths go apart."""
-    device = rows.latents.device
+def _passes(control: ControlRows, rows: Rows) -> Sequence[tuple[int | None, Sequence[int]]]:
+    """Rows to run together, with their texts' length where not all texts are as long.
+
+    A ControlNet takes no mask for padded text, so lengths go apart.
+    """
     scales = control.scales.tolist()
-    chosen = [index for index, scale in enumerate(scales) if scale or rows.exact]
     if not any(scales):
         return []
-    mask = rows.conditioning.get("text_mask")
-    if mask is None:
-        return [torch.tensor(chosen, device=device)]
-    lengths = mask.sum(1).long().tolist()
+    chosen = [index for index, scale in enumerate(scales) if scale or rows.exact]
+    lengths = rows.lengths.get("text")
+    if lengths is None:
+        return [(None, chosen)]
     return [
-        torch.tensor([index for index in chosen if lengths[index] == length], device=device)
+        (length, [index for index in chosen if lengths[index] == length])
         for length in sorted({lengths[index] for index in chosen})
     ]
 
@@ -82,18 +84,15 @@ def _one(
     control: ControlRows,
     rows: Rows,
     index: torch.Tensor,
+    length: int | None,
     *,
     dtype: torch.dtype,
     added: Mapping[str, torch.Tensor] | None,
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    text = rows.conditioning["text"][index]
-    mask = rows.conditioning.get("text_mask")
-    if mask is not None:
-        text = text[:, : int(mask[index[0]].sum())]
     down, middle = net(
         rows.latents[index].to(dtype),
         rows.timesteps[index],
-        encoder_hidden_states=text,
+        encoder_hidden_states=rows.conditioning["text"][index][:, :length],
         controlnet_cond=control.images[index].to(dtype),
         conditioning_scale=control.scales.to(rows.latents.device, dtype)[index].reshape(-1, 1, 1, 1),
         added_cond_kwargs={key: value[index] for key, value in added.items()} if added else None,
