@@ -11,7 +11,9 @@ import torch
 
 from calotype_shared.errors import InvalidRequest
 from calotype_worker.engine import Engine, EngineSettings, GenerationRequest
-from calotype_worker.engine.compiled import buckets_up_to
+from calotype_worker.engine.compiled import CompiledStep, buckets_up_to
+from calotype_worker.engine.slot import Layout
+from calotype_worker.models import StepModel
 from tests.unit.test_engine_golden import mixed_requests
 
 
@@ -60,11 +62,76 @@ def test_a_compiler_that_fails_costs_nothing_but_speed(make_engine: Any, monkeyp
     assert engine.stats().compiled_passes == 0
 
 
+class Small:
+    """As much of a model as a compiled step calls, with a network that is traced in no time."""
+
+    def __init__(self, model: StepModel, sizes: tuple[tuple[int, int], ...], *, width: int) -> None:
+        self.card = model.card.model_copy(update={"native_sizes": sizes})
+        self.latent_shape = model.latent_shape
+        self._network = torch.nn.Sequential(torch.nn.Conv2d(4, width, 1), torch.nn.Conv2d(width, 4, 1))
+
+    def forward(self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Any) -> torch.Tensor:
+        output: torch.Tensor = self._network(latents) * conditioning["text"].mean() + timesteps.reshape(-1, 1, 1, 1)
+        return output
+
+
+def unguided(rows: int) -> Layout:
+    return Layout(
+        source=torch.arange(rows),
+        owners=list(range(rows)),
+        conditioning={"text": torch.ones(rows, 2, 3)},
+        lengths={},
+        guided=torch.empty(0, dtype=torch.long),
+        guidance=torch.empty(0, 1, 1, 1),
+        unconditional=torch.arange(rows),
+        scales=torch.ones(rows, 1, 1, 1),
+        loras=[],
+        control_images={},
+    )
+
+
+def step(compiled: CompiledStep, rows: int, shape: tuple[int, int, int]) -> bool:
+    """Whether a step of so many rows went the compiled way."""
+    layout, length = unguided(rows), shape[0] * shape[1] * shape[2]
+    if not compiled.can(layout, shape):
+        return False
+    found = compiled(
+        layout,
+        shape,
+        state=torch.ones(rows, 2, length),
+        matrices=torch.ones(rows, 2, 4),
+        input_scale=torch.ones(rows),
+        timesteps=torch.ones(rows),
+        noise=torch.zeros(rows, 1, length),
+    )
+    return found is not None
+
+
+def test_more_graphs_than_pytorch_makes_by_default(tiny_step_model: StepModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three networks, two sizes, a graph for each of several numbers of rows; sizes that are not native go without."""
+    monkeypatch.setattr(
+        torch, "compile", functools.partial(torch.compile, backend=lambda graph, *_, **__: graph.forward)
+    )
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    sizes = ((64, 64), (64, 96))
+    models: list[Any] = [Small(tiny_step_model, sizes, width=width) for width in (4, 5, 6)]
+    with torch.inference_mode():
+        for model in models:
+            compiled = CompiledStep(model, "reduce-overhead")
+            for size in sizes:
+                assert all(step(compiled, rows, tiny_step_model.latent_shape(*size)) for rows in (2, 4, 8, 16))
+            assert not step(compiled, 4, tiny_step_model.latent_shape(96, 96))
+            assert not compiled.broken
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3 * 2 * 4
+
+
 @pytest.mark.parametrize(
     ("rows", "buckets"), [(2, (2,)), (3, (2, 3)), (32, (2, 4, 8, 16, 32)), (24, (2, 4, 8, 16, 24)), (1000, None)]
 )
 def test_buckets_are_few(rows: int, buckets: tuple[int, ...] | None) -> None:
-    """PyTorch gives up on a function after eight shapes."""
+    """Each of them is compiled before the worker is ready."""
     found = buckets_up_to(rows)
     assert found == (buckets or found)
     assert len(found) <= 8

@@ -1,7 +1,8 @@
 """`CompiledStep`: a denoising step's network, guidance and sampler product as one compiled graph.
 
-Rows with LoRAs, ControlNets or masked text go the eager way, and so does everything after a compilation that failed:
-a compiler's bug costs speed and never a picture.
+Only the model's native sizes are compiled, which the start-up's profile does: a graph takes up to a minute, in which
+nobody's steps are run. Other sizes go the eager way, and so do rows with LoRAs, ControlNets or masked text, and
+everything after a compilation that failed: a compiler's bug costs speed and never a picture.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ log = logging.getLogger(__name__)
 # "default" compiles once for any number of rows; "reduce-overhead" once for each bucket, as a CUDA graph.
 CompileMode = Literal["off", "default", "reduce-overhead"]
 REMEMBERED = 6  # tensors, as PNDM has: a graph is for one number of them, and those that a sampler lacks are zero
-MAX_BUCKETS = 8  # PyTorch gives up on a function that was compiled for more shapes than this
+MAX_BUCKETS = 8  # of a size
 
 
 def buckets_up_to(rows: int) -> tuple[int, ...]:
@@ -51,6 +52,7 @@ class CompiledStep:
         self._model = model
         self.static = mode == "reduce-overhead"  # one graph for each number of rows
         self.broken = False
+        self._shapes = {model.latent_shape(*size) for size in model.card.native_sizes}
 
         def whole(  # noqa: PLR0917 - the compiler sees tensors, one by one
             state: torch.Tensor,
@@ -74,12 +76,15 @@ class CompiledStep:
         self._step = torch.compile(
             whole, dynamic=False if self.static else None, mode=mode if self.static else None, fullgraph=True
         )
+        # All models' steps are one function to PyTorch, and of one it makes eight graphs and refuses any more.
+        limits = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, limits.accumulated_recompile_limit)
 
-    def can(self, rows: Layout) -> bool:
-        """Whether these rows can take this way."""
+    def can(self, rows: Layout, shape: tuple[int, int, int]) -> bool:
+        """Whether these rows, of latents (C, h, w), can take this way."""
         plain = not (rows.loras or rows.control_images or any(name.endswith("_mask") for name in rows.conditioning))
         # A single row would be compiled as a case of its own, and is no slower without.
-        return plain and not self.broken and len(rows.owners) > 1
+        return plain and shape in self._shapes and not self.broken and len(rows.owners) > 1
 
     def __call__(
         self,
