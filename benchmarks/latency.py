@@ -2,8 +2,8 @@
 
     python benchmarks/latency.py [--model demo] [--requests 64] [--rounds 2] [--loads 0.8 1.6]
 
-Arrivals are Poisson at shares of what sequential diffusers can do on this machine, measured first. All three serve the
-same arrivals of the same requests, one after the other, plain diffusers in a process of its own:
+Arrivals are Poisson at shares of what sequential diffusers can do on this machine, measured before each round. All
+three serve the same arrivals of the same requests, one after the other, plain diffusers in a process of its own:
 
 - sequential: a thread that makes them one by one, in the order they came;
 - dynamic: a thread that takes whatever waits, at most eight, and runs it as static batches of what is alike, each
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import queue
 import random
 import statistics
@@ -30,7 +31,7 @@ from typing import Any
 
 from rivals import BATCH
 from throughput import to_request
-from workload import PlainElsewhere, Wanted, quiet, surroundings, workload
+from workload import GUIDANCE, STEPS, PlainElsewhere, Wanted, quiet, surroundings, workload
 
 from calotype_worker.engine import Engine, EngineSettings
 from calotype_worker.models import load_model
@@ -84,6 +85,14 @@ def play(submit: Submit, arrivals: list[float], wanted: list[Wanted]) -> list[fl
     return latencies
 
 
+def sequential_rate(plain: PlainElsewhere, size: tuple[int, int]) -> float:
+    """Pictures a second, one after the other, over every number of steps with every guidance scale."""
+    sample = workload(math.lcm(len(STEPS), len(GUIDANCE)), *size, start=700)
+    began = time.perf_counter()
+    plain.one_by_one(sample)
+    return len(sample) / (time.perf_counter() - began)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", help="NAME or NAME=SOURCE")
@@ -110,14 +119,12 @@ def main() -> None:
     for submit in ways.values():
         for future in [submit(each) for each in workload(6, *size, start=900)]:
             future.result()
-    sample = workload(14, *size, start=700)
-    began = time.perf_counter()
-    plain.one_by_one(sample)
-    capacity = len(sample) / (time.perf_counter() - began)
-    table = []
+    table, capacities = [], []
     for load in options.loads:
         figures: dict[str, dict[str, list[float]]] = {way: {"mean": [], "p95": []} for way in ways}
         for number in range(options.rounds):
+            capacity = sequential_rate(plain, size)
+            capacities.append(round(capacity, 3))
             source_ = random.Random(number)
             due, arrivals = 0.0, []
             for _ in range(options.requests):
@@ -148,7 +155,7 @@ def main() -> None:
     result = {
         "command": f"benchmarks/latency.py --requests {options.requests} --rounds {options.rounds}",
         **surroundings(options.device),
-        "sequential_pictures_a_second": round(capacity, 3),
+        "sequential_pictures_a_second": capacities,
         "seconds": table,
     }
     print(json.dumps(result, indent=1))

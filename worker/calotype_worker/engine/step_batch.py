@@ -118,7 +118,9 @@ class StepBatch:
         self, rows: Layout, noise: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """The whole step as one graph; None where these rows cannot go that way, or would not fit into memory."""
-        if self._compiled is None or not self._compiled.can(rows, self._shape) or len(rows.owners) > self._limit.current:
+        if self._compiled is None or not self._compiled.can(rows, self._shape):
+            return None
+        if len(rows.owners) > self._limit.current:
             return None
         if any(isinstance(slot.sampler, RowScheduler) for slot in self.slots):
             return None
