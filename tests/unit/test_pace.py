@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+from typing import Any
+
 import pytest
 import torch
 
-from calotype_worker.engine.pace import Pace, events_of
+from calotype_worker.engine import Engine
+from calotype_worker.engine import engine as engine_module
+from calotype_worker.engine.pace import Pace, events_of, work_on
+from tests.unit.test_engine import request
 
 
 class Device:
@@ -58,6 +64,20 @@ def test_a_cpu_is_done_when_the_call_returns() -> None:
     pace: Pace[str] = Pace(None)
     assert pace.step("group", lambda: "report") == "report"
     assert 0 < pace.cost("group") < 1
+
+
+def test_the_engines_thread_works_on_its_own_device(make_engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moments are marked in the stream of a thread's device, which is the first one unless it is told."""
+    chosen: list[object] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for name in ("cpu", "cuda", "cuda:1"):
+        work_on(torch.device(name))
+    assert chosen == [torch.device("cuda:1")]
+    told: list[tuple[str, torch.device]] = []
+    monkeypatch.setattr(engine_module, "work_on", lambda device: told.append((threading.current_thread().name, device)))
+    engine: Engine = make_engine()
+    assert engine.submit(request("any")).result(60).image.any()
+    assert told == [("calotype-engine", torch.device("cpu"))]
 
 
 def test_a_cost_is_the_least_of_the_last_eight(monkeypatch: pytest.MonkeyPatch) -> None:

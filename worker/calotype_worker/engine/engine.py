@@ -23,7 +23,7 @@ from calotype_worker.engine.admission import Admission
 from calotype_worker.engine.compiled import CompiledStep, buckets_up_to
 from calotype_worker.engine.decoder import Decoder, Finished
 from calotype_worker.engine.memory_limit import MemoryLimit, is_out_of_memory
-from calotype_worker.engine.pace import Pace, events_of
+from calotype_worker.engine.pace import Pace, events_of, work_on
 from calotype_worker.engine.profile import Profile, sizes_up_to
 from calotype_worker.engine.profiler import profile_models
 from calotype_worker.engine.request import Generated, GenerationRequest, GroupKey
@@ -82,7 +82,8 @@ class Engine:
             powers_of_two=self.settings.deterministic,
             on_out_of_memory=self._counters.count_out_of_memory,
         )
-        self._pace: Pace[GroupKey] = Pace(events_of(self.models.get(next(iter(self.models.names))).device))
+        self._device = self.models.first.device  # one for all of them
+        self._pace: Pace[GroupKey] = Pace(events_of(self._device))
         self._scheduler: Scheduler[GroupKey] = Scheduler(
             self._budgets.now,
             step_cost=self._pace.cost,
@@ -245,6 +246,7 @@ class Engine:
     def _main(self) -> None:
         compute_with(self._threads)
         try:
+            work_on(self._device)
             with torch.inference_mode():
                 while self._take_turn():
                     pass

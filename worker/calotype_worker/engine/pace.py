@@ -74,12 +74,14 @@ class Pace(Generic[Key]):
 
 
 def events_of(device: torch.device) -> Callable[[], Event] | None:
-    """What marks moments on this device; None where nothing needs to."""
+    """What marks moments on this device, in a thread that works on it; None where nothing needs to."""
     if device.type != "cuda":
         return None
 
-    def make() -> Event:
-        with torch.cuda.device(device):
-            return cast("Event", torch.cuda.Event(enable_timing=True))
+    return lambda: cast("Event", torch.cuda.Event(enable_timing=True))
 
-    return make
+
+def work_on(device: torch.device) -> None:
+    """What this thread orders without naming a device is for that one: moments, generated kernels, pinned memory."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
