@@ -112,12 +112,12 @@ def test_more_graphs_than_pytorch_makes_by_default(tiny_step_model: StepModel, m
     monkeypatch.setattr(
         torch, "compile", functools.partial(torch.compile, backend=lambda graph, *_, **__: graph.forward)
     )
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     sizes = ((64, 64), (64, 96))
     models: list[Any] = [Small(tiny_step_model, sizes, width=width) for width in (4, 5, 6)]
-    with torch.inference_mode():
+    # Its own patch: pytest's would take the setting away for good.
+    with torch._dynamo.config.patch(recompile_limit=8), torch.inference_mode():
         for model in models:
             compiled = CompiledStep(model, "reduce-overhead")
             for size in sizes:

@@ -76,7 +76,8 @@ class CompiledStep:
         self._step = torch.compile(
             whole, dynamic=False if self.static else None, mode=mode if self.static else None, fullgraph=True
         )
-        # All models' steps are one function to PyTorch, and of one it makes eight graphs and refuses any more.
+        # All models' steps are one function to PyTorch, and of one it makes eight graphs and refuses any more. The
+        # setting is a thread's own: this is made where it is called.
         limits = torch._dynamo.config
         limits.recompile_limit = max(limits.recompile_limit, limits.accumulated_recompile_limit)
 
