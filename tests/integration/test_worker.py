@@ -191,11 +191,11 @@ def test_sigterm_finishes_or_returns_what_is_in_flight(
     start_worker: Callable[..., WorkerProcess], client: Client
 ) -> None:
     """Short jobs finish within the grace period, long ones go back at once; a second worker takes them over."""
-    first = start_worker("--concurrency", "4", "--grace-seconds", "3")
+    first = start_worker("--concurrency", "4", "--grace-seconds", "5")
     long = [client.submit("long", model="tiny", num_inference_steps=900, seed=i, sampler="ddim") for i in range(2)]
     until(lambda: all(job.status().step > 0 for job in long))
-    short = client.submit_many(mixed(2, steps=5))
-    until(lambda: all(job.status().state is not JobState.QUEUED for job in short))
+    short = client.submit_many(mixed(2, steps=20))
+    until(lambda: all(job.status().step > 0 or job.status().state.final for job in short))
     first.send(signal.SIGTERM)
     assert first.wait(20) == 0, first.text()
     assert [job.status().state for job in short] == [JobState.SUCCEEDED] * 2
