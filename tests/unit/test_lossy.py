@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
 import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,79 +20,19 @@ from calotype_shared.errors import InvalidRequest, ModelLoadError, SettingsError
 from calotype_shared.jobs import JobRecord, JobState, Lane
 from calotype_shared.store import Claim
 from calotype_worker.engine import Engine, EngineSettings, GenerationRequest
-from calotype_worker.engine.admission import Admission
-from calotype_worker.engine.memory_limit import MemoryLimit
-from calotype_worker.engine.request import ControlInput, Generated
+from calotype_worker.engine.request import Generated
 from calotype_worker.engine.slot import Layout
 from calotype_worker.engine.step_batch import StepBatch
-from calotype_worker.engine.ticket import prepare
-from calotype_worker.models import Adapters, Lossy, ModelPool, StepModel, load_model
+from calotype_worker.models import Lossy, StepModel, load_model
 from calotype_worker.models.base import RowMemory, Rows
 from calotype_worker.models.token_merging import Matches
-from calotype_worker.sampling.table import TableCache
-from tests import family_models as tiny
-from tests.models import picture, write_tiny_controlnet, write_tiny_lora, write_tiny_sd
+from tests.unit.shelf import Shelf, batch_of, wanted
 from tests.unit.test_engine_golden import TOLERANCE, levels, run_staggered
-
-MASK = np.zeros((64, 64), dtype=bool)
-MASK[16:48, 24:56] = True
-
-
-@dataclass(frozen=True)
-class Shelf:
-    """Folders of tiny models, each loaded once for each kind of acceleration."""
-
-    folder: Path
-
-    @functools.cached_property
-    def adapters(self) -> Adapters:
-        return Adapters(
-            loras={"own": write_tiny_lora(self.folder / "own.safetensors", seed=11)},
-            controls={"lines": str(write_tiny_controlnet(self.folder / "lines", seed=21))},
-        )
-
-    @functools.cache  # noqa: B019 - one shelf a run
-    def source(self, name: str) -> Path:
-        folder = self.folder / name
-        if name == "sd":
-            return write_tiny_sd(folder)
-        makers = {"sdxl": tiny.tiny_sdxl, "sd3": lambda: tiny.tiny_sd3(layers=3), "flux": tiny.tiny_flux}
-        tiny.write(makers[name](), folder)
-        (folder / "calotype.json").write_text('{"native_sizes": [[64, 64]]}')
-        return folder
-
-    @functools.cache  # noqa: B019
-    def model(self, name: str, **lossy: Any) -> StepModel:
-        adapters = self.adapters if name == "sd" else None
-        model: Any = load_model(name, source=str(self.source(name)), adapters=adapters, lossy=Lossy(**lossy))
-        return model
 
 
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
     return Shelf(tmp_path_factory.mktemp("lossy"))
-
-
-def wanted(name: str) -> list[GenerationRequest]:
-    """Guided and not, previews, from a picture, and what the family can beside: inpainting, a LoRA, a ControlNet."""
-    common = {"prompt": "a thing", "width": 64, "height": 64, "sampler": SamplerType.EULER}
-    plain = [
-        GenerationRequest(
-            request_id=f"plain-{index}",
-            num_inference_steps=(5, 7)[index % 2],
-            guidance_scale=(1.0, 4.0)[index // 2 % 2],
-            seed=index,
-            preview_every=3 * (index == 1),
-            **common,
-        )
-        for index in range(4)
-    ]
-    special: list[dict[str, Any]] = [{"init_image": picture(4), "strength": 0.7}]
-    special.append({"init_image": picture(4), "mask": MASK})
-    if name == "sd":
-        special.append({"loras": (("own", 0.8),), "prompt": "more letters than one window holds"})
-        special.append({"controls": (ControlInput(name="lines", image=picture(8), scale=0.9, end=0.6),)})
-    return plain + [replace(plain[index], request_id=f"special-{index}", **own) for index, own in enumerate(special)]
 
 
 @contextmanager
@@ -116,15 +54,6 @@ def made_at_once(model: StepModel, requests: list[GenerationRequest]) -> np.ndar
     with running(model, max_rows=32) as engine:
         futures = [engine.submit(request) for request in requests]
         return np.stack([future.result(120).image for future in futures]).astype(float)
-
-
-def batch_of(model: StepModel, requests: list[GenerationRequest]) -> StepBatch:
-    """A step batch as the engine makes it, to be stepped by hand."""
-    tickets = [prepare(request, ModelPool([model]), TableCache()) for request in requests]
-    assert not any(Admission(cache_capacity=16, together=True).admit(model, [t.stages[0] for t in tickets]))
-    batch = StepBatch(model, shape=tickets[0].group.step_shape, limit=MemoryLimit(64, on_lower=lambda *_: None))
-    batch.join([ticket.slot for ticket in tickets])
-    return batch
 
 
 @torch.inference_mode()

@@ -18,9 +18,9 @@ from calotype_worker.engine import Engine, Generated, GenerationRequest
 from calotype_worker.models import Memory, ModelPool, StepModel, load_model, registry
 from calotype_worker.sampling.table import TableCache
 from tests.far import GPU, Far, pretended_gpu
+from tests.unit.shelf import Shelf, batch_of, wanted
 from tests.unit.test_engine import request
 from tests.unit.test_engine_golden import TOLERANCE, levels
-from tests.unit.test_lossy import Shelf, batch_of, wanted
 
 
 class FarEngine(Engine):
