@@ -32,8 +32,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from calotype_shared.config import GenerationConfig
-from calotype_shared.jobs import JobRecord, JobState, Lane
+from calotype_shared.schema.config import GenerationConfig
+from calotype_shared.schema.jobs import JobRecord, JobState, Lane
 from calotype_shared.store import Claim
 from calotype_worker.affinity import Affinity
 from calotype_worker.engine.scheduler import Scheduler

@@ -26,7 +26,7 @@ from simulated import CARD
 from calotype import Client, Dispatcher, Settings
 from calotype.embedded import EmbeddedServers
 from calotype_shared.connection import connect_redis
-from calotype_shared.jobs import ImageRef
+from calotype_shared.schema.jobs import ImageRef
 from calotype_shared.store import JobStore
 
 QUEUE = "simulated.bulk"

@@ -25,9 +25,9 @@ from redis import Redis
 from workload import surroundings
 
 from calotype.embedded import EmbeddedServers
-from calotype_shared.config import GenerationConfig
 from calotype_shared.connection import connect_redis
-from calotype_shared.jobs import Lane
+from calotype_shared.schema.config import GenerationConfig
+from calotype_shared.schema.jobs import Lane
 from calotype_shared.store import JobStore
 from calotype_shared.submission import NewJob
 

@@ -27,7 +27,7 @@ from workload import surroundings
 from calotype import Client
 from calotype.embedded import EmbeddedServers
 from calotype_shared.connection import connect_redis
-from calotype_shared.jobs import ImageRef, JobState
+from calotype_shared.schema.jobs import ImageRef, JobState
 from calotype_shared.settings import Settings
 from calotype_shared.store import Claim, JobStore
 

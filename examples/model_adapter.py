@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from sheet import save_sheet
 
-from calotype_shared.config import SamplerType
 from calotype_shared.errors import InvalidRequest
-from calotype_shared.model_card import ModelCard
+from calotype_shared.schema.config import SamplerType
+from calotype_shared.schema.model_card import ModelCard
 from calotype_worker.engine import Engine, GenerationRequest
 from calotype_worker.models.base import Conditioning, Rows, Text
 from calotype_worker.models.lossy import EXACT

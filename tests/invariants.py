@@ -8,8 +8,8 @@ from collections import Counter
 
 from redis import Redis
 
-from calotype_shared.config import GenerationConfig
-from calotype_shared.jobs import JobState
+from calotype_shared.schema.config import GenerationConfig
+from calotype_shared.schema.jobs import JobState
 from calotype_shared.storage import Storage
 from calotype_shared.store import JobStore
 

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Self
 
 from calotype_shared.connection import connect_redis
-from calotype_shared.jobs import ImageRef, JobError
+from calotype_shared.schema.jobs import ImageRef, JobError
 from calotype_shared.settings import Settings
 from calotype_shared.store import Claim, JobStore
 

@@ -20,7 +20,7 @@ import calotype
 import calotype.batches.client as batch_client
 import calotype.batches.record as batch_record
 import calotype_worker
-from calotype_shared import config, jobs, worker_info
+from calotype_shared.schema import config, jobs, worker_info
 from infra.reference.markdown import code, docstring, generated, table
 from infra.reference.settings import constraints
 

@@ -6,7 +6,7 @@ import re
 
 from calotype.batches.record import BatchState
 from calotype_shared import keys
-from calotype_shared.jobs import TRANSITIONS, JobState
+from calotype_shared.schema.jobs import TRANSITIONS, JobState
 from infra.reference.markdown import generated, table
 
 _BATCHES = """
@@ -22,7 +22,7 @@ def page() -> str:
     names = ", ".join(f"`{state.value}`{' (final)' if state.final else ''}" for state in BatchState)
     return "\n".join(
         [
-            generated("States and keys", "`calotype_shared/jobs.py` and `keys.py`"),
+            generated("States and keys", "`calotype_shared/schema/jobs.py` and `keys.py`"),
             "Why it is so: [the record is the truth](../explanation/record.md).\n",
             "## States of a job\n",
             "![the five states, and what leads from each to each](../images/job-states.svg)\n",

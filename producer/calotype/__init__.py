@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from calotype.client import Client
     from calotype.handle import JobHandle
     from calotype.picture import Picture
-    from calotype_shared.config import GenerationConfig, OutputFormat, SamplerType
     from calotype_shared.errors import (
         BatchNotFound,
         CalotypeError,
@@ -32,8 +31,9 @@ if TYPE_CHECKING:
         UnknownModel,
         WaitTimeout,
     )
-    from calotype_shared.jobs import ImageRef, JobRecord, JobState, Lane
-    from calotype_shared.model_card import ModelCard
+    from calotype_shared.schema.config import GenerationConfig, OutputFormat, SamplerType
+    from calotype_shared.schema.jobs import ImageRef, JobRecord, JobState, Lane
+    from calotype_shared.schema.model_card import ModelCard
     from calotype_shared.settings import Settings
 
 __all__ = [
@@ -78,7 +78,7 @@ _HOMES = {
     "calotype.client": ("Client",),
     "calotype.handle": ("JobHandle",),
     "calotype.picture": ("Picture",),
-    "calotype_shared.config": ("GenerationConfig", "OutputFormat", "SamplerType"),
+    "calotype_shared.schema.config": ("GenerationConfig", "OutputFormat", "SamplerType"),
     "calotype_shared.errors": (
         "BatchNotFound",
         "CalotypeError",
@@ -94,8 +94,8 @@ _HOMES = {
         "UnknownModel",
         "WaitTimeout",
     ),
-    "calotype_shared.jobs": ("ImageRef", "JobRecord", "JobState", "Lane"),
-    "calotype_shared.model_card": ("ModelCard",),
+    "calotype_shared.schema.jobs": ("ImageRef", "JobRecord", "JobState", "Lane"),
+    "calotype_shared.schema.model_card": ("ModelCard",),
     "calotype_shared.settings": ("Settings",),
 }
 

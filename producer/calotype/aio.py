@@ -14,12 +14,12 @@ from calotype.handle import JobHandle
 from calotype.picture import PictureSource
 from calotype.resolver import Submission
 from calotype_shared.errors import WaitTimeout
-from calotype_shared.jobs import JobRecord, JobState, Lane, Preview
+from calotype_shared.schema.jobs import JobRecord, JobState, Lane, Preview
 
 if TYPE_CHECKING:
     from calotype.picture import Picture
-    from calotype_shared.model_card import ModelCard
-    from calotype_shared.worker_info import WorkerInfo
+    from calotype_shared.schema.model_card import ModelCard
+    from calotype_shared.schema.worker_info import WorkerInfo
 
 
 class AsyncClient:

@@ -25,8 +25,8 @@ from calotype_shared.errors import (
     QueueFull,
     WaitTimeout,
 )
-from calotype_shared.jobs import JobRecord, JobState, Lane, Preview
-from calotype_shared.model_card import ModelCard
+from calotype_shared.schema.jobs import JobRecord, JobState, Lane, Preview
+from calotype_shared.schema.model_card import ModelCard
 from calotype_shared.settings import Settings
 from calotype_shared.storage import Storage
 from calotype_shared.store import JobStore
@@ -34,7 +34,7 @@ from calotype_shared.submission import NewJob
 from calotype_shared.telemetry import SILENT, Telemetry, make_telemetry
 
 if TYPE_CHECKING:
-    from calotype_shared.worker_info import WorkerInfo
+    from calotype_shared.schema.worker_info import WorkerInfo
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from redis import Redis
 
 from calotype.handle import JobHandle
 from calotype_shared.errors import InvalidRequest, JobNotFound
-from calotype_shared.jobs import JobRecord
+from calotype_shared.schema.jobs import JobRecord
 from calotype_shared.store import JobStore
 
 

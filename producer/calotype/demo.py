@@ -20,10 +20,10 @@ from calotype.client import Client
 from calotype.contact_sheet import Print, contact_sheet
 from calotype.embedded import EmbeddedServers, LocalWorkers
 from calotype.picture import Picture
-from calotype_shared.config import GenerationConfig
 from calotype_shared.errors import InvalidRequest
-from calotype_shared.jobs import JobRecord, JobState
-from calotype_shared.worker_info import WorkerInfo
+from calotype_shared.schema.config import GenerationConfig
+from calotype_shared.schema.jobs import JobRecord, JobState
+from calotype_shared.schema.worker_info import WorkerInfo
 
 _READY_SECONDS = 300.0
 _ALL_JOBS_SECONDS = 1800.0

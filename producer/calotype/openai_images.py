@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from calotype.resolver import with_preset
-from calotype_shared.config import GenerationConfig, OutputFormat
 from calotype_shared.errors import InvalidRequest
+from calotype_shared.schema.config import GenerationConfig, OutputFormat
 from calotype_shared.uploads import FORMATS, MAX_PIXELS
 
 MAX_N = 10

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calotype_shared.errors import InvalidRequest, StorageUnavailable
-from calotype_shared.jobs import ImageRef
+from calotype_shared.schema.jobs import ImageRef
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -11,10 +11,10 @@ from typing import Any
 from pydantic_core import from_json, to_json
 
 from calotype.picture import PictureSource, is_picture, picture_bytes
-from calotype_shared.config import GenerationConfig, digest_of, quality_preset
 from calotype_shared.errors import InvalidRequest, ObjectMissing, ServiceUnavailable, UnknownModel
-from calotype_shared.jobs import Lane
-from calotype_shared.model_card import ModelCard
+from calotype_shared.schema.config import GenerationConfig, digest_of, quality_preset
+from calotype_shared.schema.jobs import Lane
+from calotype_shared.schema.model_card import ModelCard
 from calotype_shared.settings import TENANT_PATTERN, Settings
 from calotype_shared.storage import SAFE_SECONDS, Storage
 from calotype_shared.store import JobStore

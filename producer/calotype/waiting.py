@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from calotype_shared.errors import no_such_job
-from calotype_shared.jobs import JobRecord
+from calotype_shared.schema.jobs import JobRecord
 
 _WINDOW = 500  # jobs looked at in one round trip; the rest wait their turn, oldest first
 _MOST_TOLD = 64  # unfinished jobs of which notices are heard; more are looked at too rarely to gain by it

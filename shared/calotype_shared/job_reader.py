@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from calotype_shared.errors import no_such_job
 from calotype_shared.fleet import Fleet
-from calotype_shared.jobs import JobRecord, JobState, Preview, created_us
 from calotype_shared.records import UnreadableRecord, read_record
+from calotype_shared.schema.jobs import JobRecord, JobState, Preview, created_us
 from calotype_shared.scripts import said_clearly
 
 log = logging.getLogger(__name__)

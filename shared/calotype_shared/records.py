@@ -12,9 +12,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from calotype_shared.config import GenerationConfig
 from calotype_shared.errors import CalotypeError
-from calotype_shared.jobs import JobRecord
+from calotype_shared.schema.config import GenerationConfig
+from calotype_shared.schema.jobs import JobRecord
 
 SCHEMA = 1  # goes up when older workers could not do what a record asks, and not otherwise
 OLDEST = 1  # that there may still be

@@ -15,9 +15,9 @@ from redis.exceptions import RedisError
 from calotype_shared.broker import message_template
 from calotype_shared.connection import address_of, is_outage, unavailable
 from calotype_shared.errors import RedisUnavailable
-from calotype_shared.jobs import TRANSITIONS
 from calotype_shared.keys import Keys
 from calotype_shared.records import SCHEMA
+from calotype_shared.schema.jobs import TRANSITIONS
 
 P = ParamSpec("P")
 R = TypeVar("R")

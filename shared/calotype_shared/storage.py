@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
-from calotype_shared.config import OutputFormat
 from calotype_shared.errors import ObjectMissing, StorageUnavailable
+from calotype_shared.schema.config import OutputFormat
 
 if TYPE_CHECKING:
     from calotype_shared.settings import Settings

@@ -16,11 +16,11 @@ from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from calotype_shared.config import GenerationConfig
 from calotype_shared.errors import IdempotencyConflict, no_such_job
 from calotype_shared.job_reader import JobReader
-from calotype_shared.jobs import ImageRef, JobError, JobRecord, JobState, Lane, Preview
 from calotype_shared.records import UnreadableRecord, read_record
+from calotype_shared.schema.config import GenerationConfig
+from calotype_shared.schema.jobs import ImageRef, JobError, JobRecord, JobState, Lane, Preview
 from calotype_shared.scripts import said_clearly
 from calotype_shared.storage import attempt_folder
 from calotype_shared.submission import Idempotency, NewJob, queue_full

@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple, Self
 
-from calotype_shared.config import GenerationConfig, digest_of
 from calotype_shared.errors import InvalidRequest, QueueFull
-from calotype_shared.jobs import Lane, new_job_id
 from calotype_shared.keys import queue_name
+from calotype_shared.schema.config import GenerationConfig, digest_of
+from calotype_shared.schema.jobs import Lane, new_job_id
 
 _UNKNOWN_SECONDS = 10.0  # to wait where nobody knows how fast the queue moves
 _SLOWEST_SECONDS = 60.0

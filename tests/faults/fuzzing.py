@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from calotype_shared.broker import message
-from calotype_shared.config import GenerationConfig
+from calotype_shared.schema.config import GenerationConfig
 
 GOOD: dict[str, Any] = {
     "prompt": "a cat",

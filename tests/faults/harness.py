@@ -23,8 +23,8 @@ from PIL import Image
 
 from calotype import Client, GenerationConfig
 from calotype_shared.connection import connect_redis
-from calotype_shared.jobs import JobRecord, JobState
 from calotype_shared.records import SCHEMA
+from calotype_shared.schema.jobs import JobRecord, JobState
 from calotype_shared.settings import Settings
 from calotype_shared.storage import Storage
 from calotype_shared.store import JobStore

@@ -8,8 +8,8 @@ from collections import Counter
 import pytest
 from redis import Redis
 
-from calotype_shared.config import GenerationConfig
-from calotype_shared.jobs import ImageRef, JobState, Lane
+from calotype_shared.schema.config import GenerationConfig
+from calotype_shared.schema.jobs import ImageRef, JobState, Lane
 from calotype_shared.store import MAX_CRASHES, Claim, JobStore
 from tests.faults.harness import FULL
 from tests.faults.protocol import Budget, Protocol, Worker, World, explore

@@ -15,10 +15,10 @@ from calotype import Client, GenerationConfig
 from calotype.batches.dispatcher import Dispatcher
 from calotype.embedded import EmbeddedServers
 from calotype.embedded.valkey import ValkeyServer
-from calotype_shared.config import Feature
 from calotype_shared.connection import connect_redis
 from calotype_shared.errors import QueueFull, RedisUnavailable
-from calotype_shared.jobs import JobState
+from calotype_shared.schema.config import Feature
+from calotype_shared.schema.jobs import JobState
 from calotype_shared.settings import Settings
 from calotype_shared.store import JobStore
 from tests.integration.conftest import until

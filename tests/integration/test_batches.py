@@ -32,8 +32,8 @@ from calotype import (
 )
 from calotype.batches.record import BatchFormat
 from calotype.webhooks import tenant_secret
-from calotype_shared.config import GenerationConfig
-from calotype_shared.model_card import ModelCard
+from calotype_shared.schema.config import GenerationConfig
+from calotype_shared.schema.model_card import ModelCard
 from calotype_shared.storage import Storage
 from calotype_shared.store import JobStore
 from calotype_shared.submission import NewJob

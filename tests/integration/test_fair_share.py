@@ -9,9 +9,9 @@ import pytest
 from redis import Redis
 
 from calotype import Client, IdempotencyConflict, InvalidRequest, JobState, Lane, Settings
-from calotype_shared.config import GenerationConfig, SamplerType
-from calotype_shared.jobs import ImageRef, JobError
-from calotype_shared.model_card import ModelCard
+from calotype_shared.schema.config import GenerationConfig, SamplerType
+from calotype_shared.schema.jobs import ImageRef, JobError
+from calotype_shared.schema.model_card import ModelCard
 from calotype_shared.store import Claim, JobStore
 from tests.invariants import check_store
 

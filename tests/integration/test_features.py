@@ -16,7 +16,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from calotype import Client, InvalidRequest, JobState, Picture
-from calotype_shared.config import GenerationConfig
+from calotype_shared.schema.config import GenerationConfig
 from calotype_shared.storage import Storage
 from calotype_shared.uploads import MAX_PIXELS, upload_key
 from tests.faults.harness import WorkerProcess

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from calotype_shared import metric_names as names
-from calotype_shared.config import GenerationConfig
-from calotype_shared.jobs import Lane
+from calotype_shared.schema.config import GenerationConfig
+from calotype_shared.schema.jobs import Lane
 from calotype_shared.store import JobStore, News
 from calotype_worker.heartbeat import Heartbeat
 from calotype_worker.tally import Tally

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from redis import Redis
 
-from calotype_shared.config import GenerationConfig
-from calotype_shared.jobs import TRANSITIONS, JobError, JobState, Lane
+from calotype_shared.schema.config import GenerationConfig
+from calotype_shared.schema.jobs import TRANSITIONS, JobError, JobState, Lane
 from calotype_shared.store import MAX_CRASHES, Claim, JobStore
 from calotype_shared.submission import NewJob
 from tests.invariants import check_store

@@ -8,15 +8,15 @@ import time
 import pytest
 from redis import Redis
 
-from calotype_shared.config import GenerationConfig, SamplerType
 from calotype_shared.errors import InvalidRequest, JobNotFound, RedisUnavailable
-from calotype_shared.jobs import ImageRef, JobError, JobState, Lane
-from calotype_shared.model_card import ModelCard
 from calotype_shared.records import UnreadableRecord
+from calotype_shared.schema.config import GenerationConfig, SamplerType
+from calotype_shared.schema.jobs import ImageRef, JobError, JobState, Lane
+from calotype_shared.schema.model_card import ModelCard
+from calotype_shared.schema.worker_info import WorkerInfo
 from calotype_shared.settings import Settings
 from calotype_shared.store import MAX_CRASHES, SUSPECT, Claim, JobStore, Reaped
 from calotype_shared.submission import NewJob
-from calotype_shared.worker_info import WorkerInfo
 from tests.invariants import check_store
 
 CONFIG = GenerationConfig(prompt="a red circle", width=64, height=64, seed=1)

@@ -27,10 +27,10 @@ from standardwebhooks import Webhook, WebhookVerificationError
 
 from calotype.webhooks import Deliverer, Hooks, describe_job, tenant_secret
 from calotype.webhooks.deliverer import ATTEMPTS, backoff
-from calotype_shared.config import GenerationConfig
 from calotype_shared.errors import SettingsError
-from calotype_shared.jobs import ImageRef, JobError
 from calotype_shared.keys import Keys
+from calotype_shared.schema.config import GenerationConfig
+from calotype_shared.schema.jobs import ImageRef, JobError
 from calotype_shared.settings import Settings
 from calotype_shared.storage import Storage
 from calotype_shared.store import JobStore

@@ -19,7 +19,7 @@ from redis import Redis
 from calotype import Client, GenerationConfig
 from calotype_shared.broker import message
 from calotype_shared.errors import InvalidRequest, JobFailed
-from calotype_shared.jobs import JobState, Lane
+from calotype_shared.schema.jobs import JobState, Lane
 from calotype_shared.storage import Storage
 from calotype_shared.store import JobStore
 from calotype_worker.output.image import read_provenance

@@ -15,11 +15,11 @@ from prometheus_client import CollectorRegistry, generate_latest
 from calotype.gateway.metrics import FleetCollector, RecentCensus
 from calotype_shared import metric_names as names
 from calotype_shared.census import Census, Censuses
-from calotype_shared.config import GenerationConfig
 from calotype_shared.errors import RedisUnavailable, SettingsError
-from calotype_shared.jobs import JobState, Lane
 from calotype_shared.metric_names import Metric
 from calotype_shared.operator_server import OperatorServer
+from calotype_shared.schema.config import GenerationConfig
+from calotype_shared.schema.jobs import JobState, Lane
 from calotype_shared.settings import Settings
 from calotype_shared.store import JobStore
 from tests.faults.harness import WorkerProcess

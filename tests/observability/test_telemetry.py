@@ -24,8 +24,8 @@ from calotype import Client
 from calotype.embedded.ports import free_ports
 from calotype_shared.errors import InvalidRequest, SettingsError
 from calotype_shared.logs import about
-from calotype_shared.model_card import ModelCard
 from calotype_shared.otlp import Otlp
+from calotype_shared.schema.model_card import ModelCard
 from calotype_shared.settings import Settings
 from calotype_shared.store import JobStore
 from calotype_shared.telemetry import SILENT, make_telemetry, trace_id_of

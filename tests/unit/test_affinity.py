@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from calotype_shared.config import GenerationConfig
 from calotype_shared.errors import InvalidRequest
-from calotype_shared.jobs import JobRecord, JobState, Lane
+from calotype_shared.schema.config import GenerationConfig
+from calotype_shared.schema.jobs import JobRecord, JobState, Lane
 from calotype_shared.store import Claim
 from calotype_worker.affinity import Affinity
 from calotype_worker.engine import Engine, EngineSettings

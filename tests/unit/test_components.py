@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from calotype_shared.config import SamplerType
 from calotype_shared.errors import InvalidRequest
+from calotype_shared.schema.config import SamplerType
 from calotype_worker import DiffusionModel, GenerationConfig, NoiseScheduler, TextEncoder, UNetModel, VAEDecoder
 from calotype_worker.sampling import make_scheduler
 

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from calotype_shared.config import (
+from calotype_shared.errors import InvalidRequest
+from calotype_shared.schema.config import (
     MAX_PROMPT_CHARACTERS,
     MAX_SEED,
     QUALITY_PRESETS,
@@ -18,8 +19,7 @@ from calotype_shared.config import (
     SamplerType,
     quality_preset,
 )
-from calotype_shared.errors import InvalidRequest
-from calotype_shared.model_card import ModelCard
+from calotype_shared.schema.model_card import ModelCard
 
 CARD = ModelCard(
     name="demo",

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from calotype_shared.config import GenerationConfig, SamplerType
 from calotype_shared.errors import GenerationFailed, InvalidRequest
+from calotype_shared.schema.config import GenerationConfig, SamplerType
 from calotype_worker.engine import EngineSettings, GenerationRequest
 from calotype_worker.engine.split import run_splitting
 from calotype_worker.models import StepModel

@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from calotype_shared.config import Feature, GenerationConfig, SamplerType
 from calotype_shared.errors import InvalidRequest, ModelLoadError
+from calotype_shared.schema.config import Feature, GenerationConfig, SamplerType
 from calotype_worker.engine import Engine, EngineSettings, GenerationRequest
 from calotype_worker.engine.request import ControlInput
 from calotype_worker.models import Adapters, ModelPool, StepModel, load_model

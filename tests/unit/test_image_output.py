@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from calotype_shared import a1111
-from calotype_shared.config import GenerationConfig, OutputFormat, SamplerType
+from calotype_shared.schema import a1111
+from calotype_shared.schema.config import GenerationConfig, OutputFormat, SamplerType
 from calotype_worker.output.image import encode_image, parameters_line, read_provenance
 
 CONFIG = GenerationConfig(

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from calotype_shared.errors import SettingsError
-from calotype_shared.jobs import TRANSITIONS, JobState, Lane, new_job_id
 from calotype_shared.keys import Keys, queue_name
+from calotype_shared.schema.jobs import TRANSITIONS, JobState, Lane, new_job_id
 from calotype_shared.scripts import script_source
 from calotype_shared.settings import Settings
 

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from calotype_shared.config import GenerationConfig, SamplerType
 from calotype_shared.errors import InvalidRequest, ModelLoadError, SettingsError
-from calotype_shared.jobs import JobRecord, JobState, Lane
+from calotype_shared.schema.config import GenerationConfig, SamplerType
+from calotype_shared.schema.jobs import JobRecord, JobState, Lane
 from calotype_shared.store import Claim
 from calotype_worker.engine import Engine, EngineSettings, GenerationRequest
 from calotype_worker.engine.request import Generated

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from calotype_shared.config import SamplerType
 from calotype_shared.errors import InvalidRequest, ModelLoadError
+from calotype_shared.schema.config import SamplerType
 from calotype_worker.engine import Engine, Generated, GenerationRequest
 from calotype_worker.engine.request import ControlInput
 from calotype_worker.models import Adapters, Memory, ModelPool, StepModel, load_model

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from calotype_shared.config import OutputFormat, SamplerType
 from calotype_shared.errors import GenerationFailed, InvalidRequest
+from calotype_shared.schema.config import OutputFormat, SamplerType
 from calotype_worker.engine.request import ControlInput, Generated, GenerationRequest, Mesh
 from calotype_worker.models.base import OpaqueModel
 from calotype_worker.models.opaque import AnimateDiff, ShapE, opaque_card

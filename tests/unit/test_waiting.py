@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from calotype.waiting import Waiting
-from calotype_shared.config import GenerationConfig
 from calotype_shared.errors import JobNotFound
-from calotype_shared.jobs import JobRecord, JobState, Lane
+from calotype_shared.schema.config import GenerationConfig
+from calotype_shared.schema.jobs import JobRecord, JobState, Lane
 
 _CONFIG = GenerationConfig(prompt="x", width=64, height=64, seed=1)
 

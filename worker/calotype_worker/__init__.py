@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from calotype_shared.config import SamplerType
+    from calotype_shared.schema.config import SamplerType
     from calotype_worker.components import NoiseScheduler, TextEncoder, UNetModel, VAEDecoder
     from calotype_worker.diffusion import DiffusionModel, DiffusionPipeline, GeneratedImage, GenerationConfig
     from calotype_worker.models import Adapters, Memory
@@ -33,7 +33,7 @@ _ELSEWHERE = {
     "Adapters": "calotype_worker.models",
     "Memory": "calotype_worker.models",
     "NoiseScheduler": "calotype_worker.components",
-    "SamplerType": "calotype_shared.config",
+    "SamplerType": "calotype_shared.schema.config",
     "TextEncoder": "calotype_worker.components",
     "UNetModel": "calotype_worker.components",
     "VAEDecoder": "calotype_worker.components",

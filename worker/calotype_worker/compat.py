@@ -20,7 +20,7 @@ from typing import Any, Self
 import torch
 from PIL import Image
 
-from calotype_shared.config import ControlUse, LoraUse
+from calotype_shared.schema.config import ControlUse, LoraUse
 from calotype_worker.diffusion import DiffusionModel, DiffusionPipeline, GenerationConfig, Picture
 from calotype_worker.models import Adapters
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from calotype_shared.config import GenerationConfig
+from calotype_shared.schema.config import GenerationConfig
 from calotype_shared.storage import Storage
 from calotype_shared.uploads import fitted, open_upload, upload_key
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 
-from calotype_shared.worker_info import StepGroup, StepRow
+from calotype_shared.schema.worker_info import StepGroup, StepRow
 from calotype_worker.engine.running import RunningGroup, RunningRow
 
 _GROUPS = 8

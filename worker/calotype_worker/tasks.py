@@ -17,9 +17,9 @@ from typing import TypeVar
 
 from calotype_shared import metric_names as names
 from calotype_shared.errors import CalotypeError, ObjectMissing, RedisUnavailable, ServiceUnavailable
-from calotype_shared.jobs import JobError, Lane
 from calotype_shared.logs import about
 from calotype_shared.records import OLDEST
+from calotype_shared.schema.jobs import JobError, Lane
 from calotype_shared.storage import Storage
 from calotype_shared.store import SUSPECT, Claim, JobStore
 from calotype_shared.telemetry import SILENT, Span, Telemetry, trace_id_of

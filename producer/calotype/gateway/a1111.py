@@ -28,10 +28,10 @@ from calotype.gateway.auth import Caller, Reader, Writer
 from calotype.gateway.errors import documented
 from calotype.gateway.jobs import finished
 from calotype.gateway.state import Services, Using
-from calotype_shared import a1111
-from calotype_shared.config import MAX_IMAGES, OutputFormat
 from calotype_shared.errors import InvalidRequest
-from calotype_shared.jobs import JobRecord, JobState, Lane
+from calotype_shared.schema import a1111
+from calotype_shared.schema.config import MAX_IMAGES, OutputFormat
+from calotype_shared.schema.jobs import JobRecord, JobState, Lane
 from calotype_shared.uploads import FORMATS
 
 router = APIRouter(prefix="/sdapi/v1", tags=["automatic1111"])

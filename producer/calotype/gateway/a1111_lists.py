@@ -14,8 +14,8 @@ from calotype.gateway.a1111 import chosen_model, decoded
 from calotype.gateway.auth import Reader, Writer
 from calotype.gateway.errors import documented
 from calotype.gateway.state import Using
-from calotype_shared import a1111
 from calotype_shared.errors import InvalidRequest
+from calotype_shared.schema import a1111
 from calotype_shared.uploads import FORMATS
 
 router = APIRouter(prefix="/sdapi/v1", tags=["automatic1111"])

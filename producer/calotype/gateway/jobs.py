@@ -17,9 +17,9 @@ from calotype.client import require_success
 from calotype.gateway.auth import Admin, Reader, Writer
 from calotype.gateway.errors import NotFound, documented
 from calotype.gateway.state import Services, Using
-from calotype_shared.config import GenerationConfig
 from calotype_shared.errors import WaitTimeout
-from calotype_shared.jobs import JobRecord, JobState, Lane
+from calotype_shared.schema.config import GenerationConfig
+from calotype_shared.schema.jobs import JobRecord, JobState, Lane
 
 router = APIRouter(prefix="/v1", tags=["jobs"])
 

@@ -17,9 +17,9 @@ from calotype_shared import metric_names as names
 from calotype_shared.census import Census, Censuses
 from calotype_shared.connection import connect_redis
 from calotype_shared.errors import ServiceUnavailable
-from calotype_shared.jobs import JobState
 from calotype_shared.metrics import Family, counter, family, histogram, new_registry, scraped
 from calotype_shared.operator_server import Answer, Asked, OperatorServer, probed
+from calotype_shared.schema.jobs import JobState
 from calotype_shared.settings import Settings
 
 _REMEMBERED_SECONDS = 1.0

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from calotype_shared.errors import JobNotFound
-from calotype_shared.jobs import JobRecord
+from calotype_shared.schema.jobs import JobRecord
 from calotype_shared.storage import Storage
 from calotype_shared.store import JobStore
 

@@ -6,8 +6,8 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Self, cast
 
-from calotype_shared.config import GenerationConfig, OutputFormat, SamplerType
 from calotype_shared.errors import InvalidRequest
+from calotype_shared.schema.config import GenerationConfig, OutputFormat, SamplerType
 
 if TYPE_CHECKING:
     import numpy as np

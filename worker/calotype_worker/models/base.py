@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 import torch
 
-from calotype_shared.model_card import ModelCard
+from calotype_shared.schema.model_card import ModelCard
 from calotype_worker.models.lossy import Lossy
 
 if TYPE_CHECKING:

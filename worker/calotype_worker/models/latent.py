@@ -12,8 +12,8 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch
 
-from calotype_shared.config import Feature
-from calotype_shared.model_card import ModelCard
+from calotype_shared.schema.config import Feature
+from calotype_shared.schema.model_card import ModelCard
 from calotype_worker.engine.request import GenerationRequest
 from calotype_worker.models.base import Conditioning, Rows, Text
 from calotype_worker.models.deep_cache import DeepCache

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from calotype_shared.errors import ModelLoadError
-from calotype_shared.model_card import ModelCard
+from calotype_shared.schema.model_card import ModelCard
 from calotype_worker.models.flux import Flux
 from calotype_worker.models.latent import Adapters, LatentModel, Memory, Setup
 from calotype_worker.models.lossy import EXACT, Lossy

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from calotype_shared.config import SamplerType
+from calotype_shared.schema.config import SamplerType
 from calotype_worker.engine.request import GenerationRequest
 from calotype_worker.models.base import Conditioning, Text
 from calotype_worker.models.flow import FlowModel, PlainText

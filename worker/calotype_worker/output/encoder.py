@@ -7,9 +7,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from calotype_shared.config import OutputFormat
-from calotype_shared.jobs import ImageRef
-from calotype_shared.model_card import ModelCard
+from calotype_shared.schema.config import OutputFormat
+from calotype_shared.schema.jobs import ImageRef
+from calotype_shared.schema.model_card import ModelCard
 from calotype_shared.storage import image_key, sidecar_key
 from calotype_shared.store import Claim
 from calotype_worker.engine import Generated

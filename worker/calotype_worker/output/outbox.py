@@ -13,7 +13,7 @@ from pathlib import Path
 from queue import Empty, Full, Queue
 
 from calotype_shared.errors import StorageUnavailable
-from calotype_shared.jobs import ImageRef
+from calotype_shared.schema.jobs import ImageRef
 from calotype_shared.storage import Storage
 from calotype_shared.telemetry import NOTHING, Span
 from calotype_worker.heartbeat import Held

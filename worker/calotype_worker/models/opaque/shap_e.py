@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from diffusers import HeunDiscreteScheduler
 
-from calotype_shared.config import Feature, OutputFormat, SamplerType
 from calotype_shared.errors import GenerationFailed, InvalidRequest
-from calotype_shared.model_card import ModelCard
+from calotype_shared.schema.config import Feature, OutputFormat, SamplerType
+from calotype_shared.schema.model_card import ModelCard
 from calotype_worker.engine.request import Generated, GenerationRequest, Mesh
 from calotype_worker.models.base import Watch
 from calotype_worker.models.opaque.whole_pipeline import WholePipeline, own_generators, samplers_of, sizes_of

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from calotype_shared.errors import InvalidRequest
-from calotype_shared.model_card import ModelCard
+from calotype_shared.schema.model_card import ModelCard
 from calotype_worker.engine.request import Generated, GenerationRequest
 from calotype_worker.models.base import Watch
 from calotype_worker.sampling.samplers import Sampler, make_scheduler, sampler_of

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from calotype_shared.config import GenerationConfig
+from calotype_shared.schema.config import GenerationConfig
 
 
 class Lane(StrEnum):

@@ -19,8 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import PydanticCustomError
 
 from calotype_shared.errors import InvalidRequest
-from calotype_shared.model_card import ModelCard
-from calotype_shared.prompt import parse_weights, refuse_weights
+from calotype_shared.schema.model_card import ModelCard
+from calotype_shared.schema.prompt import parse_weights, refuse_weights
 
 MAX_PROMPT_CHARACTERS = 4_000
 MAX_SIDE = 8_192  # pixels

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from calotype_shared.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from calotype_shared.config import GenerationConfig
+    from calotype_shared.schema.config import GenerationConfig
 
 
 # The field of a config that asks for a feature.
