@@ -32,9 +32,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from calotype_shared.queue.job_store import Claim
 from calotype_shared.schema.config import GenerationConfig
 from calotype_shared.schema.jobs import JobRecord, JobState, Lane
-from calotype_shared.store import Claim
 from calotype_worker.affinity import Affinity
 from calotype_worker.engine.scheduler import Scheduler
 

@@ -25,9 +25,9 @@ from simulated import CARD
 
 from calotype import Client, Dispatcher, Settings
 from calotype.embedded import EmbeddedServers
-from calotype_shared.connection import connect_redis
+from calotype_shared.queue.connection import connect_redis
+from calotype_shared.queue.job_store import JobStore
 from calotype_shared.schema.jobs import ImageRef
-from calotype_shared.store import JobStore
 
 QUEUE = "simulated.bulk"
 

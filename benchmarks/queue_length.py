@@ -23,7 +23,7 @@ from workload import surroundings
 
 from calotype import Client
 from calotype.embedded import EmbeddedServers
-from calotype_shared.store import JobStore
+from calotype_shared.queue.job_store import JobStore
 
 CHUNK = 10_000
 

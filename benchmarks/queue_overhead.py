@@ -31,8 +31,8 @@ import calotype_shared
 from calotype import Client
 from calotype.embedded import EmbeddedServers, LocalWorkers
 from calotype.embedded.process import ChildProcess
+from calotype_shared.queue.scripts import script_source
 from calotype_shared.schema.jobs import JobState
-from calotype_shared.scripts import script_source
 
 LUA = Path(calotype_shared.__file__).parent / "lua"
 NAMES = {file.stem for file in LUA.glob("*.lua")} - {"prelude"}

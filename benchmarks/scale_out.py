@@ -26,10 +26,10 @@ from workload import surroundings
 
 from calotype import Client
 from calotype.embedded import EmbeddedServers
-from calotype_shared.connection import connect_redis
+from calotype_shared.queue.connection import connect_redis
+from calotype_shared.queue.job_store import Claim, JobStore
 from calotype_shared.schema.jobs import ImageRef, JobState
 from calotype_shared.settings import Settings
-from calotype_shared.store import Claim, JobStore
 
 QUEUE = "simulated.bulk"
 LEASE_SECONDS = 20.0

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from calotype_shared.connection import connect_redis
+from calotype_shared.queue.connection import connect_redis
+from calotype_shared.queue.job_store import Claim, JobStore
 from calotype_shared.schema.jobs import ImageRef, JobError
 from calotype_shared.settings import Settings
-from calotype_shared.store import Claim, JobStore
 
 
 def picture_of(claim: Claim) -> ImageRef:

@@ -16,15 +16,15 @@ from calotype.batches.record import BatchState
 from calotype.batches.store import BatchStore
 from calotype.embedded import EmbeddedServers
 from calotype.files import StoredFile
-from calotype_shared.broker import message
-from calotype_shared.connection import connect_redis
-from calotype_shared.records import SCHEMA
+from calotype_shared.queue.connection import connect_redis
+from calotype_shared.queue.job_store import Claim, JobStore
+from calotype_shared.queue.message import message
+from calotype_shared.queue.records import SCHEMA
+from calotype_shared.queue.submission import NewJob
 from calotype_shared.schema.config import GenerationConfig
 from calotype_shared.schema.jobs import ImageRef, JobError, Lane, Preview
 from calotype_shared.schema.worker_info import WorkerInfo
 from calotype_shared.settings import Settings
-from calotype_shared.store import Claim, JobStore
-from calotype_shared.submission import NewJob
 from tests.integration.test_fair_share import CARD
 
 FORMS = Path(__file__).parent / "fixtures" / "wire"

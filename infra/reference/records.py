@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from calotype.batches.record import BatchState
-from calotype_shared import keys
+from calotype_shared.queue import keys
 from calotype_shared.schema.jobs import TRANSITIONS, JobState
 from infra.reference.markdown import generated, table
 

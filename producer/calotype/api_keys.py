@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, field_validator
 from redis import Redis
 
 from calotype_shared.errors import CalotypeError, InvalidRequest, TooBusy
-from calotype_shared.scripts import Scripted, said_clearly
+from calotype_shared.queue.scripts import Scripted, said_clearly
 from calotype_shared.settings import TENANT_PATTERN
 
 _TOKEN = re.compile(r"ct_([a-z0-9]{8})_([A-Za-z0-9_-]{43})")

@@ -17,7 +17,6 @@ from calotype.overview import Overview, look
 from calotype.picture import Picture, PictureSource
 from calotype.resolver import Resolver, Submission, idempotency, storable
 from calotype.waiting import Waiting
-from calotype_shared.connection import connect_redis
 from calotype_shared.errors import (
     InvalidRequest,
     JobCancelled,
@@ -25,12 +24,13 @@ from calotype_shared.errors import (
     QueueFull,
     WaitTimeout,
 )
+from calotype_shared.queue.connection import connect_redis
+from calotype_shared.queue.job_store import JobStore
+from calotype_shared.queue.submission import NewJob
 from calotype_shared.schema.jobs import JobRecord, JobState, Lane, Preview
 from calotype_shared.schema.model_card import ModelCard
 from calotype_shared.settings import Settings
 from calotype_shared.storage import Storage
-from calotype_shared.store import JobStore
-from calotype_shared.submission import NewJob
 from calotype_shared.telemetry import SILENT, Telemetry, make_telemetry
 
 if TYPE_CHECKING:

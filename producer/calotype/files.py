@@ -10,7 +10,7 @@ from typing import BinaryIO
 from pydantic import BaseModel, ConfigDict
 from redis import Redis
 
-from calotype_shared.scripts import Scripted, said_clearly
+from calotype_shared.queue.scripts import Scripted, said_clearly
 from calotype_shared.storage import Storage
 from calotype_shared.streams import CHUNK, ObjectWriter, read_chunks
 

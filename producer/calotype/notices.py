@@ -21,7 +21,7 @@ from redis import Redis
 from redis.client import PubSub
 from redis.exceptions import RedisError
 
-from calotype_shared.keys import Keys
+from calotype_shared.queue.keys import Keys
 
 log = logging.getLogger(__name__)
 

@@ -12,13 +12,13 @@ from pydantic_core import from_json, to_json
 
 from calotype.picture import PictureSource, is_picture, picture_bytes
 from calotype_shared.errors import InvalidRequest, ObjectMissing, ServiceUnavailable, UnknownModel
+from calotype_shared.queue.job_store import JobStore
+from calotype_shared.queue.submission import Idempotency, NewJob
 from calotype_shared.schema.config import GenerationConfig, digest_of, quality_preset
 from calotype_shared.schema.jobs import Lane
 from calotype_shared.schema.model_card import ModelCard
 from calotype_shared.settings import TENANT_PATTERN, Settings
 from calotype_shared.storage import SAFE_SECONDS, Storage
-from calotype_shared.store import JobStore
-from calotype_shared.submission import Idempotency, NewJob
 from calotype_shared.uploads import normalise, upload_key
 
 Submission = GenerationConfig | str | Mapping[str, Any]  # a config, a bare prompt, or fields

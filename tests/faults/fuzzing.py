@@ -9,7 +9,7 @@ from typing import Any
 from hypothesis import strategies as st
 from PIL import Image
 
-from calotype_shared.broker import message
+from calotype_shared.queue.message import message
 from calotype_shared.schema.config import GenerationConfig
 
 GOOD: dict[str, Any] = {

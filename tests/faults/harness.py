@@ -22,12 +22,12 @@ import numpy as np
 from PIL import Image
 
 from calotype import Client, GenerationConfig
-from calotype_shared.connection import connect_redis
-from calotype_shared.records import SCHEMA
+from calotype_shared.queue.connection import connect_redis
+from calotype_shared.queue.job_store import JobStore
+from calotype_shared.queue.records import SCHEMA
 from calotype_shared.schema.jobs import JobRecord, JobState
 from calotype_shared.settings import Settings
 from calotype_shared.storage import Storage
-from calotype_shared.store import JobStore
 from calotype_worker.sweep import sweep
 from tests.invariants import check_store
 

@@ -48,7 +48,7 @@ def _wrap(owner: Any, method: str, *, before: Callable[..., None] | None = None,
 
 
 def _claimed() -> None:
-    from calotype_shared.store import JobStore
+    from calotype_shared.queue.job_store import JobStore
 
     _wrap(JobStore, "claim", after=lambda claim: claim and _reach("claimed"))
 
@@ -82,20 +82,20 @@ def _upload() -> None:
 
 
 def _uploaded() -> None:
-    from calotype_shared.store import JobStore
+    from calotype_shared.queue.job_store import JobStore
 
     _wrap(JobStore, "commit", before=lambda *_, **__: _reach("uploaded"))
 
 
 def _committed() -> None:
-    from calotype_shared.store import JobStore
+    from calotype_shared.queue.job_store import JobStore
 
     _wrap(JobStore, "commit", after=lambda _: _reach("committed"))
 
 
 def _slow_commit() -> None:
     """The first commit is held back long enough to freeze the process, and each says how it was answered."""
-    from calotype_shared.store import JobStore
+    from calotype_shared.queue.job_store import JobStore
 
     first = threading.Lock()
 
@@ -155,7 +155,7 @@ def _disk_full() -> None:
 
 def _newer() -> None:
     """This process is of the next version: it writes and does records of a schema that others do not know."""
-    from calotype_shared.scripts import Scripted
+    from calotype_shared.queue.scripts import Scripted
 
     Scripted.schema += 1
 

@@ -23,8 +23,8 @@ from calotype.embedded.process import ChildProcess
 from calotype.embedded.valkey import ValkeyServer
 from calotype.gateway.settings import GatewaySettings
 from calotype.gateway.state import Services
-from calotype_shared.connection import connect_redis
 from calotype_shared.errors import RedisUnavailable
+from calotype_shared.queue.connection import connect_redis
 from calotype_shared.schema.jobs import JobState
 from calotype_shared.settings import Settings
 from calotype_worker.app import make_app

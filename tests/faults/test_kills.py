@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 import pytest
 
-from calotype_shared.broker import message
-from calotype_shared.records import SCHEMA
+from calotype_shared.queue.job_store import MAX_CRASHES
+from calotype_shared.queue.message import message
+from calotype_shared.queue.records import SCHEMA
 from calotype_shared.schema.jobs import JobState
-from calotype_shared.store import MAX_CRASHES
 from tests.faults.harness import FULL, LEASE_SECONDS, Site, Table, WorkerProcess, until
 from tests.faults.stops import CURSED, POINTS, POISON
 

@@ -8,9 +8,9 @@ from collections import Counter
 import pytest
 from redis import Redis
 
+from calotype_shared.queue.job_store import MAX_CRASHES, Claim, JobStore
 from calotype_shared.schema.config import GenerationConfig
 from calotype_shared.schema.jobs import ImageRef, JobState, Lane
-from calotype_shared.store import MAX_CRASHES, Claim, JobStore
 from tests.faults.harness import FULL
 from tests.faults.protocol import Budget, Protocol, Worker, World, explore
 from tests.invariants import check_store

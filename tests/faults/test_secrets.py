@@ -12,7 +12,7 @@ import pytest
 
 from calotype.api_keys import ApiKeys, Scope
 from calotype.embedded.ports import free_ports
-from calotype_shared.connection import connect_redis
+from calotype_shared.queue.connection import connect_redis
 from calotype_shared.settings import Settings
 from tests.faults.fuzzing import picture_files
 from tests.faults.harness import Site, until

@@ -20,9 +20,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from redis import Redis
 
 from calotype import JobState, Lane
+from calotype_shared.queue.job_store import MAX_CRASHES, SUSPECT, Claim, JobStore
+from calotype_shared.queue.submission import NewJob
 from calotype_shared.schema.config import GenerationConfig
-from calotype_shared.store import MAX_CRASHES, SUSPECT, Claim, JobStore
-from calotype_shared.submission import NewJob
 from tests.faults.harness import WorkerProcess
 from tests.integration.conftest import until
 from tests.invariants import check_store

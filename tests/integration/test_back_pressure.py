@@ -15,12 +15,12 @@ from calotype import Client, GenerationConfig
 from calotype.batches.dispatcher import Dispatcher
 from calotype.embedded import EmbeddedServers
 from calotype.embedded.valkey import ValkeyServer
-from calotype_shared.connection import connect_redis
 from calotype_shared.errors import QueueFull, RedisUnavailable
+from calotype_shared.queue.connection import connect_redis
+from calotype_shared.queue.job_store import JobStore
 from calotype_shared.schema.config import Feature
 from calotype_shared.schema.jobs import JobState
 from calotype_shared.settings import Settings
-from calotype_shared.store import JobStore
 from tests.integration.conftest import until
 from tests.integration.gateway import Gateway, own_settings
 from tests.integration.test_client import CARD

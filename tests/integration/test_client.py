@@ -25,14 +25,14 @@ from calotype_shared.errors import (
     UnknownModel,
     WaitTimeout,
 )
-from calotype_shared.keys import queue_name
+from calotype_shared.queue.job_store import Claim, JobStore
+from calotype_shared.queue.keys import queue_name
 from calotype_shared.schema.config import OutputFormat, SamplerType
 from calotype_shared.schema.jobs import ImageRef, JobError, JobState
 from calotype_shared.schema.model_card import ModelCard
 from calotype_shared.schema.worker_info import WorkerInfo
 from calotype_shared.settings import Settings
 from calotype_shared.storage import Storage, image_key
-from calotype_shared.store import Claim, JobStore
 
 CARD = ModelCard(
     name="demo",

@@ -9,10 +9,10 @@ import pytest
 from redis import Redis
 
 from calotype import Client, IdempotencyConflict, InvalidRequest, JobState, Lane, Settings
+from calotype_shared.queue.job_store import Claim, JobStore
 from calotype_shared.schema.config import GenerationConfig, SamplerType
 from calotype_shared.schema.jobs import ImageRef, JobError
 from calotype_shared.schema.model_card import ModelCard
-from calotype_shared.store import Claim, JobStore
 from tests.invariants import check_store
 
 IMAGE = ImageRef(key="k", seed=1, width=64, height=64, content_type="image/png", bytes=3, sha256="0" * 64)

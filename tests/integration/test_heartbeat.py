@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from calotype_shared import metric_names as names
+from calotype_shared.queue.job_store import JobStore, News
 from calotype_shared.schema.config import GenerationConfig
 from calotype_shared.schema.jobs import Lane
-from calotype_shared.store import JobStore, News
 from calotype_worker.heartbeat import Heartbeat
 from calotype_worker.tally import Tally
 

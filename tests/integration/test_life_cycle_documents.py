@@ -20,9 +20,9 @@ from calotype.cli.app import main
 from calotype.embedded.ports import free_ports, installed_binary
 from calotype.embedded.valkey import ValkeyServer
 from calotype.gc import Collector, GcRefused
-from calotype_shared.connection import connect_redis
+from calotype_shared.queue.connection import connect_redis
+from calotype_shared.queue.job_store import JobStore
 from calotype_shared.storage import Storage
-from calotype_shared.store import JobStore
 from tests.integration.conftest import until
 from tests.integration.test_fair_share import CARD
 from tests.integration.test_gc import DrawingWorker, finish

@@ -12,9 +12,9 @@ from redis import Redis
 
 from calotype import AsyncClient, Client, notices, waiting
 from calotype.gateway import jobs as gateway_jobs
+from calotype_shared.queue.job_store import Claim, JobStore
 from calotype_shared.schema.jobs import JobError, JobRecord, JobState
 from calotype_shared.settings import Settings
-from calotype_shared.store import Claim, JobStore
 from tests.integration.conftest import until
 from tests.integration.gateway import Gateway
 from tests.integration.test_client import CARD, claim, in_background

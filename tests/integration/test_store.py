@@ -9,14 +9,14 @@ import pytest
 from redis import Redis
 
 from calotype_shared.errors import InvalidRequest, JobNotFound, RedisUnavailable
-from calotype_shared.records import UnreadableRecord
+from calotype_shared.queue.job_store import MAX_CRASHES, SUSPECT, Claim, JobStore, Reaped
+from calotype_shared.queue.records import UnreadableRecord
+from calotype_shared.queue.submission import NewJob
 from calotype_shared.schema.config import GenerationConfig, SamplerType
 from calotype_shared.schema.jobs import ImageRef, JobError, JobState, Lane
 from calotype_shared.schema.model_card import ModelCard
 from calotype_shared.schema.worker_info import WorkerInfo
 from calotype_shared.settings import Settings
-from calotype_shared.store import MAX_CRASHES, SUSPECT, Claim, JobStore, Reaped
-from calotype_shared.submission import NewJob
 from tests.invariants import check_store
 
 CONFIG = GenerationConfig(prompt="a red circle", width=64, height=64, seed=1)
@@ -424,7 +424,7 @@ def test_redis_away_is_said_with_its_address_and_never_its_password() -> None:
 
 
 def redis_text(settings: Settings) -> Redis:
-    from calotype_shared.connection import connect_redis
+    from calotype_shared.queue.connection import connect_redis
 
     return connect_redis(settings)
 

@@ -18,9 +18,9 @@ import pytest
 from redis import Redis
 
 from calotype import Client, Lane
+from calotype_shared.queue.job_store import JobStore
 from calotype_shared.schema.jobs import JobError
 from calotype_shared.schema.worker_info import StepGroup, StepRow, WorkerInfo
-from calotype_shared.store import JobStore
 from tests.integration.test_fair_share import CARD
 
 TOP = [sys.executable, "-m", "calotype", "top"]

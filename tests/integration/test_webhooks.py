@@ -28,12 +28,12 @@ from standardwebhooks import Webhook, WebhookVerificationError
 from calotype.webhooks import Deliverer, Hooks, describe_job, tenant_secret
 from calotype.webhooks.deliverer import ATTEMPTS, backoff
 from calotype_shared.errors import SettingsError
-from calotype_shared.keys import Keys
+from calotype_shared.queue.job_store import JobStore
+from calotype_shared.queue.keys import Keys
 from calotype_shared.schema.config import GenerationConfig
 from calotype_shared.schema.jobs import ImageRef, JobError
 from calotype_shared.settings import Settings
 from calotype_shared.storage import Storage
-from calotype_shared.store import JobStore
 from tests.integration.conftest import until
 
 MASTER = "a master secret of the operator"
@@ -486,7 +486,7 @@ def test_a_killed_deliverer_is_followed_by_another(
     """A process that dies with a delivery in hand: after the lease the next one tells it, under the same id."""
     program = (
         "from calotype.webhooks import Deliverer, Hooks\n"
-        "from calotype_shared.connection import connect_redis\n"
+        "from calotype_shared.queue.connection import connect_redis\n"
         "from calotype_shared.settings import Settings\n"
         "settings = Settings.load()\n"
         "hooks = Hooks(connect_redis(settings), key_prefix=settings.key_prefix)\n"

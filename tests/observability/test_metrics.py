@@ -14,14 +14,14 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from calotype.gateway.metrics import FleetCollector, RecentCensus
 from calotype_shared import metric_names as names
-from calotype_shared.census import Census, Censuses
 from calotype_shared.errors import RedisUnavailable, SettingsError
 from calotype_shared.metric_names import Metric
 from calotype_shared.operator_server import OperatorServer
+from calotype_shared.queue.fleet_stats import Census, Censuses
+from calotype_shared.queue.job_store import JobStore
 from calotype_shared.schema.config import GenerationConfig
 from calotype_shared.schema.jobs import JobState, Lane
 from calotype_shared.settings import Settings
-from calotype_shared.store import JobStore
 from tests.faults.harness import WorkerProcess
 from tests.integration.conftest import until
 from tests.observability.conftest import Scrape, Stack, answer_of, tiny
@@ -246,7 +246,7 @@ def test_the_oldest_wait_is_found_near_the_front_of_a_long_line(
         assert line.oldest_seconds == pytest.approx(time.time() - oldest, abs=0.5)
         assert line.waiting == len(waiting)
     assert (line.model, line.lane, line.running) == ("tiny", "bulk", 100)
-    monkeypatch.setattr("calotype_shared.census._LEASES", 7)
+    monkeypatch.setattr("calotype_shared.queue.fleet_stats._LEASES", 7)
     assert censuses.take().queues[0].running == 100, "seven stand for a hundred"
 
 

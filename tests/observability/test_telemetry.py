@@ -25,9 +25,9 @@ from calotype.embedded.ports import free_ports
 from calotype_shared.errors import InvalidRequest, SettingsError
 from calotype_shared.logs import about
 from calotype_shared.otlp import Otlp
+from calotype_shared.queue.job_store import JobStore
 from calotype_shared.schema.model_card import ModelCard
 from calotype_shared.settings import Settings
-from calotype_shared.store import JobStore
 from calotype_shared.telemetry import SILENT, make_telemetry, trace_id_of
 from tests.faults.harness import WorkerProcess
 from tests.integration.conftest import until
@@ -275,7 +275,7 @@ def test_without_a_collector_nothing_is_imported(environment: dict[str, str]) ->
     """Nor a part of Prometheus' client; redis-py imports parts of OpenTelemetry itself, where they are installed."""
     code = """
 import sys
-import calotype, calotype_shared.telemetry, calotype_shared.store
+import calotype, calotype_shared.telemetry, calotype_shared.queue.job_store
 from calotype_shared.settings import Settings
 with calotype.Client() as client:
     try:

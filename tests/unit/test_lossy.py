@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from calotype_shared.errors import InvalidRequest, ModelLoadError, SettingsError
+from calotype_shared.queue.job_store import Claim
 from calotype_shared.schema.config import GenerationConfig, SamplerType
 from calotype_shared.schema.jobs import JobRecord, JobState, Lane
-from calotype_shared.store import Claim
 from calotype_worker.engine import Engine, EngineSettings, GenerationRequest
 from calotype_worker.engine.request import Generated
 from calotype_worker.engine.slot import Layout

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from calotype_shared.connection import connect_redis
 from calotype_shared.metrics import new_registry, scraped
 from calotype_shared.operator_server import Asked
+from calotype_shared.queue.connection import connect_redis
+from calotype_shared.queue.job_store import JobStore
 from calotype_shared.settings import Settings
-from calotype_shared.store import JobStore
 from calotype_worker.engine import Engine
 from calotype_worker.engine.trace import Tracers
 from calotype_worker.heartbeat import Heartbeat

@@ -12,13 +12,13 @@ import pytest
 from calotype.api_keys import DEFAULT_SCOPES, ApiKey
 from calotype.batches.record import BatchRecord, BatchState
 from calotype.files import StoredFile
-from calotype_shared.broker import TASK_NAME
-from calotype_shared.records import OLDEST, SCHEMA, UnreadableRecord, read_record
+from calotype_shared.queue.message import TASK_NAME
+from calotype_shared.queue.records import OLDEST, SCHEMA, UnreadableRecord, read_record
+from calotype_shared.queue.submission import NewJob
 from calotype_shared.schema.config import GenerationConfig, digest_of
 from calotype_shared.schema.jobs import JobState, Preview
 from calotype_shared.schema.model_card import ModelCard
 from calotype_shared.schema.worker_info import WorkerInfo
-from calotype_shared.submission import NewJob
 from tests.wire import FORMS
 
 KEPT = sorted(FORMS.glob("v*/*.json"))

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from itertools import islice
 
 from calotype_shared.errors import InvalidRequest
-from calotype_shared.keys import models_of
-from calotype_shared.store import Claim
+from calotype_shared.queue.job_store import Claim
+from calotype_shared.queue.keys import models_of
 
 _MOST_SHAPES = 16  # that a claim names
 _TURN_SECONDS = 0.1  # to wait for other claims: where Redis hangs, they would add up

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from celery import Celery
 from kombu import Exchange, Queue
 
-from calotype_shared.broker import TASK_NAME
-from calotype_shared.connection import CONNECT_SECONDS, HEALTH_SECONDS, SOCKET_SECONDS
-from calotype_shared.keys import queue_name
+from calotype_shared.queue.connection import CONNECT_SECONDS, HEALTH_SECONDS, SOCKET_SECONDS
+from calotype_shared.queue.keys import queue_name
+from calotype_shared.queue.message import TASK_NAME
 from calotype_shared.schema.jobs import Lane
 from calotype_shared.settings import Settings
 from calotype_worker.transport import broker_of

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from calotype_shared import metric_names as names
 from calotype_shared.errors import ServiceUnavailable
-from calotype_shared.store import Claim, JobStore, News
+from calotype_shared.queue.job_store import Claim, JobStore, News
 from calotype_worker.tally import Tally
 
 log = logging.getLogger(__name__)

@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 
 from calotype_shared.errors import ServiceUnavailable
+from calotype_shared.queue.job_store import JobStore
 from calotype_shared.schema.jobs import Preview
-from calotype_shared.store import JobStore
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from kombu.transport import TRANSPORT_ALIASES, redis
 
-from calotype_shared.connection import sentinel_options, tls_options
+from calotype_shared.queue.connection import sentinel_options, tls_options
 from calotype_shared.settings import Settings
 
 log = logging.getLogger(__name__)

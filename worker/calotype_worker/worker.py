@@ -17,14 +17,14 @@ from celery import signals
 from celery.worker import state as celery_state
 
 from calotype_shared import metric_names as names
-from calotype_shared.connection import connect_redis
 from calotype_shared.errors import ServiceUnavailable, SettingsError
-from calotype_shared.keys import together
+from calotype_shared.queue.connection import connect_redis
+from calotype_shared.queue.job_store import JobStore
+from calotype_shared.queue.keys import together
 from calotype_shared.schema.jobs import Lane
 from calotype_shared.schema.worker_info import WorkerInfo
 from calotype_shared.settings import Settings
 from calotype_shared.storage import Storage
-from calotype_shared.store import JobStore
 from calotype_shared.telemetry import make_telemetry
 from calotype_worker.affinity import Affinity
 from calotype_worker.app import make_app, queue_names

@@ -22,9 +22,9 @@ from calotype.batches.record import BatchRecord, BatchState
 from calotype.batches.store import BatchStore, LeadLost
 from calotype.resolver import Resolver
 from calotype_shared.errors import InvalidRequest, JobNotFound, StorageUnavailable
+from calotype_shared.queue.job_store import JobStore
 from calotype_shared.schema.jobs import new_job_id
 from calotype_shared.storage import Storage
-from calotype_shared.store import JobStore
 from calotype_shared.streams import ObjectWriter, read_chunks
 
 LEASE_SECONDS = 20.0

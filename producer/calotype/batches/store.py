@@ -11,9 +11,9 @@ from redis import Redis
 
 from calotype.batches.record import BatchRecord, BatchState
 from calotype_shared.errors import BatchNotFound, IdempotencyConflict, QueueFull, no_such_batch
-from calotype_shared.records import UnreadableRecord
-from calotype_shared.scripts import Scripted, said_clearly
-from calotype_shared.submission import Idempotency, NewJob
+from calotype_shared.queue.records import UnreadableRecord
+from calotype_shared.queue.scripts import Scripted, said_clearly
+from calotype_shared.queue.submission import Idempotency, NewJob
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ import typer
 from calotype.cli.jobs import AsJson
 from calotype.cli.output import print_json, print_table, say
 from calotype.gc import Collector, Kind, Report
-from calotype_shared.connection import connect_redis
 from calotype_shared.errors import InvalidRequest
+from calotype_shared.queue.connection import connect_redis
 from calotype_shared.settings import Settings
 from calotype_shared.storage import SAFE_SECONDS, Storage
 

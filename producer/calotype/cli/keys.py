@@ -14,9 +14,9 @@ from calotype.api_keys import DEFAULT_SCOPES, ApiKey, ApiKeys, Scope
 from calotype.cli.exit_codes import ExitCode
 from calotype.cli.jobs import AsJson
 from calotype.cli.output import clock_time, print_json, print_table, report, say
-from calotype_shared.connection import connect_redis
 from calotype_shared.errors import InvalidRequest, ServiceUnavailable, SettingsError
-from calotype_shared.records import in_short
+from calotype_shared.queue.connection import connect_redis
+from calotype_shared.queue.records import in_short
 from calotype_shared.settings import Settings
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="API keys of the gateway.")

@@ -14,11 +14,11 @@ from prometheus_client.registry import Collector
 
 from calotype.gateway.settings import GatewaySettings
 from calotype_shared import metric_names as names
-from calotype_shared.census import Census, Censuses
-from calotype_shared.connection import connect_redis
 from calotype_shared.errors import ServiceUnavailable
 from calotype_shared.metrics import Family, counter, family, histogram, new_registry, scraped
 from calotype_shared.operator_server import Answer, Asked, OperatorServer, probed
+from calotype_shared.queue.connection import connect_redis
+from calotype_shared.queue.fleet_stats import Census, Censuses
 from calotype_shared.schema.jobs import JobState
 from calotype_shared.settings import Settings
 

@@ -21,10 +21,10 @@ from calotype.client import Client
 from calotype.files import FileStore
 from calotype.gateway.metrics import GatewayMetrics
 from calotype.gateway.settings import GatewaySettings
-from calotype_shared.connection import connect_redis, connection_options, is_outage, sentinel_options, unavailable
 from calotype_shared.errors import no_such_batch, no_such_job
-from calotype_shared.keys import Keys
-from calotype_shared.records import read_record
+from calotype_shared.queue.connection import connect_redis, connection_options, is_outage, sentinel_options, unavailable
+from calotype_shared.queue.keys import Keys
+from calotype_shared.queue.records import read_record
 from calotype_shared.schema.jobs import JobRecord
 from calotype_shared.settings import Settings
 from calotype_shared.storage import Storage

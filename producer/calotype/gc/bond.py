@@ -12,7 +12,7 @@ import secrets
 from redis import Redis
 
 from calotype_shared.errors import CalotypeError, ObjectMissing
-from calotype_shared.keys import Keys
+from calotype_shared.queue.keys import Keys
 from calotype_shared.storage import Storage
 
 BOND_KEY = "calotype-gc.json"  # the bucket's side

@@ -17,8 +17,8 @@ from calotype.batches.record import BatchState
 from calotype.gc.bond import BOND_KEY, Bond, GcRefused
 from calotype.gc.references import References
 from calotype.gc.report import Kind, Report
+from calotype_shared.queue.scripts import Scripted, said_clearly
 from calotype_shared.schema.jobs import JobState
-from calotype_shared.scripts import Scripted, said_clearly
 from calotype_shared.storage import SAFE_SECONDS, Storage, StoredObject
 
 _DAY = 86_400.0  # an upload in parts that is older than this is taken for dead

@@ -17,7 +17,7 @@ from calotype.batches.lines import LONGEST_LINE
 from calotype.batches.record import BatchState
 from calotype.gc.bloom import BloomFilter
 from calotype_shared.errors import ObjectMissing
-from calotype_shared.keys import Keys
+from calotype_shared.queue.keys import Keys
 from calotype_shared.schema.jobs import JobState
 from calotype_shared.storage import Storage, attempt_folder
 from calotype_shared.streams import read_lines

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from calotype_shared.scripts import Scripted, said_clearly
+from calotype_shared.queue.scripts import Scripted, said_clearly
 
 
 @dataclass(frozen=True, kw_only=True)

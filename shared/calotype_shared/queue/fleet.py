@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from calotype_shared.keys import together
+from calotype_shared.queue.keys import together
+from calotype_shared.queue.scripts import Scripted, said_clearly
 from calotype_shared.schema.model_card import ModelCard
 from calotype_shared.schema.worker_info import WorkerInfo
-from calotype_shared.scripts import Scripted, said_clearly
 
 
 class Fleet(Scripted):

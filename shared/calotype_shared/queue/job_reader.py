@@ -8,10 +8,10 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from calotype_shared.errors import no_such_job
-from calotype_shared.fleet import Fleet
-from calotype_shared.records import UnreadableRecord, read_record
+from calotype_shared.queue.fleet import Fleet
+from calotype_shared.queue.records import UnreadableRecord, read_record
+from calotype_shared.queue.scripts import said_clearly
 from calotype_shared.schema.jobs import JobRecord, JobState, Preview, created_us
-from calotype_shared.scripts import said_clearly
 
 log = logging.getLogger(__name__)
 

@@ -12,11 +12,11 @@ from redis import Redis
 from redis.commands.core import Script
 from redis.exceptions import RedisError
 
-from calotype_shared.broker import message_template
-from calotype_shared.connection import address_of, is_outage, unavailable
 from calotype_shared.errors import RedisUnavailable
-from calotype_shared.keys import Keys
-from calotype_shared.records import SCHEMA
+from calotype_shared.queue.connection import address_of, is_outage, unavailable
+from calotype_shared.queue.keys import Keys
+from calotype_shared.queue.message import message_template
+from calotype_shared.queue.records import SCHEMA
 from calotype_shared.schema.jobs import TRANSITIONS
 
 P = ParamSpec("P")

@@ -17,13 +17,13 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from calotype_shared.errors import IdempotencyConflict, no_such_job
-from calotype_shared.job_reader import JobReader
-from calotype_shared.records import UnreadableRecord, read_record
+from calotype_shared.queue.job_reader import JobReader
+from calotype_shared.queue.records import UnreadableRecord, read_record
+from calotype_shared.queue.scripts import said_clearly
+from calotype_shared.queue.submission import Idempotency, NewJob, queue_full
 from calotype_shared.schema.config import GenerationConfig
 from calotype_shared.schema.jobs import ImageRef, JobError, JobRecord, JobState, Lane, Preview
-from calotype_shared.scripts import said_clearly
 from calotype_shared.storage import attempt_folder
-from calotype_shared.submission import Idempotency, NewJob, queue_full
 
 log = logging.getLogger(__name__)
 

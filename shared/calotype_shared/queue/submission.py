@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Self
 
 from calotype_shared.errors import InvalidRequest, QueueFull
-from calotype_shared.keys import queue_name
+from calotype_shared.queue.keys import queue_name
 from calotype_shared.schema.config import GenerationConfig, digest_of
 from calotype_shared.schema.jobs import Lane, new_job_id
 
