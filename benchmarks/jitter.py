@@ -30,7 +30,7 @@ from workload import quiet, surroundings, workload
 
 from calotype.embedded import EmbeddedServers
 from calotype_shared.schema.config import OutputFormat
-from calotype_shared.storage import Storage
+from calotype_shared.storage.s3 import Storage
 from calotype_worker.engine import Engine, EngineSettings
 from calotype_worker.engine.trace import Untraced
 from calotype_worker.models import load_model

@@ -30,7 +30,7 @@ from calotype_shared.queue.submission import NewJob
 from calotype_shared.schema.jobs import JobRecord, JobState, Lane, Preview
 from calotype_shared.schema.model_card import ModelCard
 from calotype_shared.settings import Settings
-from calotype_shared.storage import Storage
+from calotype_shared.storage.s3 import Storage
 from calotype_shared.telemetry import SILENT, Telemetry, make_telemetry
 
 if TYPE_CHECKING:

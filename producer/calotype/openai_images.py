@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from calotype.resolver import with_preset
 from calotype_shared.errors import InvalidRequest
 from calotype_shared.schema.config import GenerationConfig, OutputFormat
-from calotype_shared.uploads import FORMATS, MAX_PIXELS
+from calotype_shared.storage.images import FORMATS, MAX_PIXELS
 
 MAX_N = 10
 # Their words for quality, by our presets.

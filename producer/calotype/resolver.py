@@ -18,8 +18,8 @@ from calotype_shared.schema.config import GenerationConfig, digest_of, quality_p
 from calotype_shared.schema.jobs import Lane
 from calotype_shared.schema.model_card import ModelCard
 from calotype_shared.settings import TENANT_PATTERN, Settings
-from calotype_shared.storage import SAFE_SECONDS, Storage
-from calotype_shared.uploads import normalise, upload_key
+from calotype_shared.storage.images import normalise, upload_key
+from calotype_shared.storage.s3 import SAFE_SECONDS, Storage
 
 Submission = GenerationConfig | str | Mapping[str, Any]  # a config, a bare prompt, or fields
 

@@ -27,7 +27,7 @@ from calotype_shared.queue.job_store import JobStore
 from calotype_shared.queue.records import SCHEMA
 from calotype_shared.schema.jobs import JobRecord, JobState
 from calotype_shared.settings import Settings
-from calotype_shared.storage import Storage
+from calotype_shared.storage.s3 import Storage
 from calotype_worker.sweep import sweep
 from tests.invariants import check_store
 

@@ -36,7 +36,7 @@ from calotype_shared.queue.job_store import JobStore
 from calotype_shared.queue.submission import NewJob
 from calotype_shared.schema.config import GenerationConfig
 from calotype_shared.schema.model_card import ModelCard
-from calotype_shared.storage import Storage
+from calotype_shared.storage.s3 import Storage
 from tests.faults.harness import WorkerProcess
 from tests.integration.conftest import until
 from tests.integration.test_fair_share import CARD

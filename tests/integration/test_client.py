@@ -32,7 +32,7 @@ from calotype_shared.schema.jobs import ImageRef, JobError, JobState
 from calotype_shared.schema.model_card import ModelCard
 from calotype_shared.schema.worker_info import WorkerInfo
 from calotype_shared.settings import Settings
-from calotype_shared.storage import Storage, image_key
+from calotype_shared.storage.s3 import Storage, image_key
 
 CARD = ModelCard(
     name="demo",

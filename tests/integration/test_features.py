@@ -17,8 +17,8 @@ from PIL import Image, PngImagePlugin
 
 from calotype import Client, InvalidRequest, JobState, Picture
 from calotype_shared.schema.config import GenerationConfig
-from calotype_shared.storage import Storage
-from calotype_shared.uploads import MAX_PIXELS, upload_key
+from calotype_shared.storage.images import MAX_PIXELS, upload_key
+from calotype_shared.storage.s3 import Storage
 from tests.faults.harness import WorkerProcess
 from tests.integration.conftest import until
 from tests.models import picture, write_tiny_controlnet, write_tiny_embedding, write_tiny_lora, write_tiny_sd

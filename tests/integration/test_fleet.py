@@ -16,7 +16,7 @@ from calotype.gateway.page import web_files
 from calotype_shared.queue.job_store import JobStore
 from calotype_shared.schema.jobs import JobError, Lane
 from calotype_shared.schema.worker_info import StepGroup, StepRow, WorkerInfo
-from calotype_shared.storage import sidecar_of
+from calotype_shared.storage.s3 import sidecar_of
 from tests.integration.gateway import Gateway, own_settings
 from tests.integration.test_fair_share import CARD
 from tests.simulated import picture_of

@@ -20,8 +20,8 @@ from calotype.gc import Collector, GcRefused, Kind, Report
 from calotype.gc.bloom import BloomFilter
 from calotype_shared.queue.job_store import Claim, JobStore
 from calotype_shared.schema.jobs import JobError, new_job_id
-from calotype_shared.storage import Storage, sidecar_key
-from calotype_shared.uploads import upload_key
+from calotype_shared.storage.images import upload_key
+from calotype_shared.storage.s3 import Storage, sidecar_key
 from tests.integration.conftest import until
 from tests.integration.test_fair_share import CARD, take
 from tests.invariants import check_bucket, check_store

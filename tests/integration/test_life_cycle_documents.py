@@ -22,7 +22,7 @@ from calotype.embedded.valkey import ValkeyServer
 from calotype.gc import Collector, GcRefused
 from calotype_shared.queue.connection import connect_redis
 from calotype_shared.queue.job_store import JobStore
-from calotype_shared.storage import Storage
+from calotype_shared.storage.s3 import Storage
 from tests.integration.conftest import until
 from tests.integration.test_fair_share import CARD
 from tests.integration.test_gc import DrawingWorker, finish

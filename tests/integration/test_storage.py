@@ -11,7 +11,7 @@ import pytest
 from calotype_shared.errors import StorageUnavailable
 from calotype_shared.schema.config import OutputFormat
 from calotype_shared.settings import Settings
-from calotype_shared.storage import Storage, image_key, sidecar_key
+from calotype_shared.storage.s3 import Storage, image_key, sidecar_key
 
 
 def changed(settings: Settings, **changes: object) -> Storage:

@@ -33,7 +33,7 @@ from calotype_shared.queue.keys import Keys
 from calotype_shared.schema.config import GenerationConfig
 from calotype_shared.schema.jobs import ImageRef, JobError
 from calotype_shared.settings import Settings
-from calotype_shared.storage import Storage
+from calotype_shared.storage.s3 import Storage
 from tests.integration.conftest import until
 
 MASTER = "a master secret of the operator"

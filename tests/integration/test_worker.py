@@ -21,7 +21,7 @@ from calotype_shared.errors import InvalidRequest, JobFailed
 from calotype_shared.queue.job_store import JobStore
 from calotype_shared.queue.message import message
 from calotype_shared.schema.jobs import JobState, Lane
-from calotype_shared.storage import Storage
+from calotype_shared.storage.s3 import Storage
 from calotype_worker.output.image import read_provenance
 from tests.faults.harness import WorkerProcess
 from tests.integration.conftest import until

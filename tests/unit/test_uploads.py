@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from calotype_shared.errors import InvalidRequest
-from calotype_shared.uploads import MAX_BYTES, fitted, normalise, open_upload
+from calotype_shared.storage.images import MAX_BYTES, fitted, normalise, open_upload
 from tests.models import picture
 
 

@@ -16,7 +16,7 @@ from calotype_shared.logs import set_up_logging
 from calotype_shared.queue.connection import connect_redis
 from calotype_shared.queue.job_store import JobStore
 from calotype_shared.settings import Settings
-from calotype_shared.storage import Storage
+from calotype_shared.storage.s3 import Storage
 from calotype_worker.settings import WorkerSettings
 from calotype_worker.threads import wait_briefly
 

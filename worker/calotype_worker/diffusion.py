@@ -33,7 +33,7 @@ from calotype_shared.errors import InvalidRequest
 from calotype_shared.schema import config as shared
 from calotype_shared.schema.config import invalid_request, quality_preset
 from calotype_shared.schema.model_card import ModelCard
-from calotype_shared.uploads import fitted, normalise, open_upload
+from calotype_shared.storage.images import fitted, normalise, open_upload
 from calotype_worker.engine import Engine, EngineSettings, Generated, GenerationRequest
 from calotype_worker.engine.request import Mesh
 from calotype_worker.models import Adapters, Lossy, Memory, ModelPool, StepModel, load_model

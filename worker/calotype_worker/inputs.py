@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from calotype_shared.schema.config import GenerationConfig
-from calotype_shared.storage import Storage
-from calotype_shared.uploads import fitted, open_upload, upload_key
+from calotype_shared.storage.images import fitted, open_upload, upload_key
+from calotype_shared.storage.s3 import Storage
 
 
 class Inputs:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from calotype_shared import metric_names as names
 from calotype_shared.errors import ServiceUnavailable
 from calotype_shared.queue.job_store import JobStore, Reaped
-from calotype_shared.storage import Storage
+from calotype_shared.storage.s3 import Storage
 from calotype_worker.sweep import sweep
 from calotype_worker.tally import Tally
 

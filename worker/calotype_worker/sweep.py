@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from calotype_shared.queue.job_store import JobStore
-from calotype_shared.storage import Storage
+from calotype_shared.storage.s3 import Storage
 
 
 def sweep(store: JobStore, storage: Storage, *, older_than_seconds: float) -> int:

@@ -21,7 +21,7 @@ from calotype_shared.logs import about
 from calotype_shared.queue.job_store import SUSPECT, Claim, JobStore
 from calotype_shared.queue.records import OLDEST
 from calotype_shared.schema.jobs import JobError, Lane
-from calotype_shared.storage import Storage
+from calotype_shared.storage.s3 import Storage
 from calotype_shared.telemetry import SILENT, Span, Telemetry, trace_id_of
 from calotype_worker.affinity import Affinity
 from calotype_worker.engine import Engine, Generated, GenerationRequest

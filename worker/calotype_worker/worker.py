@@ -24,7 +24,7 @@ from calotype_shared.queue.keys import together
 from calotype_shared.schema.jobs import Lane
 from calotype_shared.schema.worker_info import WorkerInfo
 from calotype_shared.settings import Settings
-from calotype_shared.storage import Storage
+from calotype_shared.storage.s3 import Storage
 from calotype_shared.telemetry import make_telemetry
 from calotype_worker.affinity import Affinity
 from calotype_worker.app import make_app, queue_names

@@ -29,8 +29,8 @@ from calotype_shared.errors import CalotypeError, InvalidRequest
 from calotype_shared.queue.submission import NewJob
 from calotype_shared.schema.config import DRAWN_SEED_BITS
 from calotype_shared.schema.jobs import new_job_id
-from calotype_shared.storage import Storage
-from calotype_shared.streams import Line, read_lines
+from calotype_shared.storage.multipart import Line, read_lines
+from calotype_shared.storage.s3 import Storage
 
 log = logging.getLogger(__name__)
 

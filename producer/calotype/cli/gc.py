@@ -13,7 +13,7 @@ from calotype.gc import Collector, Kind, Report
 from calotype_shared.errors import InvalidRequest
 from calotype_shared.queue.connection import connect_redis
 from calotype_shared.settings import Settings
-from calotype_shared.storage import SAFE_SECONDS, Storage
+from calotype_shared.storage.s3 import SAFE_SECONDS, Storage
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3_600.0, "d": 86_400.0}
 _SIZES = ("B", "KiB", "MiB", "GiB", "TiB")

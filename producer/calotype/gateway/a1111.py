@@ -32,7 +32,7 @@ from calotype_shared.errors import InvalidRequest
 from calotype_shared.schema import a1111
 from calotype_shared.schema.config import MAX_IMAGES, OutputFormat
 from calotype_shared.schema.jobs import JobRecord, JobState, Lane
-from calotype_shared.uploads import FORMATS
+from calotype_shared.storage.images import FORMATS
 
 router = APIRouter(prefix="/sdapi/v1", tags=["automatic1111"])
 
@@ -205,7 +205,7 @@ def decoded(encoded: str, field: str) -> bytes:
 
 
 def _inverted(data: bytes, field: str) -> bytes:
-    from calotype_shared.uploads import normalise  # noqa: PLC0415
+    from calotype_shared.storage.images import normalise  # noqa: PLC0415
 
     _, plain = normalise(data, field=field)
     buffer = io.BytesIO()

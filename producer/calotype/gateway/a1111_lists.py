@@ -16,7 +16,7 @@ from calotype.gateway.errors import documented
 from calotype.gateway.state import Using
 from calotype_shared.errors import InvalidRequest
 from calotype_shared.schema import a1111
-from calotype_shared.uploads import FORMATS
+from calotype_shared.storage.images import FORMATS
 
 router = APIRouter(prefix="/sdapi/v1", tags=["automatic1111"])
 

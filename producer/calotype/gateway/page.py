@@ -17,7 +17,7 @@ from starlette.concurrency import run_in_threadpool
 
 from calotype.gateway.errors import NotFound
 from calotype.gateway.state import Using
-from calotype_shared.storage import Storage
+from calotype_shared.storage.s3 import Storage
 
 log = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from calotype_shared.queue.keys import Keys
 from calotype_shared.queue.records import read_record
 from calotype_shared.schema.jobs import JobRecord
 from calotype_shared.settings import Settings
-from calotype_shared.storage import Storage
+from calotype_shared.storage.s3 import Storage
 from calotype_shared.telemetry import make_telemetry
 
 _LINKS = 10_000  # remembered

@@ -17,8 +17,8 @@ from calotype.gateway.auth import Writer
 from calotype.gateway.errors import NotFound, documented
 from calotype.gateway.state import Using
 from calotype_shared.errors import InvalidRequest
-from calotype_shared.storage import Storage
-from calotype_shared.uploads import MAX_BYTES, normalise, upload_key
+from calotype_shared.storage.images import MAX_BYTES, normalise, upload_key
+from calotype_shared.storage.s3 import Storage
 
 router = APIRouter(prefix="/v1/uploads", tags=["uploads"])
 

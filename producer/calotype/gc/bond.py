@@ -13,7 +13,7 @@ from redis import Redis
 
 from calotype_shared.errors import CalotypeError, ObjectMissing
 from calotype_shared.queue.keys import Keys
-from calotype_shared.storage import Storage
+from calotype_shared.storage.s3 import Storage
 
 BOND_KEY = "calotype-gc.json"  # the bucket's side
 

@@ -19,7 +19,7 @@ from calotype.gc.references import References
 from calotype.gc.report import Kind, Report
 from calotype_shared.queue.scripts import Scripted, said_clearly
 from calotype_shared.schema.jobs import JobState
-from calotype_shared.storage import SAFE_SECONDS, Storage, StoredObject
+from calotype_shared.storage.s3 import SAFE_SECONDS, Storage, StoredObject
 
 _DAY = 86_400.0  # an upload in parts that is older than this is taken for dead
 # A state that this version does not know is not final: then nothing is removed.

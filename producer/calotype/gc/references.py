@@ -19,8 +19,8 @@ from calotype.gc.bloom import BloomFilter
 from calotype_shared.errors import ObjectMissing
 from calotype_shared.queue.keys import Keys
 from calotype_shared.schema.jobs import JobState
-from calotype_shared.storage import Storage, attempt_folder
-from calotype_shared.streams import read_lines
+from calotype_shared.storage.multipart import read_lines
+from calotype_shared.storage.s3 import Storage, attempt_folder
 
 _FINAL = {state.value for state in BatchState if state.final}
 _STEP = 500  # keys asked for at a time

@@ -8,7 +8,7 @@ from typing import Any
 from calotype_shared.errors import JobNotFound
 from calotype_shared.queue.job_store import JobStore
 from calotype_shared.schema.jobs import JobRecord
-from calotype_shared.storage import Storage
+from calotype_shared.storage.s3 import Storage
 
 # (type such as job.succeeded, id) -> what to say, as JSON values; None if there is nothing to tell any more.
 Describe = Callable[[str, str], dict[str, Any] | None]

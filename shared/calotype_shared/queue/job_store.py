@@ -23,7 +23,7 @@ from calotype_shared.queue.scripts import said_clearly
 from calotype_shared.queue.submission import Idempotency, NewJob, queue_full
 from calotype_shared.schema.config import GenerationConfig
 from calotype_shared.schema.jobs import ImageRef, JobError, JobRecord, JobState, Lane, Preview
-from calotype_shared.storage import attempt_folder
+from calotype_shared.storage.s3 import attempt_folder
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import NamedTuple, Self
 
-from calotype_shared.storage import Storage
+from calotype_shared.storage.s3 import Storage
 
 CHUNK = 8 * 2**20  # bytes read or written at a time; S3 wants parts of at least 5 MiB
 
