@@ -24,6 +24,7 @@ from calotype_shared.errors import (
     QueueFull,
     WaitTimeout,
 )
+from calotype_shared.observability.tracing import SILENT, Telemetry, make_telemetry
 from calotype_shared.queue.connection import connect_redis
 from calotype_shared.queue.job_store import JobStore
 from calotype_shared.queue.submission import NewJob
@@ -31,7 +32,6 @@ from calotype_shared.schema.jobs import JobRecord, JobState, Lane, Preview
 from calotype_shared.schema.model_card import ModelCard
 from calotype_shared.settings import Settings
 from calotype_shared.storage.s3 import Storage
-from calotype_shared.telemetry import SILENT, Telemetry, make_telemetry
 
 if TYPE_CHECKING:
     from calotype_shared.schema.worker_info import WorkerInfo

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from calotype_shared import metric_names as names
+from calotype_shared.observability import metric_names as names
 from calotype_shared.queue.job_store import JobStore, News
 from calotype_shared.schema.config import GenerationConfig
 from calotype_shared.schema.jobs import Lane

@@ -13,10 +13,10 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from calotype.gateway.metrics import FleetCollector, RecentCensus
-from calotype_shared import metric_names as names
 from calotype_shared.errors import RedisUnavailable, SettingsError
-from calotype_shared.metric_names import Metric
-from calotype_shared.operator_server import OperatorServer
+from calotype_shared.observability import metric_names as names
+from calotype_shared.observability.admin_server import OperatorServer
+from calotype_shared.observability.metric_names import Metric
 from calotype_shared.queue.fleet_stats import Census, Censuses
 from calotype_shared.queue.job_store import JobStore
 from calotype_shared.schema.config import GenerationConfig

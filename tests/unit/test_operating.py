@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from calotype_shared.metrics import new_registry, scraped
-from calotype_shared.operator_server import Asked
+from calotype_shared.observability.admin_server import Asked
+from calotype_shared.observability.metrics import new_registry, scraped
 from calotype_shared.queue.connection import connect_redis
 from calotype_shared.queue.job_store import JobStore
 from calotype_shared.settings import Settings

@@ -12,7 +12,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 from calotype_shared.errors import CalotypeError, ServiceUnavailable, SettingsError
-from calotype_shared.logs import set_up_logging
+from calotype_shared.observability.logs import set_up_logging
 from calotype_shared.queue.connection import connect_redis
 from calotype_shared.queue.job_store import JobStore
 from calotype_shared.settings import Settings

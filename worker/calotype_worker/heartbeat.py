@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from calotype_shared import metric_names as names
 from calotype_shared.errors import ServiceUnavailable
+from calotype_shared.observability import metric_names as names
 from calotype_shared.queue.job_store import Claim, JobStore, News
 from calotype_worker.tally import Tally
 

@@ -14,8 +14,8 @@ import torch
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.registry import Collector
 
-from calotype_shared import metric_names as names
-from calotype_shared.metrics import Family, family, histogram
+from calotype_shared.observability import metric_names as names
+from calotype_shared.observability.metrics import Family, family, histogram
 from calotype_worker.engine.stats import EngineStats
 from calotype_worker.tally import Tally
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
-from calotype_shared import metric_names as names
-from calotype_shared.operator_server import OperatorServer, probed
+from calotype_shared.observability import metric_names as names
+from calotype_shared.observability.admin_server import OperatorServer, probed
 from calotype_worker.engine import Engine
 from calotype_worker.engine.trace import Tracer, Tracers
 from calotype_worker.heartbeat import Heartbeat
@@ -30,7 +30,7 @@ class Operating:
         self._not_ready: Callable[[], str | None] = lambda: "starting"
         if options.metrics_port is None:
             return
-        from calotype_shared.metrics import new_registry, scraped  # noqa: PLC0415
+        from calotype_shared.observability.metrics import new_registry, scraped  # noqa: PLC0415
 
         registry = self._registry = new_registry()
         routes = {

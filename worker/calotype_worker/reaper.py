@@ -12,8 +12,8 @@ import threading
 import time
 from collections.abc import Sequence
 
-from calotype_shared import metric_names as names
 from calotype_shared.errors import ServiceUnavailable
+from calotype_shared.observability import metric_names as names
 from calotype_shared.queue.job_store import JobStore, Reaped
 from calotype_shared.storage.s3 import Storage
 from calotype_worker.sweep import sweep

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 
-from calotype_shared.metric_names import Metric
+from calotype_shared.observability.metric_names import Metric
 
 
 class Tally:

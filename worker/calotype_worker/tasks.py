@@ -15,14 +15,14 @@ from concurrent.futures import CancelledError, Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TypeVar
 
-from calotype_shared import metric_names as names
 from calotype_shared.errors import CalotypeError, ObjectMissing, RedisUnavailable, ServiceUnavailable
-from calotype_shared.logs import about
+from calotype_shared.observability import metric_names as names
+from calotype_shared.observability.logs import about
+from calotype_shared.observability.tracing import SILENT, Span, Telemetry, trace_id_of
 from calotype_shared.queue.job_store import SUSPECT, Claim, JobStore
 from calotype_shared.queue.records import OLDEST
 from calotype_shared.schema.jobs import JobError, Lane
 from calotype_shared.storage.s3 import Storage
-from calotype_shared.telemetry import SILENT, Span, Telemetry, trace_id_of
 from calotype_worker.affinity import Affinity
 from calotype_worker.engine import Engine, Generated, GenerationRequest
 from calotype_worker.engine.trace import Tracer, Untraced, spanning

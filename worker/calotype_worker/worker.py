@@ -16,8 +16,9 @@ from typing import Any
 from celery import signals
 from celery.worker import state as celery_state
 
-from calotype_shared import metric_names as names
 from calotype_shared.errors import ServiceUnavailable, SettingsError
+from calotype_shared.observability import metric_names as names
+from calotype_shared.observability.tracing import make_telemetry
 from calotype_shared.queue.connection import connect_redis
 from calotype_shared.queue.job_store import JobStore
 from calotype_shared.queue.keys import together
@@ -25,7 +26,6 @@ from calotype_shared.schema.jobs import Lane
 from calotype_shared.schema.worker_info import WorkerInfo
 from calotype_shared.settings import Settings
 from calotype_shared.storage.s3 import Storage
-from calotype_shared.telemetry import make_telemetry
 from calotype_worker.affinity import Affinity
 from calotype_worker.app import make_app, queue_names
 from calotype_worker.engine import Engine, EngineSettings

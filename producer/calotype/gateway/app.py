@@ -25,8 +25,8 @@ from calotype.gateway.limits import BodyLimit, WaitLimit
 from calotype.gateway.settings import GatewaySettings
 from calotype.gateway.state import Services, Using, lifespan
 from calotype.gateway.watched import Watched
+from calotype_shared.observability.tracing import SILENT
 from calotype_shared.settings import Settings
-from calotype_shared.telemetry import SILENT
 
 ROUTERS: tuple[APIRouter, ...] = tuple(
     module.router for module in (jobs, fleet, uploads, openai_images, openai_files, openai_batches, a1111, a1111_lists)

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable
 from prometheus_client.registry import Collector
 
 from calotype.gateway.settings import GatewaySettings
-from calotype_shared import metric_names as names
 from calotype_shared.errors import ServiceUnavailable
-from calotype_shared.metrics import Family, counter, family, histogram, new_registry, scraped
-from calotype_shared.operator_server import Answer, Asked, OperatorServer, probed
+from calotype_shared.observability import metric_names as names
+from calotype_shared.observability.admin_server import Answer, Asked, OperatorServer, probed
+from calotype_shared.observability.metrics import Family, counter, family, histogram, new_registry, scraped
 from calotype_shared.queue.connection import connect_redis
 from calotype_shared.queue.fleet_stats import Census, Censuses
 from calotype_shared.schema.jobs import JobState

@@ -7,8 +7,8 @@ from typing import Protocol
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from calotype_shared.logs import about
-from calotype_shared.telemetry import NOTHING, Span, Telemetry, trace_id_of
+from calotype_shared.observability.logs import about
+from calotype_shared.observability.tracing import NOTHING, Span, Telemetry, trace_id_of
 
 _NO_ROUTE = "(none)"
 _NO_ANSWER = 499  # nginx's number for a client that hung up first

@@ -13,9 +13,9 @@ from pathlib import Path
 from queue import Empty, Full, Queue
 
 from calotype_shared.errors import StorageUnavailable
+from calotype_shared.observability.tracing import NOTHING, Span
 from calotype_shared.schema.jobs import ImageRef
 from calotype_shared.storage.s3 import Storage
-from calotype_shared.telemetry import NOTHING, Span
 from calotype_worker.heartbeat import Held
 from calotype_worker.output.spool import Spool
 

@@ -133,7 +133,7 @@ def make_telemetry(settings: Settings, *, service: str) -> Telemetry:
     if settings.telemetry == "off" or (settings.telemetry == "auto" and not _is_wanted(os.environ)):
         return SILENT
     try:
-        from calotype_shared.otlp import Otlp  # noqa: PLC0415 - an extra, and a third of a second to import
+        from calotype_shared.observability.otlp import Otlp  # noqa: PLC0415 - an extra, and a third of a second to import
     except ImportError as error:
         if settings.telemetry == "on":
             raise SettingsError(f"CALOTYPE_TELEMETRY='on': {error.name} is missing; {_REMEDY}") from None

@@ -18,7 +18,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from opentelemetry.trace import Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from calotype_shared.telemetry import Attribute, Kind, Span
+from calotype_shared.observability.tracing import Attribute, Kind, Span
 
 _CLOSE_SECONDS = 3.0  # a collector that is away must not keep a process from ending
 _KINDS = {

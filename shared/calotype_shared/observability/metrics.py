@@ -8,8 +8,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, disable_cre
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import choose_encoder
 
-from calotype_shared.metric_names import Metric
-from calotype_shared.operator_server import Answer, Asked
+from calotype_shared.observability.admin_server import Answer, Asked
+from calotype_shared.observability.metric_names import Metric
 
 Family = CounterMetricFamily | GaugeMetricFamily
 
