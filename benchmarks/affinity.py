@@ -35,8 +35,8 @@ from typing import Any, NamedTuple
 from calotype_shared.queue.job_store import Claim
 from calotype_shared.schema.config import GenerationConfig
 from calotype_shared.schema.jobs import JobRecord, JobState, Lane
-from calotype_worker.affinity import Affinity
 from calotype_worker.engine.scheduler import Scheduler
+from calotype_worker.jobs.size_affinity import Affinity
 
 QUEUE = "simulated.bulk"
 SIZES = [(512, 512), (512, 768), (768, 512), (640, 512), (512, 640), (768, 768), (384, 384), (1024, 512)]

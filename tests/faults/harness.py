@@ -28,7 +28,7 @@ from calotype_shared.queue.records import SCHEMA
 from calotype_shared.schema.jobs import JobRecord, JobState
 from calotype_shared.settings import Settings
 from calotype_shared.storage.s3 import Storage
-from calotype_worker.sweep import sweep
+from calotype_worker.jobs.sweep import sweep
 from tests.invariants import check_store
 
 FULL = os.environ.get("FAULTS") == "full"

@@ -27,7 +27,7 @@ from calotype_shared.errors import RedisUnavailable
 from calotype_shared.queue.connection import connect_redis
 from calotype_shared.schema.jobs import JobState
 from calotype_shared.settings import Settings
-from calotype_worker.app import make_app
+from calotype_worker.jobs.celery_app import make_app
 from tests.faults.harness import Site, Table, until
 from tests.faults.proxy import TlsFront
 

@@ -10,8 +10,8 @@ from calotype_shared.errors import InvalidRequest
 from calotype_shared.queue.job_store import Claim
 from calotype_shared.schema.config import GenerationConfig
 from calotype_shared.schema.jobs import JobRecord, JobState, Lane
-from calotype_worker.affinity import Affinity
 from calotype_worker.engine import Engine, EngineSettings
+from calotype_worker.jobs.size_affinity import Affinity
 from calotype_worker.models import load_model
 
 BULK, URGENT = "demo.bulk", "demo.interactive"

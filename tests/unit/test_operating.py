@@ -18,7 +18,7 @@ from calotype_shared.queue.job_store import JobStore
 from calotype_shared.settings import Settings
 from calotype_worker.engine import Engine
 from calotype_worker.engine.trace import Tracers
-from calotype_worker.heartbeat import Heartbeat
+from calotype_worker.jobs.heartbeat import Heartbeat
 from calotype_worker.metrics import SpanMeters
 from calotype_worker.operating import Operating
 from calotype_worker.settings import WorkerSettings
@@ -66,7 +66,7 @@ def test_probes_find_a_stuck_heartbeat_and_an_ended_engine(
             gauges={},
             not_ready=lambda: None,
         )
-        monkeypatch.setattr("calotype_worker.heartbeat._BACKOFF_SECONDS", 0.1)
+        monkeypatch.setattr("calotype_worker.jobs.heartbeat._BACKOFF_SECONDS", 0.1)
         until(lambda: asked(operating.port, "/healthz") == (200, "ok"))
         assert asked(operating.port, "/readyz") == (200, "ok")
         stuck.set()

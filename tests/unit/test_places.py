@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from calotype_worker import places as module
-from calotype_worker.places import Places
+from calotype_worker.jobs import reserved_slots as module
+from calotype_worker.jobs.reserved_slots import Places
 from tests.faults.harness import until
 
 

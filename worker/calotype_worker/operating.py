@@ -13,7 +13,7 @@ from calotype_shared.observability import metric_names as names
 from calotype_shared.observability.admin_server import OperatorServer, probed
 from calotype_worker.engine import Engine
 from calotype_worker.engine.trace import Tracer, Tracers
-from calotype_worker.heartbeat import Heartbeat
+from calotype_worker.jobs.heartbeat import Heartbeat
 from calotype_worker.settings import WorkerSettings
 from calotype_worker.tally import Tally
 

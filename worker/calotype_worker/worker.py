@@ -26,25 +26,25 @@ from calotype_shared.schema.jobs import Lane
 from calotype_shared.schema.worker_info import WorkerInfo
 from calotype_shared.settings import Settings
 from calotype_shared.storage.s3 import Storage
-from calotype_worker.affinity import Affinity
-from calotype_worker.app import make_app, queue_names
 from calotype_worker.engine import Engine, EngineSettings
 from calotype_worker.engine.profile import Profile
 from calotype_worker.engine.trace import Trace, Tracer, Untraced
-from calotype_worker.heartbeat import Heartbeat
-from calotype_worker.inputs import Inputs
+from calotype_worker.jobs.celery_app import make_app, queue_names
+from calotype_worker.jobs.heartbeat import Heartbeat
+from calotype_worker.jobs.inputs import Inputs
+from calotype_worker.jobs.preemption import Notice, Watcher, notice_source
+from calotype_worker.jobs.previews import Previews
+from calotype_worker.jobs.reaper import Reaper
+from calotype_worker.jobs.reserved_slots import RESERVED, Places
+from calotype_worker.jobs.runner import JobRunner
+from calotype_worker.jobs.size_affinity import Affinity
+from calotype_worker.jobs.spool import Spool
 from calotype_worker.models import Adapters, AnyModel, Lossy, Memory, ModelPool, load_model
 from calotype_worker.operating import Operating
 from calotype_worker.output.encoder import Encoder
-from calotype_worker.output.spool import Spool
-from calotype_worker.places import RESERVED, Places
-from calotype_worker.preemption import Notice, Watcher, notice_source
-from calotype_worker.previews import Previews
-from calotype_worker.reaper import Reaper
 from calotype_worker.report import step_groups
 from calotype_worker.settings import WorkerSettings
 from calotype_worker.tally import Tally
-from calotype_worker.tasks import JobRunner
 from calotype_worker.threads import apart
 
 log = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ from calotype_shared.errors import StorageUnavailable
 from calotype_shared.observability.tracing import NOTHING, Span
 from calotype_shared.schema.jobs import ImageRef
 from calotype_shared.storage.s3 import Storage
-from calotype_worker.heartbeat import Held
-from calotype_worker.output.spool import Spool
+from calotype_worker.jobs.heartbeat import Held
+from calotype_worker.jobs.spool import Spool
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from calotype_shared.queue.keys import queue_name
 from calotype_shared.queue.message import TASK_NAME
 from calotype_shared.schema.jobs import Lane
 from calotype_shared.settings import Settings
-from calotype_worker.transport import broker_of
+from calotype_worker.jobs.transport import broker_of
 
 
 def queue_names(models: Sequence[str], lane: Lane) -> list[str]:
@@ -56,7 +56,7 @@ def make_app(settings: Settings, *, models: Sequence[str], run_next: Callable[[s
             # Only a backstop: leases bring lost jobs back long before. Shorter would make duplicates.
             "visibility_timeout": 3600,
             "unacked_mutex_expire": 30,  # the default lets a dead restorer block restores for five minutes
-            "queue_order_strategy": "calotype_worker.lanes:UrgentFirst",
+            "queue_order_strategy": "calotype_worker.jobs.lanes:UrgentFirst",
             "priority_steps": [0],  # urgency is by queue; every step would add keys to each BRPOP
             # Without time-outs a dropped connection can hang a worker for ever. `retry_on_timeout` stays unset.
             "socket_timeout": SOCKET_SECONDS,

@@ -23,15 +23,15 @@ from calotype_shared.queue.job_store import SUSPECT, Claim, JobStore
 from calotype_shared.queue.records import OLDEST
 from calotype_shared.schema.jobs import JobError, Lane
 from calotype_shared.storage.s3 import Storage
-from calotype_worker.affinity import Affinity
 from calotype_worker.engine import Engine, Generated, GenerationRequest
 from calotype_worker.engine.trace import Tracer, Untraced, spanning
-from calotype_worker.heartbeat import Heartbeat, Held
-from calotype_worker.inputs import Inputs
+from calotype_worker.jobs.delivery import Outbox, Parcel
+from calotype_worker.jobs.heartbeat import Heartbeat, Held
+from calotype_worker.jobs.inputs import Inputs
+from calotype_worker.jobs.reserved_slots import Places
+from calotype_worker.jobs.size_affinity import Affinity
+from calotype_worker.jobs.spool import Spool
 from calotype_worker.output.encoder import Encoder
-from calotype_worker.output.outbox import Outbox, Parcel
-from calotype_worker.output.spool import Spool
-from calotype_worker.places import Places
 from calotype_worker.tally import Tally
 from calotype_worker.threads import compute_alone
 
