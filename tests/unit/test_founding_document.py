@@ -23,7 +23,7 @@ from tests.models import picture
 DOCUMENT = Path(__file__).parents[2] / "docs" / "founding-document.md"
 IMPORTS = {
     "from modules.diffusion_generation import": "from calotype_worker import",
-    "from diffusers import": "from calotype_worker.compat import",
+    "from diffusers import": "from calotype_worker.inprocess.compat import",
     '"cuda"': '"cpu"',
 }
 SMALL = {"width": 64, "height": 64, "num_inference_steps": 3, "seed": 1}

@@ -1,7 +1,7 @@
 """diffusers' pipeline names on Calotype's engine: a script changes its import line, and gains step batching.
 
 ```python
-from calotype_worker.compat import StableDiffusionPipeline
+from calotype_worker.inprocess.compat import StableDiffusionPipeline
 
 pipe = StableDiffusionPipeline.from_pretrained("owner/model").to("cuda")
 images = pipe(["a cat", "a dog"]).images  # two requests in one step batch
@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from calotype_shared.schema.config import ControlUse, LoraUse
-from calotype_worker.diffusion import DiffusionModel, DiffusionPipeline, GenerationConfig, Picture
+from calotype_worker.inprocess.diffusion import DiffusionModel, DiffusionPipeline, GenerationConfig, Picture
 from calotype_worker.models import Adapters
 
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
