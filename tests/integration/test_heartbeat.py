@@ -7,7 +7,7 @@ from calotype_shared.queue.job_store import JobStore, News
 from calotype_shared.schema.config import GenerationConfig
 from calotype_shared.schema.jobs import Lane
 from calotype_worker.jobs.heartbeat import Heartbeat
-from calotype_worker.tally import Tally
+from calotype_worker.observability.counters import Tally
 
 CONFIG = GenerationConfig(prompt="a red circle", width=64, height=64, seed=1)
 

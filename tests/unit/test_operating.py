@@ -19,10 +19,10 @@ from calotype_shared.settings import Settings
 from calotype_worker.engine import Engine
 from calotype_worker.engine.trace import Tracers
 from calotype_worker.jobs.heartbeat import Heartbeat
-from calotype_worker.metrics import SpanMeters
-from calotype_worker.operating import Operating
+from calotype_worker.observability.admin import Operating
+from calotype_worker.observability.counters import Tally
+from calotype_worker.observability.metrics import SpanMeters
 from calotype_worker.settings import WorkerSettings
-from calotype_worker.tally import Tally
 from tests.integration.conftest import until
 from tests.unit.test_engine import request
 
@@ -39,7 +39,7 @@ def test_probes_find_a_stuck_heartbeat_and_an_ended_engine(
     make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And are not misled by Redis being away, for a restart would not help against that."""
-    monkeypatch.setattr("calotype_worker.operating._SILENCE_SECONDS", 1.0)
+    monkeypatch.setattr("calotype_worker.observability.admin._SILENCE_SECONDS", 1.0)
     stuck, stop_being_stuck = threading.Event(), threading.Event()
     engine = make_engine()
     away = JobStore(connect_redis(Settings.load(redis_url="redis://127.0.0.1:1/0")))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from calotype_worker.engine.running import RunningGroup, RunningRow
-from calotype_worker.report import step_groups
+from calotype_worker.observability.report import step_groups
 from tests.integration.conftest import until
 from tests.unit.test_engine import request
 

@@ -40,11 +40,11 @@ from calotype_worker.jobs.runner import JobRunner
 from calotype_worker.jobs.size_affinity import Affinity
 from calotype_worker.jobs.spool import Spool
 from calotype_worker.models import Adapters, AnyModel, Lossy, Memory, ModelPool, load_model
-from calotype_worker.operating import Operating
+from calotype_worker.observability.admin import Operating
+from calotype_worker.observability.counters import Tally
+from calotype_worker.observability.report import step_groups
 from calotype_worker.output.encoder import Encoder
-from calotype_worker.report import step_groups
 from calotype_worker.settings import WorkerSettings
-from calotype_worker.tally import Tally
 from calotype_worker.threads import apart
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from calotype_shared.errors import ServiceUnavailable
 from calotype_shared.observability import metric_names as names
 from calotype_shared.queue.job_store import Claim, JobStore, News
-from calotype_worker.tally import Tally
+from calotype_worker.observability.counters import Tally
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from calotype_shared.observability import metric_names as names
 from calotype_shared.queue.job_store import JobStore, Reaped
 from calotype_shared.storage.s3 import Storage
 from calotype_worker.jobs.sweep import sweep
-from calotype_worker.tally import Tally
+from calotype_worker.observability.counters import Tally
 
 log = logging.getLogger(__name__)
 

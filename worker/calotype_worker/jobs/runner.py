@@ -31,8 +31,8 @@ from calotype_worker.jobs.inputs import Inputs
 from calotype_worker.jobs.reserved_slots import Places
 from calotype_worker.jobs.size_affinity import Affinity
 from calotype_worker.jobs.spool import Spool
+from calotype_worker.observability.counters import Tally
 from calotype_worker.output.encoder import Encoder
-from calotype_worker.tally import Tally
 from calotype_worker.threads import compute_alone
 
 log = logging.getLogger(__name__)

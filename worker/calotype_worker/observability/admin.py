@@ -14,8 +14,8 @@ from calotype_shared.observability.admin_server import OperatorServer, probed
 from calotype_worker.engine import Engine
 from calotype_worker.engine.trace import Tracer, Tracers
 from calotype_worker.jobs.heartbeat import Heartbeat
+from calotype_worker.observability.counters import Tally
 from calotype_worker.settings import WorkerSettings
-from calotype_worker.tally import Tally
 
 _SILENCE_SECONDS = 60.0  # of the heartbeat's thread; it goes on while Redis is away
 
@@ -46,7 +46,7 @@ class Operating:
         """`trace`, and beside it what makes metrics of the same spans."""
         if self._server is None:
             return trace
-        from calotype_worker.metrics import SpanMeters  # noqa: PLC0415
+        from calotype_worker.observability.metrics import SpanMeters  # noqa: PLC0415
 
         return Tracers([trace, SpanMeters(self._registry, models)])
 
@@ -74,7 +74,7 @@ class Operating:
         self._not_ready = lambda: not_alive() or not_ready()
         if self._server is None:
             return
-        from calotype_worker.metrics import WorkerCollector  # noqa: PLC0415
+        from calotype_worker.observability.metrics import WorkerCollector  # noqa: PLC0415
 
         self._registry.register(
             WorkerCollector(info=info, device=torch.device(device), stats=engine.stats, tally=tally, gauges=gauges)

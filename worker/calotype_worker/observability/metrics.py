@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 from calotype_shared.observability import metric_names as names
 from calotype_shared.observability.metrics import Family, family, histogram
 from calotype_worker.engine.stats import EngineStats
-from calotype_worker.tally import Tally
+from calotype_worker.observability.counters import Tally
 
 _TALLIED = (names.ATTEMPTS, names.LEASE_RENEWALS, names.LOST_CLAIMS, names.FENCED_COMMITS, names.LEASE_REAPS,
             names.GAP_REPUBLISH)  # fmt: skip
