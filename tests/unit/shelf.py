@@ -13,10 +13,10 @@ from calotype_shared.schema.config import SamplerType
 from calotype_worker.engine import GenerationRequest
 from calotype_worker.engine.admission import Admission
 from calotype_worker.engine.memory_limit import MemoryLimit
-from calotype_worker.engine.request import ControlInput
 from calotype_worker.engine.step_batch import StepBatch
 from calotype_worker.engine.ticket import prepare
 from calotype_worker.models import Adapters, Lossy, ModelPool, StepModel, load_model
+from calotype_worker.request import ControlInput
 from calotype_worker.sampling.table import TableCache
 from tests import family_models as tiny
 from tests.models import picture, write_tiny_controlnet, write_tiny_lora, write_tiny_sd

@@ -16,9 +16,9 @@ from PIL import Image
 from calotype_shared.errors import InvalidRequest, ModelLoadError
 from calotype_shared.schema.config import Feature, GenerationConfig, SamplerType
 from calotype_worker.engine import Engine, EngineSettings, GenerationRequest
-from calotype_worker.engine.request import ControlInput
 from calotype_worker.models import Adapters, ModelPool, StepModel, load_model
 from calotype_worker.models.base import Rows
+from calotype_worker.request import ControlInput
 from tests import family_models as tiny
 from tests.models import picture
 from tests.unit.test_engine_golden import TOLERANCE, levels, run_staggered

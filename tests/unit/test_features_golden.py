@@ -18,8 +18,8 @@ from PIL import Image
 
 from calotype_shared.schema.config import SamplerType
 from calotype_worker.engine import Engine, EngineSettings, GenerationRequest
-from calotype_worker.engine.request import ControlInput
 from calotype_worker.models import Adapters, StepModel, load_model
+from calotype_worker.request import ControlInput
 from calotype_worker.sampling import make_scheduler
 from tests.models import (
     picture,

@@ -20,12 +20,12 @@ from calotype_shared.queue.job_store import Claim
 from calotype_shared.schema.config import GenerationConfig, SamplerType
 from calotype_shared.schema.jobs import JobRecord, JobState, Lane
 from calotype_worker.engine import Engine, EngineSettings, GenerationRequest
-from calotype_worker.engine.request import Generated
 from calotype_worker.engine.slot import Layout
 from calotype_worker.engine.step_batch import StepBatch
 from calotype_worker.models import Lossy, StepModel, load_model
 from calotype_worker.models.base import RowMemory, Rows
 from calotype_worker.models.token_merging import Matches
+from calotype_worker.request import Generated
 from tests.unit.shelf import Shelf, batch_of, wanted
 from tests.unit.test_engine_golden import TOLERANCE, levels, run_staggered
 

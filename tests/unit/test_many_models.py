@@ -12,8 +12,8 @@ import torch
 from calotype_shared.errors import InvalidRequest, ModelLoadError
 from calotype_shared.schema.config import SamplerType
 from calotype_worker.engine import Engine, Generated, GenerationRequest
-from calotype_worker.engine.request import ControlInput
 from calotype_worker.models import Adapters, Memory, ModelPool, StepModel, load_model
+from calotype_worker.request import ControlInput
 from tests.models import picture, write_tiny_controlnet, write_tiny_lora, write_tiny_sd
 
 

@@ -14,11 +14,11 @@ import torch
 
 from calotype_shared.errors import GenerationFailed, InvalidRequest
 from calotype_shared.schema.config import OutputFormat, SamplerType
-from calotype_worker.engine.request import ControlInput, Generated, GenerationRequest, Mesh
 from calotype_worker.models.base import OpaqueModel
 from calotype_worker.models.opaque import AnimateDiff, ShapE, opaque_card
 from calotype_worker.output.mesh import encode_ply, read_provenance
 from calotype_worker.output.video import encode_gif, encode_mp4, read_gif, read_mp4
+from calotype_worker.request import ControlInput, Generated, GenerationRequest, Mesh
 from tests.models import picture
 from tests.opaque_models import MOTION_FRAMES, OBJECT_SIDE, write_tiny_animatediff, write_tiny_shap_e
 

@@ -17,8 +17,8 @@ from calotype_shared.errors import GenerationFailed, InvalidRequest
 from calotype_worker import profiling
 from calotype_worker.engine import Engine, GenerationRequest, profiler
 from calotype_worker.engine.profile import Point, Profile, measure, sizes_up_to
-from calotype_worker.engine.request import GroupKey
 from calotype_worker.models.base import StepModel
+from calotype_worker.request import GroupKey
 from calotype_worker.settings import WorkerSettings
 from tests.unit.test_engine import request
 

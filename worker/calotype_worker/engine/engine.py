@@ -26,7 +26,6 @@ from calotype_worker.engine.memory_limit import MemoryLimit, is_out_of_memory
 from calotype_worker.engine.pace import Pace, events_of, work_on
 from calotype_worker.engine.profile import Profile, sizes_up_to
 from calotype_worker.engine.profiler import profile_models
-from calotype_worker.engine.request import Generated, GenerationRequest, GroupKey
 from calotype_worker.engine.row_budget import RowBudgets
 from calotype_worker.engine.running import RunningGroup, running_groups
 from calotype_worker.engine.scheduler import Plan, Scheduler
@@ -38,6 +37,7 @@ from calotype_worker.engine.ticket import Ticket, prepare
 from calotype_worker.engine.trace import Tracer, Untraced
 from calotype_worker.models.base import OpaqueModel, StepModel
 from calotype_worker.models.pool import AnyModel, ModelPool
+from calotype_worker.request import Generated, GenerationRequest, GroupKey
 from calotype_worker.sampling.table import TableCache
 from calotype_worker.threads import alone_meanwhile, compute_with
 

@@ -9,12 +9,12 @@ from calotype_shared.schema.config import SamplerType
 from calotype_worker.engine.admission import Admission
 from calotype_worker.engine.memory_limit import MemoryLimit
 from calotype_worker.engine.profile import Profile, measure
-from calotype_worker.engine.request import GenerationRequest, GroupKey
 from calotype_worker.engine.row_budget import RowBudgets
 from calotype_worker.engine.step_batch import StepBatch
 from calotype_worker.engine.ticket import prepare
 from calotype_worker.models.base import OpaqueModel, StepModel
 from calotype_worker.models.pool import ModelPool
+from calotype_worker.request import GenerationRequest, GroupKey
 from calotype_worker.sampling.table import TableCache
 
 log = logging.getLogger(__name__)

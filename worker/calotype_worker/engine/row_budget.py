@@ -8,9 +8,9 @@ from collections.abc import Callable, Hashable, Sequence
 
 from calotype_worker.engine.memory_limit import MemoryLimit
 from calotype_worker.engine.profile import Profile
-from calotype_worker.engine.request import GroupKey
 from calotype_worker.models.base import OpaqueModel
 from calotype_worker.models.pool import ModelPool
+from calotype_worker.request import GroupKey
 
 log = logging.getLogger(__name__)
 

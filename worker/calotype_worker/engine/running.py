@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from calotype_worker.engine.request import GroupKey
 from calotype_worker.engine.step_batch import StepBatch
 from calotype_worker.engine.ticket import Ticket
+from calotype_worker.request import GroupKey
 
 
 @dataclass(frozen=True, kw_only=True)

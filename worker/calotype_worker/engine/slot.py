@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from calotype_worker.engine.request import ControlInput, GenerationRequest
 from calotype_worker.models.base import Conditioning, ControlRows, RowMemory
+from calotype_worker.request import ControlInput, GenerationRequest
 from calotype_worker.sampling.row_scheduler import RowScheduler
 from calotype_worker.sampling.table import SamplerTable
 

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from calotype_shared.errors import InvalidRequest
-from calotype_worker.engine.request import Generated, GenerationRequest, GroupKey
 from calotype_worker.engine.slot import Slot
 from calotype_worker.models.base import OpaqueModel, StepModel, Text
 from calotype_worker.models.pool import ModelPool
+from calotype_worker.request import Generated, GenerationRequest, GroupKey
 from calotype_worker.sampling.row_scheduler import RowScheduler
 from calotype_worker.sampling.table import SamplerTable, TableCache
 from calotype_worker.sampling.trajectory import Trajectory

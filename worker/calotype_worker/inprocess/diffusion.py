@@ -35,8 +35,8 @@ from calotype_shared.schema.config import invalid_request, quality_preset
 from calotype_shared.schema.model_card import ModelCard
 from calotype_shared.storage.images import fitted, normalise, open_upload
 from calotype_worker.engine import Engine, EngineSettings, Generated, GenerationRequest
-from calotype_worker.engine.request import Mesh
 from calotype_worker.models import Adapters, Lossy, Memory, ModelPool, StepModel, load_model
+from calotype_worker.request import Mesh
 from calotype_worker.threads import apart
 
 Picture = np.ndarray | Image.Image | str | Path | bytes  # uint8 (H, W, 3), or a picture file or its bytes

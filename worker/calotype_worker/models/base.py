@@ -13,7 +13,7 @@ from calotype_shared.schema.model_card import ModelCard
 from calotype_worker.models.lossy import Lossy
 
 if TYPE_CHECKING:
-    from calotype_worker.engine.request import Generated, GenerationRequest
+    from calotype_worker.request import Generated, GenerationRequest
 
 # Per-row inputs of a network by name: text embeddings, added conditioning, extra channels. A family chooses the names;
 # the engine stacks what has the same name, and where first dimensions differ pads with zeros and adds `{name}_mask`.

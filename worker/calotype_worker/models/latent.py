@@ -14,7 +14,6 @@ import torch
 
 from calotype_shared.schema.config import Feature
 from calotype_shared.schema.model_card import ModelCard
-from calotype_worker.engine.request import GenerationRequest
 from calotype_worker.models.base import Conditioning, Rows, Text
 from calotype_worker.models.deep_cache import DeepCache
 from calotype_worker.models.first_block_cache import FirstBlockCache
@@ -22,6 +21,7 @@ from calotype_worker.models.lora import LoraBank
 from calotype_worker.models.lossy import EXACT, Lossy
 from calotype_worker.models.quantised import quantise, weight_bytes
 from calotype_worker.models.token_merging import merge_tokens
+from calotype_worker.request import GenerationRequest
 from calotype_worker.sampling.samplers import SAMPLERS, Sampler, make_scheduler
 
 T = TypeVar("T")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from calotype_shared.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from calotype_worker.engine.request import GenerationRequest
+    from calotype_worker.request import GenerationRequest
 
 Quantised = Literal["off", "int8", "int8-dynamic", "float8"]
 MOST_MERGED = 0.75  # one token of each 2x2 square stays

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from calotype_shared.errors import GenerationFailed
-from calotype_worker.engine.request import Mesh
+from calotype_worker.request import Mesh
 
 _TAG = "calotype "  # begins the comment lines that hold the JSON, in order
 _PIECE = 200  # characters of JSON a line: some readers refuse lines that are longer than their buffer

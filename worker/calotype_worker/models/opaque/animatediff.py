@@ -11,9 +11,9 @@ import torch
 from calotype_shared.errors import GenerationFailed, InvalidRequest
 from calotype_shared.schema.config import Feature, OutputFormat
 from calotype_shared.schema.model_card import ModelCard
-from calotype_worker.engine.request import Generated, GenerationRequest
 from calotype_worker.models.base import Watch
 from calotype_worker.models.opaque.whole_pipeline import WholePipeline, own_generators, samplers_of, sizes_of
+from calotype_worker.request import Generated, GenerationRequest
 from calotype_worker.sampling.samplers import SAMPLERS, Sampler
 
 DEFAULT_FRAMES = 16  # what the published motion modules are trained on

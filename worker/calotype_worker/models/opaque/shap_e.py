@@ -13,9 +13,9 @@ from diffusers import HeunDiscreteScheduler
 from calotype_shared.errors import GenerationFailed, InvalidRequest
 from calotype_shared.schema.config import Feature, OutputFormat, SamplerType
 from calotype_shared.schema.model_card import ModelCard
-from calotype_worker.engine.request import Generated, GenerationRequest, Mesh
 from calotype_worker.models.base import Watch
 from calotype_worker.models.opaque.whole_pipeline import WholePipeline, own_generators, samplers_of, sizes_of
+from calotype_worker.request import Generated, GenerationRequest, Mesh
 from calotype_worker.sampling.samplers import Sampler
 
 # diffusers renders 20 views in batches of 4096 rays and drops what is left over: 20 · side² must be a multiple.

@@ -12,8 +12,8 @@ import torch
 
 from calotype_shared.errors import InvalidRequest
 from calotype_shared.schema.model_card import ModelCard
-from calotype_worker.engine.request import Generated, GenerationRequest
 from calotype_worker.models.base import Watch
+from calotype_worker.request import Generated, GenerationRequest
 from calotype_worker.sampling.samplers import Sampler, make_scheduler, sampler_of
 
 
