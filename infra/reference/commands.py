@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import typer
+from calotype_train.__main__ import build_parser as training_parser
 
 from calotype.cli.app import build_app
 from calotype.cli.exit_codes import MEANINGS
 from calotype_worker.__main__ import build_parser as worker_parser
-from calotype_worker.training.__main__ import build_parser as training_parser
 from infra.reference.markdown import code, generated, table
 
 # Typer's words for kinds of values -> ours.

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from calotype_train.demo.checker import look
+from calotype_train.demo.scenes import held_out_captions
 from PIL import Image
 
 from calotype_worker.engine import Engine, EngineSettings, GenerationRequest
 from calotype_worker.models import demo_folder, load_model
-from calotype_worker.training.demo.checker import look
-from calotype_worker.training.demo.scenes import held_out_captions
 
 
 @pytest.fixture(scope="module")

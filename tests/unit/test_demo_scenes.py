@@ -5,9 +5,8 @@ from __future__ import annotations
 import random
 
 import numpy as np
-
-from calotype_worker.training.demo.checker import look
-from calotype_worker.training.demo.scenes import (
+from calotype_train.demo.checker import look
+from calotype_train.demo.scenes import (
     COLOURS,
     SHAPES,
     Item,
@@ -16,7 +15,7 @@ from calotype_worker.training.demo.scenes import (
     held_out_captions,
     random_scene,
 )
-from calotype_worker.training.demo.tokenizer import POSITIONS, build_tokenizer
+from calotype_train.demo.tokenizer import POSITIONS, build_tokenizer
 
 
 def drawn(shape: str, colour: str, background: str, *, radius: float = 0.25, seed: int = 0) -> np.ndarray:

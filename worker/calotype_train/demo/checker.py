@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageDraw
 
-from calotype_worker.training.demo.scenes import COLOURS, SHAPES, outline
+from calotype_train.demo.scenes import COLOURS, SHAPES, outline
 
 _SIDE = 48  # pixels of the normalised mask that shapes are compared in
 _FOREGROUND = 60.0  # distance in RGB from the background at which a pixel belongs to the shape

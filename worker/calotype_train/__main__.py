@@ -1,4 +1,4 @@
-"""`python -m calotype_worker.training`: teach a model a style, a word or a kind of control. `calotype train` runs
+"""`python -m calotype_train`: teach a model a style, a word or a kind of control. `calotype train` runs
 exactly this."""
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, TypeVar
 from calotype_shared.errors import CalotypeError, InvalidRequest
 
 if TYPE_CHECKING:
-    from calotype_worker.training.data import Example
-    from calotype_worker.training.loop import Recipe, Training
-    from calotype_worker.training.pipeline import BaseModel, Shot
+    from calotype_train.data import Example
+    from calotype_train.loop import Recipe, Training
+    from calotype_train.pipeline import BaseModel, Shot
 
 N = TypeVar("N", int, float)
 
@@ -105,15 +105,15 @@ def prepare(options: argparse.Namespace) -> tuple[Training, Recipe]:
     Raises:
         InvalidRequest: what is wrong with the data, the model or an option.
     """
-    from calotype_worker.training.data import hold_out, read_examples  # noqa: PLC0415 - torch takes seconds
+    from calotype_train.data import hold_out, read_examples  # noqa: PLC0415 - torch takes seconds
 
     examples = read_examples(options.data, conditions=options.recipe == "controlnet")
     prompts = read_prompts(options.validation_prompts)
     _quiet()
-    from calotype_worker.training.data import encode  # noqa: PLC0415
-    from calotype_worker.training.loop import Training, TrainingSettings  # noqa: PLC0415
-    from calotype_worker.training.objective import Weighting  # noqa: PLC0415
-    from calotype_worker.training.pipeline import BaseModel  # noqa: PLC0415
+    from calotype_train.data import encode  # noqa: PLC0415
+    from calotype_train.loop import Training, TrainingSettings  # noqa: PLC0415
+    from calotype_train.objective import Weighting  # noqa: PLC0415
+    from calotype_train.pipeline import BaseModel  # noqa: PLC0415
 
     model = BaseModel(options.model, device=options.device)
     recipe = RECIPES[options.recipe](model, options, examples)
@@ -160,14 +160,14 @@ def read_prompts(path: Path | None) -> list[str]:
 
 
 def _lora(model: BaseModel, options: argparse.Namespace, _: Sequence[Example]) -> Recipe:
-    from calotype_worker.training.lora import LoraRecipe  # noqa: PLC0415
+    from calotype_train.lora import LoraRecipe  # noqa: PLC0415
 
     targets = [target.strip() for target in options.targets.split(",") if target.strip()]
     return LoraRecipe(model, rank=options.rank, alpha=options.alpha, targets=targets, seed=options.seed)
 
 
 def _textual_inversion(model: BaseModel, options: argparse.Namespace, examples: Sequence[Example]) -> Recipe:
-    from calotype_worker.training.textual_inversion import TextualInversionRecipe, check_captions  # noqa: PLC0415
+    from calotype_train.textual_inversion import TextualInversionRecipe, check_captions  # noqa: PLC0415
 
     check_captions([example.text for example in examples], options.token)
     return TextualInversionRecipe(
@@ -176,7 +176,7 @@ def _textual_inversion(model: BaseModel, options: argparse.Namespace, examples: 
 
 
 def _controlnet(model: BaseModel, options: argparse.Namespace, _: Sequence[Example]) -> Recipe:
-    from calotype_worker.training.controlnet import ControlNetRecipe  # noqa: PLC0415
+    from calotype_train.controlnet import ControlNetRecipe  # noqa: PLC0415
 
     return ControlNetRecipe(
         model, embedding_channels=options.embedding_channels, light=options.light, seed=options.seed
@@ -194,8 +194,8 @@ def _shots(model: BaseModel, judged_by: Sequence[Example], prompts: Sequence[str
     """The prompts at the model's first size; without any, the first held-out pictures' captions and controls."""
     from PIL import Image, ImageOps  # noqa: PLC0415
 
-    from calotype_worker.training.data import nearest_size  # noqa: PLC0415
-    from calotype_worker.training.pipeline import Shot  # noqa: PLC0415
+    from calotype_train.data import nearest_size  # noqa: PLC0415
+    from calotype_train.pipeline import Shot  # noqa: PLC0415
 
     width, height = model.sizes[0]
     if prompts and not judged_by[0].condition:

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from calotype_worker.training.demo.denoiser import SIZES, scheduler
-from calotype_worker.training.demo.tokenizer import save_tokenizer
+from calotype_train.demo.denoiser import SIZES, scheduler
+from calotype_train.demo.tokenizer import save_tokenizer
 
 DESCRIPTION = "Calotype's bundled demo: one or a few coloured shapes on a plain background, 128x128"
 

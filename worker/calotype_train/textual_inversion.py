@@ -11,8 +11,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from calotype_shared.errors import InvalidRequest
-from calotype_worker.training.data import Batch
-from calotype_worker.training.pipeline import BaseModel, Shot
+from calotype_train.data import Batch
+from calotype_train.pipeline import BaseModel, Shot
 
 
 class TextualInversionRecipe:

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from calotype_shared.errors import InvalidRequest
-from calotype_worker.training.data import Batch
-from calotype_worker.training.pipeline import BaseModel, Shot
+from calotype_train.data import Batch
+from calotype_train.pipeline import BaseModel, Shot
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 

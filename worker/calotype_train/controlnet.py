@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from calotype_shared.errors import InvalidRequest
-from calotype_worker.training.data import Batch
-from calotype_worker.training.pipeline import BaseModel, Shot
+from calotype_train.data import Batch
+from calotype_train.pipeline import BaseModel, Shot
 
 
 class ControlNetRecipe:

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from calotype_worker.training.demo.averaging import Average
-from calotype_worker.training.demo.scenes import draw, random_scene
-from calotype_worker.training.demo.tokenizer import POSITIONS
-from calotype_worker.training.demo.vae import to_latents
+from calotype_train.demo.averaging import Average
+from calotype_train.demo.scenes import draw, random_scene
+from calotype_train.demo.tokenizer import POSITIONS
+from calotype_train.demo.vae import to_latents
 
 # (width, height) in pixels and how many scenes of each are drawn for training.
 SIZES: dict[tuple[int, int], int] = {(128, 128): 14_000, (160, 96): 3_000, (96, 160): 3_000}

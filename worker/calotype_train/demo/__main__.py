@@ -1,7 +1,7 @@
 """Train, export and score the demo model.
 
-    python -m calotype_worker.training.demo train --work FOLDER --out FOLDER [--vae-minutes 10 --unet-minutes 60]
-    python -m calotype_worker.training.demo score FOLDER [--sheet FILE.png]
+    python -m calotype_train.demo train --work FOLDER --out FOLDER [--vae-minutes 10 --unet-minutes 60]
+    python -m calotype_train.demo score FOLDER [--sheet FILE.png]
 
 Training is bounded by wall-clock minutes, writes checkpoints and sample sheets into --work as it runs, and goes on
 from them when started again.
@@ -19,22 +19,22 @@ from typing import Any
 
 import torch
 
-from calotype_worker.training.demo.denoiser import (
+from calotype_train.demo.denoiser import (
     DenoiserTraining,
     Latents,
     build_text_encoder,
     build_unet,
     encode_scenes,
 )
-from calotype_worker.training.demo.export import export
-from calotype_worker.training.demo.scenes import held_out_captions
-from calotype_worker.training.demo.score import load_pipeline, sample, score, sheet
-from calotype_worker.training.demo.tokenizer import build_tokenizer
-from calotype_worker.training.demo.vae import build_vae, measure, train_vae
+from calotype_train.demo.export import export
+from calotype_train.demo.scenes import held_out_captions
+from calotype_train.demo.score import load_pipeline, sample, score, sheet
+from calotype_train.demo.tokenizer import build_tokenizer
+from calotype_train.demo.vae import build_vae, measure, train_vae
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m calotype_worker.training.demo", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m calotype_train.demo", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train from nothing, or go on from --work")
     train.add_argument("--work", type=Path, required=True, help="checkpoints, log and sample sheets")

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from calotype_worker.training.demo.checker import look
-from calotype_worker.training.demo.scenes import held_out_captions
+from calotype_train.demo.checker import look
+from calotype_train.demo.scenes import held_out_captions
 
 
 def load_pipeline(folder: Path) -> Any:

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from calotype_worker.training.demo.scenes import random_scene
+from calotype_train.demo.scenes import random_scene
 
 POSITIONS = 32  # tokens of a prompt, start and end markers included
 END_OF_WORD = "</w>"

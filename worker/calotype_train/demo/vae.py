@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from calotype_worker.training.demo.averaging import Average
-from calotype_worker.training.demo.scenes import draw, random_scene
+from calotype_train.demo.averaging import Average
+from calotype_train.demo.scenes import draw, random_scene
 
 CROP = 64  # pixels: small crops learn the same edges for a quarter of the cost
 BATCH = 8

@@ -22,11 +22,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from calotype_shared.errors import InvalidRequest
-from calotype_worker.training.checkpoint import load_checkpoint, save_checkpoint
-from calotype_worker.training.data import Batch, Pictures
-from calotype_worker.training.objective import Objective, Weighting
-from calotype_worker.training.pipeline import BaseModel, Shot
-from calotype_worker.training.sheet import comparison
+from calotype_train.checkpoint import load_checkpoint, save_checkpoint
+from calotype_train.data import Batch, Pictures
+from calotype_train.objective import Objective, Weighting
+from calotype_train.pipeline import BaseModel, Shot
+from calotype_train.sheet import comparison
 
 _VALIDATION_TIMESTEPS = 8  # evenly spaced; every held-out picture is judged at each
 _LOG_EVERY = 25  # steps
