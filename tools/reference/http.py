@@ -9,7 +9,7 @@ from typing import Any
 from calotype.gateway.app import create_app
 from calotype.gateway.settings import GatewaySettings
 from calotype_shared.settings import Settings
-from infra.reference.markdown import code, generated, table
+from tools.reference.markdown import code, generated, table
 
 _INTRODUCTION = """
 What a running gateway answers at `/openapi.json`: [openapi.json](openapi.json), for programs that make clients. How the

@@ -1,4 +1,4 @@
-"""`python -m infra.reference`: write every generated page; with `--check`, only say which differ, and exit with 1."""
+"""`python -m tools.reference`: write every generated page; with `--check`, only say which differ, and exit with 1."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from infra.reference import commands, decisions, diagrams, errors, http, python_api, records, results, settings
+from tools.reference import commands, decisions, diagrams, errors, http, python_api, records, results, settings
 
 ROOT = Path(__file__).parents[2]
 

@@ -21,8 +21,8 @@ import calotype.batches.client as batch_client
 import calotype.batches.record as batch_record
 import calotype_worker
 from calotype_shared.schema import config, jobs, worker_info
-from infra.reference.markdown import code, docstring, generated, table
-from infra.reference.settings import constraints
+from tools.reference.markdown import code, docstring, generated, table
+from tools.reference.settings import constraints
 
 _ALIASES = (
     "A `Name` is one that an operator registered, an `UploadId` what `Client.upload` returned; a `Side` is in pixels, "

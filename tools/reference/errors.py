@@ -10,7 +10,7 @@ import calotype_shared.errors as source
 from calotype.cli.exit_codes import exit_code
 from calotype.gateway.errors import STATUSES
 from calotype_shared.errors import CalotypeError
-from infra.reference.markdown import code, generated, table
+from tools.reference.markdown import code, generated, table
 
 _AFTER = """
 `code` is stable and for programs; messages are for people and may change. A job that failed has the code and the

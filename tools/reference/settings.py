@@ -7,7 +7,7 @@ from typing import Any
 from calotype.gateway.settings import GatewaySettings
 from calotype_shared.settings import Settings, StrictSettings
 from calotype_worker.settings import WorkerSettings
-from infra.reference.markdown import code, generated, table
+from tools.reference.markdown import code, generated, table
 
 GROUPS: tuple[tuple[str, str, type[StrictSettings]], ...] = (
     ("Every process", "Producers, workers and gateways read these.", Settings),

@@ -7,7 +7,7 @@ import re
 from calotype.batches.record import BatchState
 from calotype_shared.queue import keys
 from calotype_shared.schema.jobs import TRANSITIONS, JobState
-from infra.reference.markdown import generated, table
+from tools.reference.markdown import generated, table
 
 _BATCHES = """
 ## States of a batch
@@ -39,7 +39,7 @@ def page() -> str:
 
 def _linked(match: re.Match[str]) -> str:
     """A decision's number with its note behind it."""
-    from infra.reference.decisions import NOTES  # noqa: PLC0415
+    from tools.reference.decisions import NOTES  # noqa: PLC0415
 
     [note] = NOTES.glob(f"{int(match[1]):04}-*.md")
     return f"[decision {match[1]}](../decisions/{note.name})"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from infra.reference.markdown import generated
+from tools.reference.markdown import generated
 
 NOTES = Path(__file__).parents[2] / "docs" / "decisions"
 

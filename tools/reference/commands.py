@@ -12,7 +12,7 @@ from calotype_train.__main__ import build_parser as training_parser
 from calotype.cli.app import build_app
 from calotype.cli.exit_codes import MEANINGS
 from calotype_worker.__main__ import build_parser as worker_parser
-from infra.reference.markdown import code, generated, table
+from tools.reference.markdown import code, generated, table
 
 # Typer's words for kinds of values -> ours.
 _KINDS = {
