@@ -67,7 +67,7 @@ class Forge:
     def __init__(self) -> None:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("CALOTYPE_")}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.forge"],
+            [sys.executable, "-m", "tests.faults.worker_fork_server"],
             cwd=ROOT,
             env={**environment, "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,

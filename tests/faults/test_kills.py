@@ -13,8 +13,8 @@ from calotype_shared.queue.job_store import MAX_CRASHES
 from calotype_shared.queue.message import message
 from calotype_shared.queue.records import SCHEMA
 from calotype_shared.schema.jobs import JobState
+from tests.faults.fault_points import CURSED, POINTS, POISON
 from tests.faults.harness import FULL, LEASE_SECONDS, Site, Table, WorkerProcess, until
-from tests.faults.stops import CURSED, POINTS, POISON
 
 WITHIN = 30 + LEASE_SECONDS  # seconds after a worker's death until its jobs are someone else's
 

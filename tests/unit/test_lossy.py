@@ -26,7 +26,7 @@ from calotype_worker.models import Lossy, StepModel, load_model
 from calotype_worker.models.base import RowMemory, Rows
 from calotype_worker.models.token_merging import Matches
 from calotype_worker.request import Generated
-from tests.unit.shelf import Shelf, batch_of, wanted
+from tests.unit.stub_models import Shelf, batch_of, wanted
 from tests.unit.test_engine_golden import TOLERANCE, levels, run_staggered
 
 

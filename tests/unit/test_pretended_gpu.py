@@ -1,4 +1,4 @@
-"""What a GPU would refuse, or make the host wait for: the engine on a device that is not there (`tests/far.py`)."""
+"""What a GPU would refuse, or make the host wait for: the engine on a device that is not there (`tests/fake_gpu.py`)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from calotype_shared.schema.config import SamplerType
 from calotype_worker.engine import Engine, Generated, GenerationRequest
 from calotype_worker.models import Memory, ModelPool, StepModel, load_model, registry
 from calotype_worker.sampling.table import TableCache
-from tests.far import GPU, Far, pretended_gpu
-from tests.unit.shelf import Shelf, batch_of, wanted
+from tests.fake_gpu import GPU, Far, pretended_gpu
+from tests.unit.stub_models import Shelf, batch_of, wanted
 from tests.unit.test_engine import request
 from tests.unit.test_engine_golden import TOLERANCE, levels
 

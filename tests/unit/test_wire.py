@@ -19,7 +19,7 @@ from calotype_shared.schema.config import GenerationConfig, digest_of
 from calotype_shared.schema.jobs import JobState, Preview
 from calotype_shared.schema.model_card import ModelCard
 from calotype_shared.schema.worker_info import WorkerInfo
-from tests.wire import FORMS
+from tests.golden_records import FORMS
 
 KEPT = sorted(FORMS.glob("v*/*.json"))
 

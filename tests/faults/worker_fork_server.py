@@ -64,7 +64,7 @@ def _fork(asked: dict[str, Any]) -> int:
             os.dup2(descriptor, standard)
         os.environ.clear()
         os.environ.update(asked["environment"])
-        from tests.faults.stops import install
+        from tests.faults.fault_points import install
 
         for stop in asked["stops"]:
             install(stop)

@@ -1,7 +1,7 @@
 """The systems to beat, each as its documentation says to write it, with the same plain diffusers behind.
 
-    python benchmarks/rivals.py litserve PORT MODEL DEVICE
-    python benchmarks/rivals.py celery REDIS_URL MODEL DEVICE
+    python benchmarks/baselines.py litserve PORT MODEL DEVICE
+    python benchmarks/baselines.py celery REDIS_URL MODEL DEVICE
 
 Both collect whole requests for a moment and run them as static batches. Neither encodes or stores its pictures, which
 Calotype does: their answers are the seeds.

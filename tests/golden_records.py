@@ -146,7 +146,7 @@ def _text(value: object) -> str:
 
 
 def main() -> None:
-    """Write the folder of this version's schema, for a number that is new: `python -m tests.wire`."""
+    """Write the folder of this version's schema, for a number that is new: `python -m tests.golden_records`."""
     folder = FORMS / f"v{SCHEMA}"
     folder.mkdir(parents=True)  # one that is there is not to be changed
     with tempfile.TemporaryDirectory() as data, EmbeddedServers.start(Path(data)) as servers:
