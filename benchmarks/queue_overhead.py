@@ -34,7 +34,7 @@ from calotype.embedded.process import ChildProcess
 from calotype_shared.queue.scripts import script_source
 from calotype_shared.schema.jobs import JobState
 
-LUA = Path(calotype_shared.__file__).parent / "lua"
+LUA = Path(calotype_shared.__file__).parent / "queue" / "lua"
 NAMES = {file.stem for file in LUA.glob("*.lua")} - {"prelude"}
 SCRIPTS = {hashlib.sha1(script_source(name).encode()).hexdigest(): f"{name}.lua" for name in NAMES}
 

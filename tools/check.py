@@ -18,7 +18,8 @@ import promql_parser
 import yaml
 from rules import problems
 
-INFRA = Path(__file__).parent
+INFRA = Path(__file__).parents[1] / "infra"
+CHECKOV = Path(__file__).with_name("checkov.yaml")
 KUBERNETES = INFRA / "kubernetes"
 VERSIONS = ("1.31", "1.37")  # the oldest that knows all fields that are used, and the newest that the schemas have
 DOCKERFILES = sorted((INFRA / "docker").glob("*.Dockerfile"))
@@ -75,7 +76,10 @@ def checks(folder: Path, overlays: dict[str, str]) -> Sequence[tuple[str, bool, 
         (folder / dockerfile.name).write_text(dockerfile.read_text())
     done.append(("Dockerfiles: hadolint", *run("hadolint", *DOCKERFILES)))
     done.append(
-        ("overlays and Dockerfiles: checkov", *run("checkov", "--config-file", INFRA / "checkov.yaml", "-d", folder))
+        (
+            "overlays and Dockerfiles: checkov",
+            *run("checkov", "--config-file", CHECKOV, "-d", folder),
+        )
     )
     schema = ("--builtin-schema", "vendor.compose-spec", COMPOSE)
     done.append(("docker-compose.yml: Compose specification", *run("check-jsonschema", *schema)))

@@ -17,7 +17,7 @@ from packaging.metadata import Metadata
 from packaging.utils import parse_sdist_filename, parse_wheel_filename
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = {"calotype", "calotype_shared", "calotype_worker"}
+PACKAGES = {"calotype", "calotype_shared", "calotype_train", "calotype_worker"}
 LARGEST = 32_000_000  # bytes; the index takes 100 MB
 _HEADING = re.compile(r"^## \[(?P<name>[^\]]+)\](?: - (?P<date>\d{4}-\d\d-\d\d))?$", re.MULTILINE)
 _SECRET = re.compile(r"(^|/)(\.env(?!\.example$)|\.git/|\.pypirc|id_rsa|.*\.pem|s3\.json)")

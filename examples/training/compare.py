@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from calotype_train.demo.checker import look
-from calotype_train.demo.scenes import held_out_captions
-from calotype_train.sheet import comparison
 from draw import LIME, SCALE, free_item, mask_of, outline_of
 from PIL import Image
 
+from calotype_train.demo.checker import look
+from calotype_train.demo.scenes import held_out_captions
+from calotype_train.sheet import comparison
 from calotype_worker.models import demo_folder
 
 STEPS, GUIDANCE, SIDE = 20, 5.0, 128

@@ -16,8 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from calotype_train.demo.scenes import COLOURS, SHAPES, Item, Scene, draw, random_scene
 from PIL import Image, ImageFilter
+
+from calotype_train.demo.scenes import COLOURS, SHAPES, Item, Scene, draw, random_scene
 
 SIZES = {(128, 128): 0.7, (160, 96): 0.15, (96, 160): 0.15}  # the demo model's own, and how often each
 SCALE = 4  # drawn so many times larger, then averaged

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from calotype_train.demo.checker import look
-from calotype_train.demo.scenes import held_out_captions
 from PIL import Image
 
+from calotype_train.demo.checker import look
+from calotype_train.demo.scenes import held_out_captions
 from calotype_worker.engine import Engine, EngineSettings, GenerationRequest
 from calotype_worker.models import demo_folder, load_model
 

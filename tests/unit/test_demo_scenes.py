@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import numpy as np
+
 from calotype_train.demo.checker import look
 from calotype_train.demo.scenes import (
     COLOURS,

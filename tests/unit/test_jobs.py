@@ -43,7 +43,7 @@ def test_the_scripts_know_exactly_the_legal_edges() -> None:
     """The table in Lua is made from the one in Python, and no script writes a state around it."""
     edges = set(re.findall(r"\['(\w+)>(\w+)'\] = true", script_source("claim")))
     assert edges == {(old.value, new.value) for old, new in TRANSITIONS}
-    for file in (resources.files("calotype_shared") / "lua").iterdir():
+    for file in (resources.files("calotype_shared.queue") / "lua").iterdir():
         writes = re.findall(r"(?:HSET'|fields = ).*?'state', ('?\w+'?)", file.read_text())
         allowed = _STATE_WRITERS.get(file.name, [])
         assert writes == allowed, f"{file.name} writes a state by itself"

@@ -1,4 +1,4 @@
-"""What a GPU would refuse, or make the host wait for: the engine on a device that is not there (`tests/fake_gpu.py`)."""
+"""What a GPU would refuse, or make the host wait for: the engine on a pretended device (`tests/fake_gpu.py`)."""
 
 from __future__ import annotations
 

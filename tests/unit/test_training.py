@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageDraw
+
+from calotype_shared.errors import InvalidRequest
 from calotype_train.__main__ import build_parser, main, prepare
 from calotype_train.checkpoint import load_checkpoint, save_checkpoint
 from calotype_train.data import Example, hold_out
 from calotype_train.objective import Objective, Weighting
-from PIL import Image, ImageDraw
-
-from calotype_shared.errors import InvalidRequest
 
 RECIPES = {
     "lora": ["lora", "--rank", "4", "--learning-rate", "0.02"],

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import typer
-from calotype_train.__main__ import build_parser as training_parser
 
 from calotype.cli.app import build_app
 from calotype.cli.exit_codes import MEANINGS
+from calotype_train.__main__ import build_parser as training_parser
 from calotype_worker.__main__ import build_parser as worker_parser
 from tools.reference.markdown import code, generated, table
 

@@ -14,7 +14,7 @@ from types import MappingProxyType
 _STANDARD = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 _DECORATION = {"color_message"}  # of uvicorn: the message again, for terminals
 # Libraries tell of warnings only: what they say below may hold addresses with signatures, or what was sent.
-_OURS = ("calotype", "calotype_worker", "calotype_shared")
+_OURS = ("calotype", "calotype_worker", "calotype_train", "calotype_shared")
 
 _about: ContextVar[Mapping[str, str]] = ContextVar("about", default=MappingProxyType({}))
 

@@ -35,7 +35,7 @@ def script_source(name: str, schema: int = SCHEMA) -> str:
 
     The server knows a script by the hash of its text, so those of several versions run beside each other.
     """
-    folder = resources.files("calotype_shared") / "lua"
+    folder = resources.files("calotype_shared.queue") / "lua"
     edges = ", ".join(f"['{old.value}>{new.value}'] = true" for old, new in TRANSITIONS)
     prelude = (folder / "prelude.lua").read_text()
     prelude = (
