@@ -23,8 +23,8 @@ GOOD = "# Changelog\n\n## [Unreleased]\n\n### Added\n- A.\n\n## [1.0.0] - 2026-0
 
 
 def load_release() -> ModuleType:
-    """`tools/release.py`, which is in no package."""
-    spec = importlib.util.spec_from_file_location("release", ROOT / "infra" / "release.py")
+    """`tools/release.py`, loaded by path."""
+    spec = importlib.util.spec_from_file_location("release", ROOT / "tools" / "release.py")
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
