@@ -77,7 +77,7 @@ def work(settings: Settings, look: int, device: Device, counts: tuple[Count, Cou
         model="demo",
         affinity=look,
         max_rows=device.max_rows,
-        concurrency=device.places,
+        concurrency=device.slots,
         profile_seconds=0.0,
         grace_seconds=1.0,
     )

@@ -32,7 +32,7 @@ from calotype.embedded import EmbeddedServers
 from calotype_shared.schema.config import OutputFormat
 from calotype_shared.storage.s3 import Storage
 from calotype_worker.engine import Engine, EngineSettings
-from calotype_worker.engine.trace import Untraced
+from calotype_worker.engine.trace import NoopTracer
 from calotype_worker.models import load_model
 from calotype_worker.models.base import Rows
 from calotype_worker.output.image import encode_image
@@ -60,7 +60,7 @@ class Sleeping:
         return np.zeros((len(latents), 8, 8, 3), np.uint8)
 
 
-class Steps(Untraced):
+class Steps(NoopTracer):
     """Notes how long each step took."""
 
     def __init__(self) -> None:

@@ -17,8 +17,8 @@ from calotype_shared.errors import InvalidRequest
 from calotype_shared.schema.config import SamplerType
 from calotype_shared.schema.model_card import ModelCard
 from calotype_worker.engine import Engine, GenerationRequest
+from calotype_worker.models.accelerations import EXACT
 from calotype_worker.models.base import Conditioning, Rows, Text
-from calotype_worker.models.lossy import EXACT
 from calotype_worker.sampling.samplers import SAMPLERS, make_scheduler
 
 COLORS: Mapping[str, tuple[float, float, float]] = {  # in -1..1, as latents are
@@ -37,7 +37,7 @@ class PlainColors:
 
     mask_channels = 0
     embedded_guidance = False
-    lossy = EXACT
+    accelerations = EXACT
     weight_bytes = 0
 
     def __init__(self, name: str = "colors") -> None:

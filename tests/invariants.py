@@ -58,10 +58,10 @@ def check_store(store: JobStore, redis: Redis) -> None:
     check_equal_jobs(records, redis, store)
     ours = {value for name in dir(keys) if isinstance(value := getattr(keys, name), str) and not name.startswith("_")}
     for queue in queues:
-        ours |= {keys.waiting(queue), keys.mark(queue), keys.messages(queue), keys.shares(queue)}
+        ours |= {keys.waiting(queue), keys.queue_state(queue), keys.messages(queue), keys.tenant_tags(queue)}
     celerys = {f"{keys.prefix}{name}" for name in ("unacked", "unacked_index", "unacked_mutex")}
     families = ("job", "worker", "preview", "recent", "batch", "batches", "lead", "live", "done", "parts", "made")
-    families += ("flight", "followers", "idempotency", "hook", "allowance", "files", "options")
+    families += ("in_flight", "followers", "idempotency", "hook", "rate_limit", "files", "options")
     known = (*(f"{keys.prefix}{family}:" for family in families), f"{keys.prefix}_kombu.binding")
     unknown = {name for name in names - ours - celerys if not name.startswith(known)}
     assert not unknown, f"keys that nothing documents: {unknown}"
@@ -75,7 +75,7 @@ def check_equal_jobs(records: dict[str, dict[str, str]], redis: Redis, store: Jo
         assert followers == waiting, f"{job_id}: followed by {followers}, but {waiting} wait for it"
         if JobState(record["state"]).final:
             assert not followers
-            assert _text(redis.get(store.keys.flight(record.get("identity", "")))) != job_id
+            assert _text(redis.get(store.keys.in_flight(record.get("identity", "")))) != job_id
 
 
 def _text(value: object) -> str:
@@ -100,7 +100,7 @@ def check_bucket(store: JobStore, redis: Redis, storage: Storage) -> None:
             if record["state"] == JobState.RUNNING:
                 folder = f"{name.removeprefix(keys.job(''))}/{record['attempt']}-{record['token']}/"
                 may_be |= {key for key in there if key.startswith(folder)}
-        elif name.startswith(keys.made("")):
+        elif name.startswith(keys.finished("")):
             wanted |= _pictures(json.loads(_text(redis.get(name))))
         elif name.startswith(keys.files("")):
             tenant = name.removeprefix(keys.files(""))

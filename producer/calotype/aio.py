@@ -67,15 +67,15 @@ class AsyncClient:
 
     async def follow(self, job_ids: Sequence[str], *, timeout: float | None = None) -> AsyncIterator[JobRecord]:
         waiting = self._client.begin_wait(job_ids, timeout=timeout)
-        with self._client.notices.watch_async() as watch:
+        with self._client.job_changes.watch_async() as watch:
             while True:
                 for record in await asyncio.to_thread(self._client.look, waiting):
                     yield record
                 if waiting.done:
                     return
-                await asyncio.to_thread(watch.set_jobs, waiting.told)
+                await asyncio.to_thread(watch.set_jobs, waiting.subscribed_ids)
                 # No thread is held while nothing happens.
-                await watch.wait(self._client.pause(waiting, live=watch.live), at_least=waiting.least)
+                await watch.wait(self._client.pause(waiting, live=watch.live), at_least=waiting.min_interval)
 
     async def wait(
         self, job_ids: Sequence[str], timeout: float | None = None, *, check: bool = True

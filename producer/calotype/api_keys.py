@@ -157,7 +157,7 @@ class ApiKeys(Scripted):
     @said_clearly
     def revoke(self, key_id: str) -> bool:
         """Within seconds nobody accepts it any more. False if there was no such key."""
-        self._redis.delete(self.keys.allowance(key_id))
+        self._redis.delete(self.keys.rate_limit(key_id))
         return bool(self._redis.hdel(self.keys.api_keys, key_id))
 
     @said_clearly

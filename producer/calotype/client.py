@@ -12,7 +12,7 @@ from calotype.batches.client import BatchCalls
 from calotype.batches.store import BatchStore
 from calotype.dead import DeadCalls
 from calotype.handle import JobHandle
-from calotype.notices import Notices
+from calotype.job_changes import JobChangeListener
 from calotype.overview import Overview, look
 from calotype.picture import Picture, PictureSource
 from calotype.resolver import Resolver, Submission, idempotency, storable
@@ -24,7 +24,7 @@ from calotype_shared.errors import (
     QueueFull,
     WaitTimeout,
 )
-from calotype_shared.observability.tracing import SILENT, Telemetry, make_telemetry
+from calotype_shared.observability.tracing import NOOP_TELEMETRY, Telemetry, make_telemetry
 from calotype_shared.queue.connection import connect_redis
 from calotype_shared.queue.job_store import JobStore
 from calotype_shared.queue.submission import NewJob
@@ -85,7 +85,9 @@ class Client(BatchCalls, DeadCalls):
         self._on_warning = on_warning
         self._clock = clock
         self._sleep = sleep
-        self._own_telemetry = make_telemetry(settings, service="calotype-client") if telemetry is None else SILENT
+        self._own_telemetry = (
+            make_telemetry(settings, service="calotype-client") if telemetry is None else NOOP_TELEMETRY
+        )
         self._telemetry = telemetry or self._own_telemetry
         self._batches = BatchStore(
             self._redis,
@@ -95,7 +97,7 @@ class Client(BatchCalls, DeadCalls):
             max_open_per_tenant=settings.max_open_batches_per_tenant,
         )
         self._resolver = Resolver(settings, self._store, self._storage, clock=clock)
-        self.notices = Notices(self._redis, self._store.keys)
+        self.job_changes = JobChangeListener(self._redis, self._store.keys)
 
     def submit(
         self,
@@ -211,13 +213,13 @@ class Client(BatchCalls, DeadCalls):
             WaitTimeout: after `timeout` seconds; the jobs go on.
         """
         waiting = self.begin_wait(job_ids, timeout=timeout)
-        with self.notices.watch() as watch:
+        with self.job_changes.watch() as watch:
             while True:
                 yield from self.look(waiting)
                 if waiting.done:
                     return
-                watch.set_jobs(waiting.told)
-                watch.wait(waiting.pause(self._clock(), live=watch.live), at_least=waiting.least)
+                watch.set_jobs(waiting.subscribed_ids)
+                watch.wait(waiting.pause(self._clock(), live=watch.live), at_least=waiting.min_interval)
 
     @overload
     def wait(self, job_ids: str, timeout: float | None = None, *, check: bool = True) -> JobRecord: ...
@@ -251,7 +253,7 @@ class Client(BatchCalls, DeadCalls):
         """One round trip of a wait: the records that changed. Raises as `follow`."""
         now = self._clock()
         window = waiting.window
-        changed = waiting.observe(window, self._store.get_many(window)) if window else []
+        changed = waiting.update(window, self._store.get_many(window)) if window else []
         if waiting.expired(now):
             raise WaitTimeout(self._why_late(waiting))
         if not waiting.warned and now >= waiting.next_worker_check:
@@ -369,7 +371,7 @@ class Client(BatchCalls, DeadCalls):
         return look(self._store, tenant=tenant)
 
     def close(self) -> None:
-        self.notices.close()
+        self.job_changes.close()
         self._redis.close()
         self._own_telemetry.close()
 

@@ -18,7 +18,7 @@ from calotype_shared.schema.config import GenerationConfig, digest_of, quality_p
 from calotype_shared.schema.jobs import Lane
 from calotype_shared.schema.model_card import ModelCard
 from calotype_shared.settings import TENANT_PATTERN, Settings
-from calotype_shared.storage.images import normalise, upload_key
+from calotype_shared.storage.images import normalize_image, upload_key
 from calotype_shared.storage.s3 import SAFE_SECONDS, Storage
 
 Submission = GenerationConfig | str | Mapping[str, Any]  # a config, a bare prompt, or fields
@@ -122,7 +122,7 @@ class Resolver:
         Raises:
             InvalidRequest: it is no PNG, JPEG or WebP, or too large. Nothing was stored.
         """
-        upload_id, data = normalise(picture_bytes(picture, field), field=field)
+        upload_id, data = normalize_image(picture_bytes(picture, field), field=field)
         if not self._is_known(upload_id):
             self._storage.put(upload_key(upload_id), data, "image/png")
             self._remember(upload_id)

@@ -231,7 +231,7 @@ def test_the_storage_is_killed_and_restarted(
 def test_there_is_no_room_to_spool(
     how: str, corner: Callable[..., Settings], make_site: Callable[..., Site], table: Table
 ) -> None:
-    """Then pictures wait in memory and their threads with them: nothing more is claimed than there are places."""
+    """Then pictures wait in memory and their threads with them: nothing more is claimed than there are slots."""
     settings = corner()
     assert settings.s3_endpoint_url
     with Proxy.before(settings.s3_endpoint_url) as proxy:

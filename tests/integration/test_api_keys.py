@@ -84,7 +84,7 @@ def test_requests_are_limited_and_come_back(keys: ApiKeys, redis: Redis) -> None
         return True
 
     until(works, 5)
-    assert redis.ttl(keys.keys.allowance(key.id)) > 0
+    assert redis.ttl(keys.keys.rate_limit(key.id)) > 0
 
 
 def test_pictures_are_counted_by_the_day(keys: ApiKeys) -> None:

@@ -114,7 +114,7 @@ def test_bad_lines_are_told_by_number_and_the_rest_runs(
     assert "seed=nan" in told[12]
 
     kept = {key.removeprefix(store.keys.prefix) for key in redis.scan_iter(f"{store.keys.prefix}*")}
-    assert not [key for key in kept if key.startswith(("job:", "live:", "done:", "parts:", "lead:", "recent:"))]
+    assert not [key for key in kept if key.startswith(("job:", "live:", "done:", "parts:", "leader:", "recent:"))]
     assert sorted(storage.list(f"batches/{batch.id}/")) == [
         f"batches/{batch.id}/{name}.jsonl" for name in ("errors", "manifest", "output")
     ]
@@ -162,7 +162,7 @@ def test_a_killed_dispatcher_loses_and_repeats_nothing(
                 dispatcher.send_signal(signal.SIGKILL)
                 dispatcher.wait()
             assert not batch.status().state.final
-            client._redis.delete(client._store.keys.lead(batch.id))  # as if its lease had run out
+            client._redis.delete(client._store.keys.leader(batch.id))  # as if its lease had run out
         with Dispatcher(settings), Dispatcher(settings):  # two at once, too
             record = batch.wait(60)
         assert len(worker.done) == len(set(worker.done)) == 3000
@@ -179,7 +179,7 @@ def test_a_replaced_dispatcher_can_write_nothing(client: Client, settings: Setti
     zombie = batches.lead(batch.id, who="zombie", lease_seconds=30)
     assert zombie is not None
     assert batches.lead(batch.id, who="heir", lease_seconds=30) is None
-    client._redis.delete(client._store.keys.lead(batch.id))
+    client._redis.delete(client._store.keys.leader(batch.id))
     heir = batches.lead(batch.id, who="heir", lease_seconds=30)
     assert heir is not None
     for write in (

@@ -9,7 +9,7 @@ import pytest
 from redis import Redis
 
 from calotype_shared.errors import InvalidRequest, JobNotFound, RedisUnavailable
-from calotype_shared.queue.job_store import MAX_CRASHES, SUSPECT, Claim, JobStore, Reaped
+from calotype_shared.queue.job_store import MAX_CRASHES, QUARANTINE_CRASHES, Claim, JobStore, Reaped
 from calotype_shared.queue.records import UnreadableRecord
 from calotype_shared.queue.submission import NewJob
 from calotype_shared.schema.config import GenerationConfig, SamplerType
@@ -138,16 +138,16 @@ def test_a_job_that_kills_its_workers_is_given_up(store: JobStore, redis: Redis)
 def test_a_suspect_is_left_to_another_worker(store: JobStore, redis: Redis) -> None:
     """Jobs on which two workers have died are taken one at a time, so that the guilty one is found among them."""
     ids = store.create([CONFIG] * 3)
-    for _ in range(SUSPECT):
+    for _ in range(QUARANTINE_CRASHES):
         suspects = [take(store).job_id for _ in range(2)]
         lose(store, redis)
     assert suspects == ids[:2]
     mine = take(store)
     assert mine.job_id == ids[0]
-    other = store.claim("demo.bulk", worker="w1", lease_seconds=20, leave_suspects=True)
+    other = store.claim("demo.bulk", worker="w1", lease_seconds=20, leave_quarantined=True)
     assert other is not None
     assert other.job_id == ids[2], "past the suspect in line before it"
-    assert store.claim("demo.bulk", worker="w1", lease_seconds=20, leave_suspects=True) is None
+    assert store.claim("demo.bulk", worker="w1", lease_seconds=20, leave_quarantined=True) is None
     assert take(store).job_id == ids[1]
 
 
@@ -308,7 +308,7 @@ def test_messages_lost_on_their_way_are_sent_again(redis: Redis, settings: Setti
     redis.rpop(queue, 2)
     first = store.reap()  # what lacks at one look may be in a worker's hands
     assert first is not None
-    assert first.invited == 0
+    assert first.republished == 0
     assert wait_for_invitations(store, redis) == 2
     assert redis.llen(queue) == 3
     take(store)
@@ -325,7 +325,7 @@ def test_messages_in_hand_are_not_taken_for_lost(redis: Redis, settings: Setting
         redis.delete(store.keys.reaper)
         reaped = store.reap()
         assert reaped is not None
-        assert reaped.invited == 0
+        assert reaped.republished == 0
         claim = take(store)
         time.sleep(0.03)  # longer than the gap: the very thing under test is the passing of time
         redis.delete(store.keys.reaper)
@@ -442,8 +442,8 @@ def wait_for_invitations(store: JobStore, redis: Redis) -> int:
     def reap() -> bool:
         redis.delete(store.keys.reaper)
         reaped = store.reap()
-        if reaped and reaped.invited:
-            found.append(reaped.invited)
+        if reaped and reaped.republished:
+            found.append(reaped.republished)
         return bool(found)
 
     until(reap)

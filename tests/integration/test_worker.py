@@ -148,12 +148,12 @@ def test_interactive_jobs_go_first(start_worker: Callable[..., WorkerProcess], c
     start_worker("--concurrency", "2")
     backlog = client.submit_many(mixed(20, steps=20))
     until(lambda: backlog[0].status().state is not JobState.QUEUED)
-    urgent = client.submit("now", model="tiny", num_inference_steps=2, lane=Lane.INTERACTIVE)
-    urgent.wait(60)
+    interactive = client.submit("now", model="tiny", num_inference_steps=2, lane=Lane.INTERACTIVE)
+    interactive.wait(60)
     assert backlog[-1].status().state is JobState.QUEUED
     client.wait([job.id for job in backlog], timeout=90)
     started = sorted(r.started_at or 0 for r in (job.status() for job in backlog))
-    assert sum(t < (urgent.status().started_at or 0) for t in started) < 10
+    assert sum(t < (interactive.status().started_at or 0) for t in started) < 10
 
 
 def test_two_workers_share_a_queue(start_worker: Callable[..., WorkerProcess], client: Client) -> None:
@@ -236,8 +236,8 @@ def test_an_urgent_job_does_not_wait_for_a_bulk_load(
         ]
     )
     until(lambda: bulk[3].status().state.final)
-    urgent = client.submit("now", model="tiny", num_inference_steps=5, sampler="ddim")
-    record = urgent.wait(60)
+    interactive = client.submit("now", model="tiny", num_inference_steps=5, sampler="ddim")
+    record = interactive.wait(60)
     assert record.started_at is not None
     began = record.started_at + sum(record.timings[phase] for phase in ("fetch", "prepare", "wait"))
     finished = [at for job in bulk if (at := job.status().finished_at) is not None and at > record.created_at]

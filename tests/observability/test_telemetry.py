@@ -25,7 +25,7 @@ from calotype.embedded.ports import free_ports
 from calotype_shared.errors import InvalidRequest, SettingsError
 from calotype_shared.observability.logs import about
 from calotype_shared.observability.otlp import Otlp
-from calotype_shared.observability.tracing import SILENT, make_telemetry, trace_id_of
+from calotype_shared.observability.tracing import NOOP_TELEMETRY, make_telemetry, trace_id_of
 from calotype_shared.queue.job_store import JobStore
 from calotype_shared.schema.model_card import ModelCard
 from calotype_shared.settings import Settings
@@ -296,14 +296,14 @@ def test_what_decides_whether_anything_is_traced(monkeypatch: pytest.MonkeyPatch
     """Our setting first, then OpenTelemetry's own variables."""
     for name in ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_SDK_DISABLED"):
         monkeypatch.delenv(name, raising=False)
-    assert make_telemetry(Settings.load(), service="x") is SILENT
+    assert make_telemetry(Settings.load(), service="x") is NOOP_TELEMETRY
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
     telemetry = make_telemetry(Settings.load(), service="x")
     assert isinstance(telemetry, Otlp)
     telemetry.close()
-    assert make_telemetry(Settings.load(telemetry="off"), service="x") is SILENT
+    assert make_telemetry(Settings.load(telemetry="off"), service="x") is NOOP_TELEMETRY
     monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
-    assert make_telemetry(Settings.load(), service="x") is SILENT
+    assert make_telemetry(Settings.load(), service="x") is NOOP_TELEMETRY
 
 
 def test_missing_packages_are_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -312,7 +312,7 @@ def test_missing_packages_are_told(monkeypatch: pytest.MonkeyPatch, caplog: pyte
     monkeypatch.delitem(sys.modules, "calotype_shared.observability.otlp", raising=False)
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
     with caplog.at_level(logging.WARNING):
-        assert make_telemetry(Settings.load(), service="x") is SILENT
+        assert make_telemetry(Settings.load(), service="x") is NOOP_TELEMETRY
     assert "nothing is traced" in caplog.text
     with pytest.raises(SettingsError, match=r"CALOTYPE_TELEMETRY='on': .*pip install 'calotype\[telemetry\]'"):
         make_telemetry(Settings.load(telemetry="on"), service="x")

@@ -13,9 +13,9 @@ from calotype_shared.schema.config import SamplerType
 from calotype_worker.engine import GenerationRequest
 from calotype_worker.engine.admission import Admission
 from calotype_worker.engine.memory_limit import MemoryLimit
+from calotype_worker.engine.request_state import prepare
 from calotype_worker.engine.step_batch import StepBatch
-from calotype_worker.engine.ticket import prepare
-from calotype_worker.models import Adapters, Lossy, ModelPool, StepModel, load_model
+from calotype_worker.models import Accelerations, Adapters, ModelPool, StepModel, load_model
 from calotype_worker.request import ControlInput
 from calotype_worker.sampling.table import TableCache
 from tests import family_models as tiny
@@ -49,9 +49,11 @@ class Shelf:
         return folder
 
     @functools.cache  # noqa: B019
-    def model(self, name: str, **lossy: Any) -> StepModel:
+    def model(self, name: str, **accelerations: Any) -> StepModel:
         adapters = self.adapters if name == "sd" else None
-        model: Any = load_model(name, source=str(self.source(name)), adapters=adapters, lossy=Lossy(**lossy))
+        model: Any = load_model(
+            name, source=str(self.source(name)), adapters=adapters, accelerations=Accelerations(**accelerations)
+        )
         return model
 
 
@@ -79,8 +81,8 @@ def wanted(name: str) -> list[GenerationRequest]:
 
 def batch_of(model: StepModel, requests: list[GenerationRequest]) -> StepBatch:
     """A step batch as the engine makes it, to be stepped by hand."""
-    tickets = [prepare(request, ModelPool([model]), TableCache()) for request in requests]
-    assert not any(Admission(cache_capacity=16, together=True).admit(model, [t.stages[0] for t in tickets]))
-    batch = StepBatch(model, shape=tickets[0].group.step_shape, limit=MemoryLimit(64, on_lower=lambda *_: None))
-    batch.join([ticket.slot for ticket in tickets])
+    states = [prepare(request, ModelPool([model]), TableCache()) for request in requests]
+    assert not any(Admission(cache_capacity=16, together=True).admit(model, [t.stages[0] for t in states]))
+    batch = StepBatch(model, shape=states[0].group.step_shape, limit=MemoryLimit(64, on_lower=lambda *_: None))
+    batch.join([state.row for state in states])
     return batch

@@ -11,8 +11,8 @@ import torch
 
 from calotype_shared.errors import InvalidRequest
 from calotype_worker.engine import Engine, EngineSettings, GenerationRequest
+from calotype_worker.engine.batch_row import Layout
 from calotype_worker.engine.compiled import CompiledStep, buckets_up_to
-from calotype_worker.engine.slot import Layout
 from calotype_worker.models import StepModel
 from tests.unit.test_engine_golden import mixed_requests
 

@@ -12,7 +12,7 @@ import torch
 from calotype_worker.engine import Engine
 from calotype_worker.engine.decoder import Decoder, Finished
 from calotype_worker.engine.memory_limit import MemoryLimit
-from calotype_worker.engine.trace import Untraced
+from calotype_worker.engine.trace import NoopTracer
 from calotype_worker.models import StepModel
 from calotype_worker.models.pool import ModelPool
 from tests.unit.test_engine import request
@@ -23,16 +23,16 @@ NOBODY = math.inf
 class Line:
     """A decoder of the tiny model, and when the next latent is to come."""
 
-    def __init__(self, model: StepModel, *, batch: int = 3, patience: int = 4) -> None:
+    def __init__(self, model: StepModel, *, batch: int = 3, max_wait_steps: int = 4) -> None:
         self._shape = model.latent_shape(64, 64)
         self._model = model.card.name
         self.next_in = NOBODY
         self._decoder = Decoder(
             ModelPool([model]),
             batch=batch,
-            patience=patience,
+            max_wait_steps=max_wait_steps,
             limits=lambda _, most: MemoryLimit(most, on_lower=lambda *_: None),
-            steps_to_next=lambda *_: self.next_in,
+            steps_until_next=lambda *_: self.next_in,
         )
 
     def finish(self, *names: str) -> None:
@@ -88,7 +88,7 @@ def test_a_full_batch_goes_at_once_and_all_go_when_nothing_else_runs(line: Line)
     assert line.turn(flush=True) == ["d"]
 
 
-class Spans(Untraced):
+class Spans(NoopTracer):
     """What the engine's thread did, in order, and how many requests each step finished."""
 
     def __init__(self) -> None:

@@ -14,7 +14,7 @@ import torch
 from calotype_shared.errors import GenerationFailed, InvalidRequest
 from calotype_shared.schema.config import GenerationConfig, SamplerType
 from calotype_worker.engine import EngineSettings, GenerationRequest
-from calotype_worker.engine.split import run_splitting
+from calotype_worker.engine.failure_isolation import run_isolating_failures
 from calotype_worker.models import StepModel
 from calotype_worker.models.base import Conditioning, Rows, Text
 
@@ -209,7 +209,7 @@ def test_splitting_finds_exactly_the_bad_items() -> None:
             raise ValueError("unlucky")
         return [item * 2 for item in items]
 
-    results = run_splitting(list(range(32)), run)
+    results = run_isolating_failures(list(range(32)), run)
     assert [r for r in results if not isinstance(r, Exception)] == [2 * i for i in range(32) if i != 13]
     assert isinstance(results[13], ValueError)
     assert len(calls) < 14

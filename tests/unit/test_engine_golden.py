@@ -195,8 +195,8 @@ def test_control_shared_guidance_is_caught(
     """Every guided row given the first one's guidance scale."""
     lay_out = StepBatch._lay_out_rows
 
-    def shared(self: StepBatch, slots: Any) -> Any:
-        rows = lay_out(self, slots)
+    def shared(self: StepBatch, members: Any) -> Any:
+        rows = lay_out(self, members)
         if len(rows.guidance):
             rows.guidance[:] = rows.guidance[0].clone()
         return rows
@@ -211,11 +211,11 @@ def test_control_a_shared_generator_is_caught(
     """All rows drawing their step noise from one generator."""
     join = StepBatch.join
 
-    def shared(self: StepBatch, slots: Any) -> None:
-        join(self, slots)
-        for slot in self.slots:
-            slot.generator = self.slots[0].generator
-            slot.ahead.clear()  # what was drawn beforehand is its own
+    def shared(self: StepBatch, members: Any) -> None:
+        join(self, members)
+        for row in self.members:
+            row.generator = self.members[0].generator
+            row.ahead.clear()  # what was drawn beforehand is its own
 
     monkeypatch.setattr(StepBatch, "join", shared)
     assert worst_with(tiny_step_model, references) > CAUGHT

@@ -126,7 +126,7 @@ def test_the_engine_keeps_to_the_knee(make_engine: Any, tiny_step_model: StepMod
 
     def budget(width: int, height: int) -> int:
         shape = tiny_step_model.latent_shape(width, height)
-        return made._budgets.now(GroupKey(model=tiny_step_model.card.name, latent_shape=shape))
+        return made._budgets.current(GroupKey(model=tiny_step_model.card.name, latent_shape=shape))
 
     assert budget(width, height) == 6
     assert budget(width // 2, height // 2) == 16

@@ -57,7 +57,7 @@ class GenerationRequest:
     sampler: SamplerType
     negative_prompt: str = ""
     model: str = ""  # empty: the engine's first
-    urgent: bool = False  # joins its group's step batch before requests that are not
+    interactive: bool = False  # joins its group's step batch before requests that are not
     init_image: np.ndarray | None = None  # uint8 (H, W, 3), of the size above
     mask: np.ndarray | None = None  # bool (H, W), true where to paint anew; wants init_image
     strength: float = 1.0  # share of the steps that init_image goes through
@@ -81,7 +81,7 @@ class GenerationRequest:
         index: int = 0,
         request_id: str,
         pictures: Mapping[str, np.ndarray] | None = None,
-        urgent: bool = False,
+        interactive: bool = False,
     ) -> Self:
         """Picture number `index` of a resolved config; its seed is the config's plus `index`.
 
@@ -106,7 +106,7 @@ class GenerationRequest:
         mask = pictures[config.mask_image] if config.mask_image else None
         return cls(
             request_id=request_id,
-            urgent=urgent,
+            interactive=interactive,
             prompt=config.prompt,
             negative_prompt=config.negative_prompt,
             width=config.width,
@@ -148,7 +148,7 @@ class Generated:
     model: str = ""
     frames: np.ndarray | None = None  # uint8 (F, H, W, 3)
     mesh: Mesh | None = None
-    lossy: tuple[str, ...] = ()  # accelerations that cost likeness, see docs/accelerations.md
+    accelerations: tuple[str, ...] = ()  # accelerations that cost likeness, see docs/accelerations.md
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

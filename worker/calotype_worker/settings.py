@@ -58,13 +58,13 @@ class WorkerSettings(StrictSettings):
     trace: str | None = None
     """File for a trace of every step, for [Perfetto](https://ui.perfetto.dev)."""
     deep_cache: Annotated[int, Field(ge=1, le=100)] = 1
-    """Lossy: U-Nets run whole at every so many steps of a picture; 1: at each."""
+    """Accelerations: U-Nets run whole at every so many steps of a picture; 1: at each."""
     first_block_cache: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    """Lossy: change of a transformer's first block up to which the others are left out; 0: never."""
+    """Accelerations: change of a transformer's first block up to which the others are left out; 0: never."""
     token_merging: Annotated[float, Field(ge=0.0, le=0.75)] = 0.0
-    """Lossy: share of a U-Net's tokens without self-attention of their own, at the highest resolution."""
-    quantised: Literal["off", "int8", "int8-dynamic", "float8"] = "off"
-    """Lossy: the network's weights in eight bits, by torchao."""
+    """Accelerations: share of a U-Net's tokens without self-attention of their own, at the highest resolution."""
+    quantized: Literal["off", "int8", "int8-dynamic", "float8"] = "off"
+    """Accelerations: the network's weights in eight bits, by torchao."""
     memory_budget_gib: Annotated[float, Field(gt=0.0)] | None = None
     """Weights on the device; other models wait in main memory. None: all of them stay on the device."""
     offload: Literal["none", "model", "sequential"] = "none"

@@ -161,8 +161,8 @@ class BatchStore(Scripted):
     @said_clearly
     def resign(self, batch_id: str, *, who: str) -> None:
         """Let another dispatcher take over at once."""
-        if self._redis.get(self.keys.lead(batch_id)) == who:
-            self._redis.delete(self.keys.lead(batch_id))
+        if self._redis.get(self.keys.leader(batch_id)) == who:
+            self._redis.delete(self.keys.leader(batch_id))
 
     @said_clearly
     def move(self, batch: BatchRecord, to: BatchState, fields: Mapping[str, str] | None = None) -> None:

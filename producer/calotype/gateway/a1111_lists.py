@@ -13,7 +13,7 @@ from starlette.concurrency import run_in_threadpool
 from calotype.gateway.a1111 import chosen_model, decoded
 from calotype.gateway.auth import Reader, Writer
 from calotype.gateway.errors import documented
-from calotype.gateway.state import Using
+from calotype.gateway.state import ServicesDep
 from calotype_shared.errors import InvalidRequest
 from calotype_shared.schema import a1111
 from calotype_shared.storage.images import FORMATS
@@ -22,9 +22,9 @@ router = APIRouter(prefix="/sdapi/v1", tags=["automatic1111"])
 
 
 @router.get("/options", operation_id="sdGetOptions", responses=documented(openai=True))
-async def get_options(caller: Reader, using: Using) -> dict[str, Any]:
+async def get_options(caller: Reader, services: ServicesDep) -> dict[str, Any]:
     """The checkpoint that requests use."""
-    name = await chosen_model(using, caller.tenant)
+    name = await chosen_model(services, caller.tenant)
     return {
         "sd_model_checkpoint": name,
         "sd_checkpoint_hash": "",
@@ -34,18 +34,18 @@ async def get_options(caller: Reader, using: Using) -> dict[str, Any]:
 
 
 @router.post("/options", operation_id="sdSetOptions", responses=documented(openai=True))
-async def set_options(options: Annotated[dict[str, Any], Body()], caller: Writer, using: Using) -> None:
+async def set_options(options: Annotated[dict[str, Any], Body()], caller: Writer, services: ServicesDep) -> None:
     """Choose the checkpoint, `sd_model_checkpoint`; other options have no effect."""
     chosen = options.get("sd_model_checkpoint")
     if chosen is not None:
-        name = await chosen_model(using, caller.tenant, str(chosen))
-        await run_in_threadpool(using.keys.redis.set, using.keys.keys.options(caller.tenant), name)
+        name = await chosen_model(services, caller.tenant, str(chosen))
+        await run_in_threadpool(services.keys.redis.set, services.keys.keys.options(caller.tenant), name)
 
 
 @router.get("/sd-models", operation_id="sdModels", responses=documented(openai=True))
-async def sd_models(caller: Reader, using: Using) -> list[dict[str, Any]]:
+async def sd_models(caller: Reader, services: ServicesDep) -> list[dict[str, Any]]:
     """The models that workers have announced."""
-    cards = await run_in_threadpool(using.client.models)
+    cards = await run_in_threadpool(services.client.models)
     return [
         {
             "title": name,
@@ -75,16 +75,16 @@ async def schedulers(caller: Reader) -> list[dict[str, Any]]:
 
 
 @router.get("/loras", operation_id="sdLoras", responses=documented(openai=True))
-async def loras(caller: Reader, using: Using) -> list[dict[str, Any]]:
+async def loras(caller: Reader, services: ServicesDep) -> list[dict[str, Any]]:
     """LoRAs of all models, to be written into prompts as `<lora:name:weight>`."""
-    names = {name for card in (await run_in_threadpool(using.client.models)).values() for name in card.loras}
+    names = {name for card in (await run_in_threadpool(services.client.models)).values() for name in card.loras}
     return [{"name": name, "alias": name, "path": name, "metadata": {}} for name in sorted(names)]
 
 
 @router.get("/embeddings", operation_id="sdEmbeddings", responses=documented(openai=True))
-async def embeddings(caller: Reader, using: Using) -> dict[str, Any]:
+async def embeddings(caller: Reader, services: ServicesDep) -> dict[str, Any]:
     """Learned words of all models."""
-    words = {word for card in (await run_in_threadpool(using.client.models)).values() for word in card.embeddings}
+    words = {word for card in (await run_in_threadpool(services.client.models)).values() for word in card.embeddings}
     return {"loaded": {word: {"step": None, "shape": 0, "vectors": 1} for word in sorted(words)}, "skipped": {}}
 
 

@@ -14,7 +14,7 @@ from fastapi import Depends, Request
 from starlette.concurrency import run_in_threadpool
 
 from calotype.api_keys import ApiKey, ApiKeys, Forbidden, Scope, Unauthorized
-from calotype.gateway.state import services
+from calotype.gateway.state import services_of
 from calotype_shared.errors import CalotypeError
 
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
@@ -62,11 +62,11 @@ def caller(scope: Scope) -> Callable[..., Awaitable[Caller]]:
     """A dependency: whoever asks, if they may do this. Raises Unauthorized, Forbidden, TooManyRequests."""
 
     async def find(request: Request) -> Caller:
-        using = await services(request)
-        keys = using.keys
-        if not using.gateway.needs_key:
-            _from_this_machine(request, {*_LOOPBACK, *using.gateway.allowed_hosts})
-            return Caller(using.settings.tenant, None, keys)
+        services = await services_of(request)
+        keys = services.keys
+        if not services.gateway.needs_key:
+            _from_this_machine(request, {*_LOOPBACK, *services.gateway.allowed_hosts})
+            return Caller(services.settings.tenant, None, keys)
         key = await run_in_threadpool(_admit, keys, _token(request), scope)
         return Caller(key.tenant, key, keys)
 

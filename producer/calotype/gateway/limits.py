@@ -1,4 +1,4 @@
-"""What bounds the gateway itself: `BodyLimit` the size of requests, `WaitLimit` how many wait for pictures."""
+"""What bounds the gateway itself: `BodyLimit` the size of requests, `ConcurrencyLimit` how many wait for pictures."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class BodyLimit:
         await respond(Request(scope), problem_of(error), {"Connection": "close"})(scope, receive, send)
 
 
-class WaitLimit:
+class ConcurrencyLimit:
     """ASGI middleware. Requests that are answered with finished pictures, or with events, are open for long.
 
     Beyond `most` of them the next is refused before it has queued anything; whoever only polls is not held up.

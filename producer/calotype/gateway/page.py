@@ -16,7 +16,7 @@ from fastapi import APIRouter, Header, Path, Response
 from starlette.concurrency import run_in_threadpool
 
 from calotype.gateway.errors import NotFound
-from calotype.gateway.state import Using
+from calotype.gateway.state import ServicesDep
 from calotype_shared.storage.s3 import Storage
 
 log = logging.getLogger(__name__)
@@ -85,9 +85,9 @@ def origin_of_pictures(storage: Storage) -> str:
 
 
 @router.get("/")
-async def index(using: Using, if_none_match: Annotated[str | None, Header()] = None) -> Response:
+async def index(services: ServicesDep, if_none_match: Annotated[str | None, Header()] = None) -> Response:
     """The page itself; its files are below `/web/`."""
-    security = policy(await run_in_threadpool(origin_of_pictures, using.storage))
+    security = policy(await run_in_threadpool(origin_of_pictures, services.storage))
     response = _answer(web_files()[_INDEX], if_none_match)
     response.headers["Content-Security-Policy"] = security
     return response

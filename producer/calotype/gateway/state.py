@@ -120,9 +120,9 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
 
 
-async def services(request: Request) -> Services:
+async def services_of(request: Request) -> Services:
     """A dependency; async, since FastAPI calls others in a thread each time."""
     return cast(Services, request.app.state.services)
 
 
-Using = Annotated[Services, Depends(services)]
+ServicesDep = Annotated[Services, Depends(services_of)]

@@ -15,9 +15,9 @@ from starlette.datastructures import UploadFile
 
 from calotype.gateway.auth import Writer
 from calotype.gateway.errors import NotFound, documented
-from calotype.gateway.state import Using
+from calotype.gateway.state import ServicesDep
 from calotype_shared.errors import InvalidRequest
-from calotype_shared.storage.images import MAX_BYTES, normalise, upload_key
+from calotype_shared.storage.images import MAX_BYTES, normalize_image, upload_key
 from calotype_shared.storage.s3 import Storage
 
 router = APIRouter(prefix="/v1/uploads", tags=["uploads"])
@@ -68,11 +68,11 @@ _PICTURE = {"schema": {"type": "string", "format": "binary"}}
         }
     },
 )
-async def upload(request: Request, caller: Writer, using: Using) -> Response:
+async def upload(request: Request, caller: Writer, services: ServicesDep) -> Response:
     """Store a picture: a PNG, JPEG or WebP file as the body, or as `image` of a form."""
     form = request.headers.get("content-type", "").startswith("multipart/form-data")
     data = await _from_form(request) if form else await request.body()
-    return JSONResponse(await run_in_threadpool(_store, using.storage, data), 201)
+    return JSONResponse(await run_in_threadpool(_store, services.storage, data), 201)
 
 
 async def _from_form(request: Request) -> bytes:
@@ -84,11 +84,11 @@ async def _from_form(request: Request) -> bytes:
 
 
 @router.post("/presigned", operation_id="createUploadLink", response_model=Link, responses=documented())
-async def presign(caller: Writer, using: Using) -> Response:
+async def presign(caller: Writer, services: ServicesDep) -> Response:
     """A link to put a picture straight into storage, without passing through the gateway."""
     token = secrets.token_urlsafe(32)
     url = await run_in_threadpool(
-        using.storage.presigned_put, _incoming(caller.tenant, token), expires_seconds=_LINK_SECONDS
+        services.storage.presigned_put, _incoming(caller.tenant, token), expires_seconds=_LINK_SECONDS
     )
     return JSONResponse(
         {
@@ -104,17 +104,17 @@ async def presign(caller: Writer, using: Using) -> Response:
 @router.post(
     "/complete", operation_id="completeUpload", status_code=201, response_model=Upload, responses=documented(404)
 )
-async def complete(done: Token, caller: Writer, using: Using) -> Response:
+async def complete(done: Token, caller: Writer, services: ServicesDep) -> Response:
     """Check the picture that was put there, and store it."""
     key = _incoming(caller.tenant, done.token)
-    if not await run_in_threadpool(using.storage.exists, key):
+    if not await run_in_threadpool(services.storage.exists, key):
         raise NotFound("nothing was put there; PUT the picture to the link first, or ask for a new link")
     # One byte more than is allowed tells that it is too large, without fetching all of it.
-    data = await run_in_threadpool(using.storage.get_range, key, 0, MAX_BYTES + 1)
+    data = await run_in_threadpool(services.storage.get_range, key, 0, MAX_BYTES + 1)
     try:
-        return JSONResponse(await run_in_threadpool(_store, using.storage, data), 201)
+        return JSONResponse(await run_in_threadpool(_store, services.storage, data), 201)
     finally:
-        await run_in_threadpool(using.storage.delete, key)
+        await run_in_threadpool(services.storage.delete, key)
 
 
 def _incoming(tenant: str, token: str) -> str:
@@ -123,7 +123,7 @@ def _incoming(tenant: str, token: str) -> str:
 
 def _store(storage: Storage, data: bytes) -> dict[str, Any]:
     """As `Client.upload` does, with the size. Raises InvalidRequest."""
-    upload_id, stored = normalise(data)
+    upload_id, stored = normalize_image(data)
     storage.put(upload_key(upload_id), stored, "image/png")
     width, height = struct.unpack(">II", stored[16:24])  # where every PNG has them
     return {"id": upload_id, "width": width, "height": height}

@@ -14,7 +14,7 @@ from typing import Any
 from redis import Redis
 
 from calotype.batches.record import BatchState
-from calotype.gc.bond import BOND_KEY, Bond, GcRefused
+from calotype.gc.bucket_identity import IDENTITY_KEY, BucketIdentity, GcRefused
 from calotype.gc.references import References
 from calotype.gc.report import Kind, Report
 from calotype_shared.queue.scripts import Scripted, said_clearly
@@ -61,7 +61,7 @@ class Collector(Scripted):
         """
         super().__init__(redis, key_prefix=key_prefix)
         self._storage = storage
-        self._bond = Bond(redis, self.keys, storage, bucket=bucket)
+        self._identity = BucketIdentity(redis, self.keys, storage, bucket=bucket)
         self._age = max(safe_seconds, older_than_seconds or 0.0)
         self._upload_age = max(self._age, retention_seconds)
         self._doomed: list[str] = []
@@ -75,13 +75,13 @@ class Collector(Scripted):
         """
         began = time.monotonic()
         report = self._report = Report(dry_run=dry_run)
-        tied_before = force or dry_run or self._bond.made()
+        tied_before = force or dry_run or self._identity.verify()
         now = self._storage.now()
         self._before, self._uploads_before = now - self._age, now - self._upload_age
         self._references = References(self._redis, self.keys, self._storage)
         self._trusted = tied_before or self._references.records > 0
         if self._trusted and not dry_run:
-            self._bond.tie()
+            self._identity.record()
         for page in self._storage.pages():
             self._look(page)
         self._flush()
@@ -100,7 +100,7 @@ class Collector(Scripted):
                     found[kind].append((item, match))
                     break
             else:
-                if item.key != BOND_KEY:
+                if item.key != IDENTITY_KEY:
                     self._report[Kind.FOREIGN].kept += 1
         judges: dict[Kind, Callable[[list[re.Match[str]]], Iterable[bool]]] = {
             Kind.PICTURES: self._pictures_wanted,

@@ -41,7 +41,7 @@ class References:
         self._storage = storage
         self._folders, self._uploads = BloomFilter(), BloomFilter()
         self.records = 0  # of jobs and batches
-        for made in self._scan(keys.made("*")):
+        for made in self._scan(keys.finished("*")):
             pipeline = redis.pipeline(transaction=False)
             for key in made:
                 pipeline.get(key)

@@ -1,4 +1,4 @@
-"""`OperatorServer`: a small HTTP server on a port of its own, for scrapers, probes and autoscalers.
+"""`AdminServer`: a small HTTP server on a port of its own, for scrapers, probes and autoscalers.
 
 It tells of the whole process and fleet, whoever asks: so it listens on loopback unless told otherwise, and never on
 the port that tenants reach.
@@ -25,7 +25,7 @@ _SECONDS = 10.0  # for a request to arrive
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class AdminRequest:
     """What of a request matters here."""
 
     accept: str = ""
@@ -33,7 +33,7 @@ class Asked:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
+class AdminResponse:
     body: bytes
     status: int = 200
     content_type: str = "text/plain; charset=utf-8"
@@ -44,15 +44,15 @@ class Answer:
         return cls(body=json.dumps(value).encode(), status=status, content_type="application/json")
 
 
-Route = Callable[[Asked], Answer]
+Route = Callable[[AdminRequest], AdminResponse]
 
 
-def probed(problem: str | None) -> Answer:
+def probed(problem: str | None) -> AdminResponse:
     """What a probe gets: 200, or 503 and what is wrong."""
-    return Answer.of({"status": problem}, status=503) if problem else Answer.of({"status": "ok"})
+    return AdminResponse.of({"status": problem}, status=503) if problem else AdminResponse.of({"status": "ok"})
 
 
-class OperatorServer:
+class AdminServer:
     """Holds its port from the start; answers from `start` to `close`, each request in a thread."""
 
     def __init__(self, host: str, port: int, routes: Mapping[str, Route], *, setting: str) -> None:
@@ -102,17 +102,17 @@ def _handler(routes: Mapping[str, Route]) -> type[BaseHTTPRequestHandler]:
             parts = urlsplit(self.path)
             route = routes.get(parts.path)
             if route is None:
-                self._send(Answer.of({"error": f"there is {', '.join(routes)}"}, status=404))
+                self._send(AdminResponse.of({"error": f"there is {', '.join(routes)}"}, status=404))
                 return
             try:
-                asked = Asked(accept=self.headers.get("Accept", ""), query=dict(parse_qsl(parts.query)))
+                asked = AdminRequest(accept=self.headers.get("Accept", ""), query=dict(parse_qsl(parts.query)))
                 answer = route(asked)
             except Exception:
                 log.exception("an operator's request met a bug", extra={"path": parts.path})
-                answer = Answer.of({"error": "a bug, which is in the log"}, status=500)
+                answer = AdminResponse.of({"error": "a bug, which is in the log"}, status=500)
             self._send(answer)
 
-        def _send(self, answer: Answer) -> None:
+        def _send(self, answer: AdminResponse) -> None:
             self.send_response(answer.status)
             self.send_header("Content-Type", answer.content_type)
             self.send_header("Content-Length", str(len(answer.body)))

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, disable_cre
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import choose_encoder
 
-from calotype_shared.observability.admin_server import Answer, Asked
+from calotype_shared.observability.admin_server import AdminRequest, AdminResponse
 from calotype_shared.observability.metric_names import Metric
 
 Family = CounterMetricFamily | GaugeMetricFamily
@@ -41,7 +41,7 @@ def family(metric: Metric, values: float | Mapping[tuple[str, ...], float]) -> F
     return made
 
 
-def scraped(registry: CollectorRegistry, asked: Asked) -> Answer:
+def scraped(registry: CollectorRegistry, asked: AdminRequest) -> AdminResponse:
     """What `/metrics` answers, in the format that the scraper prefers."""
     encode, content_type = choose_encoder(asked.accept)
-    return Answer(body=encode(registry), content_type=content_type)
+    return AdminResponse(body=encode(registry), content_type=content_type)

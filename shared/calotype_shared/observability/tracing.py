@@ -77,7 +77,7 @@ class Telemetry(Protocol):
         ...
 
 
-class Nothing:
+class NoopSpan:
     """The span of work that nobody traces."""
 
     traceparent: str | None = None
@@ -109,19 +109,19 @@ class Nothing:
         return
 
 
-class Silent:
+class NoopTelemetry:
     """Traces nothing."""
 
     def begin(self, name: str, *, kind: Kind, parent: str | None = None, **attributes: Attribute) -> Span:
-        return NOTHING
+        return NOOP_SPAN
 
     def close(self) -> None:
         return
 
 
 _NO_BLOCK: AbstractContextManager[object] = nullcontext()
-NOTHING: Span = Nothing()
-SILENT: Telemetry = Silent()
+NOOP_SPAN: Span = NoopSpan()
+NOOP_TELEMETRY: Telemetry = NoopTelemetry()
 
 
 def make_telemetry(settings: Settings, *, service: str) -> Telemetry:
@@ -131,14 +131,14 @@ def make_telemetry(settings: Settings, *, service: str) -> Telemetry:
         SettingsError: it is `on`, and its packages are missing.
     """
     if settings.telemetry == "off" or (settings.telemetry == "auto" and not _is_wanted(os.environ)):
-        return SILENT
+        return NOOP_TELEMETRY
     try:
         from calotype_shared.observability.otlp import Otlp  # noqa: PLC0415 - an extra, and a third of a second to import
     except ImportError as error:
         if settings.telemetry == "on":
             raise SettingsError(f"CALOTYPE_TELEMETRY='on': {error.name} is missing; {_REMEDY}") from None
         log.warning("nothing is traced", extra={"reason": f"{error.name} is missing", "remedy": _REMEDY})
-        return SILENT
+        return NOOP_TELEMETRY
     return Otlp(service=service)
 
 

@@ -1,4 +1,4 @@
-"""`Census`: what is queued, running and alive at one moment, for those who watch or scale; and who takes it."""
+"""`FleetStats`: what is queued, running and alive at one moment, for those who watch or scale; and who takes it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class QueueCount:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Census:
+class FleetStats:
     """All of it at once. `workers` are the live ones that take jobs, by model or models that they could serve."""
 
     queues: tuple[QueueCount, ...]
@@ -46,13 +46,13 @@ class Census:
         return found
 
 
-class Censuses(Fleet):
-    """Takes a census in three round trips, whose cost does not grow with what waits."""
+class FleetStatsReader(Fleet):
+    """Takes a stats in three round trips, whose cost does not grow with what waits."""
 
     @said_clearly
-    def take(self) -> Census:
+    def take(self) -> FleetStats:
         """Raises RedisUnavailable."""
-        queues, counts, dead, open_batches, webhooks = self._run("census", [_FRONT, _LEASES])
+        queues, counts, dead, open_batches, webhooks = self._run("fleet_stats", [_FRONT, _LEASES])
         lines = [
             QueueCount(
                 model=name.rpartition(".")[0],
@@ -66,7 +66,7 @@ class Censuses(Fleet):
         serving = [set(worker.models) for worker in self.workers() if not worker.draining]
         asked = {line.model for line in lines}.union(*serving)
         by_state = dict(zip(counts[::2], map(int, counts[1::2]), strict=True))
-        return Census(
+        return FleetStats(
             queues=tuple(lines),
             workers={model: sum(set(model.split("+")) <= own for own in serving) for model in sorted(asked)},
             counts={state: by_state.get(state.value, 0) for state in JobState},

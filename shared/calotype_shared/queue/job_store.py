@@ -32,7 +32,7 @@ _PREVIEW_SECONDS = 60
 _REAP_LOCK_MS = 1_000
 _REAP_AT_MOST = 500
 MAX_CRASHES = 5  # attempts at a job that may end with their worker
-SUSPECT = 2  # crashes from which on a worker takes one such job at a time
+QUARANTINE_CRASHES = 2  # crashes from which on a worker takes one such job at a time
 # Reapers look every few seconds. Where none has for so long, Redis was away, and leases could not be renewed.
 _SILENCE_MS, _GRACE_MS = 20_000, 10_000
 _LOST = JobError(
@@ -67,7 +67,7 @@ class Reaped:
 
     requeued: tuple[str, ...] = ()
     failed: tuple[str, ...] = ()
-    invited: int = 0
+    republished: int = 0
 
 
 class News(NamedTuple):
@@ -182,7 +182,7 @@ class JobStore(JobReader):
         *queues: str,
         worker: str,
         lease_seconds: float,
-        leave_suspects: bool = False,
+        leave_quarantined: bool = False,
         look: int = 0,
         shapes: Iterable[str] = (),
     ) -> Claim | None:
@@ -191,10 +191,10 @@ class JobStore(JobReader):
         Rather one of these shapes ("WxH", in pixels), if there is one among the first `look` in line and nobody before
         it has been passed over `look` times already.
 
-        A job whose record makes no sense fails for good. With `leave_suspects`, jobs on which `SUSPECT` workers have
-        died are left in line.
+        A job whose record cannot be read fails for good. With `leave_quarantined`, jobs on which `QUARANTINE_CRASHES`
+        workers have died stay in the queue.
         """
-        most = SUSPECT if leave_suspects else MAX_CRASHES
+        most = QUARANTINE_CRASHES if leave_quarantined else MAX_CRASHES
         wanted = ",".join(shapes)
         while True:
             token = secrets.token_hex(4)
@@ -214,9 +214,9 @@ class JobStore(JobReader):
             return Claim(job_id=job_id, attempt=record.attempt, token=token, record=record)
 
     @said_clearly
-    def invite(self, queue: str) -> None:
+    def push_message(self, queue: str) -> None:
         """Give a message back that this worker has no place for, unless there are enough."""
-        self._run("invite", [queue])
+        self._run("push_messages", [queue])
 
     @said_clearly
     def renew(self, claims: Iterable[Claim], *, lease_seconds: float) -> set[str]:
@@ -262,8 +262,8 @@ class JobStore(JobReader):
         found = self._run("reap", [*arguments, MAX_CRASHES, _SILENCE_MS, _GRACE_MS])
         if found is None:
             return None
-        requeued, failed, invited = found
-        return Reaped(requeued=tuple(requeued), failed=tuple(failed), invited=invited)
+        requeued, failed, republished = found
+        return Reaped(requeued=tuple(requeued), failed=tuple(failed), republished=republished)
 
     @said_clearly
     def swept(self, folders: Sequence[str]) -> None:

@@ -6,12 +6,12 @@
 | `{models}.{lane}` | list | Celery messages, one a waiting job; Celery pops from the right | until popped |
 | `messages` | string | messages pushed so far: each gets a number | tiny |
 | `waiting:{queue}` | zset | ids queued there, by their place in line (decision 10) | until claimed or cancelled |
-| `shares:{queue}` | hash | tenant -> the place in line of its newest job there | tiny |
-| `mark:{queue}` | hash | `virtual`: the last place claimed; other fields are notes of claims and reapers | tiny |
+| `tenant_tags:{queue}` | hash | tenant -> the place in line of its newest job there | tiny |
+| `queue_state:{queue}` | hash | `virtual`: the last tag claimed; other fields belong to claims and reapers | tiny |
 | `queues` | set | names of queues that ever had a job | tiny |
-| `flight:{identity}` | string | the live job that equal jobs wait for | until that job is final |
+| `in_flight:{identity}` | string | the live job that equal jobs wait for | until that job is final |
 | `followers:{id}` | list | equal jobs that wait for this one's outcome | the same |
-| `made:{identity}` | string | pictures of a finished job, as JSON, for equal jobs to come | `retention_seconds` |
+| `finished:{identity}` | string | pictures of a finished job, as JSON, for equal jobs to come | `retention_seconds` |
 | `idempotency:{tenant}:{key}` | hash | `id` it was given, `request`: a hash of what was asked | `retention_seconds` |
 | `leases` | zset | ids being worked on, by the millisecond their lease ends | until finished, released or reaped |
 | `orphans` | zset | `{id}/{attempt}-{token}`: folders of attempts that ended without a commit, by when | until swept |
@@ -24,7 +24,7 @@
 | `batch:{id}` | hash | a batch's record (`batches.py`) | `retention_seconds` once final |
 | `open_batches` | zset | ids of batches that are not final, by creation time | until they are |
 | `batches:{tenant}` | zset | ids of batches by creation time | until their records go |
-| `lead:{batch}` | string | which dispatcher leads the batch | seconds; renewed |
+| `leader:{batch}` | string | which dispatcher leads the batch | seconds; renewed |
 | `live:{batch}` | set | ids of its jobs that are not final | until they are |
 | `done:{batch}` | list | ids of its final jobs whose results are not written down yet | until they are |
 | `parts:{batch}` | list | storage keys of its results so far | with the batch |
@@ -38,7 +38,7 @@
 | `api_keys` | hash | API key id -> the key as JSON, its secret only as a hash | until revoked |
 | `files:{tenant}` | hash | file id -> its name and size as JSON; the bytes are in storage | until deleted |
 | `options:{tenant}` | string | the checkpoint that clients of AUTOMATIC1111's API have chosen | until changed |
-| `allowance:{key}` | hash | what an API key has left of its limits | a day after its last use |
+| `rate_limit:{key}` | hash | what an API key has left of its limits | a day after its last use |
 | `hooks` | zset | deliveries of webhooks, by the millisecond they are due | until delivered or given up |
 | `hook:{id}` | hash | one delivery: where to, of which job or batch, attempts so far | three days at most |
 | `gc` | hash | `name`, `bucket` and `runs` of collections: that Redis and bucket belong together | for ever |
@@ -73,20 +73,20 @@ class Keys:
     def waiting(self, queue: str) -> str:
         return f"{self.prefix}waiting:{queue}"
 
-    def mark(self, queue: str) -> str:
-        return f"{self.prefix}mark:{queue}"
+    def queue_state(self, queue: str) -> str:
+        return f"{self.prefix}queue_state:{queue}"
 
-    def shares(self, queue: str) -> str:
-        return f"{self.prefix}shares:{queue}"
+    def tenant_tags(self, queue: str) -> str:
+        return f"{self.prefix}tenant_tags:{queue}"
 
-    def flight(self, identity: str) -> str:
-        return f"{self.prefix}flight:{identity}"
+    def in_flight(self, identity: str) -> str:
+        return f"{self.prefix}in_flight:{identity}"
 
     def followers(self, job_id: str) -> str:
         return f"{self.prefix}followers:{job_id}"
 
-    def made(self, identity: str) -> str:
-        return f"{self.prefix}made:{identity}"
+    def finished(self, identity: str) -> str:
+        return f"{self.prefix}finished:{identity}"
 
     def idempotency(self, tenant: str, key: str) -> str:
         return f"{self.prefix}idempotency:{tenant}:{key}"
@@ -97,8 +97,8 @@ class Keys:
     def batches(self, tenant: str) -> str:
         return f"{self.prefix}batches:{tenant}"
 
-    def lead(self, batch_id: str) -> str:
-        return f"{self.prefix}lead:{batch_id}"
+    def leader(self, batch_id: str) -> str:
+        return f"{self.prefix}leader:{batch_id}"
 
     def live(self, batch_id: str) -> str:
         return f"{self.prefix}live:{batch_id}"
@@ -115,8 +115,8 @@ class Keys:
     def preview(self, job_id: str) -> str:
         return f"{self.prefix}preview:{job_id}"
 
-    def allowance(self, key_id: str) -> str:
-        return f"{self.prefix}allowance:{key_id}"
+    def rate_limit(self, key_id: str) -> str:
+        return f"{self.prefix}rate_limit:{key_id}"
 
     def files(self, tenant: str) -> str:
         return f"{self.prefix}files:{tenant}"

@@ -25,7 +25,7 @@ def upload_key(upload_id: str) -> str:
     return f"uploads/{upload_id}.png"
 
 
-def normalise(data: bytes, *, field: str = "image") -> tuple[str, bytes]:
+def normalize_image(data: bytes, *, field: str = "image") -> tuple[str, bytes]:
     """A picture file as an upload: its id and the bytes to store.
 
     The picture is turned as its EXIF says and becomes RGB (transparent parts over white); metadata is dropped.

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from calotype_worker.engine.memory_limit import is_out_of_memory, let_go
+from calotype_worker.engine.memory_limit import free_failed_pass, is_out_of_memory
 
 _TOLERANCE = 0.05  # of the best throughput: what is given up for shorter steps
 _STEPS = 5  # timed of each size, where there is time for them
@@ -99,7 +99,7 @@ def measure(
         except Exception as error:
             if not steps or not is_out_of_memory(error):
                 raise
-            let_go(error)
+            free_failed_pass(error)
             break
         steps[rows], least[rows] = step, took
         if took > _LONGEST:

@@ -38,17 +38,17 @@ class RowBudgets:
     def profiles(self) -> list[Profile]:
         return [profile for known in self._profiles.values() for profile in known.values()]
 
-    def keep(self, model: str, profiles: Sequence[tuple[tuple[int, int], Profile]]) -> None:
+    def set_profiles(self, model: str, profiles: Sequence[tuple[tuple[int, int], Profile]]) -> None:
         """From now on at the knees of a model's profiles, each with the (h, w) of its latents."""
         self._profiles[model] = dict(profiles)
 
-    def now(self, group: GroupKey) -> int:
+    def current(self, group: GroupKey) -> int:
         """At least two: a guided request needs them, one after the other if it must be."""
-        most = self.most(group)
+        most = self.max(group)
         limit = self._limits.get(group)
         return most if limit is None else max(min(2, most), min(most, limit.current))
 
-    def most(self, group: GroupKey) -> int:
+    def max(self, group: GroupKey) -> int:
         """While there is memory enough."""
         model = self._models.get(group.model)
         if isinstance(model, OpaqueModel):

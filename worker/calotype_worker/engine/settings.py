@@ -20,9 +20,9 @@ class EngineSettings:
     max_rows: int = 32
     row_buckets: tuple[int, ...] = ()
     decode_batch: int = 4  # pictures decoded together
-    decode_patience: int = 4  # steps a finished latent waits for company at most
+    decode_max_wait_steps: int = 4  # steps a finished latent waits for company at most
     conditioning_cache: int = 512  # prompts
-    model_patience: int = 50  # steps a model that is not on the device waits for those that are
+    model_switch_delay_steps: int = 50  # steps a model that is not on the device waits for those that are
     compile: CompileMode = "off"
     deterministic: bool = False
 
@@ -37,9 +37,9 @@ class EngineSettings:
         for name, value, least in (
             ("max_rows", self.max_rows, 2),  # a guided request alone needs two
             ("decode_batch", self.decode_batch, 1),
-            ("decode_patience", self.decode_patience, 0),
+            ("decode_max_wait_steps", self.decode_max_wait_steps, 0),
             ("conditioning_cache", self.conditioning_cache, 2),
-            ("model_patience", self.model_patience, 0),
+            ("model_switch_delay_steps", self.model_switch_delay_steps, 0),
         ):
             if value < least:
                 raise InvalidRequest("is too small", field=name, value=value, remedy=f"use at least {least}")

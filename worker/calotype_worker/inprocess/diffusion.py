@@ -33,9 +33,9 @@ from calotype_shared.errors import InvalidRequest
 from calotype_shared.schema import config as shared
 from calotype_shared.schema.config import invalid_request, quality_preset
 from calotype_shared.schema.model_card import ModelCard
-from calotype_shared.storage.images import fitted, normalise, open_upload
+from calotype_shared.storage.images import fitted, normalize_image, open_upload
 from calotype_worker.engine import Engine, EngineSettings, Generated, GenerationRequest
-from calotype_worker.models import Adapters, Lossy, Memory, ModelPool, StepModel, load_model
+from calotype_worker.models import Accelerations, Adapters, Memory, ModelPool, StepModel, load_model
 from calotype_worker.request import Mesh
 from calotype_worker.threads import apart
 
@@ -78,7 +78,7 @@ class GeneratedImage:
     steps_taken: int  # network evaluations
     frames: np.ndarray | None = None  # of a video: uint8 (F, H, W, 3)
     mesh: Mesh | None = None
-    lossy: tuple[str, ...] = ()  # accelerations that were used; none: an exact picture
+    accelerations: tuple[str, ...] = ()  # accelerations that were used; none: an exact picture
 
     @property
     def image(self) -> Image.Image:
@@ -103,7 +103,7 @@ class DiffusionModel:
         dtype: str | None = None,
         adapters: Adapters | None = None,
         memory: Memory | None = None,
-        lossy: Lossy | None = None,
+        accelerations: Accelerations | None = None,
         settings: EngineSettings | None = None,
     ) -> None:
         """`source` is a diffusers folder, a hub id or a .safetensors file; None for the bundled model.
@@ -115,7 +115,7 @@ class DiffusionModel:
         self._dtype = dtype
         self._adapters = adapters
         self._memory = memory or Memory()
-        self._lossy = lossy or Lossy()
+        self._lossy = accelerations or Accelerations()
         self._settings = settings
         self._lock = threading.Lock()
         self._engine: Engine | None = None
@@ -185,7 +185,7 @@ class DiffusionModel:
         return self._keep(_pixels(picture), field)
 
     def _keep(self, data: bytes, field: str) -> str:
-        upload_id, stored = normalise(data, field=field)
+        upload_id, stored = normalize_image(data, field=field)
         with self._lock:
             self._uploads[upload_id] = open_upload(stored, upload_id)
             self._uploads.move_to_end(upload_id)
@@ -278,7 +278,7 @@ class DiffusionModel:
                         dtype=self._dtype,
                         adapters=self._adapters,
                         memory=self._memory,
-                        lossy=self._lossy,
+                        accelerations=self._lossy,
                     )
                 )
                 self._engine = Engine(ModelPool([model]), self._settings)
@@ -376,5 +376,5 @@ def _generated(config: shared.GenerationConfig, made: Generated) -> GeneratedIma
         steps_taken=made.steps_taken,
         frames=made.frames,
         mesh=made.mesh,
-        lossy=made.lossy,
+        accelerations=made.accelerations,
     )

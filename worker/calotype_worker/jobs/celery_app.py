@@ -56,7 +56,7 @@ def make_app(settings: Settings, *, models: Sequence[str], run_next: Callable[[s
             # Only a backstop: leases bring lost jobs back long before. Shorter would make duplicates.
             "visibility_timeout": 3600,
             "unacked_mutex_expire": 30,  # the default lets a dead restorer block restores for five minutes
-            "queue_order_strategy": "calotype_worker.jobs.lanes:UrgentFirst",
+            "queue_order_strategy": "calotype_worker.jobs.lanes:PriorityRoundRobin",
             "priority_steps": [0],  # urgency is by queue; every step would add keys to each BRPOP
             # Without time-outs a dropped connection can hang a worker for ever. `retry_on_timeout` stays unset.
             "socket_timeout": SOCKET_SECONDS,

@@ -1,4 +1,4 @@
-"""`Parcel`: what one attempt at a job has made, and `Outbox`: gets it into storage, however long that is away."""
+"""`PendingResult`: the files of one attempt at a job; `UploadQueue`: delivers them to storage, also after an outage."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from pathlib import Path
 from queue import Empty, Full, Queue
 
 from calotype_shared.errors import StorageUnavailable
-from calotype_shared.observability.tracing import NOTHING, Span
+from calotype_shared.observability.tracing import NOOP_SPAN, Span
 from calotype_shared.schema.jobs import ImageRef
 from calotype_shared.storage.s3 import Storage
-from calotype_worker.jobs.heartbeat import Held
+from calotype_worker.jobs.heartbeat import RunningJob
 from calotype_worker.jobs.spool import Spool
 
 log = logging.getLogger(__name__)
 
 _THREADS = 4
-_PARCELS = 1_000
+_MAX_PENDING = 1_000
 _AWAY_SECONDS = 10.0  # after a failure files go to the spool for so long without trying
 _BACKOFF_SECONDS = (0.5, 15.0)
 _LOOK_SECONDS = 0.2
@@ -41,11 +41,11 @@ class File:
 
 
 @dataclass(kw_only=True, eq=False)
-class Parcel:
+class PendingResult:
     """Owned by one thread at a time."""
 
-    held: Held
-    span: Span = NOTHING  # of the attempt
+    job: RunningJob
+    span: Span = NOOP_SPAN  # of the attempt
     files: list[File] = field(default_factory=list)
     images: list[ImageRef] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)  # seconds by phase
@@ -55,19 +55,19 @@ class Parcel:
         return all(file.stored for file in self.files)
 
 
-class Outbox:
-    """While the storage answers, files go there in their own threads and the outbox does nothing.
+class UploadQueue:
+    """While storage is available, job threads upload their own files and this queue stays empty.
 
-    While it does not, parcels wait here, their files on disk, and the threads that made them go on with other jobs;
-    once there is no room, those threads wait themselves, which in the end keeps the worker from claiming more.
-    `finish` is called with a parcel by the outbox's threads; it calls `deliver`.
+    While storage is unavailable, results wait here with their files on disk, and the job threads go on with other jobs.
+    When the spool is full, the job threads block, so the worker stops claiming jobs. The upload threads call
+    `finish(result)`, which calls `deliver`.
     """
 
-    def __init__(self, storage: Storage, spool: Spool, *, finish: Callable[[Parcel], None]) -> None:
+    def __init__(self, storage: Storage, spool: Spool, *, finish: Callable[[PendingResult], None]) -> None:
         self._storage = storage
         self._spool = spool
         self._finish = finish
-        self._waiting: Queue[Parcel] = Queue(maxsize=_PARCELS)
+        self._waiting: Queue[PendingResult] = Queue(maxsize=_MAX_PENDING)
         self._away_until = 0.0
         self._stopped = threading.Event()
         self._threads = [
@@ -80,7 +80,7 @@ class Outbox:
             thread.start()
 
     def stop(self) -> None:
-        """Call it when no parcel is left."""
+        """Call it when no pending is left."""
         self._stopped.set()
         for thread in self._threads:
             if thread.is_alive():
@@ -92,7 +92,7 @@ class Outbox:
         """Whether the storage is known to be away."""
         return time.monotonic() < self._away_until
 
-    def try_store(self, parcel: Parcel, files: Iterable[File]) -> bool:
+    def try_store(self, pending: PendingResult, files: Iterable[File]) -> bool:
         """Store files now, unless the storage is known to be away. Whether all are stored.
 
         Raises:
@@ -102,28 +102,28 @@ class Outbox:
             return False
         try:
             for file in files:
-                self._store(parcel, file)
+                self._store(pending, file)
         except StorageUnavailable as error:
             self._gone(error)
             return False
         return True
 
-    def leave(self, parcel: Parcel) -> bool:
-        """Hand a parcel over, if there is room for what is not stored yet. If not, it stays as it is."""
+    def leave(self, pending: PendingResult) -> bool:
+        """Hand a pending over, if there is room for what is not stored yet. If not, it stays as it is."""
         try:
-            for file in parcel.files:
+            for file in pending.files:
                 if not file.stored and file.path is None:
                     assert file.data is not None
                     file.path = self._spool.put(file.data)
                     file.data = None
-            self._waiting.put_nowait(parcel)
+            self._waiting.put_nowait(pending)
         except (OSError, Full) as error:
-            log.warning("no room to spool", extra={"job_id": parcel.held.claim.job_id, "reason": str(error)})
+            log.warning("no room to spool", extra={"job_id": pending.job.claim.job_id, "reason": str(error)})
             return False
-        log.info("pictures spooled", extra={"job_id": parcel.held.claim.job_id, "bytes": self._spool.used})
+        log.info("pictures spooled", extra={"job_id": pending.job.claim.job_id, "bytes": self._spool.used})
         return True
 
-    def deliver(self, parcel: Parcel) -> None:
+    def deliver(self, pending: PendingResult) -> None:
         """Store what is not stored yet, trying again until the storage takes it.
 
         Raises:
@@ -132,38 +132,38 @@ class Outbox:
         pause, longest = _BACKOFF_SECONDS
         while True:
             try:
-                for file in parcel.files:
+                for file in pending.files:
                     if not file.stored:
-                        self._store(parcel, file)
+                        self._store(pending, file)
             except StorageUnavailable as error:
                 self._gone(error)
             else:
                 return
             ends = time.monotonic() + random.uniform(0, pause)
-            while time.monotonic() < ends and not parcel.held.given_up:
+            while time.monotonic() < ends and not pending.job.given_up:
                 time.sleep(_LOOK_SECONDS)
             pause = min(longest, pause * 2)
 
-    def discard(self, parcel: Parcel) -> None:
-        """Remove the parcel's files from disk and, as nothing refers to them, from storage; there as far as it works.
+    def discard(self, pending: PendingResult) -> None:
+        """Remove the pending's files from disk and, as nothing refers to them, from storage; there as far as it works.
 
         What is left behind is swept later: the attempt is among the orphans.
         """
-        self.forget(parcel)
+        self.forget(pending)
         try:
-            self._storage.delete_many([file.key for file in parcel.files if file.tried])
+            self._storage.delete_many([file.key for file in pending.files if file.tried])
         except StorageUnavailable as error:
-            log.warning("orphans left", extra={"job_id": parcel.held.claim.job_id, "reason": str(error)})
+            log.warning("orphans left", extra={"job_id": pending.job.claim.job_id, "reason": str(error)})
 
-    def forget(self, parcel: Parcel) -> None:
-        """Remove the parcel's files from disk."""
-        for file in parcel.files:
+    def forget(self, pending: PendingResult) -> None:
+        """Remove the pending's files from disk."""
+        for file in pending.files:
             if file.path is not None:
                 self._spool.remove(file.path)
                 file.path = None
 
-    def _store(self, parcel: Parcel, file: File) -> None:
-        if parcel.held.given_up:
+    def _store(self, pending: PendingResult, file: File) -> None:
+        if pending.job.given_up:
             raise CancelledError
         data = file.path.read_bytes() if file.path is not None else file.data
         assert data is not None
@@ -180,10 +180,10 @@ class Outbox:
     def _work(self) -> None:
         while not self._stopped.is_set():
             try:
-                parcel = self._waiting.get(timeout=_LOOK_SECONDS)
+                pending = self._waiting.get(timeout=_LOOK_SECONDS)
             except Empty:
                 continue
             try:
-                self._finish(parcel)
+                self._finish(pending)
             except Exception:  # this thread must not die
                 log.exception("the outbox met a bug")

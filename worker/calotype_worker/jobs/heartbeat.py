@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from calotype_shared.errors import ServiceUnavailable
 from calotype_shared.observability import metric_names as names
 from calotype_shared.queue.job_store import Claim, JobStore, News
-from calotype_worker.observability.counters import Tally
+from calotype_worker.observability.counters import Counters
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ _BACKOFF_SECONDS = 2.0
 
 
 @dataclass(kw_only=True, eq=False)
-class Held:
+class RunningJob:
     """A job this process works on. `lost` and `released` are set once and never cleared."""
 
     claim: Claim
@@ -43,7 +43,7 @@ class Held:
 class Heartbeat:
     """`progress(request_id)` says how far one picture is; `stop_request(request_id)` takes it out of the engine.
 
-    `on_urgent` is called when a job has come into one of `urgent_queues`.
+    `on_interactive` is called when a job has come into one of `interactive_queues`.
     """
 
     def __init__(
@@ -54,20 +54,20 @@ class Heartbeat:
         progress: Callable[[str], tuple[int, int] | None],
         stop_request: Callable[[str], object],
         report: Callable[[], None],
-        urgent_queues: Sequence[str] = (),
-        on_urgent: Callable[[], None] = lambda: None,
-        tally: Tally | None = None,
+        interactive_queues: Sequence[str] = (),
+        on_interactive: Callable[[], None] = lambda: None,
+        counters: Counters | None = None,
     ) -> None:
         self._store = store
         self._lease_seconds = lease_seconds
         self._progress = progress
         self._stop_request = stop_request
         self._report = report  # announces the worker itself
-        self._urgent_queues, self._on_urgent = tuple(urgent_queues), on_urgent
-        self._tally = tally or Tally()
+        self._interactive_queues, self._on_interactive = tuple(interactive_queues), on_interactive
+        self._counters = counters or Counters()
         self._turned_at = time.monotonic()  # the last round of `_beat`, whether or not Redis answered
         self._lock = threading.Lock()
-        self._held: dict[str, Held] = {}
+        self._jobs: dict[str, RunningJob] = {}
         self._stopped = threading.Event()
         self._threads = [
             threading.Thread(target=self._beat, name="calotype-heartbeat", daemon=True),
@@ -86,27 +86,27 @@ class Heartbeat:
         """Since the thread that renews leases has begun a round."""
         return time.monotonic() - self._turned_at
 
-    def hold(self, claim: Claim, request_ids: Sequence[str]) -> Held:
+    def hold(self, claim: Claim, request_ids: Sequence[str]) -> RunningJob:
         """Renew this claim until `drop`."""
-        held = Held(claim=claim, request_ids=tuple(request_ids))
+        job = RunningJob(claim=claim, request_ids=tuple(request_ids))
         with self._lock:
-            self._held[claim.job_id] = held
-        return held
+            self._jobs[claim.job_id] = job
+        return job
 
-    def drop(self, held: Held) -> None:
+    def drop(self, job: RunningJob) -> None:
         with self._lock:
-            if self._held.get(held.claim.job_id) is held:
-                del self._held[held.claim.job_id]
+            if self._jobs.get(job.claim.job_id) is job:
+                del self._jobs[job.claim.job_id]
 
-    def held(self) -> list[Held]:
+    def running(self) -> list[RunningJob]:
         with self._lock:
-            return list(self._held.values())
+            return list(self._jobs.values())
 
     def release_all(self) -> None:
         """Give up on what is left: every job's requests leave the engine, and its thread hands it back."""
-        for held in self.held():
-            held.released = True
-            self._stop(held)
+        for job in self.running():
+            job.released = True
+            self._stop(job)
 
     def _beat(self) -> None:
         renew_every = self._lease_seconds / 4
@@ -129,31 +129,31 @@ class Heartbeat:
 
     def _show_progress(self) -> None:
         updates = []
-        for held in self.held():
-            known = [self._progress(request_id) for request_id in held.request_ids]
+        for job in self.running():
+            known = [self._progress(request_id) for request_id in job.request_ids]
             present = [progress for progress in known if progress is not None]
             if not present:
                 continue
             total = present[0][1]  # every picture of a job takes the same steps
             # A picture the engine no longer has is done with its steps.
             done = sum(step for step, _ in present) + total * (len(known) - len(present))
-            if (done, total * len(known)) != held.shown:
-                held.shown = (done, total * len(known))
-                updates.append((held.claim, *held.shown))
+            if (done, total * len(known)) != job.shown:
+                job.shown = (done, total * len(known))
+                updates.append((job.claim, *job.shown))
         self._store.progress(updates)
 
     def _renew(self) -> None:
-        holding = self.held()
-        lost = self._store.renew([held.claim for held in holding], lease_seconds=self._lease_seconds)
-        self._tally.count(names.LEASE_RENEWALS, by=len(holding) - len(lost))
-        for held in holding:
-            if held.claim.job_id in lost:
-                self._lose(held)
+        holding = self.running()
+        lost = self._store.renew([job.claim for job in holding], lease_seconds=self._lease_seconds)
+        self._counters.count(names.LEASE_RENEWALS, by=len(holding) - len(lost))
+        for job in holding:
+            if job.claim.job_id in lost:
+                self._lose(job)
 
     def _listen(self) -> None:
         while not self._stopped.is_set():
             try:
-                with self._store.news(*self._urgent_queues) as wait:
+                with self._store.news(*self._interactive_queues) as wait:
                     while not self._stopped.is_set():
                         self._heard(wait(_LISTEN_SECONDS))
             except ServiceUnavailable:
@@ -166,21 +166,21 @@ class Heartbeat:
         if news is None:
             return
         if news.kind == "arrived":
-            self._on_urgent()
+            self._on_interactive()
             return
         with self._lock:
-            held = self._held.get(news.about)
-        if held is not None:
-            self._lose(held)
+            job = self._jobs.get(news.about)
+        if job is not None:
+            self._lose(job)
 
-    def _lose(self, held: Held) -> None:
+    def _lose(self, job: RunningJob) -> None:
         with self._lock:
-            known, held.lost = held.lost, True
+            known, job.lost = job.lost, True
         if not known:  # the listener and a renewal may both hear of it
-            self._tally.count(names.LOST_CLAIMS)
-            log.info("claim lost", extra={"job_id": held.claim.job_id, "attempt": held.claim.attempt})
-        self._stop(held)
+            self._counters.count(names.LOST_CLAIMS)
+            log.info("claim lost", extra={"job_id": job.claim.job_id, "attempt": job.claim.attempt})
+        self._stop(job)
 
-    def _stop(self, held: Held) -> None:
-        for request_id in held.request_ids:
+    def _stop(self, job: RunningJob) -> None:
+        for request_id in job.request_ids:
             self._stop_request(request_id)

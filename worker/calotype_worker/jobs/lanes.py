@@ -1,4 +1,4 @@
-"""`UrgentFirst`: in which order a worker's queues are asked for messages."""
+"""`PriorityRoundRobin`: in which order a worker's queues are asked for messages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kombu.utils.scheduling import round_robin_cycle
 from calotype_shared.schema.jobs import Lane
 
 
-class UrgentFirst(round_robin_cycle):
+class PriorityRoundRobin(round_robin_cycle):
     """Queues of the interactive lane before all others; within a lane, who was served goes to the end of it.
 
     So a worker with several models serves each of them, however long the line of one is.

@@ -17,7 +17,7 @@ from calotype_shared.observability import metric_names as names
 from calotype_shared.queue.job_store import JobStore, Reaped
 from calotype_shared.storage.s3 import Storage
 from calotype_worker.jobs.sweep import sweep
-from calotype_worker.observability.counters import Tally
+from calotype_worker.observability.counters import Counters
 
 log = logging.getLogger(__name__)
 
@@ -36,14 +36,14 @@ class Reaper:
         worker: str,
         queues: Sequence[str],
         lease_seconds: float,
-        tally: Tally,
+        counters: Counters,
     ) -> None:
         self._store = store
         self._storage = storage
         self._worker = worker
         self._queues = tuple(queues)
         self._sweep_after = _SWEEP_LEASES * lease_seconds
-        self._tally = tally
+        self._counters = counters
         self._told_of: set[str] = set()
         self.left_for_newer: tuple[str, ...] = ()  # queues whose next job is too new for this version
 
@@ -65,16 +65,16 @@ class Reaper:
                 log.exception("the reaper met a bug")
 
     def _tell(self, reaped: Reaped) -> None:
-        self._tally.count(names.LEASE_REAPS, "requeued", by=len(reaped.requeued))
-        self._tally.count(names.LEASE_REAPS, "failed", by=len(reaped.failed))
-        self._tally.count(names.GAP_REPUBLISH, by=reaped.invited)
-        if reaped.requeued or reaped.failed or reaped.invited:
+        self._counters.count(names.LEASE_REAPS, "requeued", by=len(reaped.requeued))
+        self._counters.count(names.LEASE_REAPS, "failed", by=len(reaped.failed))
+        self._counters.count(names.GAP_REPUBLISH, by=reaped.republished)
+        if reaped.requeued or reaped.failed or reaped.republished:
             log.info(
                 "jobs reaped",
                 extra={
                     "requeued": ",".join(reaped.requeued),
                     "failed": ",".join(reaped.failed),
-                    "invited": reaped.invited,
+                    "republished": reaped.republished,
                 },
             )
 

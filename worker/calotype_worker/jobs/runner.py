@@ -18,20 +18,20 @@ from typing import TypeVar
 from calotype_shared.errors import CalotypeError, ObjectMissing, RedisUnavailable, ServiceUnavailable
 from calotype_shared.observability import metric_names as names
 from calotype_shared.observability.logs import about
-from calotype_shared.observability.tracing import SILENT, Span, Telemetry, trace_id_of
-from calotype_shared.queue.job_store import SUSPECT, Claim, JobStore
+from calotype_shared.observability.tracing import NOOP_TELEMETRY, Span, Telemetry, trace_id_of
+from calotype_shared.queue.job_store import QUARANTINE_CRASHES, Claim, JobStore
 from calotype_shared.queue.records import OLDEST
 from calotype_shared.schema.jobs import JobError, Lane
 from calotype_shared.storage.s3 import Storage
 from calotype_worker.engine import Engine, Generated, GenerationRequest
-from calotype_worker.engine.trace import Tracer, Untraced, spanning
-from calotype_worker.jobs.delivery import Outbox, Parcel
-from calotype_worker.jobs.heartbeat import Heartbeat, Held
+from calotype_worker.engine.trace import NoopTracer, Tracer, spanning
+from calotype_worker.jobs.delivery import PendingResult, UploadQueue
+from calotype_worker.jobs.heartbeat import Heartbeat, RunningJob
 from calotype_worker.jobs.inputs import Inputs
-from calotype_worker.jobs.reserved_slots import Places
-from calotype_worker.jobs.size_affinity import Affinity
+from calotype_worker.jobs.reserved_slots import ReservedSlots
+from calotype_worker.jobs.size_affinity import SizeAffinity
 from calotype_worker.jobs.spool import Spool
-from calotype_worker.observability.counters import Tally
+from calotype_worker.observability.counters import Counters
 from calotype_worker.output.encoder import Encoder
 from calotype_worker.threads import compute_alone
 
@@ -53,52 +53,52 @@ class JobRunner:
         inputs: Inputs,
         storage: Storage,
         spool: Spool,
-        places: Places,
-        affinity: Affinity,
-        urgent_queues: Sequence[str],
+        slots: ReservedSlots,
+        affinity: SizeAffinity,
+        interactive_queues: Sequence[str],
         worker: str,
         lease_seconds: float,
         draining: Callable[[], bool],
         trace: Tracer | None = None,
-        tally: Tally | None = None,
-        telemetry: Telemetry = SILENT,
+        counters: Counters | None = None,
+        telemetry: Telemetry = NOOP_TELEMETRY,
     ) -> None:
         self._store = store
         self._engine = engine
         self._heartbeat = heartbeat
         self._encoder = encoder
         self._inputs = inputs
-        self._outbox = Outbox(storage, spool, finish=self.finish)
-        self._places = places
+        self._uploads = UploadQueue(storage, spool, finish=self.finish)
+        self._slots = slots
         self._affinity = affinity
-        self._urgent_queues = tuple(urgent_queues)
+        self._interactive_queues = tuple(interactive_queues)
         self._worker = worker
         self._lease_seconds = lease_seconds
         self._draining = draining
-        self._trace = trace or Untraced()
-        self._tally = tally or Tally()
+        self._trace = trace or NoopTracer()
+        self._counters = counters or Counters()
         self._telemetry = telemetry
-        self._suspect = threading.Lock()  # held while this worker works on a job that may kill it
+        self._quarantine = threading.Lock()  # held while this worker works on a job that may kill it
 
     def start(self) -> None:
-        self._outbox.start()
+        self._uploads.start()
 
     @property
     def storage_away(self) -> bool:
         """Whether pictures wait for the storage."""
-        return self._outbox.away
+        return self._uploads.away
 
     def stop(self) -> None:
-        """Call it when no job is held any more."""
-        self._outbox.stop()
+        """Call it when no job is running any more."""
+        self._uploads.stop()
 
     def run(self, queue: str) -> None:
         """Work on a queue's next job, if there is one. Returns when the message may be acknowledged; never raises."""
         compute_alone()
-        if queue in self._urgent_queues:
+        if queue in self._interactive_queues:
             self._next(queue)
             return
-        with self._places.patient(queue, self._find_urgent, stopped=self._draining, spare=self._spare) as place:
+        with self._slots.bulk(queue, self._claim_interactive, stopped=self._draining, spare=self._spare) as place:
             if place is True:
                 self._next(queue)
             elif place:
@@ -106,10 +106,10 @@ class JobRunner:
         if place is not True:
             self._give_back(queue)
 
-    def _find_urgent(self) -> Claim | None:
+    def _claim_interactive(self) -> Claim | None:
         """An urgent job to do while there is no place for others; errors are told where they matter."""
         try:
-            return self._claim(*self._urgent_queues)
+            return self._claim(*self._interactive_queues)
         except CalotypeError:
             return None
 
@@ -122,7 +122,7 @@ class JobRunner:
 
     def _give_back(self, queue: str) -> None:
         try:
-            self._store.invite(queue)
+            self._store.push_message(queue)
         except RedisUnavailable as error:
             log.warning("message not given back", extra={"queue": queue, "reason": str(error)})  # the reaper will see
 
@@ -142,7 +142,7 @@ class JobRunner:
                 log.debug("message dropped", extra={"queue": queue})
                 return
             self._begin(claim)
-            if not _is_suspect(claim) and claim.record.schema_number == OLDEST:
+            if not _is_quarantined(claim) and claim.record.schema_number == OLDEST:
                 return
 
     def _begin(self, claim: Claim) -> None:
@@ -152,29 +152,29 @@ class JobRunner:
             else:
                 self._work(claim)
         finally:
-            self._affinity.left(claim)
-            if _is_suspect(claim):
-                self._suspect.release()
+            self._affinity.released(claim)
+            if _is_quarantined(claim):
+                self._quarantine.release()
 
     def _claim(self, *queues: str) -> Claim | None:
         """The next job. Those on which workers have died are taken one at a time: one of them kills workers."""
-        may_take_suspect = self._suspect.acquire(blocking=False)
+        may_take_suspect = self._quarantine.acquire(blocking=False)
         claim = None
         try:
-            with self._affinity.choosing(*queues) as shapes:
+            with self._affinity.preferred_shapes(*queues) as shapes:
                 claim = self._store.claim(
                     *queues,
                     worker=self._worker,
                     lease_seconds=self._lease_seconds,
-                    leave_suspects=not may_take_suspect,
-                    look=self._affinity.look,
+                    leave_quarantined=not may_take_suspect,
+                    look=self._affinity.lookahead,
                     shapes=shapes,
                 )
                 if claim is not None:
-                    self._affinity.took(claim)
+                    self._affinity.claimed(claim)
         finally:
-            if may_take_suspect and not (claim and _is_suspect(claim)):
-                self._suspect.release()
+            if may_take_suspect and not (claim and _is_quarantined(claim)):
+                self._quarantine.release()
         return claim
 
     def _work(self, claim: Claim) -> None:
@@ -193,107 +193,107 @@ class JobRunner:
             steps=config.num_inference_steps,
             queue_seconds=_queued(claim),
         )
-        parcel = Parcel(held=self._heartbeat.hold(claim, ids), span=span)
-        with _about(parcel):
+        pending = PendingResult(job=self._heartbeat.hold(claim, ids), span=span)
+        with _about(pending):
             log.info("job claimed", extra={"job_id": claim.job_id, "attempt": claim.attempt})
-        self._attempt(parcel, self._make)
+        self._attempt(pending, self._make)
 
-    def finish(self, parcel: Parcel) -> None:
+    def finish(self, pending: PendingResult) -> None:
         """Store what is not stored yet, and commit. Never raises; the outbox's threads call it too."""
-        self._attempt(parcel, self._send)
+        self._attempt(pending, self._send)
 
-    def _attempt(self, parcel: Parcel, work: Callable[[Parcel], bool]) -> None:
-        """`work` returns whether the job is done; if not, the outbox has the parcel and goes on with it."""
-        held, done, left = parcel.held, False, False
+    def _attempt(self, pending: PendingResult, work: Callable[[PendingResult], bool]) -> None:
+        """`work` returns whether the job is done; if not, the outbox has the pending and goes on with it."""
+        job, done, left = pending.job, False, False
         try:
-            with _about(parcel):
-                done = work(parcel)
+            with _about(pending):
+                done = work(pending)
             left = not done
         except CancelledError:
             pass  # by its lost claim, or because this worker leaves
         except Exception as error:
-            with _about(parcel):
-                self._fail(held, error)
-            parcel.span.fail(error.code if isinstance(error, CalotypeError) else type(error).__name__)
+            with _about(pending):
+                self._fail(job, error)
+            pending.span.fail(error.code if isinstance(error, CalotypeError) else type(error).__name__)
         finally:
-            for request_id in held.request_ids:
+            for request_id in job.request_ids:
                 self._engine.cancel(request_id)
-            if done or held.lost:
-                self._tally.count(names.ATTEMPTS, "succeeded" if done else "lost")
+            if done or job.lost:
+                self._counters.count(names.ATTEMPTS, "succeeded" if done else "lost")
             if not left:
-                if not done and held.released and not held.lost:
-                    self._release(held.claim)
-                self._outbox.forget(parcel) if done else self._outbox.discard(parcel)
-                self._heartbeat.drop(held)
-                parcel.span.set(outcome="succeeded" if done else "lost" if held.lost else "ended")
-                parcel.span.end()
+                if not done and job.released and not job.lost:
+                    self._release(job.claim)
+                self._uploads.forget(pending) if done else self._uploads.discard(pending)
+                self._heartbeat.drop(job)
+                pending.span.set(outcome="succeeded" if done else "lost" if job.lost else "ended")
+                pending.span.end()
 
-    def _make(self, parcel: Parcel) -> bool:
+    def _make(self, pending: PendingResult) -> bool:
         """All of a job's pictures, made, encoded and stored; and where the time went, summed over them."""
-        claim = parcel.held.claim
-        record, timings = claim.record, parcel.timings
+        claim = pending.job.claim
+        record, timings = claim.record, pending.timings
         timings["queue"] = _queued(claim)
-        with self._phase(parcel, "fetch", "fetch inputs"):
-            pictures = self._patiently(lambda: self._inputs.fetch(claim.config), parcel.held)
+        with self._phase(pending, "fetch", "fetch inputs"):
+            pictures = self._patiently(lambda: self._inputs.fetch(claim.config), pending.job)
         futures: list[Future[Generated]] = []
         submitted = []
-        with self._phase(parcel, "prepare"):  # checks, sampler tables, starting noise
-            for index, request_id in enumerate(parcel.held.request_ids):
+        with self._phase(pending, "prepare"):  # checks, sampler tables, starting noise
+            for index, request_id in enumerate(pending.job.request_ids):
                 request = GenerationRequest.from_config(
                     claim.config,
                     index=index,
                     request_id=request_id,
                     pictures=pictures,
-                    urgent=record.lane is Lane.INTERACTIVE,
+                    interactive=record.lane is Lane.INTERACTIVE,
                 )
                 futures.append(self._engine.submit(request))
                 submitted.append(time.time())
         for index, future in enumerate(futures):
             generated = future.result()
-            _note_engine(parcel.span, generated, began=submitted[index])
-            with self._phase(parcel, "encode", timing="encode_image"):
+            _note_engine(pending.span, generated, began=submitted[index])
+            with self._phase(pending, "encode", timing="encode_image"):
                 files, reference = self._encoder.encode(claim, index, generated)
-            parcel.files += files
-            parcel.images.append(reference)
+            pending.files += files
+            pending.images.append(reference)
             for name, value in generated.timings.items():
                 timings[name] = timings.get(name, 0.0) + value
-            with self._phase(parcel, "upload"):
-                self._outbox.try_store(parcel, files)
-        self._affinity.left(claim)
-        if not parcel.stored and self._outbox.leave(parcel):
+            with self._phase(pending, "upload"):
+                self._uploads.try_store(pending, files)
+        self._affinity.released(claim)
+        if not pending.stored and self._uploads.leave(pending):
             return False
-        return self._send(parcel)
+        return self._send(pending)
 
     @contextmanager
-    def _phase(self, parcel: Parcel, name: str, said: str = "", *, timing: str = "") -> Iterator[None]:
+    def _phase(self, pending: PendingResult, name: str, said: str = "", *, timing: str = "") -> Iterator[None]:
         """A part of an attempt, told to all who want to know how long it takes: record, trace and telemetry."""
         with (
-            _timed(parcel.timings, timing or name),
-            spanning(self._trace, _track(name), parcel.held.claim.job_id),
-            parcel.span.child(said or name),
+            _timed(pending.timings, timing or name),
+            spanning(self._trace, _track(name), pending.job.claim.job_id),
+            pending.span.child(said or name),
         ):
             yield
 
-    def _send(self, parcel: Parcel) -> bool:
+    def _send(self, pending: PendingResult) -> bool:
         """The end of an attempt: everything is in storage, and the record says so. Raises CancelledError."""
-        held, claim = parcel.held, parcel.held.claim
-        late = nullcontext() if parcel.stored else parcel.span.child("upload", late=True)
-        with _timed(parcel.timings, "upload"), late:
-            self._outbox.deliver(parcel)
-        commit = functools.partial(self._store.commit, claim, images=parcel.images, timings=parcel.timings)
-        with spanning(self._trace, _track("commit"), claim.job_id), parcel.span.child("commit"):
-            committed = self._patiently(commit, held)
+        job, claim = pending.job, pending.job.claim
+        late = nullcontext() if pending.stored else pending.span.child("upload", late=True)
+        with _timed(pending.timings, "upload"), late:
+            self._uploads.deliver(pending)
+        commit = functools.partial(self._store.commit, claim, images=pending.images, timings=pending.timings)
+        with spanning(self._trace, _track("commit"), claim.job_id), pending.span.child("commit"):
+            committed = self._patiently(commit, job)
         if not committed:
-            held.lost = True
-            self._tally.count(names.FENCED_COMMITS)
+            job.lost = True
+            self._counters.count(names.FENCED_COMMITS)
             raise CancelledError
-        shown = {name: round(seconds, 3) for name, seconds in parcel.timings.items()}
-        log.info("job succeeded", extra={"job_id": claim.job_id, "pictures": len(parcel.images), **shown})
+        shown = {name: round(seconds, 3) for name, seconds in pending.timings.items()}
+        log.info("job succeeded", extra={"job_id": claim.job_id, "pictures": len(pending.images), **shown})
         return True
 
-    def _fail(self, held: Held, error: Exception) -> None:
+    def _fail(self, job: RunningJob, error: Exception) -> None:
         """Note why the attempt failed. Another follows where that may help: the job itself was not to blame."""
-        claim = held.claim
+        claim = job.claim
         known = isinstance(error, CalotypeError)
         retry = not known or not self._engine.alive
         problem = JobError(
@@ -306,23 +306,23 @@ class JobRunner:
             exc_info=None if known else error,
         )
         try:
-            state = self._patiently(lambda: self._store.fail(claim, problem, retry=retry), held)
-            if not held.lost:
+            state = self._patiently(lambda: self._store.fail(claim, problem, retry=retry), job)
+            if not job.lost:
                 outcome = "lost" if state is None else "failed" if state.final else "retried"
-                self._tally.count(names.ATTEMPTS, outcome)
+                self._counters.count(names.ATTEMPTS, outcome)
         except CancelledError:
             log.warning("failure not recorded", extra={"job_id": claim.job_id})
 
     def _release(self, claim: Claim) -> None:
         try:
             self._patiently(lambda: self._store.release(claim))
-            self._tally.count(names.ATTEMPTS, "returned")
+            self._counters.count(names.ATTEMPTS, "returned")
             log.info("job returned", extra={"job_id": claim.job_id, "attempt": claim.attempt})
         except RedisUnavailable as error:
             # Its lease runs out instead.
             log.warning("job not returned", extra={"job_id": claim.job_id, "reason": str(error)})
 
-    def _patiently(self, call: Callable[[], T], held: Held | None = None) -> T:
+    def _patiently(self, call: Callable[[], T], job: RunningJob | None = None) -> T:
         """`call` again, with jittered backoff, while Redis or the storage is away. Every script checks its fence.
 
         Raises:
@@ -336,11 +336,11 @@ class JobRunner:
             except ObjectMissing:
                 raise
             except ServiceUnavailable:
-                if held is None and self._draining():
+                if job is None and self._draining():
                     raise
             ends = time.monotonic() + random.uniform(0, pause)
             while time.monotonic() < ends:
-                if held is not None and held.given_up:
+                if job is not None and job.given_up:
                     raise CancelledError
                 time.sleep(min(0.2, pause))
             pause = min(5.0, pause * 2)
@@ -357,10 +357,10 @@ def _queued(claim: Claim) -> float:
     return max(0.0, (record.started_at or record.queued_at) - record.queued_at)
 
 
-def _about(parcel: Parcel) -> AbstractContextManager[None]:
+def _about(pending: PendingResult) -> AbstractContextManager[None]:
     """Log lines within the block say which job and which trace they are of."""
-    claim = parcel.held.claim
-    return about(job_id=claim.job_id, trace_id=trace_id_of(parcel.span.traceparent or claim.record.traceparent))
+    claim = pending.job.claim
+    return about(job_id=claim.job_id, trace_id=trace_id_of(pending.span.traceparent or claim.record.traceparent))
 
 
 def _note_engine(span: Span, generated: Generated, *, began: float) -> None:
@@ -371,8 +371,8 @@ def _note_engine(span: Span, generated: Generated, *, began: float) -> None:
         began += seconds
 
 
-def _is_suspect(claim: Claim) -> bool:
-    return claim.record.crashes >= SUSPECT
+def _is_quarantined(claim: Claim) -> bool:
+    return claim.record.crashes >= QUARANTINE_CRASHES
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""`Affinity`: what a worker runs, by model and shape, and so which jobs join a step batch rather than begin one.
+"""`SizeAffinity`: what a worker runs, by model and shape, and so which jobs join a step batch rather than begin one.
 
 Rows count from the claim, not from when the engine has them: of forty jobs claimed in one moment each must know of
 those before.
@@ -19,7 +19,7 @@ _MOST_SHAPES = 16  # that a claim names
 _TURN_SECONDS = 0.1  # to wait for other claims: where Redis hangs, they would add up
 
 
-class Affinity:
+class SizeAffinity:
     """For any thread. `budget(model, width, height)` is how many rows may run together, `rows(model, guided)` how many
     a picture takes.
 
@@ -28,13 +28,13 @@ class Affinity:
 
     def __init__(
         self,
-        look: int,
+        lookahead: int,
         *,
         budget: Callable[[str, int, int], int],
         rows: Callable[[str, bool], int],
         unmoved: frozenset[str] = frozenset(),
     ) -> None:
-        self.look = look  # jobs of a line; 0: always the first
+        self.lookahead = lookahead  # jobs of a line; 0: always the first
         self._budget = budget
         self._rows = rows
         self._unmoved = unmoved
@@ -44,9 +44,9 @@ class Affinity:
         self._claims: dict[str, dict[tuple[str, int, int], int]] = {}  # by folder, which no other attempt has
 
     @contextmanager
-    def choosing(self, *queues: str) -> Iterator[list[str]]:
-        """Around a claim, and `took` after it: the shapes that it should rather get."""
-        if not self.look or not self._unmoved.isdisjoint(queues):
+    def preferred_shapes(self, *queues: str) -> Iterator[list[str]]:
+        """Around a claim, and `claimed` after it: the shapes that it should rather get."""
+        if not self.lookahead or not self._unmoved.isdisjoint(queues):
             yield []
             return
         mine = self._turn.acquire(timeout=_TURN_SECONDS)
@@ -68,7 +68,7 @@ class Affinity:
         )
         return list(islice(dict.fromkeys(found), _MOST_SHAPES))
 
-    def took(self, claim: Claim) -> None:
+    def claimed(self, claim: Claim) -> None:
         """Its rows are as good as running."""
         config = claim.config
         if config.width is None or config.height is None:
@@ -86,7 +86,7 @@ class Affinity:
             for key, rows in own.items():
                 self._running[key] = self._running.get(key, 0) + rows
 
-    def left(self, claim: Claim) -> None:
+    def released(self, claim: Claim) -> None:
         """Its pictures are made, or never will be. May be said twice."""
         with self._lock:
             for key, rows in self._claims.pop(claim.folder, {}).items():

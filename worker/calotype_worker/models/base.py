@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from calotype_shared.schema.model_card import ModelCard
-from calotype_worker.models.lossy import Lossy
+from calotype_worker.models.accelerations import Accelerations
 
 if TYPE_CHECKING:
     from calotype_worker.request import Generated, GenerationRequest
@@ -42,10 +42,10 @@ class ControlRows:
 class RowMemory:
     """What a model that caches keeps of one row from step to step. The engine's thread alone uses it.
 
-    The row's slot owns it, so that no neighbour can touch it and it goes when the slot leaves.
+    The row's row owns it, so that no neighbour can touch it and it goes when the row leaves.
     """
 
-    step: int = 0  # the slot's present step
+    step: int = 0  # the row's present step
     kept: dict[str, torch.Tensor] = field(default_factory=dict)  # without a batch dimension
 
 
@@ -93,7 +93,7 @@ class StepModel(Protocol):
     dtype: torch.dtype
     mask_channels: int  # extra input channels, for mask and masked picture; 0: inpainting by blending
     embedded_guidance: bool  # the network reads the guidance scale itself, so no row is doubled for it
-    lossy: Lossy  # what it gives up likeness for
+    accelerations: Accelerations  # what it gives up likeness for
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """(C, h, w) for a picture of that size in pixels. Any thread."""

@@ -22,7 +22,7 @@ class Matches:
     def __init__(self, tokens: torch.Tensor, height: int, width: int, ratio: float) -> None:
         """`tokens` (R, height * width, features); `ratio` of them are merged, at most all but the destinations."""
         # A compiler cannot look into the cache, and needs none.
-        find = _places.__wrapped__ if torch.compiler.is_compiling() else _places
+        find = _slots.__wrapped__ if torch.compiler.is_compiling() else _slots
         self._kept, self._others = find(height, width, tokens.device)
         count = min(int(ratio * height * width), len(self._others))
         unit = torch.nn.functional.normalize(tokens.float(), dim=-1)
@@ -102,7 +102,7 @@ def merge_tokens(unet: Any, *, ratio: float, name: str) -> None:
 
 
 @functools.lru_cache(maxsize=64)
-def _places(height: int, width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _slots(height: int, width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Numbers of the tokens that are destinations, and of the others. No masks: a device would be waited for."""
     kept = [row * width + column for row in range(0, height, 2) for column in range(0, width, 2)]
     others = sorted(set(range(height * width)) - set(kept))

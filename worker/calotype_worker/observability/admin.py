@@ -1,4 +1,4 @@
-"""`Operating`: what a worker tells at its metrics port, where it has one: metrics, and whether it lives and is ready.
+"""`WorkerAdmin`: what a worker tells at its metrics port, where it has one: metrics, and whether it lives and is ready.
 
 Nothing of prometheus-client is imported unless that port is set.
 """
@@ -10,22 +10,22 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 
 from calotype_shared.observability import metric_names as names
-from calotype_shared.observability.admin_server import OperatorServer, probed
+from calotype_shared.observability.admin_server import AdminServer, probed
 from calotype_worker.engine import Engine
 from calotype_worker.engine.trace import Tracer, Tracers
 from calotype_worker.jobs.heartbeat import Heartbeat
-from calotype_worker.observability.counters import Tally
+from calotype_worker.observability.counters import Counters
 from calotype_worker.settings import WorkerSettings
 
 _SILENCE_SECONDS = 60.0  # of the heartbeat's thread; it goes on while Redis is away
 
 
-class Operating:
+class WorkerAdmin:
     """Made before the model is loaded, so that a port that is taken is told at once; answers from `start` on."""
 
     def __init__(self, options: WorkerSettings) -> None:
         """Raises SettingsError if the port cannot be had."""
-        self._server: OperatorServer | None = None
+        self._server: AdminServer | None = None
         self._not_alive: Callable[[], str | None] = lambda: "starting"
         self._not_ready: Callable[[], str | None] = lambda: "starting"
         if options.metrics_port is None:
@@ -38,7 +38,7 @@ class Operating:
             "/healthz": lambda _: probed(self._not_alive()),
             "/readyz": lambda _: probed(self._not_ready()),
         }
-        self._server = OperatorServer(
+        self._server = AdminServer(
             options.metrics_host, options.metrics_port, routes, setting="CALOTYPE_WORKER_METRICS_PORT"
         )
 
@@ -57,7 +57,7 @@ class Operating:
         device: str,
         engine: Engine,
         heartbeat: Heartbeat,
-        tally: Tally,
+        counters: Counters,
         gauges: Mapping[names.Metric, Callable[[], float]],
         not_ready: Callable[[], str | None],
     ) -> None:
@@ -77,7 +77,9 @@ class Operating:
         from calotype_worker.observability.metrics import WorkerCollector  # noqa: PLC0415
 
         self._registry.register(
-            WorkerCollector(info=info, device=torch.device(device), stats=engine.stats, tally=tally, gauges=gauges)
+            WorkerCollector(
+                info=info, device=torch.device(device), stats=engine.stats, counters=counters, gauges=gauges
+            )
         )
 
     @property

@@ -1,4 +1,4 @@
-"""`Tally`: counts of what the threads around the engine do, from the worker's start on."""
+"""`Counters`: counts of what the threads around the engine do, from the worker's start on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import Counter
 from calotype_shared.observability.metric_names import Metric
 
 
-class Tally:
+class Counters:
     """For any thread."""
 
     def __init__(self) -> None:

@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 from calotype_shared.observability import metric_names as names
 from calotype_shared.observability.metrics import Family, family, histogram
 from calotype_worker.engine.stats import EngineStats
-from calotype_worker.observability.counters import Tally
+from calotype_worker.observability.counters import Counters
 
 _TALLIED = (names.ATTEMPTS, names.LEASE_RENEWALS, names.LOST_CLAIMS, names.FENCED_COMMITS, names.LEASE_REAPS,
             names.GAP_REPUBLISH)  # fmt: skip
@@ -68,13 +68,13 @@ class WorkerCollector(Collector):
         info: Mapping[str, str],
         device: torch.device,
         stats: Callable[[], EngineStats],
-        tally: Tally,
+        counters: Counters,
         gauges: Mapping[names.Metric, Callable[[], float]],
     ) -> None:
         self._info = tuple(info[label] for label in names.WORKER_INFO.labels)
         self._device = device
         self._stats = stats
-        self._tally = tally
+        self._counters = counters
         self._gauges = gauges
 
     def collect(self) -> Iterable[Family]:
@@ -94,7 +94,7 @@ class WorkerCollector(Collector):
         yield family(names.ENGINE_SECONDS, _by_label(phases))
         yield family(names.DEVICE_MEMORY_BYTES, _by_label(_memory(self._device)))
         for metric in _TALLIED:
-            yield family(metric, self._tally.counted(metric))
+            yield family(metric, self._counters.counted(metric))
         for metric, read in self._gauges.items():
             yield family(metric, read())
 

@@ -83,6 +83,8 @@ class Encoder:
             "model": card.name,
             "model_version": card.version,
             "steps_taken": generated.steps_taken,
-            **({"lossy": list(generated.lossy)} if generated.lossy else {}),  # an exact picture has no such entry
+            **(
+                {"accelerations": list(generated.accelerations)} if generated.accelerations else {}
+            ),  # an exact picture has no such entry
             "parameters": parameters_line(single, seed=generated.seed, steps=config.num_inference_steps),
         }

@@ -1,8 +1,8 @@
 -- Takes one request, and pictures, from what an API key may use. ARGV: key id, requests a minute or '', pictures a day
 -- or '', pictures asked for now. Returns 0 if they were taken; else microseconds to wait, and nothing was taken.
-local allowance, now = PREFIX .. 'allowance:' .. ARGV[1], now_us()
+local rate_limit, now = PREFIX .. 'rate_limit:' .. ARGV[1], now_us()
 local per_minute, per_day, pictures = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
-local found = redis.call('HMGET', allowance, 'left', 'at', 'day', 'made')
+local found = redis.call('HMGET', rate_limit, 'left', 'at', 'day', 'made')
 local changes = {}
 if per_minute then  -- a token bucket: full is a minute's worth
   local left = math.min(per_minute, tonumber(found[1] or per_minute) + (now - tonumber(found[2] or now)) * per_minute / 6e7)
@@ -16,7 +16,7 @@ if per_day and pictures ~= 0 then  -- by the calendar day, UTC; a negative numbe
   for _, value in ipairs({'day', whole(day), 'made', whole(math.max(0, made + pictures))}) do changes[#changes + 1] = value end
 end
 if #changes > 0 then
-  redis.call('HSET', allowance, unpack(changes))
-  redis.call('PEXPIRE', allowance, 86400000)
+  redis.call('HSET', rate_limit, unpack(changes))
+  redis.call('PEXPIRE', rate_limit, 86400000)
 end
 return 0

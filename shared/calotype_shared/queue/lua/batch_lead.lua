@@ -2,7 +2,7 @@
 -- Returns its record as a flat list of fields and values, nothing if another leads it or it needs no lead, or the number
 -- of its schema if that is newer than this dispatcher knows.
 local id, who, lease = ARGV[1], ARGV[2], ARGV[3]
-local batch, lead = PREFIX .. 'batch:' .. id, PREFIX .. 'lead:' .. id
+local batch, lead = PREFIX .. 'batch:' .. id, PREFIX .. 'leader:' .. id
 if redis.call('EXISTS', batch) == 0 then redis.call('ZREM', PREFIX .. 'open_batches', id) end
 if not redis.call('ZSCORE', PREFIX .. 'open_batches', id) then return false end  -- it is final
 local schema = redis.call('HGET', batch, 'schema')

@@ -8,8 +8,8 @@ redis.call('HSET', batch, 'state', to, to .. '_at', whole(now), unpack(ARGV, 6))
 if to == 'completed' or to == 'failed' or to == 'expired' or to == 'cancelled' then
   local lasts = whole(tonumber(retention) * 1000)
   redis.call('ZREM', PREFIX .. 'open_batches', id)
-  redis.call('DEL', PREFIX .. 'lead:' .. id, PREFIX .. 'live:' .. id, PREFIX .. 'done:' .. id, PREFIX .. 'parts:' .. id)
+  redis.call('DEL', PREFIX .. 'leader:' .. id, PREFIX .. 'live:' .. id, PREFIX .. 'done:' .. id, PREFIX .. 'parts:' .. id)
   redis.call('PEXPIRE', batch, lasts)
-  if found[4] then tell(id, found[4], 'batch.' .. to, found[3], now) end
+  if found[4] then enqueue_webhook(id, found[4], 'batch.' .. to, found[3], now) end
 end
 return 1

@@ -5,7 +5,7 @@ local state = redis.call('HGET', job_key(id), 'state')
 if not state then return false end
 if state ~= 'queued' and state ~= 'running' then return state end
 local now = now_us()
-if state == 'running' then abandon(id, 'cancelled', nil, now) end
+if state == 'running' then record_failed_attempt(id, 'cancelled', nil, now) end
 finish(id, 'cancelled', now, ARGV[2])
 if state == 'running' then redis.call('PUBLISH', PREFIX .. 'cancelled', id) end
 return 'cancelled'

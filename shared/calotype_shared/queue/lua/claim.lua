@@ -2,7 +2,7 @@
 -- ms, token, crashes from which on this worker must leave a job to others, how many jobs of a line to look at for one
 -- of a shape that the worker runs, those shapes (commas between), queues.
 -- Returns {id, its record as a flat list of fields and values}, or nothing if there is none for it.
-local worker, lease, token, suspect, look = ARGV[1], tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
+local worker, lease, token, quarantine, look = ARGV[1], tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
 local shapes = {}
 for shape in ARGV[6]:gmatch('[^,]+') do shapes[shape] = true end
 local PAGE, CHUNK, MOST, REMEMBERED = 128, 16, 1024, 5000000
@@ -26,7 +26,7 @@ local function choose(queue)
         at = at - 1
       elseif not known(record[2]) then
         newer = newer + 1
-      elseif tonumber(record[3] or '0') < suspect then
+      elseif tonumber(record[3] or '0') < quarantine then
         tag = tag or redis.call('ZSCORE', line, id)
         if shapes[record[4]] then
           for _, other in ipairs(over) do redis.call('HINCRBY', job_key(other), 'passed', 1) end
@@ -50,7 +50,7 @@ local function first_of(queue, from, to)
       redis.call('ZREM', line, found[i])
     elseif not known(record[2]) then
       newer = newer + 1
-    elseif tonumber(record[3] or '0') < suspect then
+    elseif tonumber(record[3] or '0') < quarantine then
       return found[i], found[i + 1]
     end
   end
@@ -62,8 +62,8 @@ end
 local function first(queue)
   local id, tag, newer = choose(queue)
   if id or newer == 0 then return id, tag end
-  local mark, passed, since = PREFIX .. 'mark:' .. queue, 'passed:' .. SCHEMA, 'passed_at:' .. SCHEMA
-  local found, from = redis.call('HMGET', mark, passed, since), PAGE
+  local queue_state, passed, since = PREFIX .. 'queue_state:' .. queue, 'passed:' .. SCHEMA, 'passed_at:' .. SCHEMA
+  local found, from = redis.call('HMGET', queue_state, passed, since), PAGE
   local fresh = found[2] and now - tonumber(found[2]) < REMEMBERED
   if fresh then from = tonumber(found[1]) end
   local stop = from + MOST
@@ -71,7 +71,7 @@ local function first(queue)
     id, tag, newer = first_of(queue, from, from + PAGE - 1)
     if newer == PAGE then from = from + PAGE end
   until id or newer < PAGE or from == stop
-  redis.call('HSET', mark, passed, whole(from), since, fresh and found[2] or whole(now))
+  redis.call('HSET', queue_state, passed, whole(from), since, fresh and found[2] or whole(now))
   return id, tag
 end
 
@@ -83,14 +83,14 @@ for i = 7, #ARGV do
 end
 if not id then return false end
 redis.call('ZREM', PREFIX .. 'waiting:' .. queue, id)
-local job, mark = job_key(id), PREFIX .. 'mark:' .. queue
+local job, queue_state = job_key(id), PREFIX .. 'queue_state:' .. queue
 move(id, 'running')
 redis.call('HINCRBY', job, 'attempt', 1)
 redis.call('HSET', job, 'worker', worker, 'token', token, 'started_at', whole(now), 'step', '0', 'total_steps', '0')
 redis.call('ZADD', PREFIX .. 'leases', whole(now / 1000 + lease), id)
 -- Who comes anew starts from here: time spent away earns no credit. It is where the line begins, also for one who is
 -- taken from behind there: newcomers never wait longer for that, nor get ahead of whom it passed over.
-if tonumber(tag) > tonumber(redis.call('HGET', mark, 'virtual') or '0') then
-  redis.call('HSET', mark, 'virtual', whole(tonumber(tag)))
+if tonumber(tag) > tonumber(redis.call('HGET', queue_state, 'virtual') or '0') then
+  redis.call('HSET', queue_state, 'virtual', whole(tonumber(tag)))
 end
 return {id, redis.call('HGETALL', job)}

@@ -33,7 +33,7 @@ if not batch then
   end
   local full = refused('tenant', tenant, common.max_queued_per_tenant) or refused('all', '*', common.max_queued)
   if full then return full end
-  pend(tenant, made)
+  count_pending(tenant, made)
 end
 if common.idempotency_key then
   local key = PREFIX .. 'idempotency:' .. tenant .. ':' .. common.idempotency_key
@@ -47,20 +47,20 @@ local recent, live, reused = {}, {}, {}
 for i = 2, #ARGV, 7 do
   local id, queue, config, digest, cost, identity, custom_id = unpack(ARGV, i, i + 6)
   if not tags[queue] then
-    local virtual = redis.call('HGET', PREFIX .. 'mark:' .. queue, 'virtual') or '0'
-    local last = redis.call('HGET', PREFIX .. 'shares:' .. queue, tenant) or '0'
+    local virtual = redis.call('HGET', PREFIX .. 'queue_state:' .. queue, 'virtual') or '0'
+    local last = redis.call('HGET', PREFIX .. 'tenant_tags:' .. queue, tenant) or '0'
     tags[queue], lines[queue] = math.max(tonumber(virtual), tonumber(last)), {}
     redis.call('SADD', PREFIX .. 'queues', queue)
   end
 
   local leader, images = false, false
   if identity ~= '' then
-    if common.reuse then images = redis.call('GET', PREFIX .. 'made:' .. identity) end
-    leader = redis.call('GET', PREFIX .. 'flight:' .. identity)
+    if common.reuse then images = redis.call('GET', PREFIX .. 'finished:' .. identity) end
+    leader = redis.call('GET', PREFIX .. 'in_flight:' .. identity)
     if leader and redis.call('LLEN', PREFIX .. 'followers:' .. leader) >= 1000 then
       leader, identity = false, ''  -- enough wait for that one: this goes its own way
     elseif not leader and not images then
-      redis.call('SET', PREFIX .. 'flight:' .. identity, id)
+      redis.call('SET', PREFIX .. 'in_flight:' .. identity, id)
     end
   end
   local stands_in_line = not (images or leader)
@@ -108,10 +108,10 @@ redis.call('SADD', PREFIX .. 'tenants', tenant)
 redis.call('HINCRBY', PREFIX .. 'counts', 'queued', made)
 if batch then redis.call('HINCRBY', PREFIX .. 'batch:' .. batch, 'queued', made) end
 for queue, line in pairs(lines) do
-  redis.call('HSET', PREFIX .. 'shares:' .. queue, tenant, whole(tags[queue]))
+  redis.call('HSET', PREFIX .. 'tenant_tags:' .. queue, tenant, whole(tags[queue]))
   if #line > 0 then
     redis.call('ZADD', PREFIX .. 'waiting:' .. queue, unpack(line))
-    invite(queue, #line / 2)
+    push_messages(queue, #line / 2)
   end
 end
 for _, id in ipairs(reused) do finish(id, 'succeeded', now, retention) end

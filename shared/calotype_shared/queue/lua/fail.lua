@@ -3,7 +3,7 @@
 local id, problem, retry = ARGV[1], ARGV[4], ARGV[5] == '1'
 if not holds(id, ARGV[2], ARGV[3]) then return false end
 local now, job = now_us(), job_key(id)
-abandon(id, 'failed', problem, now)
+record_failed_attempt(id, 'failed', problem, now)
 local failures = redis.call('HINCRBY', job, 'failures', 1)
 redis.call('HSET', job, 'error', problem)
 if retry and failures < tonumber(redis.call('HGET', job, 'max_failures')) then
@@ -12,6 +12,6 @@ if retry and failures < tonumber(redis.call('HGET', job, 'max_failures')) then
   requeue(id, now)
   return 'queued'
 end
-bury(id, now)
+mark_dead(id, now)
 finish(id, 'failed', now, ARGV[6])
 return 'failed'

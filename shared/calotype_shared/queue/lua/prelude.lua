@@ -20,7 +20,7 @@ local function whole(number) return string.format('%.0f', number) end
 local function known(schema) return (tonumber(schema) or math.huge) <= tonumber(SCHEMA) end
 
 -- So many more jobs of a tenant wait outside batches, which bound themselves.
-local function pend(tenant, more)
+local function count_pending(tenant, more)
   redis.call('HINCRBY', PREFIX .. 'pending', tenant, more)
   redis.call('HINCRBY', PREFIX .. 'pending', '*', more)
 end
@@ -42,16 +42,16 @@ local function move(id, to)
     redis.call('HINCRBY', PREFIX .. 'batch:' .. batch, from, -1)
     redis.call('HINCRBY', PREFIX .. 'batch:' .. batch, to, 1)
   elseif from == 'queued' then
-    pend(found[3], -1)
+    count_pending(found[3], -1)
   elseif to == 'queued' then
-    pend(found[3], 1)
+    count_pending(found[3], 1)
   end
   announce(id, to)
   return from
 end
 
 -- Messages: each is an invitation to claim whichever job of the queue is next.
-local function invite(queue, count)
+local function push_messages(queue, count)
   local last = redis.call('INCRBY', PREFIX .. 'messages', count)
   local template, messages = MESSAGE:gsub('@queue@', queue), {}
   for i = 1, count do messages[i] = template:gsub('@id@', queue .. '-' .. whole(last - count + i)) end
@@ -61,34 +61,34 @@ local function invite(queue, count)
 end
 
 -- Puts a queued job in its queue's line at `tag`, its place by fair share (claim takes the lowest), and invites.
-local function line_up(id, queue, tag, now)
+local function enqueue(id, queue, tag, now)
   redis.call('ZADD', PREFIX .. 'waiting:' .. queue, tag, id)
   redis.call('HSET', job_key(id), 'queued_at', whole(now), 'tag', tag)
-  invite(queue, 1)
+  push_messages(queue, 1)
 end
 
 -- Back to the place in line it had, which by now is at the front, with no step done: its next attempt starts anew.
 local function requeue(id, now)
   local found = redis.call('HMGET', job_key(id), 'queue', 'tag')
   redis.call('HSET', job_key(id), 'step', '0', 'total_steps', '0')
-  line_up(id, found[1], found[2], now)
+  enqueue(id, found[1], found[2], now)
 end
 
 -- Leaves a webhook to be delivered about a job or a batch.
-local function tell(id, url, kind, tenant, now)
+local function enqueue_webhook(id, url, kind, tenant, now)
   redis.call('HSET', PREFIX .. 'hook:' .. id, 'url', url, 'type', kind, 'tenant', tenant, 'at', whole(now), 'attempts', '0')
   redis.call('PEXPIRE', PREFIX .. 'hook:' .. id, '259200000')
   redis.call('ZADD', PREFIX .. 'hooks', whole(now / 1000), id)
 end
 
 -- Equal jobs that waited for this one share its outcome; after a cancellation the first of them takes its place.
-local function settle(id, to, identity, now, retention, finish)
-  local flight, waited = PREFIX .. 'flight:' .. identity, PREFIX .. 'followers:' .. id
+local function resolve_followers(id, to, identity, now, retention, finish)
+  local in_flight, waited = PREFIX .. 'in_flight:' .. identity, PREFIX .. 'followers:' .. id
   local followers = redis.call('LRANGE', waited, 0, -1)
   redis.call('DEL', waited)
-  if redis.call('GET', flight) == id then redis.call('DEL', flight) end
+  if redis.call('GET', in_flight) == id then redis.call('DEL', in_flight) end
   local shared = redis.call('HMGET', job_key(id), 'images', 'error')
-  local heir = nil
+  local new_leader = nil
   for _, follower in ipairs(followers) do
     if redis.call('HGET', job_key(follower), 'state') == 'queued' then
       if to == 'succeeded' then
@@ -97,14 +97,14 @@ local function settle(id, to, identity, now, retention, finish)
       elseif to == 'failed' then
         redis.call('HSET', job_key(follower), 'error', shared[2])
         finish(follower, to, now, retention)
-      elseif heir then
-        redis.call('HSET', job_key(follower), 'leader', heir)
-        redis.call('RPUSH', PREFIX .. 'followers:' .. heir, follower)
+      elseif new_leader then
+        redis.call('HSET', job_key(follower), 'leader', new_leader)
+        redis.call('RPUSH', PREFIX .. 'followers:' .. new_leader, follower)
       else
-        heir = follower
-        redis.call('HDEL', job_key(heir), 'leader')
-        redis.call('SET', flight, heir)
-        requeue(heir, now)
+        new_leader = follower
+        redis.call('HDEL', job_key(new_leader), 'leader')
+        redis.call('SET', in_flight, new_leader)
+        requeue(new_leader, now)
       end
     end
   end
@@ -127,12 +127,12 @@ local function finish(id, to, now, retention)
   else
     redis.call('PEXPIRE', job, whole(tonumber(retention) * 1000))
   end
-  if webhook then tell(id, webhook, 'job.' .. to, tenant, now) end
+  if webhook then enqueue_webhook(id, webhook, 'job.' .. to, tenant, now) end
   if identity and not leader then
     if reusable and to == 'succeeded' then
-      redis.call('SET', PREFIX .. 'made:' .. identity, redis.call('HGET', job, 'images'), 'PX', whole(tonumber(retention) * 1000))
+      redis.call('SET', PREFIX .. 'finished:' .. identity, redis.call('HGET', job, 'images'), 'PX', whole(tonumber(retention) * 1000))
     end
-    settle(id, to, identity, now, retention, finish)
+    resolve_followers(id, to, identity, now, retention, finish)
   elseif leader then
     redis.call('LREM', PREFIX .. 'followers:' .. leader, 1, id)
   end
@@ -153,7 +153,7 @@ end
 
 -- Called before a running job moves on without a commit: notes how its attempt ended, for those who look into it, and
 -- that what it has put into storage is nobody's.
-local function abandon(id, how, problem, now)
+local function record_failed_attempt(id, how, problem, now)
   local job = job_key(id)
   local found = redis.call('HMGET', job, 'attempt', 'token', 'worker', 'started_at', 'history')
   local history = cjson.decode(found[5] or '[]')
@@ -165,7 +165,7 @@ local function abandon(id, how, problem, now)
 end
 
 -- A job has failed for good: it stays to be looked at. Bad lines of a batch are in the batch's own list.
-local function bury(id, now)
+local function mark_dead(id, now)
   if redis.call('HEXISTS', job_key(id), 'batch') == 0 or redis.call('HEXISTS', job_key(id), 'crashes') == 1 then
     redis.call('ZADD', PREFIX .. 'dead', whole(now / 1000), id)
   end

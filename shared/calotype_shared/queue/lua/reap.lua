@@ -19,10 +19,10 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', PREFIX .. 'leases', '-inf', whol
   elseif redis.call('HGET', job, 'state') ~= 'running' then
     redis.call('ZREM', PREFIX .. 'leases', id)
   else
-    abandon(id, 'lost', nil, now)
+    record_failed_attempt(id, 'lost', nil, now)
     if redis.call('HINCRBY', job, 'crashes', 1) >= most_crashes then
       redis.call('HSET', job, 'error', problem)
-      bury(id, now)
+      mark_dead(id, now)
       finish(id, 'failed', now, retention)
       failed[#failed + 1] = id
     else
@@ -37,14 +37,14 @@ end
 -- 2. Messages lost between the list and a worker. Each waiting job has one; the few that a worker has just taken and
 -- not yet claimed by are back in balance a moment later, so what lacks at two looks a gap apart is lost.
 for _, queue in ipairs(redis.call('SMEMBERS', PREFIX .. 'queues')) do
-  local mark = PREFIX .. 'mark:' .. queue
-  local found = redis.call('HMGET', mark, 'lacking', 'looked_at')
+  local queue_state = PREFIX .. 'queue_state:' .. queue
+  local found = redis.call('HMGET', queue_state, 'lacking', 'looked_at')
   if not found[2] or now - tonumber(found[2]) >= gap then
     local lacking = redis.call('ZCARD', PREFIX .. 'waiting:' .. queue) - redis.call('LLEN', PREFIX .. queue)
     local lost = math.min(lacking, tonumber(found[1] or '0'), most)
-    if lost > 0 then invite(queue, lost) end
+    if lost > 0 then push_messages(queue, lost) end
     invited = invited + math.max(0, lost)
-    redis.call('HSET', mark, 'lacking', whole(lacking - math.max(0, lost)), 'looked_at', whole(now))
+    redis.call('HSET', queue_state, 'lacking', whole(lacking - math.max(0, lost)), 'looked_at', whole(now))
   end
 end
 

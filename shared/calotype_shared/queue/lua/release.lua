@@ -3,7 +3,7 @@
 local id = ARGV[1]
 if not holds(id, ARGV[2], ARGV[3]) then return 0 end
 local now = now_us()
-abandon(id, 'released', nil, now)
+record_failed_attempt(id, 'released', nil, now)
 move(id, 'queued')
 redis.call('ZREM', PREFIX .. 'leases', id)
 requeue(id, now)

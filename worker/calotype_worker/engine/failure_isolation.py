@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-from calotype_worker.engine.memory_limit import is_out_of_memory, let_go
+from calotype_worker.engine.memory_limit import free_failed_pass, is_out_of_memory
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -19,7 +19,9 @@ def is_fatal(error: BaseException) -> bool:
     return lost and not isinstance(error, torch.OutOfMemoryError)
 
 
-def run_splitting(items: Sequence[Item], run: Callable[[Sequence[Item]], Sequence[Result]]) -> list[Result | Exception]:
+def run_isolating_failures(
+    items: Sequence[Item], run: Callable[[Sequence[Item]], Sequence[Result]]
+) -> list[Result | Exception]:
     """`run(items)` as a list; where it raises, each half again alone, down to single items.
 
     The list holds, for each item in order, its result or the exception it raises even when alone. So one bad item
@@ -34,8 +36,8 @@ def run_splitting(items: Sequence[Item], run: Callable[[Sequence[Item]], Sequenc
         if is_fatal(error):
             raise
         if is_out_of_memory(error):
-            let_go(error)
+            free_failed_pass(error)
         if len(items) == 1:
             return [error]
     half = len(items) // 2
-    return run_splitting(items[:half], run) + run_splitting(items[half:], run)
+    return run_isolating_failures(items[:half], run) + run_isolating_failures(items[half:], run)

@@ -1,4 +1,4 @@
-"""`Bond`: that a bucket and a Redis belong together, and that neither has gone back in time.
+"""`BucketIdentity`: that a bucket and a Redis belong together, and that neither has gone back in time.
 
 A collection removes what Redis does not know. So with a Redis that has lost its data, an older copy of it, or that of
 another deployment, it would remove everything. Both sides keep a name and the number of collections so far.
@@ -15,7 +15,7 @@ from calotype_shared.errors import CalotypeError, ObjectMissing
 from calotype_shared.queue.keys import Keys
 from calotype_shared.storage.s3 import Storage
 
-BOND_KEY = "calotype-gc.json"  # the bucket's side
+IDENTITY_KEY = "calotype-gc.json"  # the bucket's side
 
 
 class GcRefused(CalotypeError):
@@ -24,7 +24,7 @@ class GcRefused(CalotypeError):
     code = "gc_refused"
 
 
-class Bond:
+class BucketIdentity:
     """Between one bucket and one key prefix."""
 
     def __init__(self, redis: Redis, keys: Keys, storage: Storage, *, bucket: str) -> None:
@@ -34,7 +34,7 @@ class Bond:
         self._storage = storage
         self._bucket = bucket
 
-    def made(self) -> bool:
+    def verify(self) -> bool:
         """Whether there was a collection before. Raises GcRefused where the two sides disagree about it."""
         here: dict[str, str] = self._redis.hgetall(self._key)  # type: ignore[assignment]
         there = self._read()
@@ -54,7 +54,7 @@ class Bond:
             raise self._refused(f"it remembers {runs} collections and the bucket {there['runs']}: it is an older copy")
         return True
 
-    def tie(self) -> None:
+    def record(self) -> None:
         """Note on both sides that there is a collection. Several at once count up; the bucket is never ahead."""
         there = self._read()
         self._redis.hsetnx(self._key, "name", there.get("name") or secrets.token_hex(8))
@@ -65,11 +65,11 @@ class Bond:
             self._redis.hset(self._key, "runs", str(runs))
         name = self._redis.hget(self._key, "name")
         side = {"name": name, "runs": runs, "key_prefix": self._prefix}
-        self._storage.put(BOND_KEY, json.dumps(side).encode(), "application/json")
+        self._storage.put(IDENTITY_KEY, json.dumps(side).encode(), "application/json")
 
     def _read(self) -> dict[str, str]:
         try:
-            found: dict[str, str] = json.loads(self._storage.get(BOND_KEY))
+            found: dict[str, str] = json.loads(self._storage.get(IDENTITY_KEY))
         except ObjectMissing:
             return {}
         return found

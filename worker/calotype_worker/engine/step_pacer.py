@@ -1,4 +1,4 @@
-"""`Pace`: keeps the host close to its device, and knows what a step costs there.
+"""`StepPacer`: keeps the host close to its device, and knows what a step costs there.
 
 A GPU takes orders and answers later: without this the engine would order many steps ahead of it. Who joins or leaves
 then would wait for all of them, and the time between two orders would say nothing about a step's cost. One step ahead
@@ -35,7 +35,7 @@ class Event(Protocol):
         ...
 
 
-class Pace(Generic[Key]):
+class StepPacer(Generic[Key]):
     """Owned by the engine's thread. `make_event` is None for devices that have done a thing when the call returns."""
 
     def __init__(self, make_event: Callable[[], Event] | None = None, *, ahead: int = 1) -> None:

@@ -1,6 +1,6 @@
-"""The guard of one child process: it ends the child when whoever asked for it is gone, however that happened.
+"""The supervisor of one child process: it ends the child when whoever asked for it is gone, however that happened.
 
-Run as a script: `python -I -S guard.py GRACE_SECONDS COMMAND…`. Its standard input is a pipe that only the asking
+Run as a script: `python -I -S supervisor.py GRACE_SECONDS COMMAND…`. Its standard input is a pipe that only the asking
 process holds open, so end-of-file means "stop": the asker closed it on purpose, or died, even by SIGKILL. A pipe
 follows the whole process; Linux's parent-death signal alone would also fire when merely the *thread* that started us
 ends. What it prints is one line, the child's pid; the child's own output goes to standard error. Its exit status is
@@ -21,13 +21,13 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 def main(arguments: list[str]) -> int:
     grace_seconds, command = float(arguments[0]), arguments[1:]
-    guard = os.getpid()
+    supervisor = os.getpid()
     # preexec_fn is safe here: this process has one thread until the child exists.
     child = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
         stdout=sys.stderr,
-        preexec_fn=lambda: _die_with(guard),  # noqa: PLW1509
+        preexec_fn=lambda: _die_with(supervisor),  # noqa: PLW1509
     )
     print(child.pid, flush=True)
 
@@ -58,14 +58,14 @@ def _end(child: subprocess.Popen[bytes], grace_seconds: float) -> None:
         child.kill()
 
 
-def _die_with(guard: int) -> None:
-    """Between fork and exec: if the guard itself is killed, the kernel kills the child (Linux)."""
+def _die_with(supervisor: int) -> None:
+    """Between fork and exec: if the supervisor itself is killed, the kernel kills the child (Linux)."""
     if not sys.platform.startswith("linux"):
         return
     import ctypes  # noqa: PLC0415 - loaded only where it exists for us
 
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != guard:  # the guard died before the line above took effect
+    if os.getppid() != supervisor:  # the supervisor died before the line above took effect
         os._exit(1)
 
 

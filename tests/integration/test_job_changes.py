@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from redis import Redis
 
-from calotype import AsyncClient, Client, notices, waiting
+from calotype import AsyncClient, Client, job_changes, waiting
 from calotype.gateway import jobs as gateway_jobs
 from calotype_shared.queue.job_store import Claim, JobStore
 from calotype_shared.schema.jobs import JobError, JobRecord, JobState
@@ -51,7 +51,7 @@ class Following:
 
 
 def hears(client: Client, job_id: str) -> bool:
-    return client.notices._is_live({client._store.keys.changed(job_id)})
+    return client.job_changes._is_live({client._store.keys.changed(job_id)})
 
 
 def commit(store: JobStore, claimed: Claim) -> None:
@@ -59,7 +59,7 @@ def commit(store: JobStore, claimed: Claim) -> None:
 
 
 def listeners() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "calotype-notices"]
+    return [thread for thread in threading.enumerate() if thread.name == "calotype-job-changes"]
 
 
 def test_each_change_is_heard_of(client: Client, store: JobStore) -> None:
@@ -158,8 +158,8 @@ def test_the_listener_ends_with_its_client_and_after_the_last_wait(
     client: Client, store: JobStore, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing stays of waits that are over; the next begins anew."""
-    monkeypatch.setattr(notices, "_LISTEN_SECONDS", 0.05)
-    monkeypatch.setattr(notices, "_LINGER_SECONDS", 0.1)
+    monkeypatch.setattr(job_changes, "_LISTEN_SECONDS", 0.05)
+    monkeypatch.setattr(job_changes, "_LINGER_SECONDS", 0.1)
     before = len(listeners())
     for number in range(2):
         job = client.submit(f"picture {number}")
@@ -168,7 +168,7 @@ def test_the_listener_ends_with_its_client_and_after_the_last_wait(
         commit(store, claim(store, job.id))
         following.end()
         until(lambda: len(listeners()) == before, SOON)
-        assert client.notices._watches == {}
+        assert client.job_changes._watches == {}
     with Client(settings=settings) as other:
         job = other.submit("a blue square")
         following = Following(other, job.id)
@@ -217,7 +217,7 @@ def test_requests_that_wait_hear_too(
         until(newest_is_heard)
         [job] = client.jobs(limit=1)
         follows = in_background(lambda: ask("events", "GET", f"/v1/jobs/{job.id}/events"))
-        until(lambda: len(gateway.app.state.services.client.notices._watches[store.keys.changed(job.id)]) == 2)
+        until(lambda: len(gateway.app.state.services.client.job_changes._watches[store.keys.changed(job.id)]) == 2)
         commit(store, claim(store, job.id))
         for thread in (waits, follows):
             thread.join(SOON)

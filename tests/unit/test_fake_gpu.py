@@ -178,11 +178,11 @@ def test_latents_of_another_model_and_fresh_ones_join_together(shop: Shop) -> No
     requests = [request("fresh", steps=2), request("handed over", steps=2)]
     with torch.inference_mode(), pretended_gpu():
         batch = batch_of(model, requests)
-        slots = list(batch.slots)
-        batch.leave(slots)
-        assert slots[1].latents is not None
-        slots[1].latents = slots[1].latents.to(GPU)
-        batch.join(slots)
+        members = list(batch.members)
+        batch.leave(members)
+        assert members[1].latents is not None
+        members[1].latents = members[1].latents.to(GPU)
+        batch.join(members)
         assert len(batch.step().failed) == 0
 
 
@@ -191,11 +191,11 @@ def test_no_step_waits_for_the_device(shop: Shop) -> None:
     model = shop.far("sd")
     with torch.inference_mode(), pretended_gpu() as gpu:
         batch = batch_of(model, [replace(each, preview_every=0) for each in varied("sd")])
-        assert {len(slot.conditioning["text"]) for slot in batch.slots} > {24}, "no text was longer than others"
-        assert any(slot.controls for slot in batch.slots)
+        assert {len(row.conditioning["text"]) for row in batch.members} > {24}, "no text was longer than others"
+        assert any(row.controls for row in batch.members)
         gpu.waits.clear()
         finished = 0
-        while batch.slots:
+        while batch.members:
             report = batch.step()
             assert not report.failed
             finished += len(report.finished)

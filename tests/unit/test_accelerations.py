@@ -20,9 +20,9 @@ from calotype_shared.queue.job_store import Claim
 from calotype_shared.schema.config import GenerationConfig, SamplerType
 from calotype_shared.schema.jobs import JobRecord, JobState, Lane
 from calotype_worker.engine import Engine, EngineSettings, GenerationRequest
-from calotype_worker.engine.slot import Layout
+from calotype_worker.engine.batch_row import Layout
 from calotype_worker.engine.step_batch import StepBatch
-from calotype_worker.models import Lossy, StepModel, load_model
+from calotype_worker.models import Accelerations, StepModel, load_model
 from calotype_worker.models.base import RowMemory, Rows
 from calotype_worker.models.token_merging import Matches
 from calotype_worker.request import Generated
@@ -32,7 +32,7 @@ from tests.unit.test_engine_golden import TOLERANCE, levels, run_staggered
 
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
-    return Shelf(tmp_path_factory.mktemp("lossy"))
+    return Shelf(tmp_path_factory.mktemp("accelerations"))
 
 
 @contextmanager
@@ -59,22 +59,22 @@ def made_at_once(model: StepModel, requests: list[GenerationRequest]) -> np.ndar
 @torch.inference_mode()
 def stepped(model: StepModel, requests: list[GenerationRequest]) -> tuple[list[np.ndarray], float]:
     """Pictures of requests of which another joins at every second step; and the mean number of rows of a pass."""
-    waiting, rows, finished = list(batch_of(model, requests).slots), [], {}
+    waiting, rows, finished = list(batch_of(model, requests).members), [], {}
     batch = batch_of(model, requests[:1])
-    batch.leave(batch.slots)
-    while waiting or batch.slots:
+    batch.leave(batch.members)
+    while waiting or batch.members:
         if waiting and len(rows) % 2 == 0:
             batch.join([waiting.pop(0)])
         report = batch.step()
         assert not report.failed
         rows.append(report.rows)
-        finished |= {slot.request.request_id: latents for slot, latents in report.finished}
+        finished |= {row.request.request_id: latents for row, latents in report.finished}
     decoded = model.decode(torch.stack([finished[request.request_id] for request in requests]))
     return list(decoded), float(np.mean(rows))
 
 
 def some_rows(model: StepModel, count: int = 3, size: tuple[int, int] = (64, 64), **further: Any) -> Rows:
-    texts = [batch_slot.conditioning for batch_slot in batch_of(model, wanted("")[:count]).slots]
+    texts = [batch_slot.conditioning for batch_slot in batch_of(model, wanted("")[:count]).members]
     generator = torch.Generator().manual_seed(1)
     return Rows(
         latents=torch.randn((count, *model.latent_shape(*size)), generator=generator),
@@ -104,7 +104,7 @@ def test_what_is_off_leaves_no_trace(shelf: Shelf, name: str, monkeypatch: pytes
     assert torch.equal(without, model.predict(some_rows(model, memories=memories)))
     assert len(calls) == 2
     assert not any(memory.kept for memory in memories)
-    assert model.lossy.used_for(wanted(name)[0]) == ()
+    assert model.accelerations.used_for(wanted(name)[0]) == ()
 
 
 # ---- what is left out
@@ -114,9 +114,9 @@ def test_what_is_off_leaves_no_trace(shelf: Shelf, name: str, monkeypatch: pytes
 def test_a_full_pass_is_the_network_and_so_is_the_next_of_the_same_inputs(shelf: Shelf, name: str) -> None:
     """What the caches do by hand is what diffusers does, for sizes too that the network must pad; and what they
     remember is what they would compute."""
-    lossy = {"first_block_cache": 0.5} if name in ("sd3", "flux") else {"deep_cache": 3}
-    cached, exact = shelf.model(name, **lossy), shelf.model(name)
-    for size in [(64, 64), (72, 56)] if "deep_cache" in lossy else [(64, 64), (96, 64)]:
+    accelerations = {"first_block_cache": 0.5} if name in ("sd3", "flux") else {"deep_cache": 3}
+    cached, exact = shelf.model(name, **accelerations), shelf.model(name)
+    for size in [(64, 64), (72, 56)] if "deep_cache" in accelerations else [(64, 64), (96, 64)]:
         memories = [RowMemory() for _ in range(3)]
         rows = some_rows(cached, size=size, memories=memories)
         right = exact.predict(rows)
@@ -150,8 +150,8 @@ def test_inner_blocks_run_at_every_third_step_of_each_row(shelf: Shelf, name: st
     batch = batch_of(model, [first])
     batch.step()
     other = batch_of(model, [second])
-    batch.join(other.slots)
-    while batch.slots:
+    batch.join(other.members)
+    while batch.members:
         batch.step()
     for hook in hooks:
         hook.remove()
@@ -169,7 +169,7 @@ def test_transformers_run_their_other_blocks_for_rows_that_changed(shelf: Shelf)
         blocks = model._denoiser.transformer_blocks
         hooks = [rows_through(blocks[0], every), rows_through(blocks[1], seen)]
         batch = batch_of(model, wanted("sd3")[:4])
-        while batch.slots:
+        while batch.members:
             batch.step()
         for hook in hooks:
             hook.remove()
@@ -216,19 +216,19 @@ def test_tokens_are_merged_with_their_likes(height: int, width: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "lossy"),
+    ("name", "accelerations"),
     [
         ("sd", {"deep_cache": 3}),
-        ("sd", {"deep_cache": 2, "token_merging": 0.5, "quantised": "int8"}),
+        ("sd", {"deep_cache": 2, "token_merging": 0.5, "quantized": "int8"}),
         ("sdxl", {"deep_cache": 3}),
         ("sd3", {"first_block_cache": 0.3}),
         ("flux", {"first_block_cache": 0.3}),
     ],
     ids=str,
 )
-def test_a_picture_does_not_depend_on_its_company(shelf: Shelf, name: str, lossy: dict[str, Any]) -> None:
-    """Joining and leaving at any step, beside rows of every kind: the lossy picture is the one made alone."""
-    model, requests = shelf.model(name, **lossy), wanted(name)
+def test_a_picture_does_not_depend_on_its_company(shelf: Shelf, name: str, accelerations: dict[str, Any]) -> None:
+    """Joining and leaving at any step, beside rows of every kind: the accelerations picture is the one made alone."""
+    model, requests = shelf.model(name, **accelerations), wanted(name)
     together, mean_rows = stepped(model, requests)
     assert mean_rows > 2, "they did not share passes, so nothing was shown"
     alone = [stepped(model, [request])[0][0] for request in requests]
@@ -237,21 +237,23 @@ def test_a_picture_does_not_depend_on_its_company(shelf: Shelf, name: str, lossy
     exact, _ = stepped(shelf.model(name), requests)
     changed = [levels(*pair) for pair in zip(exact, alone, strict=True)]
     assert max(changed) > TOLERANCE, "these are the exact pictures"
-    if name == "sd" and set(lossy) == {"deep_cache"}:
+    if name == "sd" and set(accelerations) == {"deep_cache"}:
         assert changed[-1] <= TOLERANCE, "a ControlNet's rows go the exact way"
-        assert model.lossy.used_for(requests[-1]) == ()
-        assert model.lossy.used_for(requests[0]) == ("deep_cache:3",)
+        assert model.accelerations.used_for(requests[-1]) == ()
+        assert model.accelerations.used_for(requests[0]) == ("deep_cache:3",)
 
 
-@pytest.mark.parametrize(("name", "lossy"), [("sd", {"deep_cache": 3}), ("sd3", {"first_block_cache": 0.3})], ids=str)
+@pytest.mark.parametrize(
+    ("name", "accelerations"), [("sd", {"deep_cache": 3}), ("sd3", {"first_block_cache": 0.3})], ids=str
+)
 def test_control_a_memory_for_the_whole_batch_is_caught(
-    shelf: Shelf, name: str, lossy: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    shelf: Shelf, name: str, accelerations: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a cache made for one picture at a time would have it: rows see what was kept of others."""
-    model, requests, shared = shelf.model(name, **lossy), wanted(name)[:4], RowMemory()
+    model, requests, shared = shelf.model(name, **accelerations), wanted(name)[:4], RowMemory()
 
-    def of_all(self: Layout, slots: Any) -> list[RowMemory]:
-        shared.step = max(slot.step for slot in slots)
+    def of_all(self: Layout, members: Any) -> list[RowMemory]:
+        shared.step = max(row.step for row in members)
         return [shared] * len(self.owners)
 
     alone = [stepped(model, [request])[0][0] for request in requests]
@@ -267,15 +269,15 @@ def test_a_pass_that_failed_half_way_changes_nothing(shelf: Shelf, monkeypatch: 
     with running(model) as engine:
         alone = apart(engine, requests)
         network, join = model._step_cache, StepBatch.join
-        slots: dict[str, Any] = {}
+        members: dict[str, Any] = {}
 
         def noted(self: StepBatch, new: Any) -> None:
-            slots.update({slot.request.request_id: slot for slot in new})
+            members.update({row.request.request_id: row for row in new})
             join(self, new)
 
         def failing(rows: Rows, *inputs: Any, **named: Any) -> Any:
             result = network(rows, *inputs, **named)
-            guilty = slots.get(requests[2].request_id)  # it may not have joined yet
+            guilty = members.get(requests[2].request_id)  # it may not have joined yet
             if guilty and guilty.step == 3 and any(memory in guilty.memories for memory in rows.memories):
                 raise RuntimeError("an unlucky row")
             return result
@@ -290,25 +292,27 @@ def test_a_pass_that_failed_half_way_changes_nothing(shelf: Shelf, monkeypatch: 
                 assert levels(future.result(60).image, own.image) <= TOLERANCE
 
 
-@pytest.mark.parametrize(("name", "lossy"), [("sd", {"deep_cache": 2}), ("flux", {"first_block_cache": 0.3})], ids=str)
-def test_what_was_kept_goes_when_its_slot_leaves(shelf: Shelf, name: str, lossy: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("name", "accelerations"), [("sd", {"deep_cache": 2}), ("flux", {"first_block_cache": 0.3})], ids=str
+)
+def test_what_was_kept_goes_when_its_slot_leaves(shelf: Shelf, name: str, accelerations: dict[str, Any]) -> None:
     """Finished or cancelled, while it may yet wait for its decode; the others keep theirs."""
-    batch = batch_of(shelf.model(name, **lossy), wanted(name)[:4])  # five, seven, five and seven steps
+    batch = batch_of(shelf.model(name, **accelerations), wanted(name)[:4])  # five, seven, five and seven steps
     batch.step()
-    slots = list(batch.slots)
+    members = list(batch.members)
 
-    def kept(slot: Any) -> list[torch.Tensor]:
-        return [tensor for memory in slot.memories for tensor in memory.kept.values()]
+    def kept(row: Any) -> list[torch.Tensor]:
+        return [tensor for memory in row.memories for tensor in memory.kept.values()]
 
-    assert all(kept(slot) for slot in slots)
-    watched = {id(slot): [weakref.ref(tensor) for tensor in kept(slot)] for slot in slots}
-    batch.leave([slots[0]])
-    assert not kept(slots[0])
-    assert all(reference() is None for reference in watched[id(slots[0])])
-    assert all(kept(slot) for slot in slots[1:])
-    while batch.slots:
+    assert all(kept(row) for row in members)
+    watched = {id(row): [weakref.ref(tensor) for tensor in kept(row)] for row in members}
+    batch.leave([members[0]])
+    assert not kept(members[0])
+    assert all(reference() is None for reference in watched[id(members[0])])
+    assert all(kept(row) for row in members[1:])
+    while batch.members:
         batch.step()
-    assert not any(kept(slot) for slot in slots)
+    assert not any(kept(row) for row in members)
     assert all(reference() is None for references in watched.values() for reference in references)
 
 
@@ -317,11 +321,11 @@ def test_what_was_kept_goes_when_its_slot_leaves(shelf: Shelf, name: str, lossy:
 
 def test_quantised_weights_are_smaller_and_the_same_bits_in_any_company(shelf: Shelf) -> None:
     """Deterministic mode goes with weights in eight bits: nothing looks from one row to another."""
-    quantised, exact = shelf.model("sd", quantised="int8"), shelf.model("sd")
-    assert quantised.weight_bytes < 0.95 * exact.weight_bytes
+    quantized, exact = shelf.model("sd", quantized="int8"), shelf.model("sd")
+    assert quantized.weight_bytes < 0.95 * exact.weight_bytes
     requests = wanted("sd")[:4]
     for kind in ("int8", "int8-dynamic"):
-        with running(shelf.model("sd", quantised=kind), max_rows=4, deterministic=True) as engine:
+        with running(shelf.model("sd", quantized=kind), max_rows=4, deterministic=True) as engine:
             together = run_staggered(engine, requests)
             alone = apart(engine, requests)
         assert all(np.array_equal(a.image, b.image) for a, b in zip(together, alone, strict=True))
@@ -329,7 +333,7 @@ def test_quantised_weights_are_smaller_and_the_same_bits_in_any_company(shelf: S
 
 def test_merging_and_quantised_weights_go_into_a_compiled_graph(shelf: Shelf) -> None:
     """The part of a network that both change, as one graph without a break for any number of rows."""
-    model: Any = shelf.model("sd", token_merging=0.5, quantised="int8")
+    model: Any = shelf.model("sd", token_merging=0.5, quantized="int8")
     part = model._denoiser.down_blocks[1].attentions[0]
 
     def run(hidden: torch.Tensor, text: torch.Tensor) -> Any:
@@ -380,18 +384,18 @@ def test_pictures_of_the_demo_model_are_near_the_exact_ones() -> None:
         for seed, prompt in enumerate(PROMPTS)
     ]
 
-    def made(**lossy: Any) -> np.ndarray:
-        return made_at_once(load_model("demo", lossy=Lossy(**lossy)), requests)  # type: ignore[arg-type]
+    def made(**accelerations: Any) -> np.ndarray:
+        return made_at_once(load_model("demo", accelerations=Accelerations(**accelerations)), requests)  # type: ignore[arg-type]
 
     exact = made()
     bounds: list[tuple[dict[str, Any], float]] = [
         ({"deep_cache": 2}, 2.0),
         ({"token_merging": 0.5}, 3.0),
-        ({"quantised": "int8"}, 0.3),
+        ({"quantized": "int8"}, 0.3),
     ]
-    for lossy, bound in bounds:
-        error = np.abs(made(**lossy) - exact).mean()
-        assert 0 < error < bound, (lossy, error)
+    for accelerations, bound in bounds:
+        error = np.abs(made(**accelerations) - exact).mean()
+        assert 0 < error < bound, (accelerations, error)
     assert np.abs(made(deep_cache=100) - exact).mean() > 4 * max(bound for _, bound in bounds)
 
 
@@ -414,8 +418,8 @@ def test_a_lossy_picture_says_so(shelf: Shelf) -> None:
         with running(own) as engine:
             generated = engine.submit(GenerationRequest.from_config(config, request_id="r")).result(60)
         files, _ = encoder.encode(claim, 0, generated)
-        assert read_provenance(files[0].data).get("lossy") == said
-        assert json.loads(files[1].data).get("lossy") == said
+        assert read_provenance(files[0].data).get("accelerations") == said
+        assert json.loads(files[1].data).get("accelerations") == said
 
 
 def test_settings_out_of_range_are_named() -> None:
@@ -423,15 +427,15 @@ def test_settings_out_of_range_are_named() -> None:
 
     for field, value in (("deep_cache", 0), ("first_block_cache", 1.5), ("token_merging", 0.9)):
         with pytest.raises(InvalidRequest, match=rf"{field}={value}.*use .* \(off\) to"):
-            Lossy(**{field: value})
+            Accelerations(**{field: value})
         with pytest.raises(SettingsError, match=f"CALOTYPE_WORKER_{field.upper()}={value}"):
             WorkerSettings.load(**{field: value})
-    with pytest.raises(SettingsError, match="CALOTYPE_WORKER_QUANTISED='int4'"):
-        WorkerSettings.load(quantised="int4")
+    with pytest.raises(SettingsError, match="CALOTYPE_WORKER_QUANTIZED='int4'"):
+        WorkerSettings.load(quantized="int4")
 
 
 @pytest.mark.parametrize(
-    ("lossy", "settings", "message"),
+    ("accelerations", "settings", "message"),
     [
         ({"deep_cache": 2}, {"deterministic": True}, r"deep_cache=2.*do without deterministic"),
         ({"token_merging": 0.5}, {"deterministic": True}, r"token_merging=0.5.*do without deterministic"),
@@ -440,31 +444,31 @@ def test_settings_out_of_range_are_named() -> None:
     ids=str,
 )
 def test_what_cannot_go_together_is_refused_at_the_start(
-    shelf: Shelf, lossy: dict[str, Any], settings: dict[str, Any], message: str
+    shelf: Shelf, accelerations: dict[str, Any], settings: dict[str, Any], message: str
 ) -> None:
     """By an engine, and by a worker before it loads anything."""
     from calotype_worker.settings import WorkerSettings
     from calotype_worker.worker import load_models
 
     with pytest.raises(InvalidRequest, match=message):
-        Engine(shelf.model("sd", **lossy), EngineSettings(**settings))
+        Engine(shelf.model("sd", **accelerations), EngineSettings(**settings))
     with pytest.raises(InvalidRequest, match=message):
-        load_models(WorkerSettings.load(model="none=/nowhere", **lossy, **settings))
+        load_models(WorkerSettings.load(model="none=/nowhere", **accelerations, **settings))
 
 
 @pytest.mark.parametrize(
-    ("name", "lossy", "message"),
+    ("name", "accelerations", "message"),
     [
         ("sd3", {"deep_cache": 2}, r"'sd3': deep_cache=2 is for the U-Nets .* SD3Transformer2DModel; leave it off"),
         ("sd", {"first_block_cache": 0.1}, r"first_block_cache=0.1 is for the transformers .* UNet2DConditionModel"),
         ("flux", {"token_merging": 0.5}, r"token_merging=0.5 is for U-Nets .* FluxTransformer2DModel"),
-        ("sd", {"quantised": "float8"}, r"float8 on device 'cpu': .* 8.9 or newer .* use quantised=int8"),
+        ("sd", {"quantized": "float8"}, r"float8 on device 'cpu': .* 8.9 or newer .* use quantized=int8"),
     ],
     ids=str,
 )
-def test_a_model_that_cannot_is_refused(shelf: Shelf, name: str, lossy: dict[str, Any], message: str) -> None:
+def test_a_model_that_cannot_is_refused(shelf: Shelf, name: str, accelerations: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelLoadError, match=message):
-        load_model(name, source=str(shelf.source(name)), lossy=Lossy(**lossy))
+        load_model(name, source=str(shelf.source(name)), accelerations=Accelerations(**accelerations))
 
 
 def test_quantising_wants_torchao_and_weights_at_hand(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -472,7 +476,9 @@ def test_quantising_wants_torchao_and_weights_at_hand(shelf: Shelf, monkeypatch:
 
     source = str(shelf.source("sd"))
     with pytest.raises(ModelLoadError, match=r"offload=sequential.*use offload=model or none"):
-        load_model("sd", source=source, lossy=Lossy(quantised="int8"), memory=Memory(offload="sequential"))
+        load_model(
+            "sd", source=source, accelerations=Accelerations(quantized="int8"), memory=Memory(offload="sequential")
+        )
     monkeypatch.setitem(sys.modules, "torchao", None)
     with pytest.raises(ModelLoadError, match=r"needs torchao.*pip install 'calotype\[quantized\]'"):
-        load_model("sd", source=source, lossy=Lossy(quantised="int8"))
+        load_model("sd", source=source, accelerations=Accelerations(quantized="int8"))

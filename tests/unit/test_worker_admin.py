@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from calotype_shared.observability.admin_server import Asked
+from calotype_shared.observability.admin_server import AdminRequest
 from calotype_shared.observability.metrics import new_registry, scraped
 from calotype_shared.queue.connection import connect_redis
 from calotype_shared.queue.job_store import JobStore
@@ -19,8 +19,8 @@ from calotype_shared.settings import Settings
 from calotype_worker.engine import Engine
 from calotype_worker.engine.trace import Tracers
 from calotype_worker.jobs.heartbeat import Heartbeat
-from calotype_worker.observability.admin import Operating
-from calotype_worker.observability.counters import Tally
+from calotype_worker.observability.admin import WorkerAdmin
+from calotype_worker.observability.counters import Counters
 from calotype_worker.observability.metrics import SpanMeters
 from calotype_worker.settings import WorkerSettings
 from tests.integration.conftest import until
@@ -50,37 +50,37 @@ def test_probes_find_a_stuck_heartbeat_and_an_ended_engine(
         away.ping()  # raises RedisUnavailable
 
     heartbeat = Heartbeat(
-        away, lease_seconds=20, progress=engine.progress, stop_request=engine.cancel, report=report, tally=Tally()
+        away, lease_seconds=20, progress=engine.progress, stop_request=engine.cancel, report=report, counters=Counters()
     )
-    operating = Operating(WorkerSettings(metrics_port=0))
-    operating.start()
+    admin = WorkerAdmin(WorkerSettings(metrics_port=0))
+    admin.start()
     try:
-        assert asked(operating.port, "/healthz") == (503, "starting")
+        assert asked(admin.port, "/healthz") == (503, "starting")
         heartbeat.start()
-        operating.watch(
+        admin.watch(
             info={"worker": "w", "model": "tiny", "device": "cpu", "version": "1"},
             device="cpu",
             engine=engine,
             heartbeat=heartbeat,
-            tally=Tally(),
+            counters=Counters(),
             gauges={},
             not_ready=lambda: None,
         )
         monkeypatch.setattr("calotype_worker.jobs.heartbeat._BACKOFF_SECONDS", 0.1)
-        until(lambda: asked(operating.port, "/healthz") == (200, "ok"))
-        assert asked(operating.port, "/readyz") == (200, "ok")
+        until(lambda: asked(admin.port, "/healthz") == (200, "ok"))
+        assert asked(admin.port, "/readyz") == (200, "ok")
         stuck.set()
-        until(lambda: asked(operating.port, "/healthz")[1].startswith("the heartbeat's thread has been stuck"))
+        until(lambda: asked(admin.port, "/healthz")[1].startswith("the heartbeat's thread has been stuck"))
         stop_being_stuck.set()
         stuck.clear()
-        until(lambda: asked(operating.port, "/healthz") == (200, "ok"))
+        until(lambda: asked(admin.port, "/healthz") == (200, "ok"))
         engine.stop()
-        assert asked(operating.port, "/healthz") == (503, "the engine's thread has ended")
-        assert asked(operating.port, "/readyz")[0] == 503
+        assert asked(admin.port, "/healthz") == (503, "the engine's thread has ended")
+        assert asked(admin.port, "/readyz")[0] == 503
     finally:
         stop_being_stuck.set()
         heartbeat.stop()
-        operating.close()
+        admin.close()
 
 
 def test_a_tracer_that_raises_is_dropped_and_nobody_notices(make_engine: Callable[..., Engine]) -> None:
@@ -102,7 +102,7 @@ def test_a_tracer_that_raises_is_dropped_and_nobody_notices(make_engine: Callabl
     for future in futures:
         future.result(60)
     engine.stop()
-    said = scraped(registry, Asked()).body.decode()
+    said = scraped(registry, AdminRequest()).body.decode()
     stats = engine.stats()
     assert f'calotype_step_seconds_count{{model="tiny"}} {float(stats.forward_passes)}' in said
     assert f'calotype_batch_rows_sum{{model="tiny"}} {float(stats.rows)}' in said

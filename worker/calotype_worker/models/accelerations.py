@@ -1,4 +1,4 @@
-"""`Lossy`: what an operator gives up likeness for, to make pictures sooner or with less memory. All of it is off."""
+"""`Accelerations`: options that trade image fidelity for speed or memory. All are off by default."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from calotype_shared.errors import InvalidRequest
 if TYPE_CHECKING:
     from calotype_worker.request import GenerationRequest
 
-Quantised = Literal["off", "int8", "int8-dynamic", "float8"]
+Quantized = Literal["off", "int8", "int8-dynamic", "float8"]
 MOST_MERGED = 0.75  # one token of each 2x2 square stays
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lossy:
+class Accelerations:
     """Of one model; see docs/accelerations.md for what each costs and gains.
 
     `deep_cache`: of so many steps of a picture one runs the whole U-Net, the others only its outermost blocks.
     `first_block_cache`: a transformer's blocks but the first are left out for a row where the first one's residual has
     changed by at most this share since they last ran for it.
     `token_merging`: the share of a U-Net's tokens that have no self-attention of their own, at the highest resolution.
-    `quantised`: the weights of the network's attention and feed-forward layers, by torchao.
+    `quantized`: the weights of the network's attention and feed-forward layers, by torchao.
 
     Raises:
         InvalidRequest: a value out of its range.
@@ -31,7 +31,7 @@ class Lossy:
     deep_cache: int = 1
     first_block_cache: float = 0.0
     token_merging: float = 0.0
-    quantised: Quantised = "off"
+    quantized: Quantized = "off"
 
     def __post_init__(self) -> None:
         for name, value, least, most in (
@@ -54,7 +54,7 @@ class Lossy:
             (f"deep_cache:{self.deep_cache}", cached and self.deep_cache > 1),
             (f"first_block_cache:{self.first_block_cache:g}", cached and self.first_block_cache > 0),
             (f"token_merging:{self.token_merging:g}", self.token_merging > 0),
-            (f"quantised:{self.quantised}", self.quantised != "off"),
+            (f"quantized:{self.quantized}", self.quantized != "off"),
         )
         return tuple(name for name, on in used if on)
 
@@ -89,4 +89,4 @@ class Lossy:
             )
 
 
-EXACT = Lossy()
+EXACT = Accelerations()

@@ -1,7 +1,7 @@
-"""`Slot`: one request's place in a step batch, and `layout`: which rows of a forward pass the slots take.
+"""`BatchRow`: one request's place in a step batch, and `layout`: which rows of a forward pass the members take.
 
-A slot has one row in the forward pass, and a second, unconditional one if it is guided: rows are the conditional ones
-of all slots in order, then the unconditional ones of guided slots, then padding.
+A row has one row in the forward pass, and a second, unconditional one if it is guided: rows are the conditional ones
+of all members in order, then the unconditional ones of guided members, then padding.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _AHEAD_BYTES = 32 * 2**20  # of one request's noise
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kept:
+class InpaintBlend:
     """What inpainting keeps: after every step the unmasked part is the source again, noised to the step's level."""
 
     mask: torch.Tensor  # (1, h, w) float32, 1 where to paint anew
@@ -37,7 +37,7 @@ class Kept:
 
 
 @dataclass(kw_only=True, eq=False)
-class Slot:
+class BatchRow:
     """One request inside a step batch. `step` is written by the engine's thread and may be read by any."""
 
     request: GenerationRequest
@@ -49,7 +49,7 @@ class Slot:
     latents: torch.Tensor | None = None  # (1, C, h, w) float32: the start; later the batch's state is the truth
     conditioning: Conditioning = field(default_factory=dict)  # of one row, without a batch dimension
     negative: Conditioning = field(default_factory=dict)  # the same, for guided requests
-    kept: Kept | None = None
+    kept: InpaintBlend | None = None
     controls: Sequence[tuple[ControlInput, torch.Tensor]] = ()  # with their pictures, (3, H, W) in 0..1
     ahead: deque[torch.Tensor] = field(default_factory=deque)  # noise of coming steps, each (C, h, w)
     # Of its conditional and its unconditional row, for models that cache.
@@ -79,56 +79,56 @@ class Slot:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How slots map to the R rows of a forward pass."""
+    """How members map to the R rows of a forward pass."""
 
-    source: torch.Tensor  # (R,) the slot each row belongs to
+    source: torch.Tensor  # (R,) the row each row belongs to
     owners: Sequence[int | None]  # the same, None for padding
     conditioning: Conditioning  # each (R, …)
     lengths: Mapping[str, Sequence[int]]  # each row's own, of what was padded
-    guided: torch.Tensor  # (G,) slots that have an unconditional row
+    guided: torch.Tensor  # (G,) members that have an unconditional row
     guidance: torch.Tensor  # (G, 1, 1, 1) float32
-    unconditional: torch.Tensor  # (R,) each slot's unconditional row; its own row where it has none
-    scales: torch.Tensor  # (R, 1, 1, 1) float32: guidance of the slot in that place, 1 elsewhere
+    unconditional: torch.Tensor  # (R,) each row's unconditional row; its own row where it has none
+    scales: torch.Tensor  # (R, 1, 1, 1) float32: guidance of the row in that place, 1 elsewhere
     loras: Sequence[tuple[str, torch.Tensor]]
     control_images: Mapping[tuple[str, int], torch.Tensor]  # by name and how often the name came before: (R, 3, H, W)
 
-    def controls(self, slots: Sequence[Slot]) -> list[ControlRows]:
-        """Every ControlNet's part at the slots' present steps."""
+    def controls(self, members: Sequence[BatchRow]) -> list[ControlRows]:
+        """Every ControlNet's part at the members' present steps."""
         found = []
         for (name, nth), images in self.control_images.items():
             scales = torch.zeros(len(self.owners))
             for row, owner in enumerate(self.owners):
-                if owner is not None and (control := _nth(slots[owner], name, nth)) is not None:
-                    scales[row] = control[0].scale_at(slots[owner].step, slots[owner].total_steps)
+                if owner is not None and (control := _nth(members[owner], name, nth)) is not None:
+                    scales[row] = control[0].scale_at(members[owner].step, members[owner].total_steps)
             found.append(ControlRows(name=name, images=images, scales=scales))
         return found
 
-    def memories(self, slots: Sequence[Slot]) -> list[RowMemory | None]:
-        """Each row's, at the slots' present steps. None for padding, and beside ControlNets, whose scales change from
+    def memories(self, members: Sequence[BatchRow]) -> list[RowMemory | None]:
+        """Each row's, at the members' present steps. None for padding, and beside ControlNets, whose scales change from
         step to step: what was kept would not follow them."""
         found: list[RowMemory | None] = []
         for row, owner in enumerate(self.owners):
             own = None
-            if owner is not None and not slots[owner].controls:
-                own = slots[owner].memories[row >= len(slots)]
-                own.step = slots[owner].step
+            if owner is not None and not members[owner].controls:
+                own = members[owner].memories[row >= len(members)]
+                own.step = members[owner].step
             found.append(own)
         return found
 
 
-def layout(slots: Sequence[Slot], *, buckets: Sequence[int], device: torch.device) -> Layout:
-    """Rows for these slots, padded to the next bucket."""
-    guided = [number for number, slot in enumerate(slots) if slot.guided]
-    source = [*range(len(slots)), *guided]
-    conditioning = [slot.conditioning for slot in slots] + [slots[number].negative for number in guided]
+def layout(members: Sequence[BatchRow], *, buckets: Sequence[int], device: torch.device) -> Layout:
+    """Rows for these members, padded to the next bucket."""
+    guided = [number for number, row in enumerate(members) if row.guided]
+    source = [*range(len(members)), *guided]
+    conditioning = [row.conditioning for row in members] + [members[number].negative for number in guided]
     # Repeating row 0 pads with numbers the network has seen; uninitialised memory could be NaN and slow.
     padding = next((bucket - len(source) for bucket in buckets if bucket >= len(source)), 0)
     owners = [*source, *[None] * padding]
     unconditional = list(range(len(owners)))
     scales = [1.0] * len(owners)
-    for row, number in enumerate(guided, start=len(slots)):
+    for row, number in enumerate(guided, start=len(members)):
         unconditional[number] = row
-        scales[number] = slots[number].request.guidance_scale
+        scales[number] = members[number].request.guidance_scale
     source += [0] * padding
     conditioning += [conditioning[0]] * padding
     return Layout(
@@ -138,12 +138,12 @@ def layout(slots: Sequence[Slot], *, buckets: Sequence[int], device: torch.devic
         lengths={name: own for name in conditioning[0] if len(set(own := lengths(name, conditioning))) > 1},
         guided=torch.tensor(guided, dtype=torch.long, device=device),
         guidance=torch.tensor(
-            [slots[number].request.guidance_scale for number in guided], dtype=torch.float32, device=device
+            [members[number].request.guidance_scale for number in guided], dtype=torch.float32, device=device
         ).reshape(-1, 1, 1, 1),
         unconditional=torch.tensor(unconditional, device=device),
         scales=torch.tensor(scales, dtype=torch.float32, device=device).reshape(-1, 1, 1, 1),
-        loras=_loras(slots, owners, device),
-        control_images=_control_images(slots, owners, device),
+        loras=_loras(members, owners, device),
+        control_images=_control_images(members, owners, device),
     )
 
 
@@ -170,9 +170,11 @@ def lengths(name: str, rows: Sequence[Conditioning]) -> list[int]:
     return [row[name].shape[0] if row[name].dim() > 1 else 0 for row in rows]
 
 
-def _loras(slots: Sequence[Slot], owners: Sequence[int | None], device: torch.device) -> list[tuple[str, torch.Tensor]]:
-    """Each LoRA that any slot wants, with every row's weight of it."""
-    chosen = [dict(slot.request.loras) for slot in slots]
+def _loras(
+    members: Sequence[BatchRow], owners: Sequence[int | None], device: torch.device
+) -> list[tuple[str, torch.Tensor]]:
+    """Each LoRA that any row wants, with every row's weight of it."""
+    chosen = [dict(row.request.loras) for row in members]
     names = sorted({name for own in chosen for name in own})
     return [
         (name, torch.tensor([0.0 if o is None else chosen[o].get(name, 0.0) for o in owners], device=device))
@@ -181,21 +183,21 @@ def _loras(slots: Sequence[Slot], owners: Sequence[int | None], device: torch.de
 
 
 def _control_images(
-    slots: Sequence[Slot], owners: Sequence[int | None], device: torch.device
+    members: Sequence[BatchRow], owners: Sequence[int | None], device: torch.device
 ) -> dict[tuple[str, int], torch.Tensor]:
     keys: dict[tuple[str, int], torch.Tensor] = {}  # with a picture of the right shape
-    for slot in slots:
-        names = [control.name for control, _ in slot.controls]
-        for index, (control, picture) in enumerate(slot.controls):
+    for row in members:
+        names = [control.name for control, _ in row.controls]
+        for index, (control, picture) in enumerate(row.controls):
             keys.setdefault((control.name, names[:index].count(control.name)), picture)
     images = {}
     for (name, nth), example in keys.items():
         blank = torch.zeros_like(example)
-        found = [None if owner is None else _nth(slots[owner], name, nth) for owner in owners]
+        found = [None if owner is None else _nth(members[owner], name, nth) for owner in owners]
         images[name, nth] = torch.stack([blank if own is None else own[1] for own in found]).to(device)
     return images
 
 
-def _nth(slot: Slot, name: str, nth: int) -> tuple[ControlInput, torch.Tensor] | None:
-    own = [pair for pair in slot.controls if pair[0].name == name]
+def _nth(row: BatchRow, name: str, nth: int) -> tuple[ControlInput, torch.Tensor] | None:
+    own = [pair for pair in row.controls if pair[0].name == name]
     return own[nth] if nth < len(own) else None

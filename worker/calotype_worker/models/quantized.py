@@ -7,13 +7,13 @@ from typing import Any
 import torch
 
 from calotype_shared.errors import ModelLoadError
-from calotype_worker.models.lossy import Quantised
+from calotype_worker.models.accelerations import Quantized
 
 _FLOAT8_SINCE = (8, 9)  # CUDA compute capability: Ada and Hopper
 
 
-def quantise(network: torch.nn.Module, kind: Quantised, *, device: torch.device, offload: str, name: str) -> None:
-    """Quantise the layers of a network that see whole sequences: attention and feed-forward.
+def quantize(network: torch.nn.Module, kind: Quantized, *, device: torch.device, offload: str, name: str) -> None:
+    """Quantize the layers of a network that see whole sequences: attention and feed-forward.
 
     The rest has few weights and few rows: embeddings of timesteps, modulations, convolutions (which torchao leaves).
     "int8" keeps computing in the model's dtype; "int8-dynamic" and "float8" round the layers' inputs too.
@@ -23,19 +23,19 @@ def quantise(network: torch.nn.Module, kind: Quantised, *, device: torch.device,
     """
     if kind == "float8" and not _has_float8(device):
         raise ModelLoadError(
-            f"model {name!r}: quantised=float8 on device {str(device)!r}: it wants an NVIDIA GPU of compute capability "
-            "8.9 or newer (Ada, Hopper); use quantised=int8, or such a device"
+            f"model {name!r}: quantized=float8 on device {str(device)!r}: it wants an NVIDIA GPU of compute capability "
+            "8.9 or newer (Ada, Hopper); use quantized=int8, or such a device"
         )
     if offload == "sequential":
         raise ModelLoadError(
-            f"model {name!r}: quantised={kind} with offload=sequential: offloaded layers hold no weights to quantise; "
+            f"model {name!r}: quantized={kind} with offload=sequential: offloaded layers hold no weights to quantize; "
             "use offload=model or none"
         )
     try:
         from torchao import quantization  # noqa: PLC0415 - an optional extra, and seconds to import
     except ImportError as error:
         raise ModelLoadError(
-            f"model {name!r}: quantised={kind} needs torchao, which is not installed ({error}); "
+            f"model {name!r}: quantized={kind} needs torchao, which is not installed ({error}); "
             "pip install 'calotype[quantized]'"
         ) from error
     config = {
@@ -62,7 +62,7 @@ def _sees_sequences(module: torch.nn.Module, path: str) -> bool:
 
 
 def weight_bytes(module: torch.nn.Module) -> int:
-    """Memory of a module's weights, quantised ones as they are kept."""
+    """Memory of a module's weights, quantized ones as they are kept."""
     return sum(_bytes(parameter) for parameter in module.parameters())
 
 

@@ -1,4 +1,4 @@
-"""`Ticket`: a request's way through the engine; and `prepare`, which makes one beside the step loop."""
+"""`RequestState`: a request's way through the engine; and `prepare`, which makes one beside the step loop."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from calotype_shared.errors import InvalidRequest
-from calotype_worker.engine.slot import Slot
+from calotype_worker.engine.batch_row import BatchRow
 from calotype_worker.models.base import OpaqueModel, StepModel, Text
 from calotype_worker.models.pool import ModelPool
 from calotype_worker.request import Generated, GenerationRequest, GroupKey
@@ -35,13 +35,13 @@ class Stage:
     """One model's part of the work: one for most requests, two where a refiner takes over."""
 
     group: GroupKey
-    slot: Slot
+    row: BatchRow
     texts: tuple[Text, ...]  # the prompt, and for guided requests the negative one
     source: Source | None = None
 
 
 @dataclass(kw_only=True, eq=False)
-class Ticket:
+class RequestState:
     """Made in the submitter's thread; from then on the engine's thread owns it. Times are `time.monotonic()`."""
 
     request: GenerationRequest
@@ -54,7 +54,7 @@ class Ticket:
     admitted: float = 0.0
     encode_seconds: float = 0.0
     denoised: float = 0.0
-    lossy: tuple[str, ...] = ()
+    accelerations: tuple[str, ...] = ()
     steps_before: int = 0  # evaluations of earlier stages, or of an opaque run so far
 
     @property
@@ -62,20 +62,20 @@ class Ticket:
         return self.request.request_id
 
     @property
-    def slot(self) -> Slot:
-        return self.stages[0].slot
+    def row(self) -> BatchRow:
+        return self.stages[0].row
 
     @property
     def steps_done(self) -> int:
-        return self.steps_before + (self.stages[0].slot.step if self.stages else 0)
+        return self.steps_before + (self.stages[0].row.step if self.stages else 0)
 
     def next_stage(self, latents: torch.Tensor) -> bool:
         """Hand unfinished latents (C, h, w) to the next model; False if there is none and they are finished."""
         if len(self.stages) < 2:
             return False
-        self.steps_before += self.stages.pop(0).slot.total_steps
-        self.slot.latents = latents.unsqueeze(0)
-        self.group, self.rows = self.stages[0].group, self.slot.rows
+        self.steps_before += self.stages.pop(0).row.total_steps
+        self.row.latents = latents.unsqueeze(0)
+        self.group, self.rows = self.stages[0].group, self.row.rows
         return True
 
     def generated(self, image: np.ndarray, now: float) -> Generated:
@@ -86,7 +86,7 @@ class Ticket:
             seed=self.request.seed,
             steps_taken=self.total_steps,
             model=self.request.model,
-            lossy=self.lossy,
+            accelerations=self.accelerations,
             timings={
                 "wait": self.admitted - self.submitted,
                 "encode": self.encode_seconds,
@@ -106,7 +106,7 @@ class Ticket:
             return
 
 
-def prepare(request: GenerationRequest, pool: ModelPool, tables: TableCache, *, exact: bool = False) -> Ticket:
+def prepare(request: GenerationRequest, pool: ModelPool, tables: TableCache, *, exact: bool = False) -> RequestState:
     """Checks, sampler tables and starting noise: all that needs no device. For any thread.
 
     `exact` groups requests so that none can change another's bits.
@@ -117,7 +117,7 @@ def prepare(request: GenerationRequest, pool: ModelPool, tables: TableCache, *, 
     model = pool.get(request.model)
     model.card.check_size(request.width, request.height)
     if isinstance(model, OpaqueModel):
-        return Ticket(
+        return RequestState(
             request=request,
             group=GroupKey(model=model.card.name, latent_shape=model.batch_key(request)),
             rows=1,
@@ -131,9 +131,9 @@ def prepare(request: GenerationRequest, pool: ModelPool, tables: TableCache, *, 
     stages = [_stage(request, model, tables, generator, cut=cut, first=True, exact=exact)]
     if refiner is not None:
         stages.append(_stage(request, refiner, tables, generator, cut=Trajectory.taking_over, first=False, exact=exact))
-        if not all(stage.slot.total_steps for stage in stages):
+        if not all(stage.row.total_steps for stage in stages):
             raise InvalidRequest(
-                f"leaves no step to {'it' if stages[0].slot.total_steps else 'the model before it'}",
+                f"leaves no step to {'it' if stages[0].row.total_steps else 'the model before it'}",
                 field="refiner.start",
                 value=request.refiner_start,
                 remedy="use a start nearer the middle, or more steps",
@@ -147,16 +147,18 @@ def prepare(request: GenerationRequest, pool: ModelPool, tables: TableCache, *, 
                 remedy="use a refiner made for that model",
             )
     for stage in stages:
-        if isinstance(stage.slot.sampler, RowScheduler):
+        if isinstance(stage.row.sampler, RowScheduler):
             break  # it draws as it steps, from the same generator: nothing after it may be drawn before
-        stage.slot.draw_ahead(stage.group.step_shape)
-    return Ticket(
+        stage.row.draw_ahead(stage.group.step_shape)
+    return RequestState(
         request=request,
         group=stages[0].group,
-        rows=stages[0].slot.rows,
+        rows=stages[0].row.rows,
         stages=stages,
-        total_steps=sum(stage.slot.total_steps for stage in stages),
-        lossy=tuple(dict.fromkeys(name for own in (model, refiner) if own for name in own.lossy.used_for(request))),
+        total_steps=sum(stage.row.total_steps for stage in stages),
+        accelerations=tuple(
+            dict.fromkeys(name for own in (model, refiner) if own for name in own.accelerations.used_for(request))
+        ),
     )
 
 
@@ -192,19 +194,19 @@ def _stage(
         sampler = RowScheduler(own, generator)
         total_steps, sigma = len(own.timesteps), float(getattr(own.scheduler, "init_noise_sigma", 1.0))
     guided = request.guided and not model.embedded_guidance
-    slot = Slot(request=request, generator=generator, sampler=sampler, total_steps=total_steps, guided=guided)
+    row = BatchRow(request=request, generator=generator, sampler=sampler, total_steps=total_steps, guided=guided)
     shape = model.latent_shape(*size)
     source = None
     if first:
         source = _source(request, model, generator, lambda: tables.noising(key, trajectory))
         if source is None:
-            slot.latents = torch.randn((1, *shape), generator=generator) * sigma
+            row.latents = torch.randn((1, *shape), generator=generator) * sigma
         elif request.strength >= 1.0:
-            slot.latents = source.noise * sigma
+            row.latents = source.noise * sigma
     texts = _texts(request, model, guided=guided, first=first)
     return Stage(
         group=GroupKey(model=model.card.name, latent_shape=shape, windows=texts[0].windows if exact else 0),
-        slot=slot,
+        row=row,
         texts=texts,
         source=source,
     )

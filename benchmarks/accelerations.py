@@ -1,6 +1,6 @@
 """What the accelerations that cost likeness gain, and what they cost: docs/accelerations.md's table and picture.
 
-    python benchmarks/lossy.py [--rounds 3] [--steps 20] [--width 80] [--side 32] [--device cpu]
+    python benchmarks/accelerations.py [--rounds 3] [--steps 20] [--width 80] [--side 32] [--device cpu]
 
 Two models, each way against the exact one, in interleaved rounds; ratios are medians of the rounds' ratios:
 
@@ -30,23 +30,23 @@ from workload import quiet, surroundings
 
 from calotype_shared.schema.config import SamplerType
 from calotype_worker.engine import Engine, EngineSettings, GenerationRequest
-from calotype_worker.models import Lossy, load_model
+from calotype_worker.models import Accelerations, load_model
 from calotype_worker.models.base import RowMemory, Rows
 from calotype_worker.models.deep_cache import DeepCache
 from calotype_worker.models.lora import LoraBank
-from calotype_worker.models.quantised import quantise, weight_bytes
+from calotype_worker.models.quantized import quantize, weight_bytes
 from calotype_worker.models.token_merging import merge_tokens
 
 WAYS = {
-    "exact": Lossy(),
-    "deep_cache 2": Lossy(deep_cache=2),
-    "deep_cache 3": Lossy(deep_cache=3),
-    "deep_cache 5": Lossy(deep_cache=5),
-    "token_merging 0.25": Lossy(token_merging=0.25),
-    "token_merging 0.5": Lossy(token_merging=0.5),
-    "quantised int8": Lossy(quantised="int8"),
-    "quantised int8-dynamic": Lossy(quantised="int8-dynamic"),
-    "deep_cache 2, token_merging 0.5, int8": Lossy(deep_cache=2, token_merging=0.5, quantised="int8"),
+    "exact": Accelerations(),
+    "deep_cache 2": Accelerations(deep_cache=2),
+    "deep_cache 3": Accelerations(deep_cache=3),
+    "deep_cache 5": Accelerations(deep_cache=5),
+    "token_merging 0.25": Accelerations(token_merging=0.25),
+    "token_merging 0.5": Accelerations(token_merging=0.5),
+    "quantized int8": Accelerations(quantized="int8"),
+    "quantized int8-dynamic": Accelerations(quantized="int8-dynamic"),
+    "deep_cache 2, token_merging 0.5, int8": Accelerations(deep_cache=2, token_merging=0.5, quantized="int8"),
 }
 PROMPTS = (
     "a large red circle on a blue background",
@@ -88,7 +88,10 @@ def interleaved(runs: dict[str, Callable[[], object]], *, rounds: int, device: t
 
 def demo(options: argparse.Namespace) -> tuple[dict[str, dict[str, float]], int, dict[str, np.ndarray]]:
     """Of each way its figures; the knee; and the pictures, (8, H, W, 3)."""
-    models = {name: load_model("demo", device=options.device, lossy=lossy) for name, lossy in WAYS.items()}
+    models = {
+        name: load_model("demo", device=options.device, accelerations=accelerations)
+        for name, accelerations in WAYS.items()
+    }
     profiled = Engine(models["exact"], EngineSettings())
     profiled.profile(seconds=4)
     knee = profiled.profiles[0].knee.rows
@@ -180,7 +183,7 @@ def sheet(pictures: dict[str, np.ndarray], figures: dict[str, dict[str, float]])
 class Shaped:
     """A U-Net of SD 1.5's form, with one way of making it faster, and two rows' memories."""
 
-    def __init__(self, lossy: Lossy, options: argparse.Namespace) -> None:
+    def __init__(self, accelerations: Accelerations, options: argparse.Namespace) -> None:
         from diffusers import UNet2DConditionModel
 
         torch.manual_seed(0)
@@ -194,14 +197,14 @@ class Shaped:
         )
         self.unet: Any = unet.eval().to(options.device, memory_format=torch.channels_last)
         device = self._device = torch.device(options.device)
-        if lossy.token_merging:
-            merge_tokens(self.unet, ratio=lossy.token_merging, name="shaped")
-        if lossy.quantised != "off":
-            quantise(self.unet, lossy.quantised, device=device, offload="none", name="shaped")
+        if accelerations.token_merging:
+            merge_tokens(self.unet, ratio=accelerations.token_merging, name="shaped")
+        if accelerations.quantized != "off":
+            quantize(self.unet, accelerations.quantized, device=device, offload="none", name="shaped")
         self._cache = None
-        if lossy.deep_cache > 1:
+        if accelerations.deep_cache > 1:
             loras = LoraBank(None, {"unet": self.unet}, {}, capacity=1)
-            self._cache = DeepCache(self.unet, every=lossy.deep_cache, loras=loras, name="shaped")
+            self._cache = DeepCache(self.unet, every=accelerations.deep_cache, loras=loras, name="shaped")
         self._latents = torch.randn((2, 4, options.side, options.side), device=device)
         self._text = torch.randn((2, 77, 768), device=device)
 
@@ -220,7 +223,9 @@ class Shaped:
 
 def shaped(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     # A period of five does not divide six.
-    networks = {name: Shaped(lossy, options) for name, lossy in WAYS.items() if lossy.deep_cache != 5}
+    networks = {
+        name: Shaped(accelerations, options) for name, accelerations in WAYS.items() if accelerations.deep_cache != 5
+    }
     for network in networks.values():
         network.steps(1)
     runs = {name: (lambda network=network: network.steps(6)) for name, network in networks.items()}
@@ -240,8 +245,8 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=80, help="channels of the shaped network's first level")
     parser.add_argument("--side", type=int, default=32, help="of the shaped network's latents")
     parser.add_argument("--only", choices=["demo", "shaped"], help="leave the other's figures in --out as they are")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/lossy.json"))
-    parser.add_argument("--sheet", type=Path, default=Path("docs/images/lossy.png"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/accelerations.json"))
+    parser.add_argument("--sheet", type=Path, default=Path("docs/images/accelerations.png"))
     options = parser.parse_args()
     quiet()
     result: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
@@ -252,7 +257,7 @@ def main() -> None:
     if options.only != "demo":
         form = {"rounds": options.rounds, "width": options.width, "latents": options.side, "rows": 2}
         result["sd15_shaped"] = {**form, "ways": shaped(options)}
-    result |= {"command": "benchmarks/lossy.py", **surroundings(options.device)}
+    result |= {"command": "benchmarks/accelerations.py", **surroundings(options.device)}
     options.out.write_text(json.dumps(result, indent=2) + "\n")
     for name in ("demo", "sd15_shaped"):
         for way, found in result.get(name, {}).get("ways", {}).items():

@@ -22,7 +22,7 @@ _WRITE_BYTES = 16_384
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
+class Response:
     """What the receiver said. `retry_after` is in seconds; 0 if it did not say."""
 
     status: int
@@ -57,7 +57,7 @@ class Sender:
         self._resolve = resolve
         self._tls = tls or httpx.create_ssl_context()
 
-    def post(self, url: str, *, headers: Mapping[str, str], body: bytes) -> Answer:
+    def post(self, url: str, *, headers: Mapping[str, str], body: bytes) -> Response:
         """Send it once.
 
         Raises:
@@ -74,7 +74,7 @@ class Sender:
             connection.stream("POST", where, headers=sent, content=body) as response,
         ):
             heads = {name.lower(): value.decode("latin-1") for name, value in response.headers}
-            return Answer(status=response.status, retry_after=_seconds(heads.get(b"retry-after", "")))
+            return Response(status=response.status, retry_after=_seconds(heads.get(b"retry-after", "")))
 
 
 def _seconds(retry_after: str) -> float:

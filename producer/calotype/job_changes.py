@@ -1,4 +1,4 @@
-"""`Notices`: hears of changes of jobs as they happen, for all the waits of one client.
+"""`JobChangeListener`: hears of changes of jobs as they happen, for all the waits of one client.
 
 Redis tells of every change on a channel of the job's own (`keys.py`). A notice only says that it is time to look: what
 is true is in the record. Whoever waits looks now and then anyhow, so a notice that is missed costs a second, no more.
@@ -30,7 +30,7 @@ _LINGER_SECONDS = 10.0  # the thread stays so long after the last wait: another 
 _BACKOFF_SECONDS = 2.0
 
 
-class Notices:
+class JobChangeListener:
     """One connection and one thread, from the first wait until a while after the last. Thread-safe.
 
     The subscription is touched by that thread alone: who wants more channels rings its bell, a channel as well.
@@ -39,7 +39,7 @@ class Notices:
     def __init__(self, redis: Redis, keys: Keys) -> None:
         self._redis = redis
         self._keys = keys
-        self._bell = keys.changed(f"bell-{uuid.uuid4().hex}")
+        self._wakeup_channel = keys.changed(f"wakeup-{uuid.uuid4().hex}")
         self._lock = threading.Lock()
         self._watches: dict[str, list[_Watch]] = {}  # by channel
         self._live: set[str] = set()  # channels that the server has confirmed
@@ -59,7 +59,7 @@ class Notices:
         with self._lock:
             thread = self._thread
         if thread is not None:
-            self._ring()
+            self._wake()
             thread.join(_LISTEN_SECONDS)
 
     def _set(self, watch: _Watch, job_ids: Iterable[str]) -> None:
@@ -76,18 +76,18 @@ class Notices:
             if channels <= self._live or self._closed.is_set():
                 return
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="calotype-notices", daemon=True)
+                self._thread = threading.Thread(target=self._run, name="calotype-job-changes", daemon=True)
                 self._thread.start()
                 return
-        self._ring()
+        self._wake()
 
     def _is_live(self, channels: set[str]) -> bool:
         with self._lock:
             return bool(channels) and channels <= self._live
 
-    def _ring(self) -> None:
+    def _wake(self) -> None:
         with contextlib.suppress(RedisError):  # who waits then looks as often as without notices
-            self._redis.publish(self._bell, "")
+            self._redis.publish(self._wakeup_channel, "")
 
     def _run(self) -> None:
         while not self._closed.is_set():
@@ -105,7 +105,7 @@ class Notices:
 
     def _listen(self, subscription: PubSub) -> bool:
         """Until nobody has waited for a while, and then True: this thread is at its end."""
-        subscription.subscribe(self._bell)
+        subscription.subscribe(self._wakeup_channel)
         known: set[str] = set()
         waited = time.monotonic()  # when somebody last did
         while not self._closed.is_set():
@@ -124,10 +124,10 @@ class Notices:
             known = wanted
             message = subscription.get_message(timeout=_LISTEN_SECONDS)
             if message:
-                self._hear(message)
+                self._dispatch(message)
         return False
 
-    def _hear(self, message: dict[str, Any]) -> None:
+    def _dispatch(self, message: dict[str, Any]) -> None:
         channel = message["channel"]
         with self._lock:
             # Confirmed, also anew after the connection broke: what was before that was not heard of.
@@ -142,18 +142,18 @@ class Notices:
 class _Watch(ABC):
     """What one wait hears. Leave it as a context manager does, and nothing of it stays."""
 
-    def __init__(self, notices: Notices) -> None:
-        self._notices = notices
-        self.channels: set[str] = set()  # written by `Notices` alone
+    def __init__(self, listener: JobChangeListener) -> None:
+        self._listener = listener
+        self.channels: set[str] = set()  # written by `JobChangeListener` alone
 
     def set_jobs(self, job_ids: Iterable[str]) -> None:
         """Hear of these from now on. May take as long as Redis takes to answer."""
-        self._notices._set(self, job_ids)
+        self._listener._set(self, job_ids)
 
     @property
     def live(self) -> bool:
         """Whether a change of any of its jobs is told; before, and while Redis is away, it may not be."""
-        return self._notices._is_live(self.channels)
+        return self._listener._is_live(self.channels)
 
     @abstractmethod
     def changed(self) -> None:
@@ -169,8 +169,8 @@ class _Watch(ABC):
 class Watch(_Watch):
     """For a thread."""
 
-    def __init__(self, notices: Notices) -> None:
-        super().__init__(notices)
+    def __init__(self, listener: JobChangeListener) -> None:
+        super().__init__(listener)
         self._event = threading.Event()
 
     def changed(self) -> None:
@@ -186,8 +186,8 @@ class Watch(_Watch):
 class AsyncWatch(_Watch):
     """For a task; make it on the task's event loop."""
 
-    def __init__(self, notices: Notices) -> None:
-        super().__init__(notices)
+    def __init__(self, listener: JobChangeListener) -> None:
+        super().__init__(listener)
         self._loop = asyncio.get_running_loop()
         self._event = asyncio.Event()
 

@@ -8,7 +8,7 @@ from typing import Protocol
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from calotype_shared.observability.logs import about
-from calotype_shared.observability.tracing import NOTHING, Span, Telemetry, trace_id_of
+from calotype_shared.observability.tracing import NOOP_SPAN, Span, Telemetry, trace_id_of
 
 _NO_ROUTE = "(none)"
 _NO_ANSWER = 499  # nginx's number for a client that hung up first
@@ -20,7 +20,7 @@ class Observer(Protocol):
     def request(self, *, route: str, method: str, status: int, seconds: float) -> None: ...
 
 
-class Watched:
+class RequestMetricsMiddleware:
     """Outermost, so that what the limits refuse is counted too.
 
     What changes something is traced, and whatever a caller traces itself; not the many looks at a job by others.
@@ -64,7 +64,7 @@ class Watched:
     def _begin(self, scope: Scope) -> Span:
         parent = dict(scope["headers"]).get(b"traceparent", b"").decode("latin-1")
         if scope["method"] in ("GET", "HEAD") and not parent:
-            return NOTHING
+            return NOOP_SPAN
         return self._telemetry.begin(scope["method"], kind="server", parent=parent)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from calotype_worker.engine import Engine
 from calotype_worker.engine import engine as engine_module
-from calotype_worker.engine.pace import Pace, events_of, work_on
+from calotype_worker.engine.step_pacer import StepPacer, events_of, work_on
 from tests.unit.test_engine import request
 
 
@@ -45,7 +45,7 @@ class Moment:
 def test_the_host_is_at_most_one_step_ahead() -> None:
     """After each order all steps but the last are done, and each has told its own group's cost."""
     device = Device()
-    pace: Pace[str] = Pace(device.event)
+    pace: StepPacer[str] = StepPacer(device.event)
     for number in range(5):
 
         def order() -> int:
@@ -61,7 +61,7 @@ def test_the_host_is_at_most_one_step_ahead() -> None:
 def test_a_cpu_is_done_when_the_call_returns() -> None:
     """No events; the time of the call is the step's, and known at once."""
     assert events_of(torch.device("cpu")) is None
-    pace: Pace[str] = Pace(None)
+    pace: StepPacer[str] = StepPacer(None)
     assert pace.step("group", lambda: "report") == "report"
     assert 0 < pace.cost("group") < 1
 
@@ -83,8 +83,8 @@ def test_the_engines_thread_works_on_its_own_device(make_engine: Any, monkeypatc
 def test_a_cost_is_the_least_of_the_last_eight(monkeypatch: pytest.MonkeyPatch) -> None:
     """One stalled step changes nothing; eight slower ones do. Groups that have not run for long are forgotten."""
     clock = 0.0
-    monkeypatch.setattr("calotype_worker.engine.pace.time.monotonic", lambda: clock)
-    pace: Pace[str] = Pace(None)
+    monkeypatch.setattr("calotype_worker.engine.step_pacer.time.monotonic", lambda: clock)
+    pace: StepPacer[str] = StepPacer(None)
 
     def step(group: str, seconds: float) -> None:
         def order() -> None:
