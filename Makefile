@@ -9,7 +9,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
-demo: $(VENV)/.demo ## a real queue, worker and storage on this machine; pictures in out/
+demo: $(VENV)/.demo ## a real queue, worker and storage on this machine; images in out/
 	$(BIN)/calotype demo --out out
 
 # Two at a time: most tests wait for something most of the time. A file's tests share servers and workers, and the

@@ -1,11 +1,11 @@
-"""What the accelerations that cost likeness gain, and what they cost: docs/accelerations.md's table and picture.
+"""What the accelerations that cost likeness gain, and what they cost: docs/accelerations.md's table and image.
 
     python benchmarks/accelerations.py [--rounds 3] [--steps 20] [--width 80] [--side 32] [--device cpu]
 
 Two models, each way against the exact one, in interleaved rounds; ratios are medians of the rounds' ratios:
 
 - the bundled demo model, eight prompts made together at the knee of its profile. Likeness is measured on these:
-  mean absolute error in levels of 255, PSNR, and SSIM over windows of 8x8, each the mean over the pictures;
+  mean absolute error in levels of 255, PSNR, and SSIM over windows of 8x8, each the mean over the images;
 - a U-Net in the shape of Stable Diffusion 1.5 with random weights, two rows of a step batch, for six steps (a whole
   number of every cache's periods). `--width` is its first level's channels, 320 in the original, `--side` its latents'.
 
@@ -87,7 +87,7 @@ def interleaved(runs: dict[str, Callable[[], object]], *, rounds: int, device: t
 
 
 def demo(options: argparse.Namespace) -> tuple[dict[str, dict[str, float]], int, dict[str, np.ndarray]]:
-    """Of each way its figures; the knee; and the pictures, (8, H, W, 3)."""
+    """Of each way its figures; the knee; and the images, (8, H, W, 3)."""
     models = {
         name: load_model("demo", device=options.device, accelerations=accelerations)
         for name, accelerations in WAYS.items()
@@ -96,7 +96,7 @@ def demo(options: argparse.Namespace) -> tuple[dict[str, dict[str, float]], int,
     profiled.profile(seconds=4)
     knee = profiled.profiles[0].knee.rows
     engines = {name: Engine(model, EngineSettings(max_rows=knee)) for name, model in models.items()}
-    pictures: dict[str, np.ndarray] = {}
+    images: dict[str, np.ndarray] = {}
 
     def make(name: str) -> None:
         futures = [
@@ -114,7 +114,7 @@ def demo(options: argparse.Namespace) -> tuple[dict[str, dict[str, float]], int,
             )
             for seed, prompt in enumerate(PROMPTS)
         ]
-        pictures[name] = np.stack([future.result().image for future in futures])
+        images[name] = np.stack([future.result().image for future in futures])
 
     for engine in engines.values():
         engine.start()
@@ -129,29 +129,29 @@ def demo(options: argparse.Namespace) -> tuple[dict[str, dict[str, float]], int,
         name: {
             "times_as_fast": faster[name],
             "weights": round(models[name].weight_bytes / models["exact"].weight_bytes, 2),
-            **likeness(pictures[name], pictures["exact"]),
+            **likeness(images[name], images["exact"]),
         }
         for name in WAYS
     }
-    return figures, knee, pictures
+    return figures, knee, images
 
 
 def likeness(made: np.ndarray, exact: np.ndarray) -> dict[str, float]:
-    """Pictures are uint8 (B, H, W, 3)."""
+    """Images are uint8 (B, H, W, 3)."""
     a, b = made.astype(float), exact.astype(float)
     error = ((a - b) ** 2).mean(axis=(1, 2, 3))
     psnr = [min(99.0, 10 * np.log10(255**2 / max(one, 1e-9))) for one in error]
     return {
         "mean_abs_error_levels": round(float(np.abs(a - b).mean()), 2),
-        "worst_picture_levels": round(float(np.abs(a - b).mean(axis=(1, 2, 3)).max()), 2),
+        "worst_image_levels": round(float(np.abs(a - b).mean(axis=(1, 2, 3)).max()), 2),
         "psnr_db": round(float(np.mean(psnr)), 1),
         "ssim": round(ssim(a, b), 4),
     }
 
 
 def ssim(a: np.ndarray, b: np.ndarray) -> float:
-    """Structural similarity (Wang et al. 2004), of uniform windows of 8x8, mean over pictures and channels."""
-    x, y = (torch.from_numpy(pictures).permute(0, 3, 1, 2) for pictures in (a, b))
+    """Structural similarity (Wang et al. 2004), of uniform windows of 8x8, mean over images and channels."""
+    x, y = (torch.from_numpy(images).permute(0, 3, 1, 2) for images in (a, b))
 
     def mean(values: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.avg_pool2d(values, 8, stride=1)
@@ -162,18 +162,18 @@ def ssim(a: np.ndarray, b: np.ndarray) -> float:
     return float((((2 * mx * my + c1) * (2 * cov + c2)) / ((mx**2 + my**2 + c1) * (vx + vy + c2))).mean())
 
 
-def sheet(pictures: dict[str, np.ndarray], figures: dict[str, dict[str, float]]) -> Image.Image:
+def sheet(images: dict[str, np.ndarray], figures: dict[str, dict[str, float]]) -> Image.Image:
     """A line for each way, the exact one first: the same prompts and seeds in columns."""
-    count, side = len(PROMPTS), pictures["exact"].shape[1]
-    canvas = Image.new("RGB", (_LABEL + count * (side + 4), len(pictures) * (side + 4)), "white")
+    count, side = len(PROMPTS), images["exact"].shape[1]
+    canvas = Image.new("RGB", (_LABEL + count * (side + 4), len(images) * (side + 4)), "white")
     draw = ImageDraw.Draw(canvas)
-    for line, (name, own) in enumerate(pictures.items()):
+    for line, (name, own) in enumerate(images.items()):
         top = line * (side + 4)
         found = figures[name]
         text = name if name == "exact" else f"{name}\n{found['mean_abs_error_levels']} levels, SSIM {found['ssim']}"
         draw.multiline_text((8, top + side // 2 - 16), text.replace(", token", ",\ntoken"), fill="black", font_size=15)
-        for column, picture in enumerate(own):
-            canvas.paste(Image.fromarray(picture), (_LABEL + column * (side + 4), top))
+        for column, image in enumerate(own):
+            canvas.paste(Image.fromarray(image), (_LABEL + column * (side + 4), top))
     return canvas
 
 
@@ -241,7 +241,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=20, help="of the demo model's pictures")
+    parser.add_argument("--steps", type=int, default=20, help="of the demo model's images")
     parser.add_argument("--width", type=int, default=80, help="channels of the shaped network's first level")
     parser.add_argument("--side", type=int, default=32, help="of the shaped network's latents")
     parser.add_argument("--only", choices=["demo", "shaped"], help="leave the other's figures in --out as they are")
@@ -251,9 +251,9 @@ def main() -> None:
     quiet()
     result: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
     if options.only != "shaped":
-        figures, knee, pictures = demo(options)
+        figures, knee, images = demo(options)
         result["demo"] = {"steps": options.steps, "rounds": options.rounds, "knee_rows": knee, "ways": figures}
-        sheet(pictures, figures).save(options.sheet)
+        sheet(images, figures).save(options.sheet)
     if options.only != "demo":
         form = {"rounds": options.rounds, "width": options.width, "latents": options.side, "rows": 2}
         result["sd15_shaped"] = {**form, "ways": shaped(options)}

@@ -5,7 +5,7 @@
 A discrete-event simulation, without Redis or a device: the queue's line by fair share as in `create.lua` and `choose`
 as in `claim.lua` (a test compares them), each worker with the engine's own `Scheduler` and the worker's own
 `SizeAffinity`.
-A step of `rows` pictures of `area` (1: the native size) takes `max(t0, rows * area * t1)`: below the knee a row more is
+A step of `rows` images of `area` (1: the native size) takes `max(t0, rows * area * t1)`: below the knee a row more is
 free, above it none is. Half of the jobs are of one tenant, the others of four more; sizes are Zipf-distributed.
 
 - queued: all jobs are there at the start. `throughput` is the work done until the line is empty, in shares of what full

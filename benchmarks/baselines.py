@@ -3,7 +3,7 @@
     python benchmarks/baselines.py litserve PORT MODEL DEVICE
     python benchmarks/baselines.py celery REDIS_URL MODEL DEVICE
 
-Both collect whole requests for a moment and run them as static batches. Neither encodes or stores its pictures, which
+Both collect whole requests for a moment and run them as static batches. Neither encodes or stores its images, which
 Calotype does: their answers are the seeds.
 """
 

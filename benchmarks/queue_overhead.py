@@ -1,4 +1,4 @@
-"""What the queue adds to one picture on an idle system, beside a bare Celery task; and Redis commands a job.
+"""What the queue adds to one image on an idle system, beside a bare Celery task; and Redis commands a job.
 
     python benchmarks/queue_overhead.py --jobs 40 --output benchmarks/results/queue-overhead.json
 

@@ -35,7 +35,7 @@ QUEUE = "simulated.bulk"
 LEASE_SECONDS = 20.0
 
 
-def picture(claim: Claim) -> ImageRef:
+def sample_image(claim: Claim) -> ImageRef:
     return ImageRef(
         key=f"{claim.folder}/0.png",
         seed=claim.config.seed or 0,
@@ -58,7 +58,7 @@ def worker(settings: Settings, name: str, slots: int, seconds: float, until: flo
         now = time.monotonic()
         while busy and busy[0][0] <= now:
             _, claim = busy.pop(0)
-            assert store.commit(claim, images=[picture(claim)], timings={"denoise": seconds})
+            assert store.commit(claim, images=[sample_image(claim)], timings={"denoise": seconds})
             redis.hdel(f"{settings.key_prefix}unacked", claim.job_id)  # as the transport acknowledges
         if busy and now - beat > LEASE_SECONDS / 3:
             beat = now

@@ -93,7 +93,7 @@ def check_bucket(store: JobStore, redis: Redis, storage: Storage) -> None:
     for name in map(_text, redis.scan_iter(match=f"{keys.prefix}*", count=1000)):
         if name.startswith(keys.job("")):
             record = {_text(k): _text(v) for k, v in redis.hgetall(name).items()}
-            wanted |= _pictures(json.loads(record.get("images", "[]")))
+            wanted |= _images(json.loads(record.get("images", "[]")))
             wanted |= {
                 f"uploads/{upload}.png" for upload in GenerationConfig.parse(json.loads(record["config"])).uploads
             }
@@ -101,7 +101,7 @@ def check_bucket(store: JobStore, redis: Redis, storage: Storage) -> None:
                 folder = f"{name.removeprefix(keys.job(''))}/{record['attempt']}-{record['token']}/"
                 may_be |= {key for key in there if key.startswith(folder)}
         elif name.startswith(keys.finished("")):
-            wanted |= _pictures(json.loads(_text(redis.get(name))))
+            wanted |= _images(json.loads(_text(redis.get(name))))
         elif name.startswith(keys.files("")):
             tenant = name.removeprefix(keys.files(""))
             wanted |= {f"files/{tenant}/{_text(file)}" for file in redis.hkeys(name)}
@@ -114,13 +114,13 @@ def check_bucket(store: JobStore, redis: Redis, storage: Storage) -> None:
                 may_be |= {key for key in there if key.startswith(batch["plan"])}
             for file in named[1:]:
                 for line in storage.get(file).splitlines():
-                    wanted |= _pictures(json.loads(line).get("images", []))
+                    wanted |= _images(json.loads(line).get("images", []))
             for line in storage.get(batch["manifest"]).splitlines() if "completed_at" not in batch else ():
                 wanted |= {f"uploads/{found}.png" for found in re.findall(r"[0-9a-f]{64}", line.decode())}
     assert wanted <= there, f"referred to, and not there: {sorted(wanted - there)}"
     assert there <= wanted | may_be, f"nobody refers to: {sorted(there - wanted - may_be)}"
 
 
-def _pictures(images: list[dict[str, str]]) -> set[str]:
+def _images(images: list[dict[str, str]]) -> set[str]:
     """Each with its provenance beside it."""
     return {name for image in images for name in (image["key"], re.sub(r"\.\w+$", ".json", image["key"]))}

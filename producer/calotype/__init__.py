@@ -1,4 +1,4 @@
-"""Calotype's producer side: submit generation jobs, follow them, fetch their pictures.
+"""Calotype's producer side: submit generation jobs, follow them, fetch their images.
 
 Names load when first used, so that importing the package costs little and never loads torch.
 """
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from calotype.batches.record import BatchRecord, BatchState
     from calotype.client import Client
     from calotype.handle import JobHandle
-    from calotype.picture import Picture
+    from calotype.job_image import JobImage
     from calotype_shared.errors import (
         BatchNotFound,
         CalotypeError,
@@ -53,13 +53,13 @@ __all__ = [
     "JobCancelled",
     "JobFailed",
     "JobHandle",
+    "JobImage",
     "JobNotFound",
     "JobRecord",
     "JobState",
     "Lane",
     "ModelCard",
     "OutputFormat",
-    "Picture",
     "RedisUnavailable",
     "SamplerType",
     "ServiceUnavailable",
@@ -77,7 +77,7 @@ _HOMES = {
     "calotype.batches.record": ("BatchRecord", "BatchState"),
     "calotype.client": ("Client",),
     "calotype.handle": ("JobHandle",),
-    "calotype.picture": ("Picture",),
+    "calotype.job_image": ("JobImage",),
     "calotype_shared.schema.config": ("GenerationConfig", "OutputFormat", "SamplerType"),
     "calotype_shared.errors": (
         "BatchNotFound",

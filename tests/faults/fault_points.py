@@ -67,7 +67,7 @@ def _decode() -> None:
 
 
 def _upload() -> None:
-    """Half of a picture's bytes are on the wire."""
+    """Half of an image's bytes are on the wire."""
     original = HTTPConnection.send
 
     def send(self: HTTPConnection, data: Any) -> None:

@@ -49,7 +49,7 @@ def test_a_worker_is_killed_at(point: str, site: Site, table: Table) -> None:
 
 
 def test_a_frozen_worker_comes_back_too_late(site: Site, table: Table) -> None:
-    """SIGSTOP beyond the lease: the job is another's. After SIGCONT the zombie finishes its pictures, in vain."""
+    """SIGSTOP beyond the lease: the job is another's. After SIGCONT the zombie finishes its images, in vain."""
     zombie = site.start_worker("--concurrency", "4", stop="slow-commit")
     ids = site.submit(4)
     zombie.wait_for("reached slow-commit")  # everything is uploaded

@@ -25,7 +25,7 @@ from tests.integration.conftest import until
 from tests.integration.gateway import Gateway, own_settings
 from tests.integration.test_client import CARD
 from tests.invariants import check_store
-from tests.simulated import SimulatedWorker, picture_of
+from tests.simulated import SimulatedWorker, image_of
 
 FIELDS: dict[str, Any] = {"model": "demo", "width": 64, "height": 64, "num_inference_steps": 2}
 
@@ -290,7 +290,7 @@ def test_without_memory_nothing_new_is_accepted_and_what_is_there_is_finished(tm
             store.create(jobs[3:])
         assert set(redis.keys()) == before, "something was half-written"
         assert store.renew([running], lease_seconds=30) == set()
-        assert store.commit(running, images=[picture_of(running)], timings={})
+        assert store.commit(running, images=[image_of(running)], timings={})
         second = store.claim("demo.bulk", worker="w", lease_seconds=30)
         assert second is not None
         assert store.release(second)

@@ -60,7 +60,7 @@ def run(settings: Settings, client: Client) -> Iterator[None]:
 
 
 def lines(count: int, **fields: Any) -> list[dict[str, Any]]:
-    return [{"prompt": f"picture {i}", "num_inference_steps": 5, "seed": i, **fields} for i in range(count)]
+    return [{"prompt": f"image {i}", "num_inference_steps": 5, "seed": i, **fields} for i in range(count)]
 
 
 def write(path: Path, rows: list[Any]) -> Path:
@@ -342,7 +342,7 @@ def test_batches_are_listed_and_made_once(client: Client, run: None, storage: St
 def test_a_batch_through_a_real_worker(
     start_worker: Callable[..., WorkerProcess], settings: Settings, client: Client, storage: Storage
 ) -> None:
-    """Real pictures, in storage where the results say they are."""
+    """Real images, in storage where the results say they are."""
     start_worker()
     rows = [{"prompt": f"cat {i}", "model": "tiny", "num_inference_steps": 2 + i % 4} for i in range(24)]
     with Dispatcher(settings):

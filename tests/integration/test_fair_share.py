@@ -78,7 +78,7 @@ def test_a_job_handed_back_keeps_its_place(client: Client, store: JobStore) -> N
 
 
 def test_equal_jobs_in_flight_are_made_once(client: Client, store: JobStore) -> None:
-    """Each keeps its own record, and all get the one's pictures; another tenant, lane or seed is another job."""
+    """Each keeps its own record, and all get the one's images; another tenant, lane or seed is another job."""
     jobs = [client.submit(config(seed=5), lane=Lane.BULK, metadata={"number": i}) for i in range(3)]
     others = [
         client.submit(config(seed=5), lane=Lane.BULK, tenant="other"),
@@ -117,7 +117,7 @@ def test_cancelling_one_of_equal_jobs_leaves_the_others(client: Client, store: J
     assert store.counts()[JobState.QUEUED] == 0
 
 
-def test_finished_pictures_are_reused_where_that_is_asked_for(settings: Settings, store: JobStore) -> None:
+def test_finished_images_are_reused_where_that_is_asked_for(settings: Settings, store: JobStore) -> None:
     """Opt-in, and only for a config whose seed was given."""
     store.announce_model(CARD)
     with Client(settings=settings.model_copy(update={"reuse_finished": True})) as client:

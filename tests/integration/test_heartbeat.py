@@ -26,13 +26,13 @@ def test_a_lost_claim_is_counted_once(store: JobStore) -> None:
     (job_id,) = store.create([CONFIG], lane=Lane.BULK)
     claim = store.claim("demo.bulk", worker="w", lease_seconds=20)
     assert claim is not None
-    job = heartbeat.hold(claim, ["picture"])
+    job = heartbeat.hold(claim, ["image"])
     heartbeat._renew()
     assert not job.lost
     store.cancel(job_id)
     heartbeat._heard(News("cancelled", job_id))
     heartbeat._renew()
     assert job.lost
-    assert stopped == ["picture", "picture"]
+    assert stopped == ["image", "image"]
     assert counters.counted(names.LOST_CLAIMS) == {(): 1}
     assert counters.counted(names.LEASE_RENEWALS) == {(): 1}

@@ -101,7 +101,7 @@ def test_jobs_that_share_an_outcome_are_both_heard_of(client: Client, store: Job
 
 
 def test_many_waits_share_one_connection_and_hear_of_their_own_jobs(client: Client, store: JobStore) -> None:
-    jobs = client.submit_many([f"picture {number}" for number in range(6)])
+    jobs = client.submit_many([f"image {number}" for number in range(6)])
     threads = len(listeners())
     followings = [Following(client, job.id) for job in jobs]
     assert len(listeners()) == threads + 1
@@ -116,7 +116,7 @@ def test_many_waits_share_one_connection_and_hear_of_their_own_jobs(client: Clie
 
 def test_a_wait_for_many_hears_of_the_last_ones(client: Client, store: JobStore) -> None:
     """While they are too many it looks, as seldom as its bound says; then it is told."""
-    jobs = client.submit_many([f"picture {number}" for number in range(70)])
+    jobs = client.submit_many([f"image {number}" for number in range(70)])
     wait = client.begin_wait([job.id for job in jobs])
     client.look(wait)
     assert wait.told == []
@@ -134,7 +134,7 @@ def test_a_wait_for_many_hears_of_the_last_ones(client: Client, store: JobStore)
 def test_what_changed_before_it_was_heard_is_seen(client: Client, store: JobStore) -> None:
     """Between the first look and the server's word that it is subscribed nothing gets lost."""
     for number in range(20):
-        job = client.submit(f"picture {number}")
+        job = client.submit(f"image {number}")
         claimed = claim(store, job.id)
         thread = in_background(lambda job=job: client.wait(job.id, 100))  # type: ignore[misc]
         commit(store, claimed)
@@ -162,7 +162,7 @@ def test_the_listener_ends_with_its_client_and_after_the_last_wait(
     monkeypatch.setattr(job_changes, "_LINGER_SECONDS", 0.1)
     before = len(listeners())
     for number in range(2):
-        job = client.submit(f"picture {number}")
+        job = client.submit(f"image {number}")
         following = Following(client, job.id)
         assert len(listeners()) == before + 1
         commit(store, claim(store, job.id))
@@ -182,7 +182,7 @@ def test_a_task_hears_too(client: Client, settings: Settings, store: JobStore) -
 
     async def follow_all() -> None:
         async with AsyncClient(settings=settings) as other:
-            jobs = await other.submit_many([f"picture {number}" for number in range(40)])
+            jobs = await other.submit_many([f"image {number}" for number in range(40)])
             waits = [asyncio.create_task(job.wait(timeout=100)) for job in jobs]
             ids = [job.id for job in jobs]
             hearing: Callable[[], bool] = lambda: all(hears(other._client, job_id) for job_id in ids)  # noqa: E731

@@ -48,8 +48,8 @@ def test_presigned_links_work_without_keys_and_run_out(storage: Storage) -> None
 
 def test_links_can_point_at_another_address(settings: Settings) -> None:
     """Behind a proxy, users reach storage under another name than workers do."""
-    storage = changed(settings, s3_public_endpoint_url="https://pictures.example.org")
-    assert storage.presigned_url("a.png").startswith("https://pictures.example.org/")
+    storage = changed(settings, s3_public_endpoint_url="https://images.example.org")
+    assert storage.presigned_url("a.png").startswith("https://images.example.org/")
 
 
 def test_a_missing_bucket_is_named_and_can_be_made(settings: Settings) -> None:

@@ -176,7 +176,7 @@ def test_calls_whose_answer_got_lost_may_be_repeated(store: JobStore) -> None:
     assert store.create(new)
     assert store.get(claim.job_id).state is JobState.RUNNING
     assert store.commit(claim, images=[IMAGE], timings={})
-    assert store.commit(claim, images=[IMAGE], timings={}), "else its worker would delete the pictures"
+    assert store.commit(claim, images=[IMAGE], timings={}), "else its worker would delete the images"
     assert store.counts()[JobState.SUCCEEDED] == 1
     other = take(store)
     assert store.fail(other, BROKEN, retry=True) is JobState.QUEUED
@@ -385,7 +385,7 @@ def test_an_unreadable_record_spoils_no_listing(store: JobStore, redis: Redis) -
 
 
 def test_an_open_config_is_refused_before_anything_is_written(store: JobStore) -> None:
-    """A stored config must reproduce its picture, so its seed cannot be missing."""
+    """A stored config must reproduce its image, so its seed cannot be missing."""
     with pytest.raises(InvalidRequest, match="still open"):
         store.create([CONFIG.model_copy(update={"seed": None})])
     assert store.counts()[JobState.QUEUED] == 0

@@ -194,12 +194,12 @@ def running() -> Iterator[Callable[[Deliverer], threading.Event]]:
 def test_a_finished_job_is_told(
     corner: Corner, deliverer: Callable[..., Deliverer], receiver: Receiver, store: JobStore, storage: Storage
 ) -> None:
-    """The receiver learns all about a job, trusts the signature, and fetches the picture by the link."""
+    """The receiver learns all about a job, trusts the signature, and fetches the image by the link."""
     [job_id] = store.create([CONFIG], metadata={"order": "é1"}, tenant="alice")
     claim = store.claim("demo.bulk", worker="w", lease_seconds=20)
     assert claim is not None
-    storage.put("a/1/0.png", b"picture", "image/png")
-    digest = hashlib.sha256(b"picture").hexdigest()
+    storage.put("a/1/0.png", b"image", "image/png")
+    digest = hashlib.sha256(b"image").hexdigest()
     size = {"width": 64, "height": 64, "content_type": "image/png", "bytes": 7}
     store.commit(claim, images=[ImageRef(key="a/1/0.png", seed=5, sha256=digest, **size)], timings={})
     corner.leave(receiver.url, hook_id=job_id)
@@ -219,7 +219,7 @@ def test_a_finished_job_is_told(
             "images": [{"key": "a/1/0.png", "seed": 5, "sha256": digest}],
         },
     }
-    assert httpx.get(link).content == b"picture"
+    assert httpx.get(link).content == b"image"
     assert message.path == "/hooks?token=hush"
     assert message.headers["content-type"] == "application/json"
     assert corner.empty
@@ -230,7 +230,7 @@ def test_a_finished_job_is_told(
 def test_a_failed_job_is_told_with_its_error(
     corner: Corner, deliverer: Callable[..., Deliverer], receiver: Receiver, store: JobStore, storage: Storage
 ) -> None:
-    """No pictures, but the reason."""
+    """No images, but the reason."""
     [job_id] = store.create([CONFIG], tenant="alice")
     claim = store.claim("demo.bulk", worker="w", lease_seconds=20)
     assert claim is not None

@@ -19,7 +19,7 @@ from calotype_worker.models import Accelerations, Adapters, ModelPool, StepModel
 from calotype_worker.request import ControlInput
 from calotype_worker.sampling.table import TableCache
 from tests import family_models as tiny
-from tests.models import picture, write_tiny_controlnet, write_tiny_lora, write_tiny_sd
+from tests.models import sample_image, write_tiny_controlnet, write_tiny_lora, write_tiny_sd
 
 MASK = np.zeros((64, 64), dtype=bool)
 MASK[16:48, 24:56] = True
@@ -58,7 +58,7 @@ class Shelf:
 
 
 def wanted(name: str) -> list[GenerationRequest]:
-    """Guided and not, previews, from a picture, and what the family can beside: inpainting, a LoRA, a ControlNet."""
+    """Guided and not, previews, from an image, and what the family can beside: inpainting, a LoRA, a ControlNet."""
     common = {"prompt": "a thing", "width": 64, "height": 64, "sampler": SamplerType.EULER}
     plain = [
         GenerationRequest(
@@ -71,11 +71,11 @@ def wanted(name: str) -> list[GenerationRequest]:
         )
         for index in range(4)
     ]
-    special: list[dict[str, Any]] = [{"init_image": picture(4), "strength": 0.7}]
-    special.append({"init_image": picture(4), "mask": MASK})
+    special: list[dict[str, Any]] = [{"init_image": sample_image(4), "strength": 0.7}]
+    special.append({"init_image": sample_image(4), "mask": MASK})
     if name == "sd":
         special.append({"loras": (("own", 0.8),), "prompt": "more letters than one window holds"})
-        special.append({"controls": (ControlInput(name="lines", image=picture(8), scale=0.9, end=0.6),)})
+        special.append({"controls": (ControlInput(name="lines", image=sample_image(8), scale=0.9, end=0.6),)})
     return plain + [replace(plain[index], request_id=f"special-{index}", **own) for index, own in enumerate(special)]
 
 

@@ -58,7 +58,7 @@ def made_at_once(model: StepModel, requests: list[GenerationRequest]) -> np.ndar
 
 @torch.inference_mode()
 def stepped(model: StepModel, requests: list[GenerationRequest]) -> tuple[list[np.ndarray], float]:
-    """Pictures of requests of which another joins at every second step; and the mean number of rows of a pass."""
+    """Images of requests of which another joins at every second step; and the mean number of rows of a pass."""
     waiting, rows, finished = list(batch_of(model, requests).members), [], {}
     batch = batch_of(model, requests[:1])
     batch.leave(batch.members)
@@ -226,8 +226,8 @@ def test_tokens_are_merged_with_their_likes(height: int, width: int) -> None:
     ],
     ids=str,
 )
-def test_a_picture_does_not_depend_on_its_company(shelf: Shelf, name: str, accelerations: dict[str, Any]) -> None:
-    """Joining and leaving at any step, beside rows of every kind: the accelerations picture is the one made alone."""
+def test_a_image_does_not_depend_on_its_company(shelf: Shelf, name: str, accelerations: dict[str, Any]) -> None:
+    """Joining and leaving at any step, beside rows of every kind: the accelerations image is the one made alone."""
     model, requests = shelf.model(name, **accelerations), wanted(name)
     together, mean_rows = stepped(model, requests)
     assert mean_rows > 2, "they did not share passes, so nothing was shown"
@@ -236,7 +236,7 @@ def test_a_picture_does_not_depend_on_its_company(shelf: Shelf, name: str, accel
     assert max(differences.values()) <= TOLERANCE, differences
     exact, _ = stepped(shelf.model(name), requests)
     changed = [levels(*pair) for pair in zip(exact, alone, strict=True)]
-    assert max(changed) > TOLERANCE, "these are the exact pictures"
+    assert max(changed) > TOLERANCE, "these are the exact images"
     if name == "sd" and set(accelerations) == {"deep_cache"}:
         assert changed[-1] <= TOLERANCE, "a ControlNet's rows go the exact way"
         assert model.accelerations.used_for(requests[-1]) == ()
@@ -249,7 +249,7 @@ def test_a_picture_does_not_depend_on_its_company(shelf: Shelf, name: str, accel
 def test_control_a_memory_for_the_whole_batch_is_caught(
     shelf: Shelf, name: str, accelerations: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a cache made for one picture at a time would have it: rows see what was kept of others."""
+    """As a cache made for one image at a time would have it: rows see what was kept of others."""
     model, requests, shared = shelf.model(name, **accelerations), wanted(name)[:4], RowMemory()
 
     def of_all(self: Layout, members: Any) -> list[RowMemory]:
@@ -368,8 +368,8 @@ PROMPTS = [
 ]
 
 
-def test_pictures_of_the_demo_model_are_near_the_exact_ones() -> None:
-    """Mean absolute error in levels, over eight prompts; caching one step for the whole picture must miss the bound."""
+def test_images_of_the_demo_model_are_near_the_exact_ones() -> None:
+    """Mean absolute error in levels, over eight prompts; caching one step for the whole image must miss the bound."""
     requests = [
         GenerationRequest(
             request_id=str(seed),
@@ -402,8 +402,8 @@ def test_pictures_of_the_demo_model_are_near_the_exact_ones() -> None:
 # ---- what is told, and what is refused
 
 
-def test_a_lossy_picture_says_so(shelf: Shelf) -> None:
-    """In its file and beside it; an exact picture's files are what they were."""
+def test_a_lossy_image_says_so(shelf: Shelf) -> None:
+    """In its file and beside it; an exact image's files are what they were."""
     from calotype_worker.output.encoder import Encoder
     from calotype_worker.output.image import read_provenance
 

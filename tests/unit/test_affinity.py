@@ -88,11 +88,11 @@ def test_one_claim_at_a_time_but_none_waits_for_ever(affinity: SizeAffinity) -> 
 
 
 def test_the_engine_says_what_has_room(tiny_model: Path) -> None:
-    """Fewer rows of larger pictures, two for a guided one; what it cannot do is no shape of it."""
+    """Fewer rows of larger images, two for a guided one; what it cannot do is no shape of it."""
     engine = Engine(load_model("tiny", source=str(tiny_model)), EngineSettings(max_rows=8))
-    affinity = SizeAffinity(8, budget=engine.row_budget, rows=engine.rows_of_picture)
+    affinity = SizeAffinity(8, budget=engine.row_budget, rows=engine.rows_of_image)
     assert [engine.row_budget("tiny", 64, height) for height in (64, 128)] == [8, 4]
-    assert [engine.rows_of_picture("tiny", guided) for guided in (True, False)] == [2, 1]
+    assert [engine.rows_of_image("tiny", guided) for guided in (True, False)] == [2, 1]
     with pytest.raises(InvalidRequest, match="width"):
         engine.row_budget("tiny", 60, 64)
     affinity.claimed(claimed(1, model="tiny", num_images=3))

@@ -153,8 +153,8 @@ def test_sizes_the_model_cannot_make_are_refused() -> None:
         GenerationConfig(prompt="x", width=256, height=512).resolved(CARD)
 
 
-def test_the_last_picture_of_a_job_needs_a_seed_too() -> None:
-    """Picture i uses seed + i, which must stay in range."""
+def test_the_last_image_of_a_job_needs_a_seed_too() -> None:
+    """Image i uses seed + i, which must stay in range."""
     with pytest.raises(InvalidRequest, match="seed"):
         GenerationConfig(prompt="x", seed=MAX_SEED, num_images=2).resolved(CARD)
 

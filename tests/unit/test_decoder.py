@@ -43,7 +43,7 @@ class Line:
     def turn(self, *, flush: bool = False) -> list[str]:
         with torch.inference_mode():
             found = self._decoder.run(flush=flush)
-        assert all(isinstance(picture, np.ndarray) and picture.shape == (64, 64, 3) for _, picture in found)
+        assert all(isinstance(image, np.ndarray) and image.shape == (64, 64, 3) for _, image in found)
         return [name for name, _ in found]
 
 
@@ -100,7 +100,7 @@ class Spans(NoopTracer):
 
 
 def test_a_short_request_is_not_held_up_by_a_long_one(make_engine: Any) -> None:
-    """The engine knows who is how far: the picture is made before the other takes another step."""
+    """The engine knows who is how far: the image is made before the other takes another step."""
     engine: Engine = make_engine(trace=(spans := Spans()))
     long = engine.submit(request("long", steps=150, guidance=1.0))
     short = engine.submit(request("short", steps=3, guidance=1.0))

@@ -1,4 +1,4 @@
-"""The engine's promises beside right pictures: faults stay alone, cancel frees rows, bits can be fixed."""
+"""The engine's promises beside right images: faults stay alone, cancel frees rows, bits can be fixed."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ def test_settings_that_cannot_work_are_refused() -> None:
 
 
 def test_a_request_needs_a_resolved_config() -> None:
-    """An open seed would make a picture that nobody can make again."""
+    """An open seed would make an image that nobody can make again."""
     with pytest.raises(InvalidRequest, match="resolve the config"):
         GenerationRequest.from_config(GenerationConfig(prompt="x"), request_id="r")
 

@@ -46,7 +46,7 @@ class Shop:
 
     @functools.cache  # noqa: B019 - one shop a run
     def expected(self, family: str) -> list[np.ndarray]:
-        """The CPU's pictures of `varied(family)`."""
+        """The CPU's images of `varied(family)`."""
         return [made.image for made in make(Engine, self.near(family), varied(family))]
 
     def far(self, family: str, name: str = "", **options: Any) -> StepModel:
@@ -143,8 +143,8 @@ def test_every_way_to_wait_is_noted(ask: Callable[[torch.Tensor], object]) -> No
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])
-def test_pictures_are_those_of_the_cpu(shop: Shop, family: str) -> None:
-    """Guided and not, previews, from a picture, inpainted, with a LoRA, a ControlNet and a long prompt: one batch."""
+def test_images_are_those_of_the_cpu(shop: Shop, family: str) -> None:
+    """Guided and not, previews, from an image, inpainted, with a LoRA, a ControlNet and a long prompt: one batch."""
     made = make(FarEngine, shop.far(family), varied(family))
     for here, there in zip(shop.expected(family), made, strict=True):
         assert levels(here, there.image) <= TOLERANCE, there.request_id
@@ -154,7 +154,7 @@ def test_pictures_are_those_of_the_cpu(shop: Shop, family: str) -> None:
     "options", [{"memory": Memory(offload="model")}, {"dtype": "bfloat16"}], ids=["offload", "bfloat16"]
 )
 def test_other_ways_to_hold_a_model(shop: Shop, options: dict[str, Any]) -> None:
-    """Parts that come and go, and a network of half the precision, whose pictures are roughly the same."""
+    """Parts that come and go, and a network of half the precision, whose images are roughly the same."""
     made = make(FarEngine, shop.far("sd", **options), varied("sd"))
     for here, there in zip(shop.expected("sd"), made, strict=True):
         assert np.abs(here.astype(int) - there.image.astype(int)).mean() < 4, there.request_id

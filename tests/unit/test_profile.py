@@ -161,7 +161,7 @@ def test_steps_are_measured_where_they_are_run(make_engine: Any, monkeypatch: py
 
 
 def test_a_fixed_number_of_rows_is_not_measured(make_engine: Any) -> None:
-    """Deterministic pictures must not depend on how fast a machine is."""
+    """Deterministic images must not depend on how fast a machine is."""
     made: Engine = make_engine(deterministic=True, start=False)
     assert made.profile(seconds=1) == []
 

@@ -204,7 +204,7 @@ def turns(scheduler: Scheduler[str], count: int) -> list[str]:
 
 
 def test_groups_share_time_and_not_steps() -> None:
-    """Four steps of small pictures take as long as one of large ones, and so they run for each of these."""
+    """Four steps of small images take as long as one of large ones, and so they run for each of these."""
     scheduler: Scheduler[str] = Scheduler(lambda _: 8, step_cost={"small": 0.25, "large": 1.0}.__getitem__)
     for group in ("small", "large"):
         scheduler.add(f"one of {group}", group, 1)

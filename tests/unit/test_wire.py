@@ -103,7 +103,7 @@ NEWER = {"schema": str(SCHEMA + 1), "mood": "new", "images": '[{"key": "k", "see
 
 
 def test_a_newer_record_is_shown_as_far_as_it_is_understood() -> None:
-    """Fields, samplers and formats that this version never heard of hide neither state nor pictures of a job."""
+    """Fields, samplers and formats that this version never heard of hide neither state nor images of a job."""
     fields = form("job-succeeded")
     config = {
         **json.loads(fields["config"]),

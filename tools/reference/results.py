@@ -58,7 +58,7 @@ def throughput() -> str:
         middle = f"{result['throughput_ratio'][way]:.2f}× as fast"
         rows.append([text, rate[way], middle, f"{min(ratios):.2f} to {max(ratios):.2f}"])
     rows.append(["**Calotype**: queue, worker, PNG, S3, commit", f"**{rate['calotype']}**", "", ""])
-    return table([f"{requests} requests at once", "pictures/s", "Calotype is", "in single rounds"], rows)
+    return table([f"{requests} requests at once", "images/s", "Calotype is", "in single rounds"], rows)
 
 
 def throughput_alone() -> str:
@@ -111,7 +111,7 @@ def queue_overhead() -> str:
     rows = [
         [text, f"{result[name]['median']:g}", f"{result[name]['p95']:g}"]
         for name, text in (
-            ("latency_ms", "one picture of 4 steps on an idle system, from `submit` to a signed URL"),
+            ("latency_ms", "one image of 4 steps on an idle system, from `submit` to a signed URL"),
             ("device_ms", "of that, on the device"),
             ("bare_celery_ms", "a bare Celery task and its result, on the same Redis"),
             ("added_over_celery_ms", "**what the queue adds to that**: claim, lease, PNG, S3, commit, URL"),
@@ -170,7 +170,7 @@ def jitter() -> str:
         for row in result["table"]
     ]
     head = ["beside the steps", "threads", "step, ms", "p95, ms", "of alone", "done a second"]
-    return table(head, rows) + f"\nA picture is {result['picture']}. " + provenance(result)
+    return table(head, rows) + f"\nA image is {result['image']}. " + provenance(result)
 
 
 def growth() -> str:

@@ -53,9 +53,9 @@ def build_parser() -> argparse.ArgumentParser:
     word = recipes.add_parser("textual-inversion", help="a new word")
     _common(word, out="FILE.safetensors", rate=5e-3, batch=4, steps=1000, dropout=0.0)
     word.add_argument("--token", required=True, help='the new word as captions write it, such as "<my-thing>"')
-    word.add_argument("--initialise-from", required=True, metavar="WORD", help="a known word to start from")
+    word.add_argument("--initialize-from", required=True, metavar="WORD", help="a known word to start from")
     word.add_argument("--vectors", type=_positive, default=1, help="tokens that the word stands for")
-    control = recipes.add_parser("controlnet", help="control by a picture, such as an outline")
+    control = recipes.add_parser("controlnet", help="control by an image, such as an outline")
     _common(control, out="FOLDER", rate=1e-4, batch=4, steps=5000, dropout=0.1)
     control.add_argument(
         "--embedding-channels", type=_numbers, default=(16, 32, 96, 256), help="widths, one a halving and one more"
@@ -67,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _common(parser: argparse.ArgumentParser, *, out: str, rate: float, batch: int, steps: int, dropout: float) -> None:
     add = parser.add_argument
     add("--model", default="demo", help="demo, or the folder of a Stable Diffusion pipeline (default: %(default)s)")
-    add("--data", type=Path, required=True, metavar="FOLDER", help="pictures and their metadata.jsonl")
+    add("--data", type=Path, required=True, metavar="FOLDER", help="images and their metadata.jsonl")
     add("--out", type=Path, required=True, metavar=out, help="what to write; checkpoints go to OUT.training beside it")
     add("--steps", type=_positive, default=steps, help="(default: %(default)s)")
     add("--batch-size", type=_positive, default=batch, help="(default: %(default)s)")
@@ -79,7 +79,7 @@ def _common(parser: argparse.ArgumentParser, *, out: str, rate: float, batch: in
     add("--caption-dropout", type=_share, default=dropout, help="share of empty captions (default: %(default)s)")
     add("--weight-decay", type=float, default=1e-2 if dropout else 0.0, help="(default: %(default)s)")
     add("--seed", type=int, default=0)
-    add("--hold-out", type=_share, default=0.1, help="share of the pictures to judge by, 32 at most")
+    add("--hold-out", type=_share, default=0.1, help="share of the images to judge by, 32 at most")
     add("--validation-prompts", type=Path, metavar="FILE", help="a prompt a line for the sample sheets")
     add("--checkpoint-every", type=_count, default=200, help="steps; 0: only at the end (default: %(default)s)")
     add("--sample-every", type=_count, default=500, help="steps; 0: only at the end (default: %(default)s)")
@@ -191,7 +191,7 @@ RECIPES: dict[str, Callable[[BaseModel, argparse.Namespace, Sequence[Example]], 
 
 
 def _shots(model: BaseModel, judged_by: Sequence[Example], prompts: Sequence[str]) -> list[Shot]:
-    """The prompts at the model's first size; without any, the first held-out pictures' captions and controls."""
+    """The prompts at the model's first size; without any, the first held-out images' captions and controls."""
     from PIL import Image, ImageOps  # noqa: PLC0415
 
     from calotype_train.data import nearest_size  # noqa: PLC0415
@@ -202,7 +202,7 @@ def _shots(model: BaseModel, judged_by: Sequence[Example], prompts: Sequence[str
         return [Shot(prompt=p, seed=seed, width=width, height=height) for seed, p in enumerate(prompts)]
     shots = []
     for seed, example in enumerate(judged_by[:_SHOTS]):
-        with Image.open(example.condition or example.picture) as image:
+        with Image.open(example.condition or example.image) as image:
             width, height = nearest_size(image.size, model.sizes)
             condition = ImageOps.fit(image.convert("RGB"), (width, height)) if example.condition else None
         shots.append(Shot(prompt=example.text, seed=seed, width=width, height=height, condition=condition))

@@ -1,4 +1,4 @@
-"""ControlNet (Zhang et al. 2023): a copy of the U-Net's encoder that reads a control picture and steers the frozen
+"""ControlNet (Zhang et al. 2023): a copy of the U-Net's encoder that reads a control image and steers the frozen
 U-Net through convolutions that start at zero."""
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ class ControlNetRecipe:
         light: bool = False,
         seed: int = 0,
     ) -> None:
-        """`embedding_channels`: widths of the small network that brings the control picture to the latents' size.
+        """`embedding_channels`: widths of the small network that brings the control image to the latents' size.
 
         Raises:
-            InvalidRequest: they do not halve the picture as often as the VAE does.
+            InvalidRequest: they do not halve the image as often as the VAE does.
         """
         from diffusers import ControlNetModel  # noqa: PLC0415 - takes seconds, and `--help` needs none of it
 
         halvings = len(model.vae.config.block_out_channels) - 1
         if len(embedding_channels) != halvings + 1:
             raise InvalidRequest(
-                f"has {len(embedding_channels)} widths and this VAE halves a picture {halvings} times",
+                f"has {len(embedding_channels)} widths and this VAE halves an image {halvings} times",
                 field="--embedding-channels",
                 value=",".join(map(str, embedding_channels)),
                 remedy=f"give {halvings + 1} widths, such as {','.join(str(8 * i) for i in range(1, halvings + 2))}",
@@ -76,19 +76,19 @@ class ControlNetRecipe:
         )[0]
         return predicted
 
-    def pictures(self, shots: Sequence[Shot], *, trained: bool) -> list[Image.Image]:
+    def images(self, shots: Sequence[Shot], *, trained: bool) -> list[Image.Image]:
         """Untrained is the model without any ControlNet."""
         from diffusers import StableDiffusionControlNetPipeline  # noqa: PLC0415
 
         if not trained:
             bare = [Shot(prompt=s.prompt, seed=s.seed, width=s.width, height=s.height) for s in shots]
-            return self.model.pictures(bare)
+            return self.model.images(bare)
         if self._pipeline is None:
             self._pipeline = StableDiffusionControlNetPipeline(
                 **self.model.pipeline.components, controlnet=self.net, requires_safety_checker=False
             )
             self._pipeline.set_progress_bar_config(disable=True)
-        return self.model.pictures(shots, self._pipeline)
+        return self.model.images(shots, self._pipeline)
 
     def save(self, path: Path) -> None:
         """A folder for `ControlNetModel.from_pretrained`, in float16."""

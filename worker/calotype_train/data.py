@@ -1,4 +1,4 @@
-"""Training pictures with captions: a folder in the Hugging Face `imagefolder` convention, encoded once.
+"""Training images with captions: a folder in the Hugging Face `imagefolder` convention, encoded once.
 
 FOLDER/metadata.jsonl    {"file_name": "0001.png", "text": "a red circle on a blue background"}
                          ControlNets: also {"conditioning_file_name": "0001-outline.png"}
@@ -20,12 +20,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from calotype_shared.errors import InvalidRequest
 
 METADATA = "metadata.jsonl"
-_ENCODED_TOGETHER = 8  # pictures a VAE call
+_ENCODED_TOGETHER = 8  # images a VAE call
 
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    picture: Path
+    image: Path
     text: str
     condition: Path | None = None
 
@@ -44,7 +44,7 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Bucket:
-    """All pictures of one size, encoded."""
+    """All images of one size, encoded."""
 
     width: int  # pixels
     height: int
@@ -65,7 +65,7 @@ class Bucket:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pictures:
+class Images:
     """The buckets of a set of examples."""
 
     buckets: tuple[Bucket, ...]
@@ -78,7 +78,7 @@ class Pictures:
         return tuple(caption for bucket in self.buckets for caption in bucket.captions)
 
     def draw(self, rows: int, generator: torch.Generator) -> Batch:
-        """A random batch of one size, sizes in proportion to their pictures; no picture twice if there are enough."""
+        """A random batch of one size, sizes in proportion to their images; no image twice if there are enough."""
         sizes = torch.tensor([float(len(bucket)) for bucket in self.buckets])
         bucket = self.buckets[int(torch.multinomial(sizes, 1, generator=generator))]
         count = len(bucket)
@@ -93,7 +93,7 @@ def read_examples(folder: Path, *, conditions: bool = False) -> list[Example]:
     """The examples that `metadata.jsonl` lists, in its order.
 
     Raises:
-        InvalidRequest: no such folder or list, a line that is no example, or a picture that is not there.
+        InvalidRequest: no such folder or list, a line that is no example, or an image that is not there.
     """
     listing = folder / METADATA
     if not listing.is_file():
@@ -101,13 +101,13 @@ def read_examples(folder: Path, *, conditions: bool = False) -> list[Example]:
             f"the data folder has no {METADATA}",
             field="--data",
             value=str(folder),
-            remedy='write one, with a line {"file_name": "1.png", "text": "what it shows"} a picture',
+            remedy='write one, with a line {"file_name": "1.png", "text": "what it shows"} an image',
         )
     lines = [(number, line) for number, line in enumerate(listing.read_text().splitlines(), start=1) if line.strip()]
     examples = [_example(folder, number, line, conditions=conditions) for number, line in lines]
     if len(examples) < 2:
         raise InvalidRequest(
-            f"{METADATA} lists fewer than two pictures",
+            f"{METADATA} lists fewer than two images",
             field="--data",
             value=str(folder),
             remedy="list at least one to learn from and one to hold out",
@@ -133,41 +133,39 @@ def _example(folder: Path, number: int, line: str, *, conditions: bool) -> Examp
     for key, path in paths.items():
         if not path.is_file():
             raise InvalidRequest(
-                "no such picture in the data folder",
+                "no such image in the data folder",
                 field=f"{METADATA}:{number} {key}",
                 value=values[key],
                 remedy="add the file or remove the line",
             )
-    return Example(picture=paths["file_name"], text=values["text"], condition=paths.get("conditioning_file_name"))
+    return Example(image=paths["file_name"], text=values["text"], condition=paths.get("conditioning_file_name"))
 
 
 def hold_out(examples: Sequence[Example], *, share: float, most: int) -> tuple[list[Example], list[Example]]:
     """Examples to learn from and examples to judge by. Which are held out depends on their names alone, so that more
-    pictures or another seed do not move one across."""
+    images or another seed do not move one across."""
     count = max(1, min(most, round(share * len(examples))))
-    ranked = sorted(examples, key=lambda example: hashlib.sha256(example.picture.name.encode()).digest())
+    ranked = sorted(examples, key=lambda example: hashlib.sha256(example.image.name.encode()).digest())
     held = ranked[: min(count, len(examples) - 1)]
     return [example for example in examples if example not in held], held
 
 
-def encode(
-    examples: Sequence[Example], vae: Any, *, sizes: Sequence[tuple[int, int]], device: torch.device
-) -> Pictures:
-    """Latents (the mean of the VAE's posterior, scaled) of all pictures, each cropped to the size nearest in aspect.
+def encode(examples: Sequence[Example], vae: Any, *, sizes: Sequence[tuple[int, int]], device: torch.device) -> Images:
+    """Latents (the mean of the VAE's posterior, scaled) of all images, each cropped to the size nearest in aspect.
 
-    `sizes` are (width, height) in pixels. Each picture goes through the VAE once in a run.
+    `sizes` are (width, height) in pixels. Each image goes through the VAE once in a run.
 
     Raises:
-        InvalidRequest: a file is not a picture.
+        InvalidRequest: a file is not an image.
     """
     by_size: dict[tuple[int, int], list[Example]] = {}
     for example in examples:
-        by_size.setdefault(nearest_size(_open(example.picture).size, sizes), []).append(example)
+        by_size.setdefault(nearest_size(_open(example.image).size, sizes), []).append(example)
     buckets = []
     for (width, height), members in sorted(by_size.items()):
         latents = []
         for begin in range(0, len(members), _ENCODED_TOGETHER):
-            part = [_pixels(example.picture, width, height) for example in members[begin : begin + _ENCODED_TOGETHER]]
+            part = [_pixels(example.image, width, height) for example in members[begin : begin + _ENCODED_TOGETHER]]
             latents.append(_to_latents(vae, torch.stack(part).to(device)).cpu())
         conditions = [_pixels(e.condition, width, height) for e in members if e.condition is not None]
         buckets.append(
@@ -179,7 +177,7 @@ def encode(
                 conditions=torch.stack(conditions) if conditions else None,
             )
         )
-    return Pictures(buckets=tuple(buckets))
+    return Images(buckets=tuple(buckets))
 
 
 @torch.no_grad()
@@ -208,7 +206,7 @@ def _open(path: Path) -> Image.Image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except (UnidentifiedImageError, OSError) as error:
         raise InvalidRequest(
-            "the file is not a picture that Pillow reads",
+            "the file is not an image that Pillow reads",
             field="--data",
             value=path.name,
             remedy="replace it or remove its line",

@@ -1,4 +1,4 @@
-"""The training loop that all recipes share: batches, optimiser, validation, checkpoints, sample sheets, log.
+"""The training loop that all recipes share: batches, optimizer, validation, checkpoints, sample sheets, log.
 
 All randomness of step i comes from a generator seeded by (seed, i), so a run that goes on from a checkpoint takes the
 very steps that it would have taken.
@@ -23,12 +23,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from calotype_shared.errors import InvalidRequest
 from calotype_train.checkpoint import load_checkpoint, save_checkpoint
-from calotype_train.data import Batch, Pictures
+from calotype_train.data import Batch, Images
 from calotype_train.objective import Objective, Weighting
 from calotype_train.pipeline import BaseModel, Shot
 from calotype_train.sheet import comparison
 
-_VALIDATION_TIMESTEPS = 8  # evenly spaced; every held-out picture is judged at each
+_VALIDATION_TIMESTEPS = 8  # evenly spaced; every held-out image is judged at each
 _LOG_EVERY = 25  # steps
 _GRADIENT_NORM = 1.0
 
@@ -54,7 +54,7 @@ class Recipe(Protocol):
 
     name: str
     model: BaseModel
-    parameters: Mapping[str, torch.nn.Parameter]  # what the optimiser changes, by names that a checkpoint keeps
+    parameters: Mapping[str, torch.nn.Parameter]  # what the optimizer changes, by names that a checkpoint keeps
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -63,8 +63,8 @@ class Recipe(Protocol):
     def predict(self, batch: Batch, noised: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """The U-Net's prediction, like `noised` (B, C, h, w)."""
 
-    def pictures(self, shots: Sequence[Shot], *, trained: bool) -> list[Image.Image]:
-        """Sample pictures, with what was learned or as the model was."""
+    def images(self, shots: Sequence[Shot], *, trained: bool) -> list[Image.Image]:
+        """Sample images, with what was learned or as the model was."""
 
     def save(self, path: Path) -> None:
         """Write what was learned, in the form that plain diffusers loads."""
@@ -76,8 +76,8 @@ class Training:
     def __init__(
         self,
         recipe: Recipe,
-        pictures: Pictures,
-        held_out: Pictures,
+        images: Images,
+        held_out: Images,
         settings: TrainingSettings,
         *,
         work: Path,
@@ -93,7 +93,7 @@ class Training:
         self.untrained_loss = math.nan
         self.validation_loss = math.nan
         self._recipe = recipe
-        self._pictures = pictures
+        self._images = images
         self._held_out = held_out
         self._settings = settings
         self._work = work
@@ -103,7 +103,7 @@ class Training:
         self._objective = Objective(
             recipe.model.pipeline.scheduler, weighting=settings.weighting, gamma=settings.snr_gamma
         )
-        self._optimiser = torch.optim.AdamW(
+        self._optimizer = torch.optim.AdamW(
             [*recipe.parameters.values()],
             lr=settings.learning_rate,
             betas=(0.9, 0.99),
@@ -147,11 +147,11 @@ class Training:
         self.sample_sheet()
 
     def train_step(self) -> float:
-        """One optimiser step; returns the batch's weighted loss before it."""
+        """One optimizer step; returns the batch's weighted loss before it."""
         settings, objective = self._settings, self._objective
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + self.step)
         batch = _with_dropped_captions(
-            self._pictures.draw(settings.batch_size, generator), settings.caption_dropout, generator
+            self._images.draw(settings.batch_size, generator), settings.caption_dropout, generator
         )
         # One timestep from each of B equal parts of the schedule: uniform, with less variance than B draws.
         parts = torch.randperm(len(batch), generator=generator) + torch.rand(len(batch), generator=generator)
@@ -161,16 +161,16 @@ class Training:
         loss = (errors * objective.weights(timesteps.to(self._device))).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_([*self._recipe.parameters.values()], _GRADIENT_NORM)
-        for group in self._optimiser.param_groups:
+        for group in self._optimizer.param_groups:
             group["lr"] = self._rate(self.step)
-        self._optimiser.step()
-        self._optimiser.zero_grad(set_to_none=True)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return loss.item()
 
     @torch.no_grad()
     def validate(self) -> float:
-        """Mean squared error on the held-out pictures, at fixed timesteps and noise: comparable between any runs."""
+        """Mean squared error on the held-out images, at fixed timesteps and noise: comparable between any runs."""
         generator = torch.Generator().manual_seed(0)
         total, count = 0.0, 0
         for bucket in self._held_out.buckets:
@@ -188,8 +188,8 @@ class Training:
         if not self._shots:
             return
         if self._before is None:
-            self._before = self._recipe.pictures(self._shots, trained=False)
-        rows = {"before": self._before, "after": self._recipe.pictures(self._shots, trained=True)}
+            self._before = self._recipe.images(self._shots, trained=False)
+        rows = {"before": self._before, "after": self._recipe.images(self._shots, trained=True)}
         conditions = [shot.condition for shot in self._shots if shot.condition is not None]
         page = comparison({"control": conditions} | rows if conditions else rows, [s.prompt for s in self._shots])
         page.save(self._work / f"samples-{self.step:06d}.png")
@@ -219,8 +219,8 @@ class Training:
         return {
             "recipe": self._recipe.name,
             "model": Path(self._recipe.model.name).name,
-            "pictures": len(self._pictures),
-            "captions": hashlib.sha256("\n".join(self._pictures.captions).encode()).hexdigest()[:16],
+            "images": len(self._images),
+            "captions": hashlib.sha256("\n".join(self._images.captions).encode()).hexdigest()[:16],
             **settings,
             **self._recipe.facts,
         }
@@ -230,7 +230,7 @@ class Training:
         self._log(step=self.step, validation_loss=self.validation_loss, untrained_loss=self.untrained_loss)
         tensors = {f"weight/{name}": parameter for name, parameter in self._recipe.parameters.items()}
         for name, parameter in self._recipe.parameters.items():
-            moments = self._optimiser.state[parameter]
+            moments = self._optimizer.state[parameter]
             tensors |= {f"{moment}/{name}": moments[moment] for moment in ("exp_avg", "exp_avg_sq")}
         progress = {
             "seconds": round(self.seconds, 1),
@@ -256,7 +256,7 @@ class Training:
         with torch.no_grad():
             for name, parameter in self._recipe.parameters.items():
                 parameter.copy_(tensors[f"weight/{name}"])
-                self._optimiser.state[parameter] = {
+                self._optimizer.state[parameter] = {
                     "step": torch.tensor(float(facts["step"])),
                     "exp_avg": tensors[f"exp_avg/{name}"].to(parameter.device),
                     "exp_avg_sq": tensors[f"exp_avg_sq/{name}"].to(parameter.device),

@@ -63,12 +63,12 @@ class LoraRecipe:
         predicted: torch.Tensor = self.model.unet(noised, timesteps, encoder_hidden_states=text, return_dict=False)[0]
         return predicted
 
-    def pictures(self, shots: Sequence[Shot], *, trained: bool) -> list[Image.Image]:
+    def images(self, shots: Sequence[Shot], *, trained: bool) -> list[Image.Image]:
         if trained:
-            return self.model.pictures(shots)
+            return self.model.images(shots)
         self.model.unet.disable_adapters()
         try:
-            return self.model.pictures(shots)
+            return self.model.images(shots)
         finally:
             self.model.unet.enable_adapters()
 

@@ -1,4 +1,4 @@
-"""What every recipe minimises: the mean squared error of the noise, or of v, at a random timestep."""
+"""What every recipe minimizes: the mean squared error of the noise, or of v, at a random timestep."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from calotype_worker.models.registry import demo_folder
 
 @dataclass(frozen=True, kw_only=True)
 class Shot:
-    """A picture to make for a sample sheet."""
+    """An image to make for a sample sheet."""
 
     prompt: str
     seed: int
@@ -87,8 +87,8 @@ class BaseModel:
         ).input_ids
         return ids.to(self.device)
 
-    def pictures(self, shots: Sequence[Shot], pipeline: Any = None, **options: Any) -> list[Image.Image]:
-        """One picture a shot, by the plain diffusers pipeline (or a given one), each from its own seed."""
+    def images(self, shots: Sequence[Shot], pipeline: Any = None, **options: Any) -> list[Image.Image]:
+        """One image a shot, by the plain diffusers pipeline (or a given one), each from its own seed."""
         made = []
         for shot in shots:
             condition = {} if shot.condition is None else {"image": shot.condition}

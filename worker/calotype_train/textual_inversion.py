@@ -39,7 +39,7 @@ class TextualInversionRecipe:
         if len(known) != 1:
             raise InvalidRequest(
                 f"is {len(known)} tokens to this model, not one word that it knows",
-                field="--initialise-from",
+                field="--initialize-from",
                 value=initialise_from,
                 remedy="give a word of its captions, near in meaning to the new one",
             )
@@ -70,11 +70,11 @@ class TextualInversionRecipe:
         predicted: torch.Tensor = self.model.unet(noised, timesteps, encoder_hidden_states=text, return_dict=False)[0]
         return predicted
 
-    def pictures(self, shots: Sequence[Shot], *, trained: bool) -> list[Image.Image]:
+    def images(self, shots: Sequence[Shot], *, trained: bool) -> list[Image.Image]:
         """Untrained is the word that the new one started from."""
         self._shown = self.vectors if trained else self._start
         try:
-            return self.model.pictures(shots)
+            return self.model.images(shots)
         finally:
             self._shown = self.vectors
 

@@ -1,4 +1,4 @@
-"""`GenerationRequest`: one picture for the engine to make, and `Generated`: the picture."""
+"""`GenerationRequest`: one image for the engine to make, and `Generated`: the image."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class GroupKey(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ControlInput:
-    """A ControlNet by its registered name, and the picture that it follows."""
+    """A ControlNet by its registered name, and the image that it follows."""
 
     name: str
     image: np.ndarray  # uint8 (H, W, 3), of the request's size
@@ -45,7 +45,7 @@ class ControlInput:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GenerationRequest:
-    """One picture. All of a `GenerationConfig` that the engine needs, with nothing left open."""
+    """One image. All of a `GenerationConfig` that the engine needs, with nothing left open."""
 
     request_id: str
     prompt: str
@@ -80,30 +80,30 @@ class GenerationRequest:
         *,
         index: int = 0,
         request_id: str,
-        pictures: Mapping[str, np.ndarray] | None = None,
+        images: Mapping[str, np.ndarray] | None = None,
         interactive: bool = False,
     ) -> Self:
-        """Picture number `index` of a resolved config; its seed is the config's plus `index`.
+        """ImageInput number `index` of a resolved config; its seed is the config's plus `index`.
 
-        With an ensemble, all pictures of the first model come first. `pictures` holds the config's uploads, fitted
+        With an ensemble, all images of the first model come first. `images` holds the config's uploads, fitted
         to its size: uint8 (H, W, 3).
 
         Raises:
-            InvalidRequest: the config was not resolved, or has no such picture.
+            InvalidRequest: the config was not resolved, or has no such image.
         """
         if config.seed is None or config.width is None or config.height is None:
             raise InvalidRequest(
                 "seed, width or height is still open", field="config", value=config, remedy="resolve the config first"
             )
-        if not 0 <= index < config.picture_count:
+        if not 0 <= index < config.image_count:
             raise InvalidRequest(
-                f"the config asks for {config.picture_count} pictures",
+                f"the config asks for {config.image_count} images",
                 field="index",
                 value=index,
-                remedy=f"use 0 to {config.picture_count - 1}",
+                remedy=f"use 0 to {config.image_count - 1}",
             )
-        pictures = pictures or {}
-        mask = pictures[config.mask_image] if config.mask_image else None
+        images = images or {}
+        mask = images[config.mask_image] if config.mask_image else None
         return cls(
             request_id=request_id,
             interactive=interactive,
@@ -116,13 +116,13 @@ class GenerationRequest:
             seed=config.seed + index % config.num_images,
             sampler=config.sampler,
             model=(config.model, *config.ensemble)[index // config.num_images],
-            init_image=pictures[config.init_image] if config.init_image else None,
+            init_image=images[config.init_image] if config.init_image else None,
             # As diffusers does: brightness from the middle up is painted.
             mask=mask.mean(axis=2) >= 127.5 if mask is not None else None,
             strength=1.0 if config.strength is None else config.strength,
             loras=tuple((lora.name, lora.weight) for lora in config.loras),
             controls=tuple(
-                ControlInput(name=c.name, image=pictures[c.image], scale=c.scale, start=c.start, end=c.end)
+                ControlInput(name=c.name, image=images[c.image], scale=c.scale, start=c.start, end=c.end)
                 for c in config.controls
             ),
             refiner=config.refiner.model if config.refiner else None,
@@ -135,9 +135,9 @@ class GenerationRequest:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Generated:
-    """A finished picture. `timings` are seconds spent in wait (for a place), encode, denoise and decode.
+    """A finished image. `timings` are seconds spent in wait (for a place), encode, denoise and decode.
 
-    A video is `frames` and a 3D object is `mesh`, each with `image` as the picture to show for it.
+    A video is `frames` and a 3D object is `mesh`, each with `image` as the image to show for it.
     """
 
     request_id: str
@@ -153,7 +153,7 @@ class Generated:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Mesh:
-    """Triangles with colours."""
+    """Triangles with colors."""
 
     vertices: np.ndarray  # float32 (V, 3)
     faces: np.ndarray  # int64 (F, 3)

@@ -182,7 +182,7 @@ class Worker:
             affinity=SizeAffinity(
                 options.affinity,
                 budget=self._engine.row_budget,
-                rows=self._engine.rows_of_picture,
+                rows=self._engine.rows_of_image,
                 unmoved=frozenset(interactive_queues),
             ),
             interactive_queues=interactive_queues,
@@ -248,7 +248,7 @@ class Worker:
             quiet=True,
         )
         consumer.start()  # returns when a warm shutdown is done
-        while self._heartbeat.running():  # pictures that wait for the storage: until the drain hands their jobs back
+        while self._heartbeat.running():  # images that wait for the storage: until the drain hands their jobs back
             time.sleep(0.05)
         self._runner.stop()
         self._heartbeat.stop()

@@ -122,7 +122,7 @@ class _Reader:
             )
         config = request.config
         open_seed = config.seed is None
-        if open_seed:  # drawn from the line's place, so that validating it twice gives the same picture
+        if open_seed:  # drawn from the line's place, so that validating it twice gives the same image
             drawn = hashlib.sha256(f"{self._batch.id}/{line.number}".encode()).digest()[: DRAWN_SEED_BITS // 8]
             config = config.model_copy(update={"seed": int.from_bytes(drawn)})
         batch = self._batch

@@ -35,7 +35,7 @@ def create(  # noqa: PLR0917 - the command's options; Typer passes them by name
     tenant: Annotated[str, typer.Option(help="Whose jobs it sees and submits.")] = "default",
     scope: Annotated[list[Scope] | None, typer.Option(help="May be repeated [all but admin].")] = None,
     requests_per_minute: Annotated[int | None, typer.Option(help="No limit if not given.")] = None,
-    pictures_per_day: Annotated[int | None, typer.Option(help="No limit if not given.")] = None,
+    images_per_day: Annotated[int | None, typer.Option(help="No limit if not given.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a key; prints its token, which is stored nowhere and cannot be shown again."""
@@ -45,7 +45,7 @@ def create(  # noqa: PLR0917 - the command's options; Typer passes them by name
             tenant=tenant,
             scopes=scope or DEFAULT_SCOPES,
             requests_per_minute=requests_per_minute,
-            pictures_per_day=pictures_per_day,
+            images_per_day=images_per_day,
         )
     if as_json:
         print_json({**_json(key), "token": token})
@@ -63,11 +63,11 @@ def list_keys(as_json: AsJson = False) -> None:
         print_json([_json(key) for key in found])
         return
     print_table(
-        ("ID", "NAME", "TENANT", "SCOPES", "REQUESTS/MINUTE", "PICTURES/DAY", "CREATED"),
+        ("ID", "NAME", "TENANT", "SCOPES", "REQUESTS/MINUTE", "IMAGES/DAY", "CREATED"),
         (
             (
                 *(key.id, key.name, key.tenant, " ".join(sorted(key.scopes))),
-                *(key.requests_per_minute or "-", key.pictures_per_day or "-", clock_time(key.created_at)),
+                *(key.requests_per_minute or "-", key.images_per_day or "-", clock_time(key.created_at)),
             )
             for key in found
         ),

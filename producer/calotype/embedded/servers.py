@@ -1,4 +1,4 @@
-"""The two servers a fresh machine needs, in one data directory: Valkey for the queue, SeaweedFS for the pictures."""
+"""The two servers a fresh machine needs, in one data directory: Valkey for the queue, SeaweedFS for the images."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 A request is a job of its own; `progress` and `interrupt` are about all unfinished ones of the caller that came this
 way. Without effect: styles, `eta` and the `s_` parameters, `mask_blur`, `inpainting_fill`, `inpaint_full_res`,
-`resize_mode` and saving on the server's disk. Refused, since the picture would be another: hires fix, tiling, face
+`resize_mode` and saving on the server's disk. Refused, since the image would be another: hires fix, tiling, face
 restoration, variation seeds, scripts.
 """
 
@@ -77,27 +77,27 @@ class Img2Img(Txt2Img):
     denoising_strength: float | None = 0.75
 
 
-class Pictures(BaseModel):
+class Images(BaseModel):
     images: list[str]
     parameters: dict[str, Any]
     info: str
 
 
 @router.post(
-    "/txt2img", operation_id="sdTxt2Img", response_model=Pictures, responses=documented(404, 409, 422, 504, openai=True)
+    "/txt2img", operation_id="sdTxt2Img", response_model=Images, responses=documented(404, 409, 422, 504, openai=True)
 )
 async def txt2img(wanted: Txt2Img, request: Request, caller: Writer, services: ServicesDep) -> Response:
-    """Make pictures from text."""
+    """Make images from text."""
     return await _answer(wanted, await _fields(wanted, caller, services), request, caller, services)
 
 
 @router.post(
-    "/img2img", operation_id="sdImg2Img", response_model=Pictures, responses=documented(404, 409, 422, 504, openai=True)
+    "/img2img", operation_id="sdImg2Img", response_model=Images, responses=documented(404, 409, 422, 504, openai=True)
 )
 async def img2img(wanted: Img2Img, request: Request, caller: Writer, services: ServicesDep) -> Response:
-    """Make pictures from a picture, all of it or where the mask is white."""
+    """Make images from an image, all of it or where the mask is white."""
     if not wanted.init_images:
-        raise InvalidRequest("is missing", field="init_images", value=[], remedy="give one picture in base64")
+        raise InvalidRequest("is missing", field="init_images", value=[], remedy="give one image in base64")
     fields = await _fields(wanted, caller, services)
     fields["init_image"] = await _upload(services, wanted.init_images[0], "init_images")
     fields["strength"] = wanted.denoising_strength
@@ -170,7 +170,7 @@ async def _controls(scripts: Mapping[str, Any], services: Services) -> list[dict
                 image = image.get("image")
             if unit.get("module", "none") not in ("none", None) or not isinstance(image, str):
                 raise InvalidRequest(
-                    "needs a control picture that is prepared already",
+                    "needs a control image that is prepared already",
                     field="alwayson_scripts",
                     value=unit.get("module"),
                     remedy="give it as image, with module none",
@@ -195,7 +195,7 @@ async def _upload(services: Services, encoded: str, field: str, *, invert: bool 
 
 
 def decoded(encoded: str, field: str) -> bytes:
-    """The bytes of a picture in a request. Raises InvalidRequest."""
+    """The bytes of an image in a request. Raises InvalidRequest."""
     try:
         return base64.b64decode(encoded.partition(",")[2] if encoded.startswith("data:") else encoded, validate=True)
     except (binascii.Error, ValueError):
@@ -209,15 +209,15 @@ def _inverted(data: bytes, field: str) -> bytes:
 
     _, plain = normalize_image(data, field=field)
     buffer = io.BytesIO()
-    with PIL.Image.open(io.BytesIO(plain), formats=FORMATS) as picture:
-        picture.convert("L").point([255 - value for value in range(256)]).save(buffer, "PNG")
+    with PIL.Image.open(io.BytesIO(plain), formats=FORMATS) as image:
+        image.convert("L").point([255 - value for value in range(256)]).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 async def _answer(
     wanted: Txt2Img, fields: dict[str, Any], request: Request, caller: Caller, services: Services
 ) -> Response:
-    async with caller.taking(pictures=fields["num_images"]):
+    async with caller.taking(images=fields["num_images"]):
         job = await run_in_threadpool(
             services.client.submit, fields, lane=Lane.INTERACTIVE, metadata=_VIA, tenant=caller.tenant
         )
@@ -293,7 +293,7 @@ async def _unfinished(services: Services, tenant: str) -> list[JobRecord]:
 async def progress(caller: Reader, services: ServicesDep, skip_current_image: bool = False) -> dict[str, Any]:
     """How far the caller's requests are."""
     jobs = await _unfinished(services, caller.tenant)
-    share, left, step, steps, picture = 0.0, 0.0, 0, 0, None
+    share, left, step, steps, image = 0.0, 0.0, 0, 0, None
     if jobs:
         first = jobs[0]
         share, step, steps = first.progress, first.step, first.total_steps
@@ -302,7 +302,7 @@ async def progress(caller: Reader, services: ServicesDep, skip_current_image: bo
             left = spent / share - spent
         if not skip_current_image:
             previews = await run_in_threadpool(services.client.previews, first.id)
-            picture = previews[0].image if previews else None
+            image = previews[0].image if previews else None
     state = {
         "skipped": False,
         "interrupted": False,
@@ -313,13 +313,13 @@ async def progress(caller: Reader, services: ServicesDep, skip_current_image: bo
         "sampling_step": step,
         "sampling_steps": steps,
     }
-    return {"progress": share, "eta_relative": left, "state": state, "current_image": picture, "textinfo": None}
+    return {"progress": share, "eta_relative": left, "state": state, "current_image": image, "textinfo": None}
 
 
 @router.post("/interrupt", operation_id="sdInterrupt", responses=documented(openai=True))
 @router.post("/skip", operation_id="sdSkip", responses=documented(openai=True))
 async def interrupt(caller: Writer, services: ServicesDep) -> dict[str, Any]:
-    """End the caller's requests; they are answered at once, without pictures."""
+    """End the caller's requests; they are answered at once, without images."""
     for job in await _unfinished(services, caller.tenant):
         await run_in_threadpool(services.client.cancel, job.id)
     return {}

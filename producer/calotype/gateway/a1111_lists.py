@@ -1,4 +1,4 @@
-"""AUTOMATIC1111's web API: the lists and options that its clients ask for beside pictures."""
+"""AUTOMATIC1111's web API: the lists and options that its clients ask for beside images."""
 
 from __future__ import annotations
 
@@ -128,13 +128,13 @@ class PngInfo(BaseModel):
 
 @router.post("/png-info", operation_id="sdPngInfo", responses=documented(openai=True))
 async def png_info(wanted: PngInfo, caller: Reader) -> dict[str, Any]:
-    """What a picture says of how it was made."""
+    """What an image says of how it was made."""
     data = decoded(wanted.image, "image")
     try:
-        with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-            texts = {name: text for name, text in picture.info.items() if isinstance(text, str)}
+        with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            texts = {name: text for name, text in image.info.items() if isinstance(text, str)}
     except Exception as error:  # Pillow's plugins raise almost anything for a broken file
         raise InvalidRequest(
-            "is no readable picture", field="image", value=f"{len(data)} bytes", remedy="give a PNG, JPEG or WebP file"
+            "is no readable image", field="image", value=f"{len(data)} bytes", remedy="give a PNG, JPEG or WebP file"
         ) from error
     return {"info": texts.get("parameters", ""), "items": texts, "parameters": {}}

@@ -18,8 +18,8 @@ from calotype.gateway import (
     openai_batches,
     openai_files,
     openai_images,
-    page,
     uploads,
+    web_ui,
 )
 from calotype.gateway.limits import BodyLimit, ConcurrencyLimit
 from calotype.gateway.request_metrics import RequestMetricsMiddleware
@@ -68,7 +68,7 @@ def create_app(settings: Settings, gateway: GatewaySettings) -> FastAPI:
     )
     services = app.state.services = Services(settings, gateway)
     errors.install(app)
-    for router in (health, page.router, *ROUTERS):
+    for router in (health, web_ui.router, *ROUTERS):
         app.include_router(router)
     app.add_middleware(ConcurrencyLimit, most=gateway.max_waiting)
     app.add_middleware(BodyLimit, settings=gateway)

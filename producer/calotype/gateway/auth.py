@@ -32,29 +32,29 @@ class Caller:
         return self.key is None or scope in self.key.scopes
 
     @asynccontextmanager
-    async def taking(self, *, pictures: int) -> AsyncIterator[None]:
-        """Count pictures against the key's limit, but for those of a submission that is then refused.
+    async def taking(self, *, images: int) -> AsyncIterator[None]:
+        """Count images against the key's limit, but for those of a submission that is then refused.
 
         Raises:
             TooManyRequests: it has not so many left today.
         """
-        if self.key is None or self.key.pictures_per_day is None:
+        if self.key is None or self.key.images_per_day is None:
             yield
             return
         # The request itself was counted already.
         without_rate = self.key.model_copy(update={"requests_per_minute": None})
-        await run_in_threadpool(self.keys.allow, without_rate, pictures=pictures)
+        await run_in_threadpool(self.keys.allow, without_rate, images=images)
         try:
             yield
         except CalotypeError:
-            await run_in_threadpool(self.keys.allow, without_rate, pictures=-pictures)
+            await run_in_threadpool(self.keys.allow, without_rate, images=-images)
             raise
 
     def require_no_quota(self) -> None:
-        """A batch's pictures are counted only when it is validated, which is too late for a quota. Raises Forbidden."""
-        if self.key is not None and self.key.pictures_per_day is not None:
+        """A batch's images are counted only when it is validated, which is too late for a quota. Raises Forbidden."""
+        if self.key is not None and self.key.images_per_day is not None:
             raise Forbidden(
-                "this key has a quota of pictures a day, and a batch may have any number; use a key without a quota"
+                "this key has a quota of images a day, and a batch may have any number; use a key without a quota"
             )
 
 

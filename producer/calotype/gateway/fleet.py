@@ -1,4 +1,4 @@
-"""Calotype's own API for people who watch it: the fleet, dead jobs, and where a picture comes from."""
+"""Calotype's own API for people who watch it: the fleet, dead jobs, and where an image comes from."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ async def list_dead(caller: Reader, services: ServicesDep, limit: Annotated[int,
 async def retry_dead(job_id: JobId, caller: Writer, services: ServicesDep) -> Response:
     """Submit its config once more, as a new job, and take the old one off the list."""
     record = await services.job(job_id, caller.tenant)
-    async with caller.taking(pictures=record.config.picture_count):
+    async with caller.taking(images=record.config.image_count):
         handle = await run_in_threadpool(services.client.retry_dead, job_id)
     return JSONResponse({"id": handle.id, "retry_of": job_id})
 
@@ -84,7 +84,7 @@ async def drop_dead(job_id: JobId, caller: Writer, services: ServicesDep) -> Res
 
 
 class Provenance(BaseModel):
-    """All that made a picture: its `config` makes this very one again."""
+    """All that made an image: its `config` makes this very one again."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -110,9 +110,9 @@ class Provenance(BaseModel):
 async def get_provenance(
     job_id: JobId, index: Annotated[int, Path(ge=0, le=10_000)], caller: Reader, services: ServicesDep
 ) -> Response:
-    """Where one of a job's pictures comes from, as it is also written into the picture's file."""
+    """Where one of a job's images comes from, as it is also written into the image's file."""
     record = await services.job(job_id, caller.tenant)
-    missing = f"job {job_id} is {record.state.value} and there is no picture {index} of it in the storage"
+    missing = f"job {job_id} is {record.state.value} and there is no image {index} of it in the storage"
     if index >= len(record.images):
         raise NotFound(missing)
     try:

@@ -48,7 +48,7 @@ class JobView(JobRecord):
 
     # By another name inside, for the record has a property of this one.
     done: float = Field(serialization_alias="progress", description="Done share, 0 to 1.")
-    urls: list[str] = Field(default=[], description="Links to its pictures, which work without keys for a while.")
+    urls: list[str] = Field(default=[], description="Links to its images, which work without keys for a while.")
 
 
 class JobList(BaseModel):
@@ -93,7 +93,7 @@ async def create_job(  # noqa: PLR0917 - FastAPI passes them by name
 ) -> Response:
     """Queue a job."""
     fields = job.model_dump(exclude_unset=True, exclude={"lane", "metadata", "webhook_url"})
-    async with caller.taking(pictures=job.picture_count):
+    async with caller.taking(images=job.image_count):
         handle = await run_in_threadpool(
             services.client.submit,
             fields,
@@ -174,16 +174,16 @@ async def cancel_job(job_id: JobId, caller: Writer, services: ServicesDep) -> Re
     operation_id="getJobImage",
     status_code=307,
     response_class=RedirectResponse,
-    responses={307: {"description": "Where the picture is, for a while."}, **documented(404)},
+    responses={307: {"description": "Where the image is, for a while."}, **documented(404)},
 )
 async def get_image(
     job_id: JobId, index: Annotated[int, Path(ge=0, le=10_000)], caller: Reader, services: ServicesDep
 ) -> Response:
-    """One of a finished job's pictures."""
+    """One of a finished job's images."""
     record = await services.job(job_id, caller.tenant)
     if index >= len(record.images):
         raise NotFound(
-            f"job {job_id} is {record.state.value} and has {len(record.images)} picture(s); none is number {index}"
+            f"job {job_id} is {record.state.value} and has {len(record.images)} image(s); none is number {index}"
         )
     [link] = await services.links([record.images[index].key])
     return RedirectResponse(link)

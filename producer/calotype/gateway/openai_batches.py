@@ -192,29 +192,29 @@ async def cancel_batch(batch_id: BatchId, caller: Batcher, services: ServicesDep
     return JSONResponse(_shown(await run_in_threadpool(services.client.cancel_batch, batch_id)))
 
 
-class BatchPicture(BaseModel):
-    """A finished picture. `url` works without keys, for a while."""
+class BatchImage(BaseModel):
+    """A finished image. `url` works without keys, for a while."""
 
     custom_id: str
     seed: int
     url: str
 
 
-class BatchPictures(BaseModel):
-    data: list[BatchPicture]
+class BatchImages(BaseModel):
+    data: list[BatchImage]
 
 
 @router.get(
-    "/batches/{batch_id}/pictures",
-    operation_id="listBatchPictures",
-    response_model=BatchPictures,
+    "/batches/{batch_id}/images",
+    operation_id="listBatchImages",
+    response_model=BatchImages,
     responses=documented(404, openai=True),
 )
-async def list_pictures(batch_id: BatchId, caller: Batcher, services: ServicesDep, limit: Limit = 20) -> Response:
-    """Ours besides: the first pictures in a batch's output, to look at; while it runs, too."""
+async def list_images(batch_id: BatchId, caller: Batcher, services: ServicesDep, limit: Limit = 20) -> Response:
+    """Ours besides: the first images in a batch's output, to look at; while it runs, too."""
     await services.batch(batch_id, caller.tenant)
     lines = await run_in_threadpool(lambda: list(itertools.islice(services.client.batch_results(batch_id), limit)))
-    found = [(line["custom_id"], image) for line in lines for image in _pictures_of(line)][:limit]
+    found = [(line["custom_id"], image) for line in lines for image in _images_of(line)][:limit]
     links = iter(await services.links([image["key"] for _, image in found if "key" in image]))
     data = [
         {"custom_id": custom_id, "seed": image["seed"], "url": image.get("url") or next(links)}
@@ -223,10 +223,10 @@ async def list_pictures(batch_id: BatchId, caller: Batcher, services: ServicesDe
     return JSONResponse({"data": data})
 
 
-def _pictures_of(line: dict[str, Any]) -> list[dict[str, Any]]:
+def _images_of(line: dict[str, Any]) -> list[dict[str, Any]]:
     """Of a line of our own results, with their keys, or of OpenAI's, with links."""
-    pictures: list[dict[str, Any]] = line["response"]["body"]["data"] if "response" in line else line["images"]
-    return pictures
+    images: list[dict[str, Any]] = line["response"]["body"]["data"] if "response" in line else line["images"]
+    return images
 
 
 @router.post(

@@ -28,9 +28,7 @@ router = APIRouter(prefix="/v1", tags=["openai"])
 _POLL_SECONDS = 0.1
 _EXAMPLE = {"model": "demo", "prompt": "a red circle on a blue background", "size": "128x128"}
 _IMAGES = {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {"schema": {"type": "string"}}}
-_ANSWER: dict[int | str, dict[str, Any]] = {
-    200: {"description": "The pictures, or events of them.", "content": _IMAGES}
-}
+_ANSWER: dict[int | str, dict[str, Any]] = {200: {"description": "The images, or events of them.", "content": _IMAGES}}
 
 
 @router.post(
@@ -44,7 +42,7 @@ async def generate(
     caller: Writer,
     services: ServicesDep,
 ) -> Response:
-    """Make pictures and answer with them. Every field of a config may stand beside OpenAI's own."""
+    """Make images and answer with them. Every field of a config may stand beside OpenAI's own."""
     return await _answer(read_generation(body), request, caller, services, kind="image_generation")
 
 
@@ -72,7 +70,7 @@ async def generate(
     },
 )
 async def edit(request: Request, caller: Writer, services: ServicesDep) -> Response:
-    """Repaint a picture: all of it, or where the mask is transparent."""
+    """Repaint an image: all of it, or where the mask is transparent."""
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise InvalidRequest(
             "must be a form",
@@ -82,20 +80,20 @@ async def edit(request: Request, caller: Writer, services: ServicesDep) -> Respo
         )
     async with request.form(max_files=20, max_fields=100) as form:
         fields = _form_fields(form)
-        pictures = await _pictures(form)
-    if not pictures.get("image"):
-        raise InvalidRequest("is missing", field="image", value=None, remedy="send the picture to edit as a file")
-    if len(pictures["image"]) > 1:
+        images = await _images(form)
+    if not images.get("image"):
+        raise InvalidRequest("is missing", field="image", value=None, remedy="send the image to edit as a file")
+    if len(images["image"]) > 1:
         raise InvalidRequest(
             "is more than one",
             field="image",
-            value=len(pictures["image"]),
-            remedy="send one picture; others have no use",
+            value=len(images["image"]),
+            remedy="send one image; others have no use",
         )
-    uploaded = await run_in_threadpool(services.client.upload, pictures["image"][0])
+    uploaded = await run_in_threadpool(services.client.upload, images["image"][0])
     fields["init_image"] = uploaded
-    if pictures.get("mask"):
-        white_where_painted = await run_in_threadpool(inverted_mask, pictures["mask"][0])
+    if images.get("mask"):
+        white_where_painted = await run_in_threadpool(inverted_mask, images["mask"][0])
         fields["mask_image"] = await run_in_threadpool(services.client.upload, white_where_painted, field="mask")
     return await _answer(read_generation(fields), request, caller, services, kind="image_edit")
 
@@ -116,7 +114,7 @@ def _form_fields(form: FormData) -> dict[str, Any]:
     return fields
 
 
-async def _pictures(form: FormData) -> dict[str, list[bytes]]:
+async def _images(form: FormData) -> dict[str, list[bytes]]:
     found: dict[str, list[bytes]] = {}
     for name, value in form.multi_items():
         if isinstance(value, UploadFile):
@@ -129,7 +127,7 @@ async def _answer(wanted: Generation, request: Request, caller: Caller, services
     if wanted.stream and wanted.partial_images:
         every = max(1, config.num_inference_steps // (wanted.partial_images + 1))
         config = config.model_copy(update={"preview_every": config.preview_every or every})
-    async with caller.taking(pictures=config.picture_count):
+    async with caller.taking(images=config.image_count):
         job = await run_in_threadpool(
             services.client.submit,
             config,
@@ -156,14 +154,14 @@ async def _data(services: Services, record: JobRecord, wanted: Generation) -> li
 
 
 def _shown(record: JobRecord) -> dict[str, Any]:
-    """What answers and events say of all pictures."""
+    """What answers and events say of all images."""
     config = record.config
     size = f"{config.width}x{config.height}"
     return {"size": size, "quality": "auto", "background": "opaque", "output_format": config.output_format.value}
 
 
 async def _stream(services: Services, job_id: str, tenant: str, wanted: Generation, kind: str) -> AsyncIterator[str]:
-    """The previews as partial pictures, then the pictures. Who stops listening stops the job."""
+    """The previews as partial images, then the images. Who stops listening stops the job."""
     sent, shown, done = 0, set(), False
     try:
         while True:

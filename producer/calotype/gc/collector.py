@@ -33,7 +33,7 @@ _UPLOAD = re.compile(r"uploads/(?P<upload>[0-9a-f]{64})\.png")
 _FILE = re.compile(r"files/(?P<tenant>[^/]+)/(?P<file>file-[0-9a-f]+)")
 _INCOMING = re.compile(r"incoming/[^/]+/[A-Za-z0-9_-]{43}")
 _KINDS = {
-    Kind.PICTURES: _JOB,
+    Kind.IMAGES: _JOB,
     Kind.BATCHES: _BATCH,
     Kind.UPLOADS: _UPLOAD,
     Kind.FILES: _FILE,
@@ -103,7 +103,7 @@ class Collector(Scripted):
                 if item.key != IDENTITY_KEY:
                     self._report[Kind.FOREIGN].kept += 1
         judges: dict[Kind, Callable[[list[re.Match[str]]], Iterable[bool]]] = {
-            Kind.PICTURES: self._pictures_wanted,
+            Kind.IMAGES: self._images_wanted,
             Kind.BATCHES: self._batches_wanted,
             Kind.FILES: self._files_wanted,
             Kind.UPLOADS: lambda matches: (self._references.has_upload(match["upload"]) for match in matches),
@@ -120,7 +120,7 @@ class Collector(Scripted):
                 else:
                     self._remove(kind, item)
 
-    def _pictures_wanted(self, matches: list[re.Match[str]]) -> Iterator[bool]:
+    def _images_wanted(self, matches: list[re.Match[str]]) -> Iterator[bool]:
         """Those of a job that is not done; of a done one's winning attempt; and what somebody else refers to."""
         ids = sorted({match["job"] for match in matches})
         pipeline = self._redis.pipeline(transaction=False)
@@ -154,7 +154,7 @@ class Collector(Scripted):
         self._check_trust()
         tally = self._report[kind]
         if kind is Kind.UPLOADS and not self._report.dry_run:
-            # The same picture may be uploaded anew at any time, under the same key: only what is still old goes.
+            # The same image may be uploaded anew at any time, under the same key: only what is still old goes.
             age = self._storage.age(item.key)
             if age is None:
                 return

@@ -10,7 +10,7 @@ from typing import Any
 class Kind(StrEnum):
     """What there is in a bucket, and in Redis' indexes."""
 
-    PICTURES = "pictures"  # of jobs, with their provenance
+    IMAGES = "images"  # of jobs, with their provenance
     UPLOADS = "uploads"
     INCOMING = "incoming"  # put there by a link and never completed
     FILES = "files"  # that came in by HTTP

@@ -15,7 +15,7 @@ Describe = Callable[[str, str], dict[str, Any] | None]
 
 
 def describe_job(store: JobStore, storage: Storage) -> Describe:
-    """Describes jobs as they are at the moment of sending, so that the links to their pictures are fresh."""
+    """Describes jobs as they are at the moment of sending, so that the links to their images are fresh."""
 
     def describe(_type: str, job_id: str) -> dict[str, Any] | None:
         try:
@@ -27,7 +27,7 @@ def describe_job(store: JobStore, storage: Storage) -> Describe:
 
 
 def job_data(record: JobRecord, storage: Storage) -> dict[str, Any]:
-    """The job's outcome, with a link to each picture that works without keys for a while."""
+    """The job's outcome, with a link to each image that works without keys for a while."""
     return {
         "id": record.id,
         "state": record.state.value,

@@ -47,11 +47,11 @@ WORKER_INFO = _gauge("worker_info", "1; its labels say which worker this is", "w
 BATCH_ROWS = _histogram("batch_rows", "rows of requests in a step, without padding", "model", buckets=_ROWS)
 STEP_SECONDS = _histogram("step_seconds", "one denoising step of a whole batch", "model")
 RUN_SECONDS = _histogram("run_seconds", "a whole run of a model that cannot be stepped", "model", buckets=_LONG)
-ENCODE_SECONDS = _histogram("encode_seconds", "prompts and source pictures of those who join a step")
-DECODE_SECONDS = _histogram("decode_seconds", "latents of a few pictures to pixels")
-PLACE_WAIT_SECONDS = _histogram("place_wait_seconds", "a picture's wait for a place in a step", buckets=_LONG)
+ENCODE_SECONDS = _histogram("encode_seconds", "prompts and source images of those who join a step")
+DECODE_SECONDS = _histogram("decode_seconds", "latents of a few images to pixels")
+PLACE_WAIT_SECONDS = _histogram("place_wait_seconds", "an image's wait for a place in a step", buckets=_LONG)
 PADDING_ROWS = _counter("padding_rows", "rows added so that a step has a size that was compiled")
-IMAGES = _counter("images", "pictures, by what became of them", "outcome", values=("succeeded", "failed", "cancelled"))
+IMAGES = _counter("images", "images, by what became of them", "outcome", values=("succeeded", "failed", "cancelled"))
 OUT_OF_MEMORY = _counter("out_of_memory", "passes that the device had too little memory for, and that were split")
 ENGINE_SECONDS = _counter(
     "engine_seconds",
@@ -59,7 +59,7 @@ ENGINE_SECONDS = _counter(
     "phase",
     values=("encode", "step", "decode", "idle"),
 )
-INFLIGHT_REQUESTS = _gauge("inflight_requests", "pictures in the engine, waiting for a place or in a step")
+INFLIGHT_REQUESTS = _gauge("inflight_requests", "images in the engine, waiting for a place or in a step")
 DEVICE_MEMORY_BYTES = _gauge(
     "device_memory_bytes",
     "the device's memory; on a CPU, main memory: all of it, what is used by anyone, what this process has",
@@ -69,11 +69,11 @@ DEVICE_MEMORY_BYTES = _gauge(
 
 # ---- a worker: its jobs
 
-FETCH_SECONDS = _histogram("fetch_seconds", "a job's input pictures from storage")
+FETCH_SECONDS = _histogram("fetch_seconds", "a job's input images from storage")
 PREPARE_SECONDS = _histogram("prepare_seconds", "checks, sampler tables and starting noise of a job")
-ENCODE_IMAGE_SECONDS = _histogram("encode_image_seconds", "a picture to a file, with its provenance")
-UPLOAD_SECONDS = _histogram("upload_seconds", "a picture's files to storage")
-COMMIT_SECONDS = _histogram("commit_seconds", "the script that makes a job's pictures visible")
+ENCODE_IMAGE_SECONDS = _histogram("encode_image_seconds", "an image to a file, with its provenance")
+UPLOAD_SECONDS = _histogram("upload_seconds", "an image's files to storage")
+COMMIT_SECONDS = _histogram("commit_seconds", "the script that makes a job's images visible")
 RUNNING_JOBS = _gauge("running_jobs", "jobs this worker holds a lease on")
 ATTEMPTS = _counter(
     "attempts",
@@ -91,9 +91,9 @@ LEASE_REAPS = _counter(
     values=("requeued", "failed"),
 )
 GAP_REPUBLISH = _counter("gap_republish", "lost messages that this worker's reaper sent anew")
-SPOOL_BYTES = _gauge("spool_bytes", "finished pictures on disk that wait for the storage")
+SPOOL_BYTES = _gauge("spool_bytes", "finished images on disk that wait for the storage")
 SPOOL_LIMIT_BYTES = _gauge("spool_limit_bytes", "how many may")
-STORAGE_AWAY = _gauge("storage_away", "1 while the storage does not take pictures")
+STORAGE_AWAY = _gauge("storage_away", "1 while the storage does not take images")
 WORKER_DRAINING = _gauge("worker_draining", "1 once this worker takes no more jobs")
 
 # ---- a gateway or dispatcher: the fleet, as Redis has it

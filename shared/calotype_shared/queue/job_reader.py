@@ -136,7 +136,7 @@ class JobReader(Fleet):
 
     @said_clearly
     def previews(self, job_id: str) -> list[Preview]:
-        """The newest preview of each of a job's pictures that has one."""
+        """The newest preview of each of a job's images that has one."""
         found: dict[str, str] = self._redis.hgetall(self.keys.preview(job_id))  # type: ignore[assignment]
         return sorted((Preview.model_validate_json(value) for value in found.values()), key=lambda p: p.index)
 

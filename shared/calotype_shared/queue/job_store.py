@@ -53,7 +53,7 @@ class Claim:
 
     @property
     def folder(self) -> str:
-        """Where in storage this attempt puts its pictures; no other ever has the same."""
+        """Where in storage this attempt puts its images; no other ever has the same."""
         return attempt_folder(self.job_id, self.attempt, self.token)
 
     @property
@@ -101,7 +101,7 @@ class JobStore(JobReader):
 
     @said_clearly
     def put_preview(self, job_id: str, preview: Preview) -> None:
-        """Keep a picture's newest preview, for a minute. An attempt that lost its job may still write one."""
+        """Keep an image's newest preview, for a minute. An attempt that lost its job may still write one."""
         pipeline = self._redis.pipeline()
         pipeline.hset(self.keys.preview(job_id), str(preview.index), preview.model_dump_json())
         pipeline.expire(self.keys.preview(job_id), _PREVIEW_SECONDS)
@@ -128,7 +128,7 @@ class JobStore(JobReader):
 
         Several are accepted in steps of two hundred, and the first of them only if there is room for all.
 
-        With `reuse`, a job may get the pictures of an equal one that has finished. `idempotency` is for one job:
+        With `reuse`, a job may get the images of an equal one that has finished. `idempotency` is for one job:
         if its key was used before, that submission's id is returned and nothing is queued.
 
         Raises:
@@ -237,7 +237,7 @@ class JobStore(JobReader):
 
     @said_clearly
     def commit(self, claim: Claim, *, images: Sequence[ImageRef], timings: Mapping[str, float]) -> bool:
-        """The job succeeded with these pictures. False if the claim was lost: then they are nobody's."""
+        """The job succeeded with these images. False if the claim was lost: then they are nobody's."""
         shown = json.dumps([image.model_dump() for image in images])
         times = json.dumps({name: round(seconds, 6) for name, seconds in timings.items()})
         return bool(self._run("commit", [claim.job_id, claim.attempt, claim.token, shown, times, self._retention]))

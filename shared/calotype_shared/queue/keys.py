@@ -11,7 +11,7 @@
 | `queues` | set | names of queues that ever had a job | tiny |
 | `in_flight:{identity}` | string | the live job that equal jobs wait for | until that job is final |
 | `followers:{id}` | list | equal jobs that wait for this one's outcome | the same |
-| `finished:{identity}` | string | pictures of a finished job, as JSON, for equal jobs to come | `retention_seconds` |
+| `finished:{identity}` | string | images of a finished job, as JSON, for equal jobs to come | `retention_seconds` |
 | `idempotency:{tenant}:{key}` | hash | `id` it was given, `request`: a hash of what was asked | `retention_seconds` |
 | `leases` | zset | ids being worked on, by the millisecond their lease ends | until finished, released or reaped |
 | `orphans` | zset | `{id}/{attempt}-{token}`: folders of attempts that ended without a commit, by when | until swept |
@@ -30,7 +30,7 @@
 | `parts:{batch}` | list | storage keys of its results so far | with the batch |
 | `models` | hash | model name -> its card as JSON | for ever: jobs may be queued while no worker runs |
 | `together` | set | names of models that one worker serves, joined by `+`: what an ensemble can be made of | tiny |
-| `preview:{id}` | hash | picture number -> its newest preview as JSON | a minute |
+| `preview:{id}` | hash | image number -> its newest preview as JSON | a minute |
 | `worker:{name}` | string | a worker's own report as JSON | seconds; renewed by the worker |
 | `workers` | set | names of workers that reported | trimmed when read |
 | `reaper` | string | who is reaping now | a second or two |

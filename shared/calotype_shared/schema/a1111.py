@@ -1,4 +1,4 @@
-"""Samplers as AUTOMATIC1111's web UI names them: in the pictures it writes, and in what its clients ask for."""
+"""Samplers as AUTOMATIC1111's web UI names them: in the images it writes, and in what its clients ask for."""
 
 from __future__ import annotations
 

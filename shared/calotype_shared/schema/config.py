@@ -1,8 +1,8 @@
-"""`GenerationConfig`: what one picture, or one set of pictures, should be. The wire format of a job.
+"""`GenerationConfig`: what one image, or one set of images, should be. The wire format of a job.
 
 A config is frozen. `resolved()` fills in what a caller may leave open (seed, size) and checks it against the
-model's card; what is queued and stored is always resolved, so every stored config reproduces its picture.
-Pictures that go in are named by the SHA-256 of their uploaded file (`uploads.py`), LoRAs, ControlNets and models by
+model's card; what is queued and stored is always resolved, so every stored config reproduces its image.
+Images that go in are named by the SHA-256 of their uploaded file (`uploads.py`), LoRAs, ControlNets and models by
 the names their operator registered: a config never holds a path or an address.
 """
 
@@ -54,7 +54,7 @@ class OutputFormat(StrEnum):
     JPEG = "jpeg"
     GIF = "gif"  # video
     MP4 = "mp4"  # video
-    PLY = "ply"  # 3D mesh with vertex colours
+    PLY = "ply"  # 3D mesh with vertex colors
 
     @property
     def content_type(self) -> str:
@@ -79,7 +79,7 @@ class Feature(StrEnum):
 
 _NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 Name = Annotated[str, Field(pattern=_NAME_PATTERN)]  # of a model, a LoRA or a ControlNet: registered, never a path
-UploadId = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # SHA-256 of an uploaded picture
+UploadId = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # SHA-256 of an uploaded image
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -95,7 +95,7 @@ class LoraUse(_Part):
 
 
 class ControlUse(_Part):
-    """A ControlNet (Zhang et al. 2023) with its control picture.
+    """A ControlNet (Zhang et al. 2023) with its control image.
 
     `start` and `end` are shares of the steps between which it acts, as in diffusers' `control_guidance_start`.
     """
@@ -125,9 +125,9 @@ Side = Annotated[int, Field(ge=8, le=MAX_SIDE, multiple_of=8)]
 
 
 class GenerationConfig(BaseModel):
-    """One job's worth of pictures. Frozen and hashable.
+    """One job's worth of images. Frozen and hashable.
 
-    Sizes are pixels; `None` means the model's native size. A `None` seed is drawn at submission. Picture number
+    Sizes are pixels; `None` means the model's native size. A `None` seed is drawn at submission. Image number
     i of `num_images` uses `seed + i`, so any one of them can be made again alone. `guidance_scale` of 1 or less
     means no classifier-free guidance (Ho & Salimans 2022) and costs half; the negative prompt is then unused.
 
@@ -156,7 +156,7 @@ class GenerationConfig(BaseModel):
     loras: Annotated[tuple[LoraUse, ...], Field(max_length=8)] = ()
     controls: Annotated[tuple[ControlUse, ...], Field(max_length=4)] = ()
     refiner: RefinerUse | None = None
-    ensemble: Annotated[tuple[Name, ...], Field(max_length=7)] = ()  # further models that make the same pictures
+    ensemble: Annotated[tuple[Name, ...], Field(max_length=7)] = ()  # further models that make the same images
     preview_every: Annotated[int, Field(ge=0, le=MAX_STEPS)] = 0  # steps between previews while it runs; 0: none
     num_frames: Annotated[int, Field(ge=1, le=128)] | None = None  # of a video; None: the model's own
 
@@ -167,13 +167,13 @@ class GenerationConfig(BaseModel):
             (
                 self.mask_image is not None and self.init_image is None,
                 "mask_image",
-                "a mask needs the picture it belongs to",
+                "a mask needs the image it belongs to",
                 "give init_image too, or leave the mask out",
             ),
             (
                 self.strength is not None and self.init_image is None,
                 "strength",
-                "says how far a source picture changes, but there is none",
+                "says how far a source image changes, but there is none",
                 "give init_image too, or leave strength out",
             ),
             (
@@ -230,21 +230,21 @@ class GenerationConfig(BaseModel):
         return (self.model, *self.ensemble, *((self.refiner.model,) if self.refiner else ()))
 
     @property
-    def picture_count(self) -> int:
-        """Pictures the whole job makes: `num_images` by each model of the ensemble."""
+    def image_count(self) -> int:
+        """Images the whole job makes: `num_images` by each model of the ensemble."""
         return self.num_images * (1 + len(self.ensemble))
 
     @property
     def cost(self) -> int:
-        """Work of a resolved config, for fair shares: row-steps, by the pictures' size in blocks of 64x64 pixels."""
+        """Work of a resolved config, for fair shares: row-steps, by the images' size in blocks of 64x64 pixels."""
         assert self.width is not None
         assert self.height is not None
         blocks = max(1, self.width * self.height // 4096)
-        return self.picture_count * self.num_inference_steps * (1 + self.guided) * blocks * (self.num_frames or 1)
+        return self.image_count * self.num_inference_steps * (1 + self.guided) * blocks * (self.num_frames or 1)
 
     @property
     def uploads(self) -> tuple[str, ...]:
-        """Uploaded pictures this refers to."""
+        """Uploaded images this refers to."""
         named = (self.init_image, self.mask_image, *(control.image for control in self.controls))
         return tuple(dict.fromkeys(upload for upload in named if upload is not None))
 
@@ -284,7 +284,7 @@ class GenerationConfig(BaseModel):
         seed = self.seed if self.seed is not None else secrets.randbits(DRAWN_SEED_BITS)
         if seed + self.num_images - 1 > MAX_SEED:
             raise InvalidRequest(
-                f"picture {self.num_images} would use a seed above {MAX_SEED}",
+                f"image {self.num_images} would use a seed above {MAX_SEED}",
                 field="seed",
                 value=seed,
                 remedy=f"use a seed of at most {MAX_SEED - self.num_images + 1}",

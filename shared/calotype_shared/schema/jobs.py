@@ -71,7 +71,7 @@ class Attempt(BaseModel):
 
 
 class ImageRef(BaseModel):
-    """One finished picture in storage. `seed` is the one this very picture was made with."""
+    """One finished image in storage. `seed` is the one this very image was made with."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -85,11 +85,11 @@ class ImageRef(BaseModel):
 
 
 class Preview(BaseModel):
-    """A rough picture of what a running job is heading to."""
+    """A rough image of what a running job is heading to."""
 
     model_config = ConfigDict(frozen=True)
 
-    index: int  # of the job's pictures
+    index: int  # of the job's images
     step: int  # network evaluations done
     attempt: int
     image: str  # a JPEG file in base64
@@ -112,7 +112,7 @@ class JobRecord(BaseModel):
     lane: Lane
     tenant: str = "default"  # whose it is: tenants share a queue fairly
     config: GenerationConfig
-    digest: str  # of the config: equal digests mean equal pictures
+    digest: str  # of the config: equal digests mean equal images
     attempt: int = 0  # claims so far; the newest is the fence token that a commit must carry
     failures: int = 0  # attempts that ended in an error; releases on drain do not count
     max_failures: int = 3
@@ -123,12 +123,12 @@ class JobRecord(BaseModel):
     started_at: float | None = None  # of the newest attempt
     finished_at: float | None = None
     worker: str | None = None  # who holds or held the newest attempt
-    step: int = 0  # network evaluations done, over all its pictures
+    step: int = 0  # network evaluations done, over all its images
     total_steps: int = 0  # 0 until a worker has planned it
     error: JobError | None = None
     images: tuple[ImageRef, ...] = ()
     timings: dict[str, float] = {}  # seconds by phase, from the winning attempt
-    leader: str | None = None  # the equal job whose pictures these are; `storage`: one that had finished before
+    leader: str | None = None  # the equal job whose images these are; `storage`: one that had finished before
     batch: str | None = None
     custom_id: str | None = None  # the submitter's name for it in its batch
     metadata: dict[str, Any] = {}  # the submitter's own words; never read by Calotype

@@ -6,19 +6,19 @@ from pydantic import BaseModel, ConfigDict
 
 
 class StepRow(BaseModel):
-    """A picture that is being made: its row of a step batch, or its two rows if it is guided."""
+    """An image that is being made: its row of a step batch, or its two rows if it is guided."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     job: str
-    picture: int  # of the job's
+    image: int  # of the job's
     step: int  # network evaluations done
     total_steps: int
     guided: bool
 
 
 class StepGroup(BaseModel):
-    """Pictures of one model and size, which go through the network together."""
+    """Images of one model and size, which go through the network together."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -26,7 +26,7 @@ class StepGroup(BaseModel):
     width: int
     height: int
     budget: int  # rows of a step, at most
-    running: int  # pictures in the step batch
+    running: int  # images in the step batch
     waiting: int  # for a place
     decoding: int  # done with their steps
     rows: tuple[StepRow, ...]  # in their order; the first of them, where there are many

@@ -1,7 +1,7 @@
-"""Pictures that go in: checked, made uniform, and named by what they are.
+"""Images that go in: checked, made uniform, and named by what they are.
 
 An upload is a PNG without metadata under `uploads/{sha256}.png`. Its name is the hash of its pixels' file, so a config
-that names uploads still reproduces its picture, equal uploads are stored once, and nobody can swap one.
+that names uploads still reproduces its image, equal uploads are stored once, and nobody can swap one.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def upload_key(upload_id: str) -> str:
 
 
 def normalize_image(data: bytes, *, field: str = "image") -> tuple[str, bytes]:
-    """A picture file as an upload: its id and the bytes to store.
+    """An image file as an upload: its id and the bytes to store.
 
-    The picture is turned as its EXIF says and becomes RGB (transparent parts over white); metadata is dropped.
+    The image is turned as its EXIF says and becomes RGB (transparent parts over white); metadata is dropped.
 
     Raises:
         InvalidRequest: too large, no PNG, JPEG or WebP, more pixels than `MAX_PIXELS`, animated, or broken.
@@ -45,10 +45,10 @@ def normalize_image(data: bytes, *, field: str = "image") -> tuple[str, bytes]:
 
 
 def open_upload(data: bytes, upload_id: str) -> Image:
-    """The picture of a stored upload, RGB; what was stored is checked again, for storage is not ours alone.
+    """The image of a stored upload, RGB; what was stored is checked again, for storage is not ours alone.
 
     Raises:
-        InvalidRequest: it is not the file that the id names, or not a picture we would have stored.
+        InvalidRequest: it is not the file that the id names, or not an image we would have stored.
     """
     if hashlib.sha256(data).hexdigest() != upload_id:
         raise InvalidRequest("the stored file is another", field="upload", value=upload_id, remedy="upload it again")
@@ -56,14 +56,14 @@ def open_upload(data: bytes, upload_id: str) -> Image:
 
 
 def _decoded(data: bytes, field: str) -> Image:
-    import PIL.Image  # noqa: PLC0415 - not free to import, and most jobs have no pictures
+    import PIL.Image  # noqa: PLC0415 - not free to import, and most jobs have no images
     import PIL.ImageOps  # noqa: PLC0415
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # our own limit is below
-            with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-                width, height = picture.size
+            with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                width, height = image.size
                 if width * height > MAX_PIXELS:
                     raise InvalidRequest(
                         f"has more than {MAX_PIXELS} pixels",
@@ -71,17 +71,17 @@ def _decoded(data: bytes, field: str) -> Image:
                         value=f"{width}x{height}",
                         remedy="make it smaller",
                     )
-                if getattr(picture, "n_frames", 1) > 1:
+                if getattr(image, "n_frames", 1) > 1:
                     raise InvalidRequest(
-                        "is animated", field=field, value=f"{picture.format}", remedy="give a single picture"
+                        "is animated", field=field, value=f"{image.format}", remedy="give a single image"
                     )
-                picture.load()
-                turned = PIL.ImageOps.exif_transpose(picture)
+                image.load()
+                turned = PIL.ImageOps.exif_transpose(image)
     except InvalidRequest:
         raise
     except Exception as error:  # Pillow's plugins raise almost anything for a broken file
         raise InvalidRequest(
-            f"is no readable picture ({type(error).__name__})",
+            f"is no readable image ({type(error).__name__})",
             field=field,
             value=f"{len(data)} bytes",
             remedy=f"give a {', '.join(FORMATS)} file",
@@ -94,10 +94,10 @@ def _decoded(data: bytes, field: str) -> Image:
     return plain
 
 
-def fitted(picture: Image, width: int, height: int, *, mask: bool = False) -> Image:
-    """The picture at exactly that size in pixels: scaled to cover it, what hangs over cut off evenly."""
+def fitted(image: Image, width: int, height: int, *, mask: bool = False) -> Image:
+    """The image at exactly that size in pixels: scaled to cover it, what hangs over cut off evenly."""
     import PIL.Image  # noqa: PLC0415
     import PIL.ImageOps  # noqa: PLC0415
 
     method = PIL.Image.Resampling.NEAREST if mask else PIL.Image.Resampling.LANCZOS
-    return PIL.ImageOps.fit(picture, (width, height), method=method)
+    return PIL.ImageOps.fit(image, (width, height), method=method)

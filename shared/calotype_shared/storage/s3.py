@@ -1,10 +1,10 @@
-"""Pictures in S3-compatible storage. Any endpoint that boto3 can talk to will do.
+"""Images in S3-compatible storage. Any endpoint that boto3 can talk to will do.
 
-Layout: `{job}/{attempt}-{token}/{index}.png` and, beside each picture, `….json` with its provenance.
-Pictures that go in are `uploads/{sha256}.png` (`uploads.py`), until `calotype gc` finds them unused and old.
+Layout: `{job}/{attempt}-{token}/{index}.png` and, beside each image, `….json` with its provenance.
+Images that go in are `uploads/{sha256}.png` (`uploads.py`), until `calotype gc` finds them unused and old.
 Batches have `batches/{id}/` and files that came in by HTTP `files/{tenant}/`.
 Attempts never share a key, so a late upload by a worker that lost its job harms nobody: the job's record names the
-winning attempt's keys, and only those are anyone's pictures.
+winning attempt's keys, and only those are anyone's images.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def sidecar_key(folder: str, index: int) -> str:
 
 
 def sidecar_of(key: str) -> str:
-    """The provenance beside a picture."""
+    """The provenance beside an image."""
     return f"{key.rpartition('.')[0]}.json"
 
 

@@ -162,8 +162,8 @@ def _train_denoiser(
 def show(folder: Path, path: Path, count: int = 32) -> None:
     """A sheet of held-out captions, for a person to look at."""
     captions = [wanted[0] for wanted in held_out_captions(count)]
-    pictures = sample(load_pipeline(folder), captions, steps=20, guidance=5.0, seed=7)
-    sheet([(caption, picture, True) for caption, picture in zip(captions, pictures, strict=True)]).save(path)
+    images = sample(load_pipeline(folder), captions, steps=20, guidance=5.0, seed=7)
+    sheet([(caption, image, True) for caption, image in zip(captions, images, strict=True)]).save(path)
 
 
 def build_copy(vae: Any) -> Any:

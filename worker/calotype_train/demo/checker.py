@@ -1,4 +1,4 @@
-"""Reads shape, colour and background off a picture's pixels, to score whether it follows its prompt."""
+"""Reads shape, color and background off an image's pixels, to score whether it follows its prompt."""
 
 from __future__ import annotations
 
@@ -8,39 +8,39 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageDraw
 
-from calotype_train.demo.scenes import COLOURS, SHAPES, outline
+from calotype_train.demo.scenes import COLORS, SHAPES, outline
 
-_SIDE = 48  # pixels of the normalised mask that shapes are compared in
+_SIDE = 48  # pixels of the normalized mask that shapes are compared in
 _FOREGROUND = 60.0  # distance in RGB from the background at which a pixel belongs to the shape
 _LEAST = 40  # pixels of a shape; fewer is a speck
 
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """What a picture shows. `shape` and `colour` are None where nothing stands out from the background."""
+    """What an image shows. `shape` and `color` are None where nothing stands out from the background."""
 
     background: str
     shape: str | None
-    colour: str | None
+    color: str | None
     likeness: float  # of the mask to the shape's outline: intersection over union
 
 
-def look(picture: np.ndarray) -> Seen:
-    """`picture`: uint8 (H, W, 3) with one shape on a plain background."""
-    pixels = picture.astype(np.float32)
+def look(image: np.ndarray) -> Seen:
+    """`image`: uint8 (H, W, 3) with one shape on a plain background."""
+    pixels = image.astype(np.float32)
     border = np.concatenate([pixels[:3].reshape(-1, 3), pixels[-3:].reshape(-1, 3), pixels[:, :3].reshape(-1, 3)])
     ground = np.median(border, axis=0)
     mask = np.linalg.norm(pixels - ground, axis=-1) > _FOREGROUND
     mask = _largest_part(mask)
     if mask.sum() < _LEAST:
-        return Seen(background=_nearest(ground), shape=None, colour=None, likeness=0.0)
-    colour = _nearest(np.median(pixels[_eroded(mask)], axis=0))
+        return Seen(background=_nearest(ground), shape=None, color=None, likeness=0.0)
+    color = _nearest(np.median(pixels[_eroded(mask)], axis=0))
     shape, likeness = _closest_shape(mask)
-    return Seen(background=_nearest(ground), shape=shape, colour=colour, likeness=likeness)
+    return Seen(background=_nearest(ground), shape=shape, color=color, likeness=likeness)
 
 
 def _nearest(rgb: np.ndarray) -> str:
-    return min(COLOURS, key=lambda name: float(np.square(np.asarray(COLOURS[name]) - rgb).sum()))
+    return min(COLORS, key=lambda name: float(np.square(np.asarray(COLORS[name]) - rgb).sum()))
 
 
 def _eroded(mask: np.ndarray) -> np.ndarray:
@@ -69,13 +69,13 @@ def _largest_part(mask: np.ndarray) -> np.ndarray:
 
 
 def _closest_shape(mask: np.ndarray) -> tuple[str, float]:
-    seen = _normalised(mask)
+    seen = _normalized(mask)
     likeness = {shape: float((seen & own).sum() / (seen | own).sum()) for shape, own in _templates().items()}
     best = max(likeness, key=lambda shape: likeness[shape])
     return best, likeness[best]
 
 
-def _normalised(mask: np.ndarray) -> np.ndarray:
+def _normalized(mask: np.ndarray) -> np.ndarray:
     """The mask's bounding box, scaled to a square without keeping its aspect."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     box = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
@@ -95,5 +95,5 @@ def _templates() -> dict[str, np.ndarray]:
             pen.ellipse((50, 50, 350, 350), outline=255, width=63)
         else:
             pen.polygon([(200 + 150 * x, 200 + 150 * y) for x, y in outline(shape)], fill=255)
-        masks[shape] = _normalised(np.asarray(canvas) > 0)
+        masks[shape] = _normalized(np.asarray(canvas) > 0)
     return masks

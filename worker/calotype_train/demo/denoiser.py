@@ -20,7 +20,7 @@ from calotype_train.demo.vae import to_latents
 # (width, height) in pixels and how many scenes of each are drawn for training.
 SIZES: dict[tuple[int, int], int] = {(128, 128): 14_000, (160, 96): 3_000, (96, 160): 3_000}
 FEATURES = 128
-_ENCODED_TOGETHER = 16  # pictures a VAE call
+_ENCODED_TOGETHER = 16  # images a VAE call
 EMPTY_CAPTIONS = 0.12  # share trained without its caption, for classifier-free guidance
 LEARNING_RATE = 1e-3
 DECAY_FROM = 0.5  # of the run: flat until then, then linear to nothing
@@ -113,8 +113,8 @@ def encode_scenes(
             for _ in range(0, round(count * share), _ENCODED_TOGETHER):
                 scenes = [random_scene(rng, width=width, height=height) for _ in range(_ENCODED_TOGETHER)]
                 pixels = np.stack([np.asarray(draw(s, width=width, height=height, rng=rng)) for s in scenes])
-                pictures = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().to(device) / 127.5 - 1
-                latents.append((to_latents(vae, pictures) * scale).half().cpu())
+                images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().to(device) / 127.5 - 1
+                latents.append((to_latents(vae, images) * scale).half().cpu())
                 captions += [scene.caption for scene in scenes]
             stored = {"latents": torch.cat(latents).contiguous(), "tokens": token_ids(tokenizer, captions)}
             save_file(stored, path)
@@ -131,14 +131,14 @@ def token_ids(tokenizer: Any, captions: list[str]) -> torch.Tensor:
 
 
 class DenoiserTraining:
-    """Weights, optimiser and averages of one run; saved and resumed as a whole."""
+    """Weights, optimizer and averages of one run; saved and resumed as a whole."""
 
     def __init__(self, unet: Any, text_encoder: Any, tokenizer: Any, *, device: torch.device, seed: int) -> None:
         self.unet = unet.to(device, memory_format=torch.channels_last)
         self.text_encoder = text_encoder.to(device)
         self.modules = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
         self.average = Average(self.modules, decay=0.999)
-        self.optimiser = torch.optim.AdamW(
+        self.optimizer = torch.optim.AdamW(
             self.modules.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-3
         )
         self.step = 0
@@ -148,16 +148,16 @@ class DenoiserTraining:
         self._empty = token_ids(tokenizer, [""])
         self._alphas = scheduler().alphas_cumprod.to(device)
         # Plain noise prediction hardly weighs the noisiest steps, where background and shape are decided: after 1,200
-        # steps of it pictures had the colour of their caption but not its background. So those count for more.
+        # steps of it images had the color of their caption but not its background. So those count for more.
         signal_to_noise = self._alphas / (1 - self._alphas)
         weights = 1 / (signal_to_noise.sqrt() + 0.15)
         self._weights = weights / weights.mean()
 
     def train_step(self, data: Latents, *, rows: int, share: float) -> float:
-        """One optimiser step at `share` of the run; returns the loss: mean squared error of the noise."""
+        """One optimizer step at `share` of the run; returns the loss: mean squared error of the noise."""
         rate = LEARNING_RATE * min(1.0, (self.step + 1) / 200)
         rate *= min(1.0, max(0.0, (1 - share) / (1 - DECAY_FROM))) + 1e-3
-        for group in self.optimiser.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = rate
         latents, tokens = data.batch(self._rng, rows)
         dropped = torch.rand(rows) < EMPTY_CAPTIONS
@@ -177,8 +177,8 @@ class DenoiserTraining:
         loss = errors.mean()  # what is reported
         (errors * self._weights[timesteps]).mean().backward()
         nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         self.average.update(self.modules)
         self.step += 1
         return loss.item()
@@ -189,7 +189,7 @@ class DenoiserTraining:
             "modules": self.modules.state_dict(),
             "average": self.average.weights,
             "updates": self.average.updates,
-            "optimiser": self.optimiser.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "seconds": self.seconds,
         }
@@ -202,7 +202,7 @@ class DenoiserTraining:
         state = torch.load(path, map_location=self._device, weights_only=True)
         self.modules.load_state_dict(state["modules"])
         self.average.weights, self.average.updates = state["average"], state["updates"]
-        self.optimiser.load_state_dict(state["optimiser"])
+        self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds = state["step"], state["seconds"]
 
     def averaged(self) -> tuple[Any, Any]:

@@ -12,7 +12,7 @@ import torch
 from calotype_train.demo.denoiser import SIZES, scheduler
 from calotype_train.demo.tokenizer import save_tokenizer
 
-DESCRIPTION = "Calotype's bundled demo: one or a few coloured shapes on a plain background, 128x128"
+DESCRIPTION = "Calotype's bundled demo: one or a few colored shapes on a plain background, 128x128"
 
 
 def export(folder: Path, *, vae: Any, unet: Any, text_encoder: Any, tokenizer: Any, notes: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Captioned scenes, drawn as needed: coloured shapes on a coloured background. The demo model's whole world."""
+"""Captioned scenes, drawn as needed: colored shapes on a colored background. The demo model's whole world."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
-COLOURS: dict[str, tuple[int, int, int]] = {
+COLORS: dict[str, tuple[int, int, int]] = {
     "red": (220, 40, 40),
     "orange": (245, 140, 30),
     "yellow": (245, 220, 50),
@@ -38,16 +38,16 @@ PLACES: dict[str, tuple[float, float]] = {
 }
 RELATIONS: dict[str, tuple[float, float]] = {"above": (0, -1), "below": (0, 1), "left of": (-1, 0), "right of": (1, 0)}
 COUNTS = {2: "two", 3: "three", 4: "four"}
-_JITTER = 7  # levels a channel, so that a colour is a region and not a point
+_JITTER = 7  # levels a channel, so that a color is a region and not a point
 _SUPERSAMPLE = 4
-_HELD_OUT_SHARE = 12  # one in so many (shape, colour, background) combinations is never trained on
+_HELD_OUT_SHARE = 12  # one in so many (shape, color, background) combinations is never trained on
 
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
     shape: str
-    colour: str
-    x: float  # centre and radius as shares of the picture's shorter side, from its centre
+    color: str
+    x: float  # centre and radius as shares of the image's shorter side, from its centre
     y: float
     radius: float
     outlined: bool = False
@@ -61,23 +61,23 @@ class Scene:
 
     @property
     def held_out(self) -> bool:
-        return any(is_held_out(item.shape, item.colour, self.background) for item in self.items)
+        return any(is_held_out(item.shape, item.color, self.background) for item in self.items)
 
 
-def is_held_out(shape: str, colour: str, background: str) -> bool:
+def is_held_out(shape: str, color: str, background: str) -> bool:
     """Whether this combination is kept from training, for scoring. Fixed for ever by its hash."""
-    digest = hashlib.sha256(f"{shape}/{colour}/{background}".encode()).digest()
+    digest = hashlib.sha256(f"{shape}/{color}/{background}".encode()).digest()
     return digest[0] % _HELD_OUT_SHARE == 0
 
 
 def held_out_captions(count: int, seed: int = 0) -> list[tuple[str, str, str, str]]:
-    """(caption, shape, colour, background) of combinations never trained on, in a fixed order."""
+    """(caption, shape, color, background) of combinations never trained on, in a fixed order."""
     combinations = [
-        (shape, colour, background)
+        (shape, color, background)
         for shape in SHAPES
-        for colour in COLOURS
-        for background in COLOURS
-        if colour != background and is_held_out(shape, colour, background)
+        for color in COLORS
+        for background in COLORS
+        if color != background and is_held_out(shape, color, background)
     ]
     random.Random(seed).shuffle(combinations)
     chosen = [combinations[i % len(combinations)] for i in range(count)]
@@ -99,7 +99,7 @@ def random_scene(rng: random.Random, *, width: int, height: int) -> Scene:
 
 
 def draw(scene: Scene, *, width: int, height: int, rng: random.Random) -> Image.Image:
-    """The scene as an RGB picture, antialiased. `rng` shifts each colour a little."""
+    """The scene as an RGB image, antialiased. `rng` shifts each color a little."""
     scale = _SUPERSAMPLE
     canvas = Image.new("RGB", (width * scale, height * scale), _jittered(scene.background, rng))
     pen = ImageDraw.Draw(canvas)
@@ -107,15 +107,15 @@ def draw(scene: Scene, *, width: int, height: int, rng: random.Random) -> Image.
     for item in scene.items:
         x = width * scale / 2 + item.x * side
         y = height * scale / 2 + item.y * side
-        colour = _jittered(item.colour, rng)
-        _draw_shape(pen, item.shape, (x, y), item.radius * side, colour)
+        color = _jittered(item.color, rng)
+        _draw_shape(pen, item.shape, (x, y), item.radius * side, color)
         if item.outlined and item.shape != "ring":
             _draw_shape(pen, item.shape, (x, y), item.radius * side * 0.62, _jittered(scene.background, rng))
     return canvas.resize((width, height), Image.Resampling.BOX)
 
 
 def _one(rng: random.Random, width: int, height: int) -> Scene:
-    shape, colour, background = _combination(rng)
+    shape, color, background = _combination(rng)
     size = rng.choice(["", "", *SIZES])
     radius = rng.uniform(*SIZES[size])
     place = rng.choice([*PLACES]) if size != "large" and rng.random() < 0.3 else ""
@@ -123,32 +123,32 @@ def _one(rng: random.Random, width: int, height: int) -> Scene:
     dx, dy = PLACES.get(place, (0.0, 0.0))
     x, y = _placed(dx, dy, radius, width, height)
     x, y = x + rng.uniform(-0.03, 0.03), y + rng.uniform(-0.03, 0.03)
-    noun = " ".join(filter(None, ["outlined" if outlined else "", colour, shape]))
+    noun = " ".join(filter(None, ["outlined" if outlined else "", color, shape]))
     noun = " ".join(filter(None, [size, noun]))
-    item = Item(shape=shape, colour=colour, x=x, y=y, radius=radius, outlined=outlined)
+    item = Item(shape=shape, color=color, x=x, y=y, radius=radius, outlined=outlined)
     return Scene(
         background=background, items=(item,), caption=_caption(rng, f"{_article(noun)} {noun}", background, place)
     )
 
 
 def _two(rng: random.Random, width: int, height: int) -> Scene:
-    shape, colour, background = _combination(rng)
+    shape, color, background = _combination(rng)
     other_shape = rng.choice(SHAPES)
-    other = rng.choice([c for c in COLOURS if c not in (background, colour)])
+    other = rng.choice([c for c in COLORS if c not in (background, color)])
     relation = rng.choice([*RELATIONS])
     dx, dy = RELATIONS[relation]
     radius, other_radius = rng.uniform(0.15, 0.2), rng.uniform(0.15, 0.2)
     items = (
-        Item(shape=shape, colour=colour, x=dx * 0.24, y=dy * 0.24, radius=radius),
-        Item(shape=other_shape, colour=other, x=-dx * 0.24, y=-dy * 0.24, radius=other_radius),
+        Item(shape=shape, color=color, x=dx * 0.24, y=dy * 0.24, radius=radius),
+        Item(shape=other_shape, color=other, x=-dx * 0.24, y=-dy * 0.24, radius=other_radius),
     )
-    first, second = f"{colour} {shape}", f"{other} {other_shape}"
+    first, second = f"{color} {shape}", f"{other} {other_shape}"
     words = f"{_article(first)} {first} {relation} {_article(second)} {second}"
     return Scene(background=background, items=items, caption=_caption(rng, words, background, ""))
 
 
 def _several(rng: random.Random, width: int, height: int) -> Scene:
-    shape, colour, background = _combination(rng)
+    shape, color, background = _combination(rng)
     count = rng.choice([*COUNTS])
     centres: Sequence[tuple[float, float]] = {
         2: ((-0.23, 0.0), (0.23, 0.0)),
@@ -159,7 +159,7 @@ def _several(rng: random.Random, width: int, height: int) -> Scene:
     items = tuple(
         Item(
             shape=shape,
-            colour=colour,
+            color=color,
             x=x + rng.uniform(-0.02, 0.02),
             y=y + rng.uniform(-0.02, 0.02),
             radius=radius,
@@ -170,17 +170,17 @@ def _several(rng: random.Random, width: int, height: int) -> Scene:
     return Scene(
         background=background,
         items=items,
-        caption=_caption(rng, f"{COUNTS[count]} {colour} {plural}", background, ""),
+        caption=_caption(rng, f"{COUNTS[count]} {color} {plural}", background, ""),
     )
 
 
 def _combination(rng: random.Random) -> tuple[str, str, str]:
-    colour, background = rng.sample([*COLOURS], 2)
-    return rng.choice(SHAPES), colour, background
+    color, background = rng.sample([*COLORS], 2)
+    return rng.choice(SHAPES), color, background
 
 
 def _caption(rng: random.Random, words: str, background: str, place: str) -> str:
-    lead = rng.choice(["", "", "", "an image of ", "a picture of "])
+    lead = rng.choice(["", "", "", "an image of ", "an image of "])
     backdrop = rng.choice(
         [f"on {_article(background)} {background} background"] * 3
         + [f"on {background}", f"against {_article(background)} {background} background"]
@@ -189,7 +189,7 @@ def _caption(rng: random.Random, words: str, background: str, place: str) -> str
 
 
 def _placed(dx: float, dy: float, radius: float, width: int, height: int) -> tuple[float, float]:
-    """The centre that leaves a small margin at the picture's edge, in shares of the shorter side."""
+    """The centre that leaves a small margin at the image's edge, in shares of the shorter side."""
     side = min(width, height)
     margin = 0.05
     return dx * (width / side / 2 - radius - margin), dy * (height / side / 2 - radius - margin)
@@ -199,21 +199,21 @@ def _article(words: str) -> str:
     return "an" if words[0] in "aeiou" else "a"
 
 
-def _jittered(colour: str, rng: random.Random) -> tuple[int, int, int]:
-    red, green, blue = (min(255, max(0, v + rng.randint(-_JITTER, _JITTER))) for v in COLOURS[colour])
+def _jittered(color: str, rng: random.Random) -> tuple[int, int, int]:
+    red, green, blue = (min(255, max(0, v + rng.randint(-_JITTER, _JITTER))) for v in COLORS[color])
     return red, green, blue
 
 
 def _draw_shape(
-    pen: ImageDraw.ImageDraw, shape: str, centre: tuple[float, float], radius: float, colour: tuple[int, int, int]
+    pen: ImageDraw.ImageDraw, shape: str, centre: tuple[float, float], radius: float, color: tuple[int, int, int]
 ) -> None:
     x, y = centre
     if shape == "circle":
-        pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
+        pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=color)
     elif shape == "ring":
-        pen.ellipse((x - radius, y - radius, x + radius, y + radius), outline=colour, width=round(radius * 0.42))
+        pen.ellipse((x - radius, y - radius, x + radius, y + radius), outline=color, width=round(radius * 0.42))
     else:
-        pen.polygon([(x + px * radius, y + py * radius) for px, py in outline(shape)], fill=colour)
+        pen.polygon([(x + px * radius, y + py * radius) for px, py in outline(shape)], fill=color)
 
 
 def outline(shape: str) -> list[tuple[float, float]]:

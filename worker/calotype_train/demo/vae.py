@@ -15,11 +15,11 @@ from calotype_train.demo.scenes import draw, random_scene
 
 CROP = 64  # pixels: small crops learn the same edges for a quarter of the cost
 BATCH = 8
-CROPS_UNTIL = 0.85  # of the run; then whole pictures
+CROPS_UNTIL = 0.85  # of the run; then whole images
 
 
 def build_vae() -> Any:
-    """An `AutoencoderKL` whose trunk starts near the identity; with stock initialisation it hardly learns."""
+    """An `AutoencoderKL` whose trunk starts near the identity; with stock initialization it hardly learns."""
     from diffusers import AutoencoderKL  # noqa: PLC0415 - seconds to import, and `--help` needs none of it
 
     vae = AutoencoderKL(
@@ -50,21 +50,21 @@ def train_vae(
     """
     rng = random.Random(seed)
     vae.to(device, memory_format=torch.channels_last).train()
-    optimiser = torch.optim.AdamW(vae.parameters(), lr=1e-3, weight_decay=1e-4, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, weight_decay=1e-4, betas=(0.9, 0.98))
     average = Average(vae, decay=0.997)
     step = 0
     while (share := share_done()) < 1.0:
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = 1e-3 * min(1.0, (step + 1) / 50) * (0.5 + 0.5 * float(np.cos(np.pi * share))) + 1e-6
-        pictures = picture_batch(rng, BATCH if share < CROPS_UNTIL else 3, crop=share < CROPS_UNTIL).to(device)
+        images = image_batch(rng, BATCH if share < CROPS_UNTIL else 3, crop=share < CROPS_UNTIL).to(device)
         with torch.autocast(device.type, dtype=torch.bfloat16):
-            posterior = vae.encode(pictures).latent_dist
+            posterior = vae.encode(images).latent_dist
             decoded = vae.decode(posterior.sample()).sample
-        loss = reconstruction_loss(decoded.float(), pictures) + 2e-4 * posterior.kl().mean() / CROP
-        optimiser.zero_grad(set_to_none=True)
+        loss = reconstruction_loss(decoded.float(), images) + 2e-4 * posterior.kl().mean() / CROP
+        optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimiser.step()
+        optimizer.step()
         average.update(vae)
         step += 1
         if step % 100 == 0:
@@ -73,20 +73,20 @@ def train_vae(
     return measure(vae, device=device)
 
 
-def reconstruction_loss(decoded: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
-    difference = decoded - pictures
+def reconstruction_loss(decoded: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    difference = decoded - images
     edges = difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
     return difference.abs().mean() + difference.square().mean() + 0.5 * edges
 
 
 @torch.inference_mode()
 def measure(vae: Any, *, device: torch.device, count: int = 64, seed: int = 99) -> dict[str, float]:
-    """Reconstruction of whole unseen pictures: PSNR in dB, mean error of 255, and the latents' deviation."""
+    """Reconstruction of whole unseen images: PSNR in dB, mean error of 255, and the latents' deviation."""
     vae.eval()
-    pictures = picture_batch(random.Random(seed), count, crop=False).to(device)
-    latents = torch.cat([vae.encode(part).latent_dist.mode() for part in pictures.split(8)])
+    images = image_batch(random.Random(seed), count, crop=False).to(device)
+    latents = torch.cat([vae.encode(part).latent_dist.mode() for part in images.split(8)])
     decoded = torch.cat([vae.decode(part).sample for part in latents.split(8)]).clamp(-1, 1)
-    error = (decoded - pictures) / 2
+    error = (decoded - images) / 2
     return {
         "psnr_db": float(-10 * error.square().mean().log10()),
         "mean_error_of_255": float(error.abs().mean() * 255),
@@ -94,9 +94,9 @@ def measure(vae: Any, *, device: torch.device, count: int = 64, seed: int = 99) 
     }
 
 
-def picture_batch(rng: random.Random, count: int, *, crop: bool) -> torch.Tensor:
-    """Fresh scenes in -1..1, (count, 3, H, W); crops are chosen for contrast, since flat colour teaches little."""
-    pictures = []
+def image_batch(rng: random.Random, count: int, *, crop: bool) -> torch.Tensor:
+    """Fresh scenes in -1..1, (count, 3, H, W); crops are chosen for contrast, since flat color teaches little."""
+    images = []
     for _ in range(count):
         scene = random_scene(rng, width=128, height=128)
         pixels = np.asarray(draw(scene, width=128, height=128, rng=rng), dtype=np.float32)
@@ -104,8 +104,8 @@ def picture_batch(rng: random.Random, count: int, *, crop: bool) -> torch.Tensor
             corners = [(8 * rng.randrange(9), 8 * rng.randrange(9)) for _ in range(4)]
             crops = [pixels[y : y + CROP, x : x + CROP] for x, y in corners]
             pixels = max(crops, key=lambda c: float(c.std())) if rng.random() < 0.9 else crops[0]
-        pictures.append(pixels)
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous() / 127.5 - 1
+        images.append(pixels)
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous() / 127.5 - 1
 
 
 @torch.no_grad()
@@ -130,7 +130,7 @@ def _pass_through(conv: nn.Conv2d) -> None:
         nn.init.zeros_(conv.bias)
 
 
-def to_latents(vae: Any, pictures: torch.Tensor) -> torch.Tensor:
-    """Unscaled latents of pictures in -1..1: (B, 4, H/8, W/8)."""
-    with torch.inference_mode(), torch.autocast(pictures.device.type, dtype=torch.bfloat16):
-        return vae.encode(pictures).latent_dist.mode().float()
+def to_latents(vae: Any, images: torch.Tensor) -> torch.Tensor:
+    """Unscaled latents of images in -1..1: (B, 4, H/8, W/8)."""
+    with torch.inference_mode(), torch.autocast(images.device.type, dtype=torch.bfloat16):
+        return vae.encode(images).latent_dist.mode().float()

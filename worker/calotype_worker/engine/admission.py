@@ -1,4 +1,4 @@
-"""`Admission`: what a request needs of the device before its first step: its text and its source picture encoded."""
+"""`Admission`: what a request needs of the device before its first step: its text and its source image encoded."""
 
 from __future__ import annotations
 
@@ -83,6 +83,6 @@ def _start(model: StepModel, stage: Stage) -> Conditioning:
 
 
 def _sample(model: StepModel, pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Latents of a picture (1, 3, H, W) in -1..1, drawn with the request's own noise: (1, C, h, w) on the CPU."""
+    """Latents of an image (1, 3, H, W) in -1..1, drawn with the request's own noise: (1, C, h, w) on the CPU."""
     mean, deviation = model.encode_images(pixels)
     return mean.cpu() + deviation.cpu() * noise

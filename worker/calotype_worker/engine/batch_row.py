@@ -50,7 +50,7 @@ class BatchRow:
     conditioning: Conditioning = field(default_factory=dict)  # of one row, without a batch dimension
     negative: Conditioning = field(default_factory=dict)  # the same, for guided requests
     kept: InpaintBlend | None = None
-    controls: Sequence[tuple[ControlInput, torch.Tensor]] = ()  # with their pictures, (3, H, W) in 0..1
+    controls: Sequence[tuple[ControlInput, torch.Tensor]] = ()  # with their images, (3, H, W) in 0..1
     ahead: deque[torch.Tensor] = field(default_factory=deque)  # noise of coming steps, each (C, h, w)
     # Of its conditional and its unconditional row, for models that cache.
     memories: tuple[RowMemory, RowMemory] = field(default_factory=lambda: (RowMemory(), RowMemory()))
@@ -121,7 +121,7 @@ def layout(members: Sequence[BatchRow], *, buckets: Sequence[int], device: torch
     guided = [number for number, row in enumerate(members) if row.guided]
     source = [*range(len(members)), *guided]
     conditioning = [row.conditioning for row in members] + [members[number].negative for number in guided]
-    # Repeating row 0 pads with numbers the network has seen; uninitialised memory could be NaN and slow.
+    # Repeating row 0 pads with numbers the network has seen; uninitialized memory could be NaN and slow.
     padding = next((bucket - len(source) for bucket in buckets if bucket >= len(source)), 0)
     owners = [*source, *[None] * padding]
     unconditional = list(range(len(owners)))
@@ -185,11 +185,11 @@ def _loras(
 def _control_images(
     members: Sequence[BatchRow], owners: Sequence[int | None], device: torch.device
 ) -> dict[tuple[str, int], torch.Tensor]:
-    keys: dict[tuple[str, int], torch.Tensor] = {}  # with a picture of the right shape
+    keys: dict[tuple[str, int], torch.Tensor] = {}  # with an image of the right shape
     for row in members:
         names = [control.name for control, _ in row.controls]
-        for index, (control, picture) in enumerate(row.controls):
-            keys.setdefault((control.name, names[:index].count(control.name)), picture)
+        for index, (control, image) in enumerate(row.controls):
+            keys.setdefault((control.name, names[:index].count(control.name)), image)
     images = {}
     for (name, nth), example in keys.items():
         blank = torch.zeros_like(example)

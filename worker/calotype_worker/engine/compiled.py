@@ -2,7 +2,7 @@
 
 Only the model's native sizes are compiled, which the start-up's profile does: a graph takes up to a minute, in which
 nobody's steps are run. Other sizes go the eager way, and so do rows with LoRAs, ControlNets or masked text, and
-everything after a compilation that failed: a compiler's bug costs speed and never a picture.
+everything after a compilation that failed: a compiler's bug costs speed and never an image.
 """
 
 from __future__ import annotations

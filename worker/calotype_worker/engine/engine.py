@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 class Engine:
     """Start it, submit requests from any thread, stop it. `on_fatal` is called once if the device is lost.
 
-    `on_preview(request_id, step, picture)` gets rough pictures, uint8 (h, w, 3), in the engine's thread: it must not
+    `on_preview(request_id, step, image)` gets rough images, uint8 (h, w, 3), in the engine's thread: it must not
     wait.
     """
 
@@ -118,7 +118,7 @@ class Engine:
             self._thread.start()
 
     def submit(self, request: GenerationRequest) -> Future[Generated]:
-        """Queue one picture.
+        """Queue one image.
 
         The future gives a `Generated`, or raises GenerationFailed, InvalidRequest, or CancelledError after `cancel`.
 
@@ -169,7 +169,7 @@ class Engine:
         return running_groups(states, self._batches.copy(), self._budgets.current)
 
     def row_budget(self, model: str, width: int, height: int) -> int:
-        """Rows that may run together, of pictures of a size.
+        """Rows that may run together, of images of a size.
 
         Raises:
             InvalidRequest: the model is not here, or cannot make them.
@@ -179,8 +179,8 @@ class Engine:
         shape = () if isinstance(found, OpaqueModel) else found.latent_shape(width, height)
         return self._budgets.current(GroupKey(model=found.card.name, latent_shape=shape))
 
-    def rows_of_picture(self, model: str, guided: bool) -> int:
-        """Rows that one picture takes."""
+    def rows_of_image(self, model: str, guided: bool) -> int:
+        """Rows that one image takes."""
         found = self.models.get(model)
         return 1 if isinstance(found, OpaqueModel) or not guided or found.embedded_guidance else 2
 
@@ -333,9 +333,9 @@ class Engine:
             compiled=report.compiled,
         )
         if self._on_preview is not None:
-            for row, picture in report.previews:
+            for row, image in report.previews:
                 state = self._states[row.request.request_id]
-                self._on_preview(state.id, state.steps_done, picture)
+                self._on_preview(state.id, state.steps_done, image)
         for row, error in report.failed:
             self._fail(self._states[row.request.request_id], error)
         for row, latents in report.finished:
@@ -455,7 +455,7 @@ class Engine:
             return
         now = time.monotonic()
         self._counters.decode_seconds += now - began
-        self._trace.span("engine", "decode", began, now, pictures=len(results))
+        self._trace.span("engine", "decode", began, now, images=len(results))
         for request_id, image in results:
             state = self._states[request_id]
             if isinstance(image, Exception):
@@ -523,7 +523,7 @@ def _said(error: Exception, request: GenerationRequest) -> str:
     if not is_out_of_memory(error):
         return f"{type(error).__name__}: {error}"
     return (
-        f"the device has too little memory for one picture of {request.width}x{request.height} ({error}); ask for a "
+        f"the device has too little memory for one image of {request.width}x{request.height} ({error}); ask for a "
         "smaller width and height, or start the worker with --attention-slicing, --vae-tiling, --offload model, or on "
         "a larger device"
     )

@@ -1,7 +1,7 @@
 """`profile`: how long a step takes over its number of rows, and the knee beyond which more rows bring nothing.
 
 Up to the knee a row more is nearly free, for the device waits for memory and kernel launches; beyond it a step takes
-longer in proportion, so that pictures only wait for each other. The knee depends on model, size and device, so it is
+longer in proportion, so that images only wait for each other. The knee depends on model, size and device, so it is
 measured.
 
 A worker keeps its knee for life, and may start on a machine that is busy with other things. What disturbs a measurement

@@ -22,11 +22,11 @@ from calotype_worker.sampling.trajectory import Trajectory
 
 @dataclass(kw_only=True, eq=False)
 class Source:
-    """A picture to start from. All noise it needs is drawn beforehand, in the order of diffusers' pipelines."""
+    """An image to start from. All noise it needs is drawn beforehand, in the order of diffusers' pipelines."""
 
-    encoding: torch.Tensor | None  # (1, C, h, w) for the autoencoder's sample; None: the picture is not looked at
+    encoding: torch.Tensor | None  # (1, C, h, w) for the autoencoder's sample; None: the image is not looked at
     noise: torch.Tensor  # (1, C, h, w)
-    masked_encoding: torch.Tensor | None = None  # the same for the masked picture
+    masked_encoding: torch.Tensor | None = None  # the same for the masked image
     noising: torch.Tensor  # (N + 1, 2), see `probe_noising`
 
 
@@ -79,7 +79,7 @@ class RequestState:
         return True
 
     def generated(self, image: np.ndarray, now: float) -> Generated:
-        """The finished picture, and where its time went."""
+        """The finished image, and where its time went."""
         return Generated(
             request_id=self.id,
             image=_with_kept_pixels(self.request, image),
@@ -218,7 +218,7 @@ def _source(
     generator: torch.Generator,
     noising: Callable[[], torch.Tensor],
 ) -> Source | None:
-    """The source picture's noise. At full strength without a mask the picture is ignored: this is text-to-image."""
+    """The source image's noise. At full strength without a mask the image is ignored: this is text-to-image."""
     if request.init_image is None or (request.mask is None and request.strength >= 1.0):
         return None
 
@@ -227,7 +227,7 @@ def _source(
     def draw() -> torch.Tensor:
         return torch.randn(shape, generator=generator)
 
-    # A network that sees the masked picture as input needs the whole one only to start from.
+    # A network that sees the masked image as input needs the whole one only to start from.
     encoding = draw() if request.strength < 1.0 or not model.mask_channels else None
     noise = draw()
     return Source(
@@ -276,14 +276,14 @@ def _check_inputs(request: GenerationRequest, model: StepModel) -> None:
                 value=control.name,
                 remedy=f"use one of: {', '.join(model.card.controls) or 'none registered'}",
             )
-    pictures = {"init_image": request.init_image, "mask": request.mask}
-    pictures |= {f"controls.{control.name}": control.image for control in request.controls}
-    for name, picture in pictures.items():
-        if picture is not None and picture.shape[:2] != (request.height, request.width):
+    images = {"init_image": request.init_image, "mask": request.mask}
+    images |= {f"controls.{control.name}": control.image for control in request.controls}
+    for name, image in images.items():
+        if image is not None and image.shape[:2] != (request.height, request.width):
             raise InvalidRequest(
-                f"is {picture.shape[1]}x{picture.shape[0]} pixels and the request {request.width}x{request.height}",
+                f"is {image.shape[1]}x{image.shape[0]} pixels and the request {request.width}x{request.height}",
                 field=name,
-                value=picture.shape,
+                value=image.shape,
                 remedy="fit it to the request's size first",
             )
 

@@ -20,7 +20,7 @@ _REMEMBERED_LIMITS = 128
 class RowBudgets:
     """`on_out_of_memory` is called each time a limit is lowered. Read from any thread; the engine's changes it.
 
-    `max_rows` is for pictures of a model's native area and shrinks as the area grows. With `powers_of_two` a row's bits
+    `max_rows` is for images of a model's native area and shrinks as the area grows. With `powers_of_two` a row's bits
     do not depend on its position: measured, with 6 rows on two threads they do, with 4 or 8 they do not.
     """
 

@@ -212,7 +212,7 @@ class StepBatch:
     def _previews(
         self, inputs: torch.Tensor, outputs: torch.Tensor, timesteps: torch.Tensor, bad: set[int]
     ) -> list[tuple[BatchRow, np.ndarray]]:
-        """Rough pictures of where members are heading, for those that want one after this step."""
+        """Rough images of where members are heading, for those that want one after this step."""
         due = [
             index
             for index, row in enumerate(self.members)

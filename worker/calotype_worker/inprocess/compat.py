@@ -7,7 +7,7 @@ pipe = StableDiffusionPipeline.from_pretrained("owner/model").to("cuda")
 images = pipe(["a cat", "a dog"]).images  # two requests in one step batch
 ```
 
-Covers loading, calling with text, source pictures and ControlNets, LoRAs and the memory switches.
+Covers loading, calling with text, source images and ControlNets, LoRAs and the memory switches.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from calotype_shared.schema.config import ControlUse, LoraUse
-from calotype_worker.inprocess.diffusion import DiffusionModel, DiffusionPipeline, GenerationConfig, Picture
+from calotype_worker.inprocess.diffusion import DiffusionModel, DiffusionPipeline, GenerationConfig, ImageInput
 from calotype_worker.models import Adapters
 
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -80,16 +80,16 @@ class StableDiffusionPipeline(DiffusionPipeline):
         prompt: str | list[str],
         *,
         negative_prompt: str = "",
-        image: Picture | list[Picture] | None = None,
+        image: ImageInput | list[ImageInput] | None = None,
         num_images_per_prompt: int = 1,
         **fields: Any,
     ) -> PipelineOutput:
-        """Pictures of one prompt or several, made together. `image` is each ControlNet's picture.
+        """Images of one prompt or several, made together. `image` is each ControlNet's source.
 
         `fields` are any of `GenerationConfig`'s: seed, num_inference_steps, guidance_scale, width, height …
         """
-        pictures = image if isinstance(image, list) else [image] if image is not None else []
-        uploads = [self.model.upload(picture) for picture in pictures]
+        images = image if isinstance(image, list) else [image] if image is not None else []
+        uploads = [self.model.upload(source) for source in images]
         controls = tuple(
             ControlUse(name=name, image=upload) for name, upload in zip(self._adapters.controls, uploads, strict=True)
         )

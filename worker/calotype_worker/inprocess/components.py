@@ -1,7 +1,7 @@
 """A model's parts by themselves, as the founding document names them: schedule, network, text encoder, decoder.
 
 They are the parts that the engine works with, called directly. Not to be used while the same `DiffusionModel` makes
-pictures in another thread.
+images in another thread.
 """
 
 from __future__ import annotations
@@ -147,10 +147,10 @@ class VAEDecoder:
         self._model = model or DiffusionModel()
 
     def decode(self, latents: torch.Tensor) -> np.ndarray:
-        """Latents (B, C, h, w) or (C, h, w) to pictures, uint8 (B, H, W, 3) or (H, W, 3)."""
+        """Latents (B, C, h, w) or (C, h, w) to images, uint8 (B, H, W, 3) or (H, W, 3)."""
         model = self._model.step_model
         batch = latents if latents.dim() == 4 else latents.unsqueeze(0)
-        pictures = model.decode(batch.float().to(model.device))
-        return pictures if latents.dim() == 4 else pictures[0]
+        images = model.decode(batch.float().to(model.device))
+        return images if latents.dim() == 4 else images[0]
 
     __call__ = decode

@@ -8,7 +8,7 @@ result = model.generate(GenerationConfig(prompt="a red circle on a blue backgrou
 result.save("circle.png")
 ```
 
-They run on the very engine that workers run: pictures made together share step batches, and a picture made here is
+They run on the very engine that workers run: images made together share step batches, and an image made here is
 the one that a job with the same config gives.
 """
 
@@ -39,7 +39,7 @@ from calotype_worker.models import Accelerations, Adapters, Memory, ModelPool, S
 from calotype_worker.request import Mesh
 from calotype_worker.threads import apart
 
-Picture = np.ndarray | Image.Image | str | Path | bytes  # uint8 (H, W, 3), or a picture file or its bytes
+ImageInput = np.ndarray | Image.Image | str | Path | bytes  # uint8 (H, W, 3), or an image file or its bytes
 KEPT_UPLOADS = 256
 
 
@@ -69,24 +69,24 @@ class GenerationConfig(shared.GenerationConfig):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GeneratedImage:
-    """A finished picture with what it was made from."""
+    """A finished image with what it was made from."""
 
     image_data: np.ndarray  # uint8 (H, W, 3)
     prompt: str
-    config: GenerationConfig  # complete: makes this very picture again
+    config: GenerationConfig  # complete: makes this very image again
     generation_time: float  # seconds from its start to its end, shared with those beside it
     steps_taken: int  # network evaluations
     frames: np.ndarray | None = None  # of a video: uint8 (F, H, W, 3)
     mesh: Mesh | None = None
-    accelerations: tuple[str, ...] = ()  # accelerations that were used; none: an exact picture
+    accelerations: tuple[str, ...] = ()  # accelerations that were used; none: an exact image
 
     @property
     def image(self) -> Image.Image:
-        """The picture for Pillow."""
+        """The image for Pillow."""
         return Image.fromarray(self.image_data)
 
     def save(self, path: str | Path) -> Path:
-        """Write the picture in the format of the path's suffix; returns the path."""
+        """Write the image in the format of the path's suffix; returns the path."""
         self.image.save(path)
         return Path(path)
 
@@ -121,26 +121,26 @@ class DiffusionModel:
         self._engine: Engine | None = None
         self._uploads: OrderedDict[str, Image.Image] = OrderedDict()
 
-    # ---- pictures
+    # ---- images
 
     def generate(self, config: shared.GenerationConfig) -> GeneratedImage:
-        """One picture.
+        """One image.
 
         Raises:
-            InvalidRequest: the model cannot do this, or the config asks for several pictures.
+            InvalidRequest: the model cannot do this, or the config asks for several images.
             GenerationFailed: something went wrong while making it.
         """
-        if config.picture_count != 1:
+        if config.image_count != 1:
             raise InvalidRequest(
-                "asks for several pictures",
+                "asks for several images",
                 field="num_images",
-                value=config.picture_count,
+                value=config.image_count,
                 remedy="use generate_batch, or DiffusionPipeline.text_to_image",
             )
         return self.generate_batch([config])[0]
 
     def generate_batch(self, prompts: Sequence[str | shared.GenerationConfig], **fields: Any) -> list[GeneratedImage]:
-        """All pictures of these prompts or configs, in order, made together. `fields` go with bare prompts.
+        """All images of these prompts or configs, in order, made together. `fields` go with bare prompts.
 
         Raises:
             InvalidRequest, GenerationFailed: as `generate`, for the first that cannot be made.
@@ -149,22 +149,22 @@ class DiffusionModel:
         return self._make(configs)
 
     def image_to_image(
-        self, prompt: str, init_image: Picture, strength: float = shared.DEFAULT_STRENGTH, **fields: Any
+        self, prompt: str, init_image: ImageInput, strength: float = shared.DEFAULT_STRENGTH, **fields: Any
     ) -> GeneratedImage:
-        """Transform a picture: at strength 0 it comes back as it is, at 1 it is ignored.
+        """Transform an image: at strength 0 it comes back as it is, at 1 it is ignored.
 
-        The result has the picture's size, to the next size below that the model can make. `fields` are any of
+        The result has the image's size, to the next size below that the model can make. `fields` are any of
         `GenerationConfig`'s.
         """
-        return self._from_picture(prompt, init_image, None, strength=strength, **fields)
+        return self._from_image(prompt, init_image, None, strength=strength, **fields)
 
     def inpaint(
-        self, prompt: str, image: Picture, mask: Picture, strength: float = 1.0, **fields: Any
+        self, prompt: str, image: ImageInput, mask: ImageInput, strength: float = 1.0, **fields: Any
     ) -> GeneratedImage:
         """Paint anew where the mask is 1 (or white), and keep what is 0 (or black) exactly."""
-        return self._from_picture(prompt, image, mask, strength=strength, **fields)
+        return self._from_image(prompt, image, mask, strength=strength, **fields)
 
-    def _from_picture(self, prompt: str, image: Picture, mask: Picture | None, **fields: Any) -> GeneratedImage:
+    def _from_image(self, prompt: str, image: ImageInput, mask: ImageInput | None, **fields: Any) -> GeneratedImage:
         fields["init_image"] = self.upload(image, field="init_image")
         width, height = self._uploads[fields["init_image"]].size
         if mask is not None:
@@ -174,15 +174,15 @@ class DiffusionModel:
         fields.setdefault("height", max(multiple, height // multiple * multiple))
         return self._make([GenerationConfig(prompt=prompt, **fields)])[0]
 
-    def upload(self, picture: Picture, *, field: str = "image") -> str:
-        """Keep a picture for configs that name it (`init_image`, `mask_image`, a control's `image`); returns its id.
+    def upload(self, image: ImageInput, *, field: str = "image") -> str:
+        """Keep an image for configs that name it (`init_image`, `mask_image`, a control's `image`); returns its id.
 
         The same id that `Client.upload` gives. The last `KEPT_UPLOADS` are remembered.
 
         Raises:
-            InvalidRequest: it is no picture, or too large.
+            InvalidRequest: it is no image, or too large.
         """
-        return self._keep(_pixels(picture), field)
+        return self._keep(_pixels(image), field)
 
     def _keep(self, data: bytes, field: str) -> str:
         upload_id, stored = normalize_image(data, field=field)
@@ -198,10 +198,10 @@ class DiffusionModel:
         futures: list[tuple[shared.GenerationConfig, Future[Generated]]] = []
         try:
             for config in [self._resolved(config) for config in configs]:
-                pictures = self._fitted_uploads(config)
+                images = self._fitted_uploads(config)
                 for index in range(config.num_images):
                     request = GenerationRequest.from_config(
-                        config, index=index, request_id=uuid.uuid4().hex, pictures=pictures
+                        config, index=index, request_id=uuid.uuid4().hex, images=images
                     )
                     futures.append((config, engine.submit(replace(request, model=""))))
             return [_generated(config, future.result()) for config, future in futures]
@@ -216,7 +216,7 @@ class DiffusionModel:
         for upload in config.uploads:
             if upload not in self._uploads:
                 raise InvalidRequest(
-                    "no such upload", field="upload", value=upload, remedy="give the picture to DiffusionModel.upload"
+                    "no such upload", field="upload", value=upload, remedy="give the image to DiffusionModel.upload"
                 )
             is_mask = upload == config.mask_image and upload != config.init_image
             found[upload] = np.array(fitted(self._uploads[upload], config.width, config.height, mask=is_mask))
@@ -235,7 +235,7 @@ class DiffusionModel:
 
     @property
     def step_model(self) -> StepModel:
-        """The loaded model itself. Not to be called while pictures are made in another thread."""
+        """The loaded model itself. Not to be called while images are made in another thread."""
         return self._running().models.steppable("")
 
     def to(self, device: str) -> Self:
@@ -294,7 +294,7 @@ class DiffusionPipeline:
         self.model = DiffusionModel(model, **options) if isinstance(model, str) else model
 
     def text_to_image(self, prompt: str, num_images: int = 1, **fields: Any) -> list[GeneratedImage]:
-        """`num_images` pictures of a prompt, made together; picture i has the seed plus i.
+        """`num_images` images of a prompt, made together; image i has the seed plus i.
 
         `fields` are any of `GenerationConfig`'s. Raises InvalidRequest, GenerationFailed.
         """
@@ -313,11 +313,11 @@ class DiffusionPipeline:
         self.model.set_memory(attention_slicing=True)
 
     def enable_vae_slicing(self) -> None:
-        """Pictures of a batch are decoded one by one."""
+        """Images of a batch are decoded one by one."""
         self.model.set_memory(vae_slicing=True)
 
     def enable_vae_tiling(self) -> None:
-        """Large pictures are decoded in overlapping tiles, which can show."""
+        """Large images are decoded in overlapping tiles, which can show."""
         self.model.set_memory(vae_tiling=True)
 
     def enable_model_cpu_offload(self) -> None:
@@ -329,28 +329,28 @@ class DiffusionPipeline:
         self.model.set_memory(offload="sequential")
 
 
-# ---- pictures that go in
+# ---- images that go in
 
 
-def _pixels(picture: Picture) -> bytes:
-    """A picture as the bytes of a file."""
-    if isinstance(picture, bytes):
-        return picture
-    if isinstance(picture, (str, Path)):
-        return Path(picture).read_bytes()
-    if isinstance(picture, np.ndarray):
-        if picture.dtype != np.uint8 or picture.ndim not in (2, 3):
+def _pixels(image: ImageInput) -> bytes:
+    """An image as the bytes of a file."""
+    if isinstance(image, bytes):
+        return image
+    if isinstance(image, (str, Path)):
+        return Path(image).read_bytes()
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim not in (2, 3):
             raise InvalidRequest(
-                f"is {picture.dtype} {picture.shape}",
+                f"is {image.dtype} {image.shape}",
                 field="image",
                 value="an array",
                 remedy="give uint8 (H, W, 3), 0 to 255",
             )
-        picture = Image.fromarray(picture)
-    return _png(picture)
+        image = Image.fromarray(image)
+    return _png(image)
 
 
-def _mask_pixels(mask: Picture) -> bytes:
+def _mask_pixels(mask: ImageInput) -> bytes:
     """A mask as the bytes of a file: an array of 0 and 1 (or booleans) counts as black and white."""
     if not isinstance(mask, np.ndarray):
         return _pixels(mask)
@@ -360,9 +360,9 @@ def _mask_pixels(mask: Picture) -> bytes:
     return _pixels(np.asarray(flat).round().astype(np.uint8))
 
 
-def _png(picture: Image.Image) -> bytes:
+def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    image.save(buffer, "PNG")
     return buffer.getvalue()
 
 

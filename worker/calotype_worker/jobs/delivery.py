@@ -120,7 +120,7 @@ class UploadQueue:
         except (OSError, Full) as error:
             log.warning("no room to spool", extra={"job_id": pending.job.claim.job_id, "reason": str(error)})
             return False
-        log.info("pictures spooled", extra={"job_id": pending.job.claim.job_id, "bytes": self._spool.used})
+        log.info("images spooled", extra={"job_id": pending.job.claim.job_id, "bytes": self._spool.used})
         return True
 
     def deliver(self, pending: PendingResult) -> None:

@@ -41,7 +41,7 @@ class RunningJob:
 
 
 class Heartbeat:
-    """`progress(request_id)` says how far one picture is; `stop_request(request_id)` takes it out of the engine.
+    """`progress(request_id)` says how far one image is; `stop_request(request_id)` takes it out of the engine.
 
     `on_interactive` is called when a job has come into one of `interactive_queues`.
     """
@@ -134,8 +134,8 @@ class Heartbeat:
             present = [progress for progress in known if progress is not None]
             if not present:
                 continue
-            total = present[0][1]  # every picture of a job takes the same steps
-            # A picture the engine no longer has is done with its steps.
+            total = present[0][1]  # every image of a job takes the same steps
+            # An image the engine no longer has is done with its steps.
             done = sum(step for step, _ in present) + total * (len(known) - len(present))
             if (done, total * len(known)) != job.shown:
                 job.shown = (done, total * len(known))

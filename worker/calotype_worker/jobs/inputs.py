@@ -1,4 +1,4 @@
-"""`Inputs`: fetches the pictures a config names, checks them again, and fits them to its size."""
+"""`Inputs`: fetches the images a config names, checks them again, and fits them to its size."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Inputs:
         assert config.height is not None
         found = {}
         for upload_id in config.uploads:
-            picture = open_upload(self._storage.get(upload_key(upload_id)), upload_id)
+            image = open_upload(self._storage.get(upload_key(upload_id)), upload_id)
             is_mask = upload_id == config.mask_image and upload_id != config.init_image
-            found[upload_id] = np.array(fitted(picture, config.width, config.height, mask=is_mask))
+            found[upload_id] = np.array(fitted(image, config.width, config.height, mask=is_mask))
         return found

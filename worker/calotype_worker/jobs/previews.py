@@ -1,4 +1,4 @@
-"""`Previews`: takes rough pictures from the engine and keeps them where producers look, without ever making it wait."""
+"""`Previews`: takes rough images from the engine and keeps them where producers look, without ever making it wait."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ class Previews:
         self._waiting: queue.Queue[tuple[str, int, np.ndarray]] = queue.Queue(_WAITING_AT_MOST)
         threading.Thread(target=self._write, name="calotype-previews", daemon=True).start()
 
-    def offer(self, request_id: str, step: int, picture: np.ndarray) -> None:
-        """`picture`: uint8 (h, w, 3). Dropped if too many wait: another follows."""
+    def offer(self, request_id: str, step: int, pixels: np.ndarray) -> None:
+        """`pixels`: uint8 (h, w, 3). Dropped if too many wait: another follows."""
         try:
-            self._waiting.put_nowait((request_id, step, picture))
+            self._waiting.put_nowait((request_id, step, pixels))
         except queue.Full:
             log.debug("preview dropped", extra={"request_id": request_id})
 
     def _write(self) -> None:
         while True:
-            request_id, step, picture = self._waiting.get()
+            request_id, step, pixels = self._waiting.get()
             job_id, attempt, index = request_id.split("/")
             try:
-                image = base64.b64encode(_jpeg(picture)).decode()
+                image = base64.b64encode(_jpeg(pixels)).decode()
                 preview = Preview(index=int(index), step=step, attempt=int(attempt.partition("-")[0]), image=image)
                 self._store.put_preview(job_id, preview)
             except ServiceUnavailable:
@@ -51,10 +51,10 @@ class Previews:
                 log.exception("a preview met a bug")
 
 
-def _jpeg(picture: np.ndarray) -> bytes:
-    height, width = picture.shape[:2]
+def _jpeg(pixels: np.ndarray) -> bytes:
+    height, width = pixels.shape[:2]
     factor = max(1, -(-_SHORTER_SIDE // min(height, width)))
-    large = Image.fromarray(picture).resize((width * factor, height * factor), Image.Resampling.BICUBIC)
+    large = Image.fromarray(pixels).resize((width * factor, height * factor), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
     large.save(buffer, "JPEG", quality=_QUALITY)
     return buffer.getvalue()

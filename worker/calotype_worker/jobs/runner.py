@@ -85,7 +85,7 @@ class JobRunner:
 
     @property
     def storage_away(self) -> bool:
-        """Whether pictures wait for the storage."""
+        """Whether images wait for the storage."""
         return self._uploads.away
 
     def stop(self) -> None:
@@ -178,7 +178,7 @@ class JobRunner:
         return claim
 
     def _work(self, claim: Claim) -> None:
-        ids = tuple(f"{claim.folder}/{index}" for index in range(claim.config.picture_count))
+        ids = tuple(f"{claim.folder}/{index}" for index in range(claim.config.image_count))
         record, config = claim.record, claim.config
         span = self._telemetry.begin(
             "job",
@@ -188,8 +188,8 @@ class JobRunner:
             attempt=claim.attempt,
             model="+".join(config.models),
             lane=record.lane.value,
-            pictures=config.picture_count,
-            rows=config.picture_count * (2 if config.guidance_scale > 1.0 else 1),
+            images=config.image_count,
+            rows=config.image_count * (2 if config.guidance_scale > 1.0 else 1),
             steps=config.num_inference_steps,
             queue_seconds=_queued(claim),
         )
@@ -229,12 +229,12 @@ class JobRunner:
                 pending.span.end()
 
     def _make(self, pending: PendingResult) -> bool:
-        """All of a job's pictures, made, encoded and stored; and where the time went, summed over them."""
+        """All of a job's images, made, encoded and stored; and where the time went, summed over them."""
         claim = pending.job.claim
         record, timings = claim.record, pending.timings
         timings["queue"] = _queued(claim)
         with self._phase(pending, "fetch", "fetch inputs"):
-            pictures = self._patiently(lambda: self._inputs.fetch(claim.config), pending.job)
+            images = self._patiently(lambda: self._inputs.fetch(claim.config), pending.job)
         futures: list[Future[Generated]] = []
         submitted = []
         with self._phase(pending, "prepare"):  # checks, sampler tables, starting noise
@@ -243,7 +243,7 @@ class JobRunner:
                     claim.config,
                     index=index,
                     request_id=request_id,
-                    pictures=pictures,
+                    images=images,
                     interactive=record.lane is Lane.INTERACTIVE,
                 )
                 futures.append(self._engine.submit(request))
@@ -288,7 +288,7 @@ class JobRunner:
             self._counters.count(names.FENCED_COMMITS)
             raise CancelledError
         shown = {name: round(seconds, 3) for name, seconds in pending.timings.items()}
-        log.info("job succeeded", extra={"job_id": claim.job_id, "pictures": len(pending.images), **shown})
+        log.info("job succeeded", extra={"job_id": claim.job_id, "images": len(pending.images), **shown})
         return True
 
     def _fail(self, job: RunningJob, error: Exception) -> None:
@@ -364,7 +364,7 @@ def _about(pending: PendingResult) -> AbstractContextManager[None]:
 
 
 def _note_engine(span: Span, generated: Generated, *, began: float) -> None:
-    """What the engine did with one picture, phase after phase from when it was handed over."""
+    """What the engine did with one image, phase after phase from when it was handed over."""
     for phase, seconds in generated.timings.items():
         name = "encode prompt" if phase == "encode" else phase
         span.note(name, began, began + seconds, **({"steps": generated.steps_taken} if phase == "denoise" else {}))

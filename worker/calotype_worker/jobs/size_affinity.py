@@ -21,7 +21,7 @@ _TURN_SECONDS = 0.1  # to wait for other claims: where Redis hangs, they would a
 
 class SizeAffinity:
     """For any thread. `budget(model, width, height)` is how many rows may run together, `rows(model, guided)` how many
-    a picture takes.
+    an image takes.
 
     Queues that are `unmoved`, the urgent ones, are claimed strictly in order; what is claimed there counts as running.
     """
@@ -87,7 +87,7 @@ class SizeAffinity:
                 self._running[key] = self._running.get(key, 0) + rows
 
     def released(self, claim: Claim) -> None:
-        """Its pictures are made, or never will be. May be said twice."""
+        """Its images are made, or never will be. May be said twice."""
         with self._lock:
             for key, rows in self._claims.pop(claim.folder, {}).items():
                 self._running[key] -= rows

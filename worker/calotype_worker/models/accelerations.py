@@ -18,7 +18,7 @@ MOST_MERGED = 0.75  # one token of each 2x2 square stays
 class Accelerations:
     """Of one model; see docs/accelerations.md for what each costs and gains.
 
-    `deep_cache`: of so many steps of a picture one runs the whole U-Net, the others only its outermost blocks.
+    `deep_cache`: of so many steps of an image one runs the whole U-Net, the others only its outermost blocks.
     `first_block_cache`: a transformer's blocks but the first are left out for a row where the first one's residual has
     changed by at most this share since they last ran for it.
     `token_merging`: the share of a U-Net's tokens that have no self-attention of their own, at the highest resolution.
@@ -44,11 +44,11 @@ class Accelerations:
 
     @property
     def caches(self) -> bool:
-        """Whether something of a picture is kept from step to step."""
+        """Whether something of an image is kept from step to step."""
         return self.deep_cache > 1 or self.first_block_cache > 0
 
     def used_for(self, request: GenerationRequest) -> tuple[str, ...]:
-        """What goes into a picture's provenance. Pictures with ControlNets take no part in caches."""
+        """What goes into an image's provenance. Images with ControlNets take no part in caches."""
         cached = self.caches and not request.controls
         used = (
             (f"deep_cache:{self.deep_cache}", cached and self.deep_cache > 1),

@@ -91,12 +91,12 @@ class StepModel(Protocol):
     card: ModelCard
     device: torch.device
     dtype: torch.dtype
-    mask_channels: int  # extra input channels, for mask and masked picture; 0: inpainting by blending
+    mask_channels: int  # extra input channels, for mask and masked image; 0: inpainting by blending
     embedded_guidance: bool  # the network reads the guidance scale itself, so no row is doubled for it
     accelerations: Accelerations  # what it gives up likeness for
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
-        """(C, h, w) for a picture of that size in pixels. Any thread."""
+        """(C, h, w) for an image of that size in pixels. Any thread."""
         ...
 
     def make_scheduler(self, request: GenerationRequest) -> Any:
@@ -144,16 +144,16 @@ class StepModel(Protocol):
         ...
 
     def encode_images(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation of the latents of pictures (B, 3, H, W) in -1..1: each (B, C, h, w) float32,
+        """Mean and standard deviation of the latents of images (B, 3, H, W) in -1..1: each (B, C, h, w) float32,
         scaled like the latents that the sampler works on."""
         ...
 
     def decode(self, latents: torch.Tensor) -> np.ndarray:
-        """Pictures of finished latents (B, C, h, w) float32: uint8 (B, H, W, 3)."""
+        """Images of finished latents (B, C, h, w) float32: uint8 (B, H, W, 3)."""
         ...
 
     def preview(self, latents: torch.Tensor) -> np.ndarray:
-        """A rough picture of latents (C, h, w) for next to nothing: uint8 (h, w, 3), one pixel a latent cell."""
+        """A rough image of latents (C, h, w) for next to nothing: uint8 (h, w, 3), one pixel a latent cell."""
         ...
 
     def to(self, device: torch.device) -> None:

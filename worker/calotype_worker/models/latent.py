@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """What to give up for less memory. None of it changes pictures by more than rounding, but for VAE tiling.
+    """What to give up for less memory. None of it changes images by more than rounding, but for VAE tiling.
 
     `offload`: "model" keeps on the device only the part at work (text encoder, network or autoencoder),
     "sequential" only the layer at work, which is far slower.
@@ -68,7 +68,7 @@ class LatentModel:
 
     samplers: Mapping[Any, Sampler] = SAMPLERS
     embedded_guidance = False
-    mask_channels = 0  # extra input channels of the network: mask and masked picture
+    mask_channels = 0  # extra input channels of the network: mask and masked image
     size_factor = 1  # what a side of the latents must be a multiple of
 
     @classmethod
@@ -239,17 +239,17 @@ class LatentModel:
 
     @functools.cached_property
     def _preview_weights(self) -> torch.Tensor:
-        """(C + 1, 3): the least-squares map from a latent cell to its pixels' mean colour, for any autoencoder.
+        """(C + 1, 3): the least-squares map from a latent cell to its pixels' mean color, for any autoencoder.
 
-        Fitted once on pictures of smooth colours put through the autoencoder's own encoder.
+        Fitted once on images of smooth colors put through the autoencoder's own encoder.
         """
         generator = torch.Generator().manual_seed(0)
         side = 16 * self._vae_factor
         coarse = torch.rand((8, 3, 4, 4), generator=generator)
-        pictures = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bilinear", align_corners=True)
-        mean, _ = self.encode_images(pictures * 2 - 1)
+        images = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bilinear", align_corners=True)
+        mean, _ = self.encode_images(images * 2 - 1)
         cells = mean.permute(0, 2, 3, 1).flatten(0, 2)
-        colors = torch.nn.functional.avg_pool2d(pictures, self._vae_factor).permute(0, 2, 3, 1).flatten(0, 2)
+        colors = torch.nn.functional.avg_pool2d(images, self._vae_factor).permute(0, 2, 3, 1).flatten(0, 2)
         inputs = torch.cat([cells, torch.ones_like(cells[:, :1])], dim=1).cpu()
         return torch.linalg.lstsq(inputs, colors).solution.to(self.device)
 

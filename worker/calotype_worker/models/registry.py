@@ -38,7 +38,7 @@ FAMILIES: dict[str, tuple[str, type[LatentModel]]] = {
     "FluxPipeline": ("flux", Flux),
 }
 
-# Pictures above this many times the native area are refused: memory and quality both give way.
+# Images above this many times the native area are refused: memory and quality both give way.
 _AREA_LIMIT = 4
 
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -86,7 +86,7 @@ def resolve_source(name: str, source: str | None) -> str:
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """float32 on a CPU, where pictures are then those of plain diffusers; bfloat16 on a GPU that has it."""
+    """float32 on a CPU, where images are then those of plain diffusers; bfloat16 on a GPU that has it."""
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16

@@ -13,7 +13,7 @@ _ROWS = 64  # over all groups: a report is written every second and read by ever
 
 
 def step_groups(running: Iterable[RunningGroup]) -> tuple[StepGroup, ...]:
-    """The groups with the most pictures, and their first rows."""
+    """The groups with the most images, and their first rows."""
     busiest = sorted(running, key=lambda group: len(group.rows), reverse=True)[:_GROUPS]
     left = itertools.islice(itertools.count(), _ROWS)
     return tuple(
@@ -32,11 +32,11 @@ def step_groups(running: Iterable[RunningGroup]) -> tuple[StepGroup, ...]:
 
 
 def _row(row: RunningRow) -> StepRow:
-    # The engine knows a picture as `{job}/{attempt}-{token}/{picture}`; the token is the worker's own affair.
+    # The engine knows an image as `{job}/{attempt}-{token}/{image}`; the token is the worker's own affair.
     job, _, rest = row.request_id.partition("/")
     return StepRow(
         job=job,
-        picture=int(rest.rpartition("/")[2] or 0),
+        image=int(rest.rpartition("/")[2] or 0),
         step=row.step,
         total_steps=row.total_steps,
         guided=row.guided,

@@ -1,4 +1,4 @@
-"""`Encoder`: makes a file of a generated picture, and a JSON with its provenance to go beside it."""
+"""`Encoder`: makes a file of a generated image, and a JSON with its provenance to go beside it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Encoder:
         self._version = version  # of Calotype
 
     def encode(self, claim: Claim, index: int, generated: Generated) -> tuple[list[File], ImageRef]:
-        """A picture's files, to be stored under its attempt's own folder, and what the record will say of it.
+        """An image's files, to be stored under its attempt's own folder, and what the record will say of it.
 
         Raises:
             GenerationFailed: as `encode`.
@@ -75,7 +75,7 @@ class Encoder:
         single = config.model_copy(update=alone)
         return {
             "calotype": self._version,
-            "config": json.loads(single.canonical_json()),  # makes this very picture again
+            "config": json.loads(single.canonical_json()),  # makes this very image again
             "digest": single.digest(),
             "job_id": claim.job_id,
             "index": index,
@@ -85,6 +85,6 @@ class Encoder:
             "steps_taken": generated.steps_taken,
             **(
                 {"accelerations": list(generated.accelerations)} if generated.accelerations else {}
-            ),  # an exact picture has no such entry
+            ),  # an exact image has no such entry
             "parameters": parameters_line(single, seed=generated.seed, steps=config.num_inference_steps),
         }

@@ -18,7 +18,7 @@ _FACE = np.dtype([("corners", "u1"), ("vertices", "<i4", 3)])
 
 
 def encode_ply(mesh: Mesh | None, provenance: Mapping[str, Any]) -> bytes:
-    """A binary little-endian PLY of triangles with a colour at each vertex.
+    """A binary little-endian PLY of triangles with a color at each vertex.
 
     Raises:
         GenerationFailed: there is no mesh: the model made an object without a surface.

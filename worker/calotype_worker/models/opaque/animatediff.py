@@ -71,7 +71,7 @@ class AnimateDiff(WholePipeline):
         return request.sampler, request.num_inference_steps, request.width, request.height, frames, guidance
 
     def run(self, requests: Sequence[GenerationRequest], watch: Watch) -> Sequence[Generated | None]:
-        """Videos of (F, H, W, 3) frames, each with its middle frame as the picture.
+        """Videos of (F, H, W, 3) frames, each with its middle frame as the image.
 
         Raises:
             GenerationFailed: a video holds numbers that are not finite.

@@ -81,7 +81,7 @@ class WholePipeline(ABC):
         """Refuse what no whole pipeline here can do; without this a request would be made without it.
 
         Raises:
-            InvalidRequest: it asks for a source picture, adapters or previews, for a sampler or a number of steps
+            InvalidRequest: it asks for a source image, adapters or previews, for a sampler or a number of steps
                 that this model lacks, or its prompt is longer than the text encoder reads.
         """
         for field, value in (

@@ -1,11 +1,11 @@
-// One picture, large, with everything that made it.
+// One image, large, with everything that made it.
 
 import { call, wordsOf } from "./api.js";
 import { again } from "./create.js";
 import { copy, element, find, notify } from "./dom.js";
 import { STATES, SAMPLERS, bytes, count, duration, shorten, time } from "./format.js";
 
-/** The element that shows a job's picture: an image, a video, or a link where a browser can show neither. */
+/** The element that shows a job's image: an image, a video, or a link where a browser can show neither. */
 export function showMedia(job, index, { alt } = {}) {
   const image = job.images[index], url = job.urls[index];
   const said = alt ?? `${shorten(job.config.prompt, 160)}, seed ${image.seed}`;
@@ -18,7 +18,7 @@ export function showMedia(job, index, { alt } = {}) {
   return element("img", { src: url, alt: said, width: image.width, height: image.height, decoding: "async" });
 }
 
-/** What made a picture, as [label, value] in the order people ask. */
+/** What made an image, as [label, value] in the order people ask. */
 export function facts(job, index) {
   const { config } = job, image = job.images[index];
   const listed = (parts, write) => (parts?.length ? parts.map(write).join(", ") : null);
@@ -33,7 +33,7 @@ export function facts(job, index) {
     ["Seed", image.seed],
     ["LoRAs", listed(config.loras, (lora) => `${lora.name} at ${lora.weight}`)],
     ["ControlNets", listed(config.controls, (control) => `${control.name} at ${control.scale}`)],
-    ["Source picture", config.init_image],
+    ["Source image", config.init_image],
     ["Mask", config.mask_image],
     ["Strength", config.init_image ? config.strength : null],
     ["Refiner", config.refiner ? `${config.refiner.model} from ${config.refiner.start}` : null],
@@ -52,7 +52,7 @@ function origins(job, index) {
     ["Attempts", job.attempt],
     ["Submitted", time(job.created_at)],
     ["Finished", job.finished_at ? time(job.finished_at) : null],
-    [job.images.length > 1 ? "Took, all pictures" : "Took", timings.map(([phase, seconds]) => `${phase.replaceAll("_", " ")} ${duration(seconds)}`).join(", ")],
+    [job.images.length > 1 ? "Took, all images" : "Took", timings.map(([phase, seconds]) => `${phase.replaceAll("_", " ")} ${duration(seconds)}`).join(", ")],
     ["File", `${image.content_type}, ${bytes(image.bytes)}`],
     ["SHA-256", image.sha256],
     ["Config digest", job.digest],
@@ -68,23 +68,23 @@ export function list(entries) {
   );
 }
 
-/** Open the dialog on a job's picture; on the job itself where it has none. */
-export function openPicture(job, index) {
-  const dialog = find("#picture"), body = find("#picture-body");
-  find("#picture-title").textContent = job.images.length
-    ? `Picture ${index + 1} of ${job.images.length}`
+/** Open the dialog on a job's image; on the job itself where it has none. */
+export function openImage(job, index) {
+  const dialog = find("#image"), body = find("#image-body");
+  find("#image-title").textContent = job.images.length
+    ? `Image ${index + 1} of ${job.images.length}`
     : `Job, ${STATES[job.state].label}`;
-  body.replaceChildren(...(job.images.length ? pictured(job, index) : unpictured(job)));
+  body.replaceChildren(...(job.images.length ? imaged(job, index) : unimaged(job)));
   if (!dialog.open) dialog.showModal();
-  find("#picture-title").focus();
+  find("#image-title").focus();
 }
 
-function pictured(job, index) {
+function imaged(job, index) {
   const image = job.images[index];
   const turn = (to, label, sign) =>
     element("button", {
       type: "button", class: "quiet", "aria-label": label, disabled: to < 0 || to >= job.images.length,
-      on: { click: () => openPicture(job, to) },
+      on: { click: () => openImage(job, to) },
     }, sign);
   const more = element("details", {}, element("summary", {}, "Where it comes from"), list(origins(job, index)));
   more.addEventListener("toggle", () => more.open && addProvenance(more, job, index), { once: true });
@@ -94,7 +94,7 @@ function pictured(job, index) {
       {},
       element("div", { class: "large" }, showMedia(job, index)),
       job.images.length > 1 &&
-        element("figcaption", {}, turn(index - 1, "Picture before", "←"), turn(index + 1, "Next picture", "→")),
+        element("figcaption", {}, turn(index - 1, "Image before", "←"), turn(index + 1, "Next image", "→")),
     ),
     element(
       "div",
@@ -112,7 +112,7 @@ function pictured(job, index) {
   ];
 }
 
-function unpictured(job) {
+function unimaged(job) {
   const tried = job.history.map((attempt) => [
     `Attempt ${attempt.attempt}`,
     `${attempt.how} after ${duration(attempt.ended_at - attempt.started_at)}${attempt.error ? `: ${attempt.error.message}` : ""}`,
@@ -134,7 +134,7 @@ function unpictured(job) {
   ];
 }
 
-/** What the worker wrote beside the picture, and into its file. */
+/** What the worker wrote beside the image, and into its file. */
 async function addProvenance(box, job, index) {
   try {
     const found = await call(`v1/jobs/${job.id}/images/${index}/provenance`);
@@ -152,6 +152,6 @@ async function addProvenance(box, job, index) {
 }
 
 function changeIt(job, seed) {
-  find("#picture").close();
+  find("#image").close();
   again(job.config, { seed });
 }

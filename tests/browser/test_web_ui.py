@@ -22,9 +22,9 @@ PROMPT = "a large red heart on a yellow background"
 expect.set_options(timeout=PATIENCE)
 
 
-def decoded(picture: Locator) -> list[int]:
-    """The size of a picture that the browser has decoded, in pixels."""
-    size: list[int] = picture.evaluate("image => image.decode().then(() => [image.naturalWidth, image.naturalHeight])")
+def decoded(image: Locator) -> list[int]:
+    """The size of an image that the browser has decoded, in pixels."""
+    size: list[int] = image.evaluate("image => image.decode().then(() => [image.naturalWidth, image.naturalHeight])")
     return size
 
 
@@ -33,8 +33,8 @@ def finished(page: Page, number: int = 1) -> None:
 
 
 @pytest.fixture(scope="module")
-def pictures(site: Gateway) -> list[JobHandle]:
-    """More jobs than a page of the gallery holds, and a few with more than one picture."""
+def images(site: Gateway) -> list[JobHandle]:
+    """More jobs than a page of the gallery holds, and a few with more than one image."""
     configs = [{"prompt": f"a circle, number {n}", "num_inference_steps": 2, "seed": n} for n in range(24)]
     configs += [{"prompt": "a green star", "num_inference_steps": 3, "seed": 900, "num_images": 2}]
     # One after the other, so that the newest comes last.
@@ -43,8 +43,8 @@ def pictures(site: Gateway) -> list[JobHandle]:
     return jobs
 
 
-def test_a_prompt_becomes_a_picture(visit: Visit) -> None:
-    """Submitted with its parameters; previews and steps while it runs; then the picture, whole and of its size."""
+def test_a_prompt_becomes_a_image(visit: Visit) -> None:
+    """Submitted with its parameters; previews and steps while it runs; then the image, whole and of its size."""
     page = visit.open()
     page.get_by_label("Prompt", exact=True).fill(PROMPT)
     page.get_by_label("Negative prompt").fill("green")
@@ -52,7 +52,7 @@ def test_a_prompt_becomes_a_picture(visit: Visit) -> None:
     page.get_by_label("Guidance").fill("4.5")
     page.get_by_label("Sampler").select_option("euler")
     page.get_by_role("textbox", name="Seed").fill("7")
-    page.get_by_label("Pictures", exact=True).fill("2")
+    page.get_by_label("Images", exact=True).fill("2")
     page.get_by_label("Preview").select_option("every step")
     page.get_by_role("button", name="Make it").click()
     card = page.get_by_role("article", name=PROMPT)
@@ -62,9 +62,9 @@ def test_a_prompt_becomes_a_picture(visit: Visit) -> None:
     expect(card).to_contain_text(re.compile(r"step \d+ of 48"))
     finished(page)
     for number, seed in ((1, 7), (2, 8)):
-        opening = card.get_by_role("button", name=f"Picture {number} of 2, seed {seed}")
+        opening = card.get_by_role("button", name=f"Image {number} of 2, seed {seed}")
         assert decoded(opening.locator("img")) == [128, 128]
-    expect(page.locator("#announcer")).to_contain_text("Done: 2 pictures")
+    expect(page.locator("#announcer")).to_contain_text("Done: 2 images")
     record = visit.site.client.status(str(card.get_attribute("data-job")))
     config = record.config
     assert (config.prompt, config.negative_prompt, config.num_inference_steps) == (PROMPT, "green", 24)
@@ -79,7 +79,7 @@ def test_a_refusal_is_told_beside_its_field(visit: Visit) -> None:
     page = visit.open()
     page.get_by_role("button", name="Make it").click()
     expect(page.get_by_label("Prompt", exact=True)).to_be_focused()
-    expect(page.locator("#prompt-problem")).to_have_text("Say what the picture should show.")
+    expect(page.locator("#prompt-problem")).to_have_text("Say what the image should show.")
     page.get_by_label("Prompt", exact=True).fill("x")
     expect(page.locator("#prompt-problem")).to_have_count(0)
     page.get_by_label("Sampler").select_option("lcm")
@@ -91,7 +91,7 @@ def test_a_refusal_is_told_beside_its_field(visit: Visit) -> None:
 
 
 def test_the_keyboard_is_enough(visit: Visit) -> None:
-    """From the address bar to the picture's details and back, with visible focus on the way."""
+    """From the address bar to the image's details and back, with visible focus on the way."""
     page = visit.open()
     expect(page.locator("#model option")).to_have_count(1)
     page.keyboard.press("Tab")
@@ -111,7 +111,7 @@ def test_the_keyboard_is_enough(visit: Visit) -> None:
         if page.evaluate("document.activeElement.className") == "frame-button":
             break
     page.keyboard.press("Enter")
-    expect(page.get_by_role("dialog", name="Picture 1 of 1")).to_be_visible()
+    expect(page.get_by_role("dialog", name="Image 1 of 1")).to_be_visible()
     for _ in range(6):
         page.keyboard.press("Tab")
         inside = page.evaluate("document.activeElement === document.body || !!document.activeElement.closest('dialog')")
@@ -122,7 +122,7 @@ def test_the_keyboard_is_enough(visit: Visit) -> None:
 
 
 def test_a_batch_with_a_bad_line(visit: Visit) -> None:
-    """A file is dropped, watched to its end, and gives its pictures, its results and its errors."""
+    """A file is dropped, watched to its end, and gives its images, its results and its errors."""
     lines = [{"custom_id": f"star-{n}", "prompt": "a star", "num_inference_steps": 2, "seed": n} for n in range(3)]
     manifest = "\n".join(map(json.dumps, [*lines, {"custom_id": "odd", "prompt": "x", "width": 7}]))
     page = visit.open("batches")
@@ -144,7 +144,7 @@ def test_a_batch_with_a_bad_line(visit: Visit) -> None:
     expect(card.get_by_role("cell").nth(0)).to_have_text("4")
     expect(card.get_by_role("cell").nth(1)).to_have_text("odd")
     expect(card.get_by_role("cell").nth(2)).to_contain_text("use 8 or 16")
-    card.get_by_role("button", name="Show pictures").click()
+    card.get_by_role("button", name="Show images").click()
     expect(card.locator("img")).to_have_count(3)
     assert decoded(card.locator("img").first) == [128, 128]
     with page.expect_download() as download:
@@ -165,8 +165,8 @@ def test_a_batch_is_cancelled(visit: Visit) -> None:
     expect(card).to_have_attribute("data-status", "cancelled")
 
 
-def test_the_gallery_goes_back_page_by_page(visit: Visit, pictures: list[JobHandle]) -> None:
-    """Newest first, each picture once, the focus at what is new; and any of them says all that made it."""
+def test_the_gallery_goes_back_page_by_page(visit: Visit, images: list[JobHandle]) -> None:
+    """Newest first, each image once, the focus at what is new; and any of them says all that made it."""
     page = visit.open("gallery")
     tiles = page.locator(".tile")
     expect(tiles).to_have_count(25)  # of 24 jobs
@@ -176,7 +176,7 @@ def test_the_gallery_goes_back_page_by_page(visit: Visit, pictures: list[JobHand
     assert page.evaluate("document.activeElement.closest('.tile').dataset.id") == tiles.nth(25).get_attribute("data-id")
     shown = tiles.evaluate_all("tiles => tiles.map((tile) => tile.dataset.id)")
     assert len(shown) == len(set(shown))
-    assert shown[:3] == [f"{pictures[-1].id}-0", f"{pictures[-1].id}-1", f"{pictures[-2].id}-0"]
+    assert shown[:3] == [f"{images[-1].id}-0", f"{images[-1].id}-1", f"{images[-2].id}-0"]
 
     tiles.nth(1).get_by_role("button").click()
     dialog = page.get_by_role("dialog")
@@ -184,8 +184,8 @@ def test_the_gallery_goes_back_page_by_page(visit: Visit, pictures: list[JobHand
     expect(dialog.locator("dl").first).to_contain_text("901")
     dialog.get_by_text("Where it comes from").click()
     told = json.loads(dialog.locator("pre").inner_text())
-    picture = visit.site.client.images(pictures[-1].id)[1]
-    assert told == json.loads(picture.image.text["calotype"])  # type: ignore[attr-defined]
+    image = visit.site.client.images(images[-1].id)[1]
+    assert told == json.loads(image.image.text["calotype"])  # type: ignore[attr-defined]
     dialog.get_by_role("button", name="Again with changes").click()
     expect(page.get_by_label("Prompt", exact=True)).to_have_value("a green star")
     assert page.get_by_role("textbox", name="Seed").input_value() == "901"
@@ -193,7 +193,7 @@ def test_the_gallery_goes_back_page_by_page(visit: Visit, pictures: list[JobHand
     assert page.get_by_label("Preview").input_value() == "0"
 
 
-def test_the_seed_is_copied(visit: Visit, pictures: list[JobHandle]) -> None:
+def test_the_seed_is_copied(visit: Visit, images: list[JobHandle]) -> None:
     """To the clipboard."""
     page = visit.open("gallery")
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
@@ -203,7 +203,7 @@ def test_the_seed_is_copied(visit: Visit, pictures: list[JobHandle]) -> None:
     assert page.evaluate("navigator.clipboard.readText()") == "900"
 
 
-def test_pictures_side_by_side(visit: Visit, pictures: list[JobHandle]) -> None:
+def test_images_side_by_side(visit: Visit, images: list[JobHandle]) -> None:
     """With what differs between them said in words."""
     page = visit.open("gallery")
     boxes = page.get_by_role("checkbox")
@@ -231,7 +231,7 @@ def test_the_workers_rows_are_drawn_as_they_run(visit: Visit) -> None:
         expect(rows[plain.id].locator(".row-step")).to_contain_text(re.compile(r"\d+/800"))
         assert [rows[job.id].locator(".track").count() for job in (guided, plain)] == [2, 1]
         expect(rows[guided.id]).to_contain_text("guided")
-        expect(page.locator(".group .hint")).to_contain_text("3 of 8 rows · 2 pictures")
+        expect(page.locator(".group .hint")).to_contain_text("3 of 8 rows · 2 images")
         expect(page.locator('[data-key="In step batches"] .figure')).to_have_text("2")
         step = step_of(rows[plain.id])
         until(lambda: step_of(rows[plain.id]) > step)
@@ -293,10 +293,10 @@ def test_a_key_is_asked_for_where_one_is_needed(visit: Visit, site: Gateway) -> 
         guarded.stop()
 
 
-@pytest.mark.parametrize("colours", ["light", "dark"])
-def test_everyone_can_use_it(browser: Browser, site: Gateway, pictures: list[JobHandle], colours: Any) -> None:
+@pytest.mark.parametrize("colors", ["light", "dark"])
+def test_everyone_can_use_it(browser: Browser, site: Gateway, images: list[JobHandle], colors: Any) -> None:
     """axe finds nothing in any view or dialog, contrast included; and at 375 pixels nothing leaves the screen."""
-    visit = Visit(browser, site, viewport={"width": 375, "height": 760}, color_scheme=colours, reduced_motion="reduce")
+    visit = Visit(browser, site, viewport={"width": 375, "height": 760}, color_scheme=colors, reduced_motion="reduce")
     long = site.client.submit("a long one", num_inference_steps=900)
     try:
         wrong = {}
@@ -309,7 +309,7 @@ def test_everyone_can_use_it(browser: Browser, site: Gateway, pictures: list[Job
         page.get_by_role("checkbox").nth(0).check()
         page.get_by_role("checkbox").nth(1).check()
         for name, opening in {
-            "Picture": page.locator(".tile-button").first,
+            "Image": page.locator(".tile-button").first,
             "Side": page.locator("#tray-compare"),
         }.items():
             opening.click()
@@ -318,11 +318,11 @@ def test_everyone_can_use_it(browser: Browser, site: Gateway, pictures: list[Job
             page.keyboard.press("Escape")
         assert not any(wrong.values()), wrong
         dark = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 17, 14)"
-        assert dark == (colours == "dark")
-        page.get_by_role("button", name=re.compile("Colours: auto")).click()
-        page.get_by_role("button", name=re.compile("Colours: light")).click()
+        assert dark == (colors == "dark")
+        page.get_by_role("button", name=re.compile("Colors: auto")).click()
+        page.get_by_role("button", name=re.compile("Colors: light")).click()
         page.reload()
-        expect(page.get_by_role("button", name=re.compile("Colours: dark"))).to_be_visible()
+        expect(page.get_by_role("button", name=re.compile("Colors: dark"))).to_be_visible()
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 17, 14)"
     finally:
         long.cancel()

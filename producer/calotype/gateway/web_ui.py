@@ -1,6 +1,6 @@
 """The web page: a few files that come with the package, served as they are, and what a browser may do with them.
 
-The page speaks to this gateway's own API and shows pictures from the storage; its policy allows nothing else.
+The page speaks to this gateway's own API and shows images from the storage; its policy allows nothing else.
 """
 
 from __future__ import annotations
@@ -54,16 +54,16 @@ def web_files() -> dict[str, WebFile]:
     return found
 
 
-def policy(pictures: str) -> str:
-    """The Content-Security-Policy. `pictures` is the origin that links to pictures lead to; it may be empty."""
+def policy(images: str) -> str:
+    """The Content-Security-Policy. `images` is the origin that links to images lead to; it may be empty."""
     return "; ".join(
         (
             "default-src 'none'",
             "script-src 'self'",
             "style-src 'self'",
             "connect-src 'self'",
-            f"img-src 'self' blob: data: {pictures}".rstrip(),  # data: previews
-            f"media-src 'self' {pictures}".rstrip(),
+            f"img-src 'self' blob: data: {images}".rstrip(),  # data: previews
+            f"media-src 'self' {images}".rstrip(),
             "base-uri 'none'",
             "form-action 'none'",
             "frame-ancestors 'none'",
@@ -72,14 +72,14 @@ def policy(pictures: str) -> str:
     )
 
 
-def origin_of_pictures(storage: Storage) -> str:
-    """Where links to pictures lead; empty where the storage's keys are not known here."""
+def origin_of_images(storage: Storage) -> str:
+    """Where links to images lead; empty where the storage's keys are not known here."""
     from botocore.exceptions import BotoCoreError  # noqa: PLC0415 - slow, and the storage loads it itself when used
 
     try:
         parts = urlsplit(storage.presigned_url("any"))
     except BotoCoreError as error:
-        log.warning("the page cannot show pictures", extra={"reason": str(error)})
+        log.warning("the page cannot show images", extra={"reason": str(error)})
         return ""
     return f"{parts.scheme}://{parts.netloc}"
 
@@ -87,7 +87,7 @@ def origin_of_pictures(storage: Storage) -> str:
 @router.get("/")
 async def index(services: ServicesDep, if_none_match: Annotated[str | None, Header()] = None) -> Response:
     """The page itself; its files are below `/web/`."""
-    security = policy(await run_in_threadpool(origin_of_pictures, services.storage))
+    security = policy(await run_in_threadpool(origin_of_images, services.storage))
     response = _answer(web_files()[_INDEX], if_none_match)
     response.headers["Content-Security-Policy"] = security
     return response

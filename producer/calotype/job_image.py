@@ -1,4 +1,4 @@
-"""`Picture`: one finished picture, downloaded."""
+"""`JobImage`: one finished image, downloaded."""
 
 from __future__ import annotations
 
@@ -16,46 +16,46 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-PictureSource = Any  # a file's path or bytes, or a Pillow image
+ImageSource = Any  # a file's path or bytes, or a Pillow image
 
 
-def is_picture(value: object) -> bool:
-    """Whether this is a picture given in place of an upload's id. A bare string is an id."""
+def is_image(value: object) -> bool:
+    """Whether this is an image given in place of an upload's id. A bare string is an id."""
     return isinstance(value, (bytes, Path)) or hasattr(value, "tobytes")
 
 
-def picture_bytes(picture: object, field: str) -> bytes:
-    """The picture as the bytes of a file.
+def image_bytes(image: object, field: str) -> bytes:
+    """The image as the bytes of a file.
 
     Raises:
-        InvalidRequest: there is no such file, or it is no picture at all.
+        InvalidRequest: there is no such file, or it is no image at all.
     """
-    if isinstance(picture, bytes):
-        return picture
-    if isinstance(picture, (str, Path)):
+    if isinstance(image, bytes):
+        return image
+    if isinstance(image, (str, Path)):
         try:
-            return Path(picture).read_bytes()
+            return Path(image).read_bytes()
         except OSError as error:
             raise InvalidRequest(
-                f"cannot be read ({error.strerror})", field=field, value=str(picture), remedy="give a picture file"
+                f"cannot be read ({error.strerror})", field=field, value=str(image), remedy="give an image file"
             ) from error
     import PIL.Image  # noqa: PLC0415
 
-    if not isinstance(picture, PIL.Image.Image):
+    if not isinstance(image, PIL.Image.Image):
         raise InvalidRequest(
-            f"is a {type(picture).__name__}",
+            f"is a {type(image).__name__}",
             field=field,
             value="an object",
             remedy="give a path, the bytes of a file, or a Pillow image",
         )
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Picture:
-    """The encoded bytes of a picture, checked against its record. `index` counts within the job, from 0."""
+class JobImage:
+    """The encoded bytes of an image, checked against its record. `index` counts within the job, from 0."""
 
     job_id: str
     index: int
@@ -65,18 +65,18 @@ class Picture:
     def __post_init__(self) -> None:
         if hashlib.sha256(self.data).hexdigest() != self.ref.sha256:
             raise StorageUnavailable(
-                f"object {self.ref.key!r} is not the picture its job recorded ({len(self.data)} bytes, "
+                f"object {self.ref.key!r} is not the image its job recorded ({len(self.data)} bytes, "
                 f"{self.ref.bytes} expected); something else wrote to the bucket, submit the job again"
             )
 
     @property
     def name(self) -> str:
-        """A file name no other picture has."""
+        """A file name no other image has."""
         return f"{self.job_id}-{self.index}.{self.ref.key.rpartition('.')[2]}"
 
     @cached_property
     def image(self) -> Image:
-        """The decoded picture (Pillow)."""
+        """The decoded image (Pillow)."""
         import PIL.Image  # noqa: PLC0415 - decoding is optional and Pillow not free to import
 
         return PIL.Image.open(io.BytesIO(self.data))
