@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self, overload
 
+from opentelemetry.trace import SpanKind
+
 from calotype.batches.client import BatchCalls
 from calotype.batches.store import BatchStore
 from calotype.dead import DeadCalls
@@ -24,7 +26,7 @@ from calotype_shared.errors import (
     QueueFull,
     WaitTimeout,
 )
-from calotype_shared.observability.tracing import NOOP_TELEMETRY, Telemetry, make_telemetry
+from calotype_shared.observability.tracing import Telemetry, make_telemetry, span_block, traceparent_of
 from calotype_shared.queue.connection import connect_redis
 from calotype_shared.queue.job_store import JobStore
 from calotype_shared.queue.submission import NewJob
@@ -85,10 +87,8 @@ class Client(BatchCalls, DeadCalls):
         self._on_warning = on_warning
         self._clock = clock
         self._sleep = sleep
-        self._own_telemetry = (
-            make_telemetry(settings, service="calotype-client") if telemetry is None else NOOP_TELEMETRY
-        )
-        self._telemetry = telemetry or self._own_telemetry
+        self._owns_telemetry = telemetry is None
+        self._telemetry = telemetry or make_telemetry(settings, service="calotype-client")
         self._batches = BatchStore(
             self._redis,
             key_prefix=settings.key_prefix,
@@ -122,7 +122,8 @@ class Client(BatchCalls, DeadCalls):
         """
         tenant = self._resolver.tenant(tenant)
         parsed = self._resolver.parse(config, fields)
-        with self._telemetry.begin("submit", kind="producer", model=parsed.model, lane=lane.value) as span:
+        attributes = {"calotype.model": parsed.model, "calotype.lane": lane.value}
+        with span_block(self._telemetry.tracer, "submit", kind=SpanKind.PRODUCER, attributes=attributes) as span:
             [job_id] = self._store.create(
                 [self._resolver.new_job(parsed, lane=lane, tenant=tenant)],
                 lane=lane,
@@ -131,9 +132,9 @@ class Client(BatchCalls, DeadCalls):
                 webhook=self._resolver.webhook(webhook_url),
                 reuse=self.settings.reuse_finished,
                 idempotency=idempotency(idempotency_key, parsed.canonical_json(), lane, metadata, webhook_url),
-                traceparent=span.traceparent,
+                traceparent=traceparent_of(span),
             )
-            span.set(job_id=job_id)
+            span.set_attribute("calotype.job_id", job_id)
         return JobHandle(self, job_id)
 
     def submit_many(
@@ -160,8 +161,10 @@ class Client(BatchCalls, DeadCalls):
                 raise type(error)(
                     error.problem, field=f"configs[{index}].{error.field}", value=error.value, remedy=error.remedy
                 ) from error
-        with self._telemetry.begin("submit many", kind="producer", jobs=len(new), lane=lane.value) as span:
-            ids = self._create_all(new, lane=lane, metadata=metadata, tenant=tenant, traceparent=span.traceparent)
+        attributes = {"calotype.jobs": len(new), "calotype.lane": lane.value}
+        with span_block(self._telemetry.tracer, "submit many", kind=SpanKind.PRODUCER, attributes=attributes) as span:
+            traceparent = traceparent_of(span)
+            ids = self._create_all(new, lane=lane, metadata=metadata, tenant=tenant, traceparent=traceparent)
         return [JobHandle(self, job_id) for job_id in ids]
 
     def _create_all(
@@ -373,7 +376,8 @@ class Client(BatchCalls, DeadCalls):
     def close(self) -> None:
         self.job_changes.close()
         self._redis.close()
-        self._own_telemetry.close()
+        if self._owns_telemetry:
+            self._telemetry.close()
 
     def __enter__(self) -> Self:
         return self

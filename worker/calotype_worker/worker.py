@@ -191,7 +191,7 @@ class Worker:
             draining=self._draining.is_set,
             trace=tracer,
             counters=self._counters,
-            telemetry=self._telemetry,
+            tracer=self._telemetry.tracer,
         )
         self._admin.watch(
             info={

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, Full, Queue
 
+from opentelemetry.trace import INVALID_SPAN, Span
+
 from calotype_shared.errors import StorageUnavailable
-from calotype_shared.observability.tracing import NOOP_SPAN, Span
 from calotype_shared.schema.jobs import ImageRef
 from calotype_shared.storage.s3 import Storage
 from calotype_worker.jobs.heartbeat import RunningJob
@@ -45,7 +46,7 @@ class PendingResult:
     """Owned by one thread at a time."""
 
     job: RunningJob
-    span: Span = NOOP_SPAN  # of the attempt
+    span: Span = INVALID_SPAN  # of the attempt
     files: list[File] = field(default_factory=list)
     images: list[ImageRef] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)  # seconds by phase
