@@ -32,7 +32,7 @@ from calotype_worker.engine.row_budget import RowBudgets
 from calotype_worker.engine.running import running_groups
 from calotype_worker.engine.scheduler import Plan, Scheduler
 from calotype_worker.engine.settings import EngineSettings
-from calotype_worker.engine.stats import Counters, EngineStats
+from calotype_worker.engine.stats import EngineStats
 from calotype_worker.engine.step_batch import StepBatch
 from calotype_worker.engine.step_pacer import StepPacer, events_of, work_on
 from calotype_worker.engine.trace import NoopTracer, Tracer
@@ -76,7 +76,7 @@ class Engine:
         self._states: dict[str, RequestState] = {}  # every request not yet resolved
         self._stop_at: float | None = None
         # From here on the engine's thread alone.
-        self._counters = Counters()
+        self._counters = EngineStats()
         self._budgets = RowBudgets(
             self.models,
             max_rows=self.settings.max_rows,
