@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,7 @@ from typing import TypeVar
 from opentelemetry import trace as otel
 from opentelemetry.context import Context
 
+from calotype_shared.backoff import delays
 from calotype_shared.errors import CalotypeError, ObjectMissing, RedisUnavailable, ServiceUnavailable
 from calotype_shared.observability import metric_names as names
 from calotype_shared.observability.logs import about
@@ -351,8 +351,7 @@ class JobRunner:
             CancelledError: the claim `held` is lost, or to be handed back.
             ServiceUnavailable: without `held`, once this worker drains; `ObjectMissing` at once.
         """
-        pause = 0.1
-        while True:
+        for pause in delays(0.1, 5.0):
             try:
                 return call()
             except ObjectMissing:
@@ -360,12 +359,11 @@ class JobRunner:
             except ServiceUnavailable:
                 if job is None and self._draining():
                     raise
-            ends = time.monotonic() + random.uniform(0, pause)
-            while time.monotonic() < ends:
-                if job is not None and job.given_up:
-                    raise CancelledError
-                time.sleep(min(0.2, pause))
-            pause = min(5.0, pause * 2)
+            if job is None:
+                time.sleep(pause)
+            elif job.wait_given_up(pause):
+                raise CancelledError
+        raise AssertionError("unreachable")
 
 
 def _track(phase: str) -> str:
