@@ -170,7 +170,7 @@ def jitter() -> str:
         for row in result["table"]
     ]
     head = ["beside the steps", "threads", "step, ms", "p95, ms", "of alone", "done a second"]
-    return table(head, rows) + f"\nA image is {result['image']}. " + provenance(result)
+    return table(head, rows) + f"\nEach image: {result['image']}. " + provenance(result)
 
 
 def growth() -> str:
