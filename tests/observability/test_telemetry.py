@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace import TracerProvider
@@ -124,8 +124,8 @@ def gateway(environment: dict[str, str], traced: dict[str, str], tmp_path: Path)
 
 def _answers(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/healthz").status_code == 200
-    except httpx.HTTPError:
+        return httpx2.get(f"{url}/healthz").status_code == 200
+    except httpx2.HTTPError:
         return False
 
 
@@ -146,7 +146,7 @@ def test_one_trace_from_the_request_to_the_upload(
     worker = start_worker(CALOTYPE_WORKER_PROFILE_SECONDS="0", **traced)
     body = tiny(1, prompt=PROMPT, num_images=2, guidance_scale=7.5)
     headers = {"traceparent": CALLER, "Prefer": "wait=60"}
-    job = httpx.post(f"{url}/v1/jobs", json=body, headers=headers, timeout=90).json()
+    job = httpx2.post(f"{url}/v1/jobs", json=body, headers=headers, timeout=90).json()
     assert job["state"] == "succeeded", job
     assert job["traceparent"].split("-")[1] == TRACE
     names = {
@@ -207,10 +207,10 @@ def test_one_trace_from_the_request_to_the_upload(
     [alone] = [s for _, s in collector.spans if attributes(s).get("calotype.job_id") == plain[0]]
     assert alone.trace_id.hex() != TRACE
     # A traceparent that makes no sense is no reason to fail, and looks at a job by others are not traced.
-    refused = httpx.post(f"{url}/v1/jobs", json={**body, "width": 63}, headers={"traceparent": "nonsense"})
+    refused = httpx2.post(f"{url}/v1/jobs", json={**body, "width": 63}, headers={"traceparent": "nonsense"})
     assert refused.status_code == 400
     until(lambda: [s for _, s in collector.spans if attributes(s).get("http.response.status_code") == 400])
-    assert httpx.get(f"{url}/v1/jobs/{job['id']}").status_code == 200
+    assert httpx2.get(f"{url}/v1/jobs/{job['id']}").status_code == 200
     assert not [s for _, s in collector.spans if s.name.startswith("GET")]
 
 
@@ -227,10 +227,10 @@ def test_a_dispatcher_logs_for_machines_and_has_metrics_too(
     try:
         until(lambda: process.poll() is not None or "dispatcher runs" in log.read_text(), 60)
         assert process.poll() is None, log.read_text()
-        said = httpx.get(f"http://127.0.0.1:{port}/metrics").text
+        said = httpx2.get(f"http://127.0.0.1:{port}/metrics").text
         assert "calotype_redis_up 1.0" in said
         assert 'calotype_webhooks_total{outcome="delivered"} 0.0' in said
-        assert httpx.get(f"http://127.0.0.1:{port}/readyz").status_code == 200
+        assert httpx2.get(f"http://127.0.0.1:{port}/readyz").status_code == 200
     finally:
         process.terminate()
         assert process.wait(30) == 0
