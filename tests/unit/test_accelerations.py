@@ -447,8 +447,8 @@ def test_what_cannot_go_together_is_refused_at_the_start(
     shelf: Shelf, accelerations: dict[str, Any], settings: dict[str, Any], message: str
 ) -> None:
     """By an engine, and by a worker before it loads anything."""
+    from calotype_worker.loading import load_models
     from calotype_worker.settings import WorkerSettings
-    from calotype_worker.worker import load_models
 
     with pytest.raises(InvalidRequest, match=message):
         Engine(shelf.model("sd", **accelerations), EngineSettings(**settings))
