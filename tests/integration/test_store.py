@@ -8,9 +8,8 @@ import time
 import pytest
 from redis import Redis
 
-from calotype_shared.errors import InvalidRequest, JobNotFound, RedisUnavailable
+from calotype_shared.errors import InvalidRequest, JobNotFound, RedisUnavailable, UnreadableRecord
 from calotype_shared.queue.job_store import MAX_CRASHES, QUARANTINE_CRASHES, Claim, JobStore, Reaped
-from calotype_shared.queue.records import UnreadableRecord
 from calotype_shared.queue.submission import NewJob
 from calotype_shared.schema.config import GenerationConfig, SamplerType
 from calotype_shared.schema.jobs import ImageRef, JobError, JobState, Lane

@@ -12,8 +12,9 @@ import pytest
 from calotype.api_keys import DEFAULT_SCOPES, ApiKey
 from calotype.batches.record import BatchRecord, BatchState
 from calotype.files import StoredFile
+from calotype_shared.errors import UnreadableRecord
 from calotype_shared.queue.message import TASK_NAME
-from calotype_shared.queue.records import OLDEST, SCHEMA, UnreadableRecord, read_record
+from calotype_shared.queue.records import OLDEST, SCHEMA, read_record
 from calotype_shared.queue.submission import NewJob
 from calotype_shared.schema.config import GenerationConfig, digest_of
 from calotype_shared.schema.jobs import JobState, Preview
