@@ -45,7 +45,7 @@ def start_dispatcher() -> Iterator[StartDispatcher]:
 
 def submit(site: Site) -> BatchHandle:
     lines = [{"custom_id": f"line-{i}", **config(i, long=True).model_dump(mode="json")} for i in range(LINES)]
-    return site.client.submit_batch(lines, window=16)
+    return site.client.batches.submit(lines, window=16)
 
 
 def check_batch(site: Site, batch: BatchHandle) -> Outcome:

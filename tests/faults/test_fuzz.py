@@ -166,7 +166,7 @@ def test_lines_of_manifests(place: Place, table: Table, tmp_path: Path) -> None:
             found.insert(position * len(found) // 5, dump(good))
         manifest = tmp_path / f"{number}.jsonl"
         manifest.write_bytes(b"\n".join(found) + b"\n")
-        batch = place.site.client.submit_batch(manifest)
+        batch = place.site.client.batches.submit(manifest)
         record = batch.wait(timeout=120)
         results = Counter(result["custom_id"] for result in batch.results())
         assert [results[f"good-{position}"] for position in range(5)] == [1] * 5

@@ -151,26 +151,26 @@ def test_a_batch_is_larger_than_the_limit_and_goes_through(settings: Settings, s
     client = limited(settings, max_queued=50)
     client.submit_many(configs(50, 1000))
     with Dispatcher(settings), SimulatedWorker(settings):
-        batch = client.submit_batch(configs(300), window=64)
+        batch = client.batches.submit(configs(300), window=64)
         assert batch.wait(timeout=60).counts.succeeded == 300
 
 
 def test_open_batches_are_bounded(settings: Settings) -> None:
     client = limited(settings, max_open_batches=3, max_open_batches_per_tenant=2)
-    first = client.submit_batch(configs(1), tenant="busy")
-    client.submit_batch(configs(1), tenant="busy")
+    first = client.batches.submit(configs(1), tenant="busy")
+    client.batches.submit(configs(1), tenant="busy")
     before = set(client._storage.list("batches/"))
     with pytest.raises(QueueFull, match="this tenant's batches are open"):
-        client.submit_batch(configs(1), tenant="busy", idempotency_key="k")
-    client.submit_batch(configs(1), tenant="calm")
+        client.batches.submit(configs(1), tenant="busy", idempotency_key="k")
+    client.batches.submit(configs(1), tenant="calm")
     with pytest.raises(QueueFull, match="3 of batches are open"):
-        client.submit_batch(configs(1), tenant="third")
+        client.batches.submit(configs(1), tenant="third")
     assert len(set(client._storage.list("batches/")) - before) == 1, "a refused batch leaves its manifest"
-    client.cancel_batch(first.id)
+    client.batches.cancel(first.id)
     with Dispatcher(settings):
-        until(lambda: client.batch(first.id).state.final)
-        until(lambda: len(client._redis.zrange(client._batches.keys.open_batches, 0, -1)) < 3)  # type: ignore[arg-type]
-    client.submit_batch(configs(1), tenant="busy", idempotency_key="k")
+        until(lambda: client.batches.status(first.id).state.final)
+        until(lambda: len(client._redis.zrange(client.batches._store.keys.open_batches, 0, -1)) < 3)  # type: ignore[arg-type]
+    client.batches.submit(configs(1), tenant="busy", idempotency_key="k")
 
 
 def test_the_time_to_come_again_follows_from_the_pace(settings: Settings, store: JobStore, redis: Redis) -> None:

@@ -110,7 +110,7 @@ def test_dead_jobs_are_tried_again_by_their_tenant_alone(gateway: Gateway, store
     assert gateway.client.status(retried["id"]).tenant == "acme"
     assert gateway.http.post(f"/v1/dead/{first}/retry", headers=mine).status_code == 404
     assert gateway.http.delete(f"/v1/dead/{second}", headers=mine).json() == {"id": second, "dropped": True}
-    assert gateway.client.dead() == []
+    assert gateway.client.dead_jobs.list() == []
     gateway.client.cancel(retried["id"])
 
 

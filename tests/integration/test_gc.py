@@ -108,10 +108,10 @@ def a_bucket_full(client: Client, settings: Settings, store: JobStore, storage: 
     leave(upload_key(client.upload(sample_image("blue"))))
     # Batches: done, with equal lines and what its dispatcher did not get to; gone; not done, with a source image.
     line = {"prompt": "h", "num_inference_steps": 5, "model": "demo"}
-    batch = client.submit_batch([{**line, "seed": 1}, {**line, "seed": 1}, line, {**line, "width": 60}])
-    expired = client.submit_batch([{**line, "seed": 9}])
+    batch = client.batches.submit([{**line, "seed": 1}, {**line, "seed": 1}, line, {**line, "width": 60}])
+    expired = client.batches.submit([{**line, "seed": 9}])
     upload = client.upload(sample_image("green"))
-    waiting = client.submit_batch([{**line, "init_image": upload}], tenant="waits")
+    waiting = client.batches.submit([{**line, "init_image": upload}], tenant="waits")
     waiting.pause()
     with DrawingWorker(settings, storage), Dispatcher(settings):
         batch.wait(30)
@@ -271,7 +271,7 @@ def test_a_job_that_is_committed_and_forgotten_meanwhile_keeps_its_images(
     settings: Settings, store: JobStore, redis: Redis, storage: Storage, client: Client
 ) -> None:
     """It was running when the records were read; by the time its images are met only its batch's results name it."""
-    batch = client.submit_batch([{"prompt": "x", "num_inference_steps": 5}])
+    batch = client.batches.submit([{"prompt": "x", "num_inference_steps": 5}])
     with Dispatcher(settings):
         until(lambda: store.depths().get("demo.bulk", 0) == 1)
         claim = take(store)
@@ -291,7 +291,7 @@ def test_a_batch_that_is_finished_while_its_parts_are_read_keeps_its_images(
     settings: Settings, store: JobStore, redis: Redis, storage: Storage, client: Client
 ) -> None:
     """Its parts vanish under the reader, who turns to the joined results."""
-    batch = client.submit_batch([{"prompt": str(i), "num_inference_steps": 5} for i in range(4)], window=2)
+    batch = client.batches.submit([{"prompt": str(i), "num_inference_steps": 5} for i in range(4)], window=2)
     with DrawingWorker(settings, storage):
         with Dispatcher(settings):
             until(lambda: redis.exists(store.keys.parts(batch.id)))

@@ -117,15 +117,15 @@ def test_many_waits_share_one_connection_and_hear_of_their_own_jobs(client: Clie
 def test_a_wait_for_many_hears_of_the_last_ones(client: Client, store: JobStore) -> None:
     """While they are too many it looks, as seldom as its bound says; then it is told."""
     jobs = client.submit_many([f"image {number}" for number in range(70)])
-    wait = client.begin_wait([job.id for job in jobs])
-    client.look(wait)
-    assert wait.told == []
+    wait = client.waiter.begin([job.id for job in jobs])
+    client.waiter.look(wait)
+    assert wait.subscribed_ids == []
     claims = [claim(store, job.id) for job in jobs]
     for claimed in claims[:10]:
         commit(store, claimed)
     following = Following(client, *(job.id for job in jobs[10:]))
-    client.look(wait)
-    assert wait.told == [job.id for job in jobs[10:]]
+    client.waiter.look(wait)
+    assert wait.subscribed_ids == [job.id for job in jobs[10:]]
     for claimed in claims[10:]:
         commit(store, claimed)
     assert len([record for record in following.end() if record.state is JobState.SUCCEEDED]) == 60
@@ -185,7 +185,7 @@ def test_a_task_hears_too(client: Client, settings: Settings, store: JobStore) -
             jobs = await other.submit_many([f"image {number}" for number in range(40)])
             waits = [asyncio.create_task(job.wait(timeout=100)) for job in jobs]
             ids = [job.id for job in jobs]
-            hearing: Callable[[], bool] = lambda: all(hears(other._client, job_id) for job_id in ids)  # noqa: E731
+            hearing: Callable[[], bool] = lambda: all(hears(other._sync, job_id) for job_id in ids)  # noqa: E731
             await asyncio.to_thread(until, hearing)
             for job_id in ids:
                 await asyncio.to_thread(lambda job_id=job_id: commit(store, claim(store, job_id)))

@@ -124,9 +124,9 @@ def test_an_old_client_follows_cancels_and_lists_a_new_job(client: Client, newer
     assert client.wait(done, 5).images == (IMAGE,)
     assert client.status(waiting).newer
     assert {record.id for record in client.jobs()} == {done, failed, waiting}
-    assert [record.id for record in client.dead()] == [failed]
+    assert [record.id for record in client.dead_jobs.list()] == [failed]
     with pytest.raises(InvalidRequest, match=r"is of a newer version \(schema 2\).* upgrade this process"):
-        client.retry_dead(failed)
+        client.dead_jobs.retry(failed)
     assert client.cancel(waiting) is JobState.CANCELLED
 
 

@@ -11,7 +11,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from calotype.cli.exit_codes import ExitCode
 from calotype.cli.output import clock_time, print_json, print_table, record_json, record_line, report, say
-from calotype.client import Client, require_success
+from calotype.client import Client
+from calotype.jobs import require_success
 from calotype_shared.errors import InvalidRequest, JobNotFound
 from calotype_shared.schema.config import QUALITY_PRESETS, OutputFormat, SamplerType
 from calotype_shared.schema.jobs import JobState, Lane

@@ -89,7 +89,7 @@ def _looks(client: Client, interval: float) -> Iterator[Look]:
     before: Overview | None = None
     while True:
         now = client.overview()
-        yield Look(overview=now, failures=client.dead(limit=_FAILURES), images_a_second=_rate(before, now))
+        yield Look(overview=now, failures=client.dead_jobs.list(limit=_FAILURES), images_a_second=_rate(before, now))
         before = now
         time.sleep(interval)
 
