@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from redis import Redis
 
-from calotype.batches.store import BatchStore
 from calotype.job_changes import JobChangeListener
 from calotype.resolver import Resolver
 from calotype_shared.observability.tracing import Telemetry, make_telemetry
@@ -25,7 +24,6 @@ class Connections:
     redis: Redis
     store: JobStore
     storage: Storage
-    batches: BatchStore
     resolver: Resolver
     job_changes: JobChangeListener
     telemetry: Telemetry
@@ -51,19 +49,11 @@ class Connections:
             max_queued_per_tenant=settings.max_queued_per_tenant,
         )
         storage = Storage(settings)
-        batches = BatchStore(
-            redis,
-            key_prefix=settings.key_prefix,
-            retention_seconds=settings.retention_seconds,
-            max_open=settings.max_open_batches,
-            max_open_per_tenant=settings.max_open_batches_per_tenant,
-        )
         return cls(
             settings=settings,
             redis=redis,
             store=store,
             storage=storage,
-            batches=batches,
             resolver=Resolver(settings, store, storage, clock=clock),
             job_changes=JobChangeListener(redis, store.keys),
             telemetry=make_telemetry(settings, service="calotype-client") if telemetry is None else telemetry,

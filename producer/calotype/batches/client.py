@@ -13,6 +13,7 @@ from calotype.batches.manifest import Manifest, manifest_bytes, whole_lines, wit
 from calotype.batches.options import BatchOptions, option_fields
 from calotype.batches.plan import batch_folder
 from calotype.batches.record import BatchRecord
+from calotype.batches.store import BatchStore
 from calotype.batches.waiting import POLL_SECONDS, BatchWaiting
 from calotype.connections import Connections
 from calotype.handle import AnyBatchHandle, BatchRef, ids_of, one_id
@@ -27,7 +28,14 @@ class Batches:
     """`Client.batches`: many jobs from one manifest."""
 
     def __init__(self, connections: Connections) -> None:
-        self._store = connections.batches
+        settings = connections.settings
+        self._store = BatchStore(
+            connections.redis,
+            key_prefix=settings.key_prefix,
+            retention_seconds=settings.retention_seconds,
+            max_open=settings.max_open_batches,
+            max_open_per_tenant=settings.max_open_batches_per_tenant,
+        )
         self._jobs = connections.store
         self._storage = connections.storage
         self._resolver = connections.resolver
