@@ -35,7 +35,8 @@ from typing import Any, NamedTuple
 
 from calotype_shared.queue.job_store import Claim
 from calotype_shared.schema.config import GenerationConfig
-from calotype_shared.schema.jobs import JobRecord, JobState, Lane
+from calotype_shared.schema.enums import JobState, Lane
+from calotype_shared.schema.jobs import JobRecord
 from calotype_worker.engine.scheduler import Scheduler
 from calotype_worker.jobs.size_affinity import SizeAffinity
 

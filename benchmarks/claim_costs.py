@@ -29,7 +29,7 @@ from calotype_shared.queue.connection import connect_redis
 from calotype_shared.queue.job_store import JobStore
 from calotype_shared.queue.submission import NewJob
 from calotype_shared.schema.config import GenerationConfig
-from calotype_shared.schema.jobs import Lane
+from calotype_shared.schema.enums import Lane
 
 QUEUE = "demo.bulk"
 LINES = {"one size": (SIZES[:1], SIZES[0]), "many sizes": (SIZES, SIZES[0]), "no match": (SIZES, (8, 8))}

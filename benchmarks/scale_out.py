@@ -28,7 +28,8 @@ from calotype import Client
 from calotype.embedded import EmbeddedServers
 from calotype_shared.queue.connection import connect_redis
 from calotype_shared.queue.job_store import Claim, JobStore
-from calotype_shared.schema.jobs import ImageRef, JobState
+from calotype_shared.schema.enums import JobState
+from calotype_shared.schema.jobs import ImageRef
 from calotype_shared.settings import Settings
 
 QUEUE = "simulated.bulk"

@@ -39,7 +39,7 @@ from calotype import Client
 from calotype.embedded import EmbeddedServers, LocalWorkers
 from calotype.embedded.ports import free_ports
 from calotype.embedded.process import ChildProcess
-from calotype_shared.schema.config import SamplerType
+from calotype_shared.schema.enums import SamplerType
 from calotype_worker.engine import Engine, EngineSettings, GenerationRequest
 from calotype_worker.models import StepModel, load_model
 from calotype_worker.models.base import Rows, Text

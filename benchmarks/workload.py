@@ -27,7 +27,7 @@ import diffusers  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-from calotype_shared.schema.config import SamplerType  # noqa: E402
+from calotype_shared.schema.enums import SamplerType  # noqa: E402
 from calotype_worker.models import load_model, resolve_source  # noqa: E402
 from calotype_worker.sampling import make_scheduler  # noqa: E402
 

@@ -14,7 +14,7 @@ from PIL import Image
 from sheet import save_sheet
 
 from calotype_shared.errors import InvalidRequest
-from calotype_shared.schema.config import SamplerType
+from calotype_shared.schema.enums import SamplerType
 from calotype_shared.schema.model_card import ModelCard
 from calotype_worker.engine import Engine, GenerationRequest
 from calotype_worker.models.accelerations import EXACT

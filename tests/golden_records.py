@@ -22,7 +22,8 @@ from calotype_shared.queue.message import message
 from calotype_shared.queue.records import SCHEMA
 from calotype_shared.queue.submission import NewJob
 from calotype_shared.schema.config import GenerationConfig
-from calotype_shared.schema.jobs import ImageRef, JobError, Lane, Preview
+from calotype_shared.schema.enums import Lane
+from calotype_shared.schema.jobs import ImageRef, JobError, Preview
 from calotype_shared.schema.worker_info import WorkerInfo
 from calotype_shared.settings import Settings
 from tests.integration.test_fair_share import CARD

@@ -31,8 +31,9 @@ if TYPE_CHECKING:
         UnknownModel,
         WaitTimeout,
     )
-    from calotype_shared.schema.config import GenerationConfig, OutputFormat, SamplerType
-    from calotype_shared.schema.jobs import ImageRef, JobRecord, JobState, Lane
+    from calotype_shared.schema.config import GenerationConfig
+    from calotype_shared.schema.enums import JobState, Lane, OutputFormat, SamplerType
+    from calotype_shared.schema.jobs import ImageRef, JobRecord
     from calotype_shared.schema.model_card import ModelCard
     from calotype_shared.settings import Settings
 
@@ -78,7 +79,8 @@ _HOMES = {
     "calotype.client": ("Client",),
     "calotype.handle": ("JobHandle",),
     "calotype.job_image": ("JobImage",),
-    "calotype_shared.schema.config": ("GenerationConfig", "OutputFormat", "SamplerType"),
+    "calotype_shared.schema.config": ("GenerationConfig",),
+    "calotype_shared.schema.enums": ("JobState", "Lane", "OutputFormat", "SamplerType"),
     "calotype_shared.errors": (
         "BatchNotFound",
         "CalotypeError",
@@ -94,7 +96,7 @@ _HOMES = {
         "UnknownModel",
         "WaitTimeout",
     ),
-    "calotype_shared.schema.jobs": ("ImageRef", "JobRecord", "JobState", "Lane"),
+    "calotype_shared.schema.jobs": ("ImageRef", "JobRecord"),
     "calotype_shared.schema.model_card": ("ModelCard",),
     "calotype_shared.settings": ("Settings",),
 }

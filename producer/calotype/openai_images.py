@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from calotype.resolver import with_preset
 from calotype_shared.errors import InvalidRequest
-from calotype_shared.schema.config import GenerationConfig, OutputFormat
+from calotype_shared.schema.config import GenerationConfig
+from calotype_shared.schema.enums import OutputFormat
 from calotype_shared.storage.images import FORMATS, MAX_PIXELS
 
 MAX_N = 10

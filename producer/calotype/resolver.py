@@ -15,7 +15,7 @@ from calotype_shared.errors import InvalidRequest, ObjectMissing, ServiceUnavail
 from calotype_shared.queue.job_store import JobStore
 from calotype_shared.queue.submission import Idempotency, NewJob
 from calotype_shared.schema.config import GenerationConfig, digest_of, quality_preset
-from calotype_shared.schema.jobs import Lane
+from calotype_shared.schema.enums import Lane
 from calotype_shared.schema.model_card import ModelCard
 from calotype_shared.settings import TENANT_PATTERN, Settings
 from calotype_shared.storage.images import normalize_image, upload_key

@@ -10,7 +10,8 @@ from redis import Redis
 
 from calotype_shared.queue.job_store import MAX_CRASHES, Claim, JobStore
 from calotype_shared.schema.config import GenerationConfig
-from calotype_shared.schema.jobs import ImageRef, JobState, Lane
+from calotype_shared.schema.enums import JobState, Lane
+from calotype_shared.schema.jobs import ImageRef
 from tests.faults.harness import FULL
 from tests.faults.protocol import Budget, Protocol, Worker, World, explore
 from tests.invariants import check_store

@@ -18,8 +18,7 @@ from calotype.embedded.valkey import ValkeyServer
 from calotype_shared.errors import QueueFull, RedisUnavailable
 from calotype_shared.queue.connection import connect_redis
 from calotype_shared.queue.job_store import JobStore
-from calotype_shared.schema.config import Feature
-from calotype_shared.schema.jobs import JobState
+from calotype_shared.schema.enums import Feature, JobState
 from calotype_shared.settings import Settings
 from tests.integration.conftest import until
 from tests.integration.gateway import Gateway, own_settings

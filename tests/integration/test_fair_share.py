@@ -10,7 +10,8 @@ from redis import Redis
 
 from calotype import Client, IdempotencyConflict, InvalidRequest, JobState, Lane, Settings
 from calotype_shared.queue.job_store import Claim, JobStore
-from calotype_shared.schema.config import GenerationConfig, SamplerType
+from calotype_shared.schema.config import GenerationConfig
+from calotype_shared.schema.enums import SamplerType
 from calotype_shared.schema.jobs import ImageRef, JobError
 from calotype_shared.schema.model_card import ModelCard
 from tests.invariants import check_store

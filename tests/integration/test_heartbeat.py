@@ -5,7 +5,7 @@ from __future__ import annotations
 from calotype_shared.observability import metric_names as names
 from calotype_shared.queue.job_store import JobStore, News
 from calotype_shared.schema.config import GenerationConfig
-from calotype_shared.schema.jobs import Lane
+from calotype_shared.schema.enums import Lane
 from calotype_worker.jobs.heartbeat import Heartbeat
 from calotype_worker.observability.counters import Counters
 

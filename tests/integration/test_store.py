@@ -12,8 +12,9 @@ from calotype_shared.errors import InvalidRequest, JobNotFound, RedisUnavailable
 from calotype_shared.queue.job_store import MAX_CRASHES, QUARANTINE_CRASHES, Claim, JobStore, Reaped
 from calotype_shared.queue.records import UnreadableRecord
 from calotype_shared.queue.submission import NewJob
-from calotype_shared.schema.config import GenerationConfig, SamplerType
-from calotype_shared.schema.jobs import ImageRef, JobError, JobState, Lane
+from calotype_shared.schema.config import GenerationConfig
+from calotype_shared.schema.enums import JobState, Lane, SamplerType
+from calotype_shared.schema.jobs import ImageRef, JobError
 from calotype_shared.schema.model_card import ModelCard
 from calotype_shared.schema.worker_info import WorkerInfo
 from calotype_shared.settings import Settings

@@ -20,7 +20,7 @@ from calotype_shared.observability.metric_names import Metric
 from calotype_shared.queue.fleet_stats import FleetStats, FleetStatsReader
 from calotype_shared.queue.job_store import JobStore
 from calotype_shared.schema.config import GenerationConfig
-from calotype_shared.schema.jobs import JobState, Lane
+from calotype_shared.schema.enums import JobState, Lane
 from calotype_shared.settings import Settings
 from tests.faults.harness import WorkerProcess
 from tests.integration.conftest import until

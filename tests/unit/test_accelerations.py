@@ -17,8 +17,9 @@ import torch
 
 from calotype_shared.errors import InvalidRequest, ModelLoadError, SettingsError
 from calotype_shared.queue.job_store import Claim
-from calotype_shared.schema.config import GenerationConfig, SamplerType
-from calotype_shared.schema.jobs import JobRecord, JobState, Lane
+from calotype_shared.schema.config import GenerationConfig
+from calotype_shared.schema.enums import JobState, Lane, SamplerType
+from calotype_shared.schema.jobs import JobRecord
 from calotype_worker.engine import Engine, EngineSettings, GenerationRequest
 from calotype_worker.engine.batch_row import Layout
 from calotype_worker.engine.step_batch import StepBatch

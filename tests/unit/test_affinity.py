@@ -9,7 +9,8 @@ import pytest
 from calotype_shared.errors import InvalidRequest
 from calotype_shared.queue.job_store import Claim
 from calotype_shared.schema.config import GenerationConfig
-from calotype_shared.schema.jobs import JobRecord, JobState, Lane
+from calotype_shared.schema.enums import JobState, Lane
+from calotype_shared.schema.jobs import JobRecord
 from calotype_worker.engine import Engine, EngineSettings
 from calotype_worker.jobs.size_affinity import SizeAffinity
 from calotype_worker.models import load_model

@@ -16,9 +16,9 @@ from calotype_shared.schema.config import (
     MAX_SEED,
     QUALITY_PRESETS,
     GenerationConfig,
-    SamplerType,
     quality_preset,
 )
+from calotype_shared.schema.enums import SamplerType
 from calotype_shared.schema.model_card import ModelCard
 
 CARD = ModelCard(

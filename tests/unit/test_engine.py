@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from calotype_shared.errors import GenerationFailed, InvalidRequest
-from calotype_shared.schema.config import GenerationConfig, SamplerType
+from calotype_shared.schema.config import GenerationConfig
+from calotype_shared.schema.enums import SamplerType
 from calotype_worker.engine import EngineSettings, GenerationRequest
 from calotype_worker.engine.failure_isolation import run_isolating_failures
 from calotype_worker.models import StepModel

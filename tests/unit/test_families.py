@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from calotype_shared.errors import InvalidRequest, ModelLoadError
-from calotype_shared.schema.config import Feature, GenerationConfig, SamplerType
+from calotype_shared.schema.config import GenerationConfig
+from calotype_shared.schema.enums import Feature, SamplerType
 from calotype_worker.engine import Engine, EngineSettings, GenerationRequest
 from calotype_worker.models import Adapters, ModelPool, StepModel, load_model
 from calotype_worker.models.base import Rows

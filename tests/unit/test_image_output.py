@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from calotype_shared.schema import a1111
-from calotype_shared.schema.config import GenerationConfig, OutputFormat, SamplerType
+from calotype_shared.schema.config import GenerationConfig
+from calotype_shared.schema.enums import OutputFormat, SamplerType
 from calotype_worker.output.image import encode_image, parameters_line, read_provenance
 
 CONFIG = GenerationConfig(

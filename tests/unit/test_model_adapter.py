@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from calotype_shared.errors import InvalidRequest
-from calotype_shared.schema.config import SamplerType
+from calotype_shared.schema.enums import SamplerType
 from calotype_worker.engine import Engine, EngineSettings, Generated, GenerationRequest
 from calotype_worker.models.base import StepModel
 

@@ -7,7 +7,8 @@ import pytest
 from calotype.waiting import Waiting
 from calotype_shared.errors import JobNotFound
 from calotype_shared.schema.config import GenerationConfig
-from calotype_shared.schema.jobs import JobRecord, JobState, Lane
+from calotype_shared.schema.enums import JobState, Lane
+from calotype_shared.schema.jobs import JobRecord
 
 _CONFIG = GenerationConfig(prompt="x", width=64, height=64, seed=1)
 

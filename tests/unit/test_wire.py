@@ -16,7 +16,8 @@ from calotype_shared.queue.message import TASK_NAME
 from calotype_shared.queue.records import OLDEST, SCHEMA, UnreadableRecord, read_record
 from calotype_shared.queue.submission import NewJob
 from calotype_shared.schema.config import GenerationConfig, digest_of
-from calotype_shared.schema.jobs import JobState, Preview
+from calotype_shared.schema.enums import JobState
+from calotype_shared.schema.jobs import Preview
 from calotype_shared.schema.model_card import ModelCard
 from calotype_shared.schema.worker_info import WorkerInfo
 from tests.golden_records import FORMS

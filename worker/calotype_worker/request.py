@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Self, cast
 
 from calotype_shared.errors import InvalidRequest
-from calotype_shared.schema.config import GenerationConfig, OutputFormat, SamplerType
+from calotype_shared.schema.config import GenerationConfig
+from calotype_shared.schema.enums import OutputFormat, SamplerType
 
 if TYPE_CHECKING:
     import numpy as np

@@ -30,8 +30,9 @@ from calotype.gateway.jobs import finished
 from calotype.gateway.state import Services, ServicesDep
 from calotype_shared.errors import InvalidRequest
 from calotype_shared.schema import a1111
-from calotype_shared.schema.config import MAX_IMAGES, OutputFormat
-from calotype_shared.schema.jobs import JobRecord, JobState, Lane
+from calotype_shared.schema.config import MAX_IMAGES
+from calotype_shared.schema.enums import JobState, Lane, OutputFormat
+from calotype_shared.schema.jobs import JobRecord
 from calotype_shared.storage.images import FORMATS
 
 router = APIRouter(prefix="/sdapi/v1", tags=["automatic1111"])

@@ -22,7 +22,8 @@ from calotype_shared.queue.records import UnreadableRecord, read_record
 from calotype_shared.queue.scripts import said_clearly
 from calotype_shared.queue.submission import Idempotency, NewJob, queue_full
 from calotype_shared.schema.config import GenerationConfig
-from calotype_shared.schema.jobs import ImageRef, JobError, JobRecord, JobState, Lane, Preview
+from calotype_shared.schema.enums import JobState, Lane
+from calotype_shared.schema.jobs import ImageRef, JobError, JobRecord, Preview
 from calotype_shared.storage.s3 import attempt_folder
 
 log = logging.getLogger(__name__)

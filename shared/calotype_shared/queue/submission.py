@@ -9,7 +9,8 @@ from typing import NamedTuple, Self
 from calotype_shared.errors import InvalidRequest, QueueFull
 from calotype_shared.queue.keys import queue_name
 from calotype_shared.schema.config import GenerationConfig, digest_of
-from calotype_shared.schema.jobs import Lane, new_job_id
+from calotype_shared.schema.enums import Lane
+from calotype_shared.schema.jobs import new_job_id
 
 _UNKNOWN_SECONDS = 10.0  # to wait where nobody knows how fast the queue moves
 _SLOWEST_SECONDS = 60.0

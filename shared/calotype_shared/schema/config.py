@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import PydanticCustomError
 
 from calotype_shared.errors import InvalidRequest
+from calotype_shared.schema.enums import Feature, OutputFormat, SamplerType
 from calotype_shared.schema.model_card import ModelCard
 from calotype_shared.schema.prompt import parse_weights, refuse_weights
 
@@ -31,50 +32,6 @@ MAX_IMAGES = 64
 MAX_SEED = 2**53 - 1  # the largest integer that survives JSON readers which use doubles
 DRAWN_SEED_BITS = 32
 DEFAULT_STRENGTH = 0.75  # of image-to-image
-
-
-class SamplerType(StrEnum):
-    """Sampling algorithms. diffusers calls these schedulers."""
-
-    DDPM = "ddpm"  # Denoising Diffusion Probabilistic Models, Ho et al. 2020
-    DDIM = "ddim"  # Denoising Diffusion Implicit Models, Song et al. 2020
-    PNDM = "pndm"  # Pseudo Numerical Methods, Liu et al. 2022
-    EULER = "euler"  # Karras et al. 2022, algorithm 2 without churn
-    EULER_A = "euler_a"  # Euler with ancestral noise
-    HEUN = "heun"  # Karras et al. 2022, second order: 2N - 1 network calls
-    DPMPP_2M = "dpmpp_2m"  # DPM-Solver++(2M), Lu et al. 2022
-    DPMPP_2M_KARRAS = "dpmpp_2m_karras"  # the same on Karras' noise levels
-    UNIPC = "unipc"  # UniPC, Zhao et al. 2023
-    LCM = "lcm"  # Latent Consistency Models, Luo et al. 2023
-
-
-class OutputFormat(StrEnum):
-    PNG = "png"
-    WEBP = "webp"
-    JPEG = "jpeg"
-    GIF = "gif"  # video
-    MP4 = "mp4"  # video
-    PLY = "ply"  # 3D mesh with vertex colors
-
-    @property
-    def content_type(self) -> str:
-        return {"mp4": "video/mp4", "ply": "model/ply"}.get(self.value, f"image/{self.value}")
-
-
-class Feature(StrEnum):
-    """What a config may ask for beyond a prompt. A model's card says which of these it can do."""
-
-    TEXT_TO_IMAGE = "text_to_image"
-    IMAGE_TO_IMAGE = "image_to_image"
-    INPAINTING = "inpainting"
-    PROMPT_WEIGHTS = "prompt_weights"
-    LORA = "lora"
-    CONTROLNET = "controlnet"
-    REFINER = "refiner"
-    ENSEMBLE = "ensemble"
-    PREVIEW = "preview"
-    TEXT_TO_VIDEO = "text_to_video"
-    TEXT_TO_3D = "text_to_3d"
 
 
 _NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from calotype_shared.queue.job_store import Claim
-from calotype_shared.schema.config import OutputFormat
+from calotype_shared.schema.enums import OutputFormat
 from calotype_shared.schema.jobs import ImageRef
 from calotype_shared.schema.model_card import ModelCard
 from calotype_shared.storage.s3 import image_key, sidecar_key

@@ -16,7 +16,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from calotype_shared.schema import a1111
-from calotype_shared.schema.config import GenerationConfig, OutputFormat
+from calotype_shared.schema.config import GenerationConfig
+from calotype_shared.schema.enums import OutputFormat
 
 QUALITY = 92  # of WebP and JPEG
 _IMAGE_DESCRIPTION = 0x010E  # EXIF tag
