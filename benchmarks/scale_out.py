@@ -39,7 +39,7 @@ LEASE_SECONDS = 20.0
 def sample_image(claim: Claim) -> ImageRef:
     return ImageRef(
         key=f"{claim.folder}/0.png",
-        seed=claim.config.seed or 0,
+        seed=claim.config.seed,
         width=512,
         height=512,
         content_type="image/png",

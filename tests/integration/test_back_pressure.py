@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from redis import Redis
 
-from calotype import Client, GenerationConfig
+from calotype import Client, ResolvedConfig
 from calotype.batches.dispatcher import Dispatcher
 from calotype.embedded import EmbeddedServers
 from calotype.embedded.valkey import ValkeyServer
@@ -279,7 +279,7 @@ def test_without_memory_nothing_new_is_accepted_and_what_is_there_is_finished(tm
         settings = Settings(redis_url=server.url, key_prefix="full:")
         redis = connect_redis(settings)
         store = JobStore(redis, key_prefix="full:")
-        jobs = [GenerationConfig.parse(fields) for fields in configs(4)]
+        jobs = [ResolvedConfig.parse(fields) for fields in configs(4)]
         ids = store.create(jobs[:3])
         running = store.claim("demo.bulk", worker="w", lease_seconds=30)
         assert running is not None
