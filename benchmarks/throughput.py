@@ -33,7 +33,7 @@ from typing import Any
 
 import baselines
 import torch
-from workload import KINDS, PlainElsewhere, Wanted, quiet, surroundings, workload
+from workload import BATCH, KINDS, PlainElsewhere, Wanted, quiet, surroundings, workload
 
 from calotype import Client
 from calotype.embedded import EmbeddedServers, LocalWorkers
@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-rows", type=int, default=32)
-    parser.add_argument("--static-batch", type=int, default=baselines.BATCH)
+    parser.add_argument("--static-batch", type=int, default=BATCH)
     parser.add_argument("--compile", choices=["off", "default", "reduce-overhead"], default="off")
     parser.add_argument("--in-process", action="store_true", help="only what needs no servers")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/latest.json"))

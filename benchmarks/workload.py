@@ -52,6 +52,18 @@ class Wanted:
     seed: int
 
 
+BATCH = 8  # requests of a static batch
+WARM_UP = Wanted(
+    prompt="a warm-up",
+    width=128,
+    height=128,
+    num_inference_steps=2,
+    guidance_scale=5.0,
+    sampler="ddim",
+    seed=0,
+)
+
+
 def workload(count: int, width: int, height: int, *, start: int = 0) -> list[Wanted]:
     return [
         Wanted(
