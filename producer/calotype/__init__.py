@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from calotype_shared.schema.enums import JobState, Lane, OutputFormat, SamplerType
     from calotype_shared.schema.jobs import ImageRef, JobRecord
     from calotype_shared.schema.model_card import ModelCard
+    from calotype_shared.schema.resolve import ResolvedConfig
     from calotype_shared.settings import Settings
 
 __all__ = [
@@ -62,6 +63,7 @@ __all__ = [
     "ModelCard",
     "OutputFormat",
     "RedisUnavailable",
+    "ResolvedConfig",
     "SamplerType",
     "ServiceUnavailable",
     "Settings",
@@ -98,6 +100,7 @@ _HOMES = {
     ),
     "calotype_shared.schema.jobs": ("ImageRef", "JobRecord"),
     "calotype_shared.schema.model_card": ("ModelCard",),
+    "calotype_shared.schema.resolve": ("ResolvedConfig",),
     "calotype_shared.settings": ("Settings",),
 }
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from redis import Redis
 
-from calotype import Client, ResolvedConfig
+from calotype import Client
 from calotype.batches.dispatcher import Dispatcher
 from calotype.embedded import EmbeddedServers
 from calotype.embedded.valkey import ValkeyServer
@@ -19,6 +19,7 @@ from calotype_shared.errors import QueueFull, RedisUnavailable
 from calotype_shared.queue.connection import connect_redis
 from calotype_shared.queue.job_store import JobStore
 from calotype_shared.schema.enums import Feature, JobState
+from calotype_shared.schema.resolve import ResolvedConfig
 from calotype_shared.settings import Settings
 from tests.integration.conftest import until
 from tests.integration.gateway import Gateway, own_settings

@@ -160,6 +160,6 @@ def test_jobs_are_listed_by_tenant_in_pages(client: Client) -> None:
 
 def test_a_config_costs_its_work() -> None:
     """Row-steps times blocks of 64x64 pixels."""
-    plain = ResolvedConfig(prompt="x", width=128, height=64, num_inference_steps=10, guidance_scale=1)
+    plain = ResolvedConfig(prompt="x", width=128, height=64, seed=1, num_inference_steps=10, guidance_scale=1)
     assert plain.cost == 20
     assert plain.model_copy(update={"guidance_scale": 5.0, "num_images": 3}).cost == 120
