@@ -40,9 +40,11 @@ if TYPE_CHECKING:
         UnreadableRecord,
         WaitTimeout,
     )
-    from calotype_shared.schema.config import GenerationConfig, OutputFormat, SamplerType
-    from calotype_shared.schema.jobs import ImageRef, JobRecord, JobState, Lane, Preview
+    from calotype_shared.schema.config import GenerationConfig
+    from calotype_shared.schema.enums import JobState, Lane, OutputFormat, SamplerType
+    from calotype_shared.schema.jobs import ImageRef, JobRecord, Preview
     from calotype_shared.schema.model_card import ModelCard
+    from calotype_shared.schema.resolve import ResolvedConfig
     from calotype_shared.schema.worker_info import WorkerInfo
     from calotype_shared.settings import Settings
 
@@ -85,6 +87,7 @@ __all__ = [
     "Preview",
     "QueueFull",
     "RedisUnavailable",
+    "ResolvedConfig",
     "SamplerType",
     "ServiceUnavailable",
     "Settings",
@@ -130,9 +133,11 @@ _HOMES = {
         "UnreadableRecord",
         "WaitTimeout",
     ),
-    "calotype_shared.schema.config": ("GenerationConfig", "OutputFormat", "SamplerType"),
-    "calotype_shared.schema.jobs": ("ImageRef", "JobRecord", "JobState", "Lane", "Preview"),
+    "calotype_shared.schema.config": ("GenerationConfig",),
+    "calotype_shared.schema.enums": ("JobState", "Lane", "OutputFormat", "SamplerType"),
+    "calotype_shared.schema.jobs": ("ImageRef", "JobRecord", "Preview"),
     "calotype_shared.schema.model_card": ("ModelCard",),
+    "calotype_shared.schema.resolve": ("ResolvedConfig",),
     "calotype_shared.schema.worker_info": ("WorkerInfo",),
     "calotype_shared.settings": ("Settings",),
 }

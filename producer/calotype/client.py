@@ -20,7 +20,8 @@ from calotype_shared.errors import InvalidRequest, QueueFull
 from calotype_shared.observability.tracing import Telemetry
 from calotype_shared.queue.submission import NewJob
 from calotype_shared.schema.config import GenerationConfig
-from calotype_shared.schema.jobs import JobRecord, JobState, Lane
+from calotype_shared.schema.enums import JobState, Lane
+from calotype_shared.schema.jobs import JobRecord
 from calotype_shared.schema.model_card import ModelCard
 from calotype_shared.settings import Settings
 

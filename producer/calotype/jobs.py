@@ -10,7 +10,8 @@ from calotype.handle import AnyJobHandle, JobRef, ids_of, one_id
 from calotype.job_image import JobImage
 from calotype.waiter import JobWaiter
 from calotype_shared.errors import InvalidRequest, JobCancelled, JobFailed, JobNotFound
-from calotype_shared.schema.jobs import JobRecord, JobState, Preview
+from calotype_shared.schema.enums import JobState
+from calotype_shared.schema.jobs import JobRecord, Preview
 
 
 class Jobs:

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from calotype.waiting import Waiting
 from calotype_shared.errors import WaitTimeout
 from calotype_shared.queue.job_store import JobStore
-from calotype_shared.schema.jobs import JobRecord, JobState
+from calotype_shared.schema.enums import JobState
+from calotype_shared.schema.jobs import JobRecord
 
 _WORKER_CHECK_SECONDS = 5.0  # between looks at whether any worker serves what is waited for
 

@@ -51,6 +51,7 @@ _SECTIONS: tuple[tuple[str, str, Any, tuple[str, ...]], ...] = (
         calotype,
         (
             "JobRecord",
+            "ResolvedConfig",
             "JobState",
             "ImageRef",
             "JobImage",

@@ -17,7 +17,7 @@ from calotype.client import Client
 from calotype.fields import JobFields
 from calotype.resolver import Submission
 from calotype_shared.observability.tracing import Telemetry
-from calotype_shared.schema.jobs import Lane
+from calotype_shared.schema.enums import Lane
 from calotype_shared.settings import Settings
 
 log = logging.getLogger("calotype.client")

@@ -10,7 +10,8 @@ from calotype.aio.threads import Threaded, in_thread
 from calotype.handle import AnyJobHandle, JobRef, ids_of, one_id
 from calotype.job_image import JobImage
 from calotype.jobs import Jobs, SeenPreviews, finals
-from calotype_shared.schema.jobs import JobRecord, JobState, Preview
+from calotype_shared.schema.enums import JobState
+from calotype_shared.schema.jobs import JobRecord, Preview
 
 J_co = TypeVar("J_co", bound=Jobs, covariant=True)
 

@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 from calotype.batches.record import BatchFormat
 from calotype.resolver import Resolver, storable
 from calotype_shared.errors import InvalidRequest
-from calotype_shared.schema.jobs import Lane
+from calotype_shared.schema.enums import Lane
 
 WINDOW = 2_000  # jobs of a batch in Redis at a time
 
