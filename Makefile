@@ -47,7 +47,8 @@ reference: $(VENV)/.dev ## write the generated pages of docs/ anew
 
 docs: $(VENV)/.dev ## the generated pages, and the site in site/, with every link checked
 	$(BIN)/python -m tools.reference
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/python -m tools.site build/docs
+	$(BIN)/zensical build --strict
 
 bench: $(VENV)/.bench ## the short benchmark against what one could take instead; half an hour
 	$(BIN)/python benchmarks/throughput.py
@@ -58,7 +59,7 @@ build: $(VENV)/.dev ## sdist and wheel in dist/, checked as the package index wo
 	$(BIN)/python tools/release.py dist
 
 clean: ## remove the environment and all that was made
-	rm -rf $(VENV) .venv-infra out dist build site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-infra out dist build site .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # Stamps: an environment is installed once, and again when what it depends on changes.
 $(VENV)/bin/python:

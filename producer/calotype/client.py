@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
+from opentelemetry.trace import SpanKind
+
 from calotype.batches.client import Batches, BatchHandle
 from calotype.connections import Connections
 from calotype.dead import DeadJobs
@@ -17,7 +19,7 @@ from calotype.jobs import JobHandle, Jobs
 from calotype.overview import Overview, look
 from calotype.resolver import Submission, idempotency, storable
 from calotype_shared.errors import InvalidRequest, QueueFull
-from calotype_shared.observability.tracing import Telemetry
+from calotype_shared.observability.tracing import Telemetry, span_block, traceparent_of
 from calotype_shared.queue.submission import NewJob
 from calotype_shared.schema.config import GenerationConfig
 from calotype_shared.schema.enums import JobState, Lane
@@ -98,7 +100,8 @@ class Client(Jobs):
         """
         tenant = self._resolver.tenant(tenant)
         parsed = self._resolver.parse(config, fields)
-        with self._telemetry.begin("submit", kind="producer", model=parsed.model, lane=lane.value) as span:
+        attributes = {"calotype.model": parsed.model, "calotype.lane": lane.value}
+        with span_block(self._telemetry.tracer, "submit", kind=SpanKind.PRODUCER, attributes=attributes) as span:
             [job_id] = self._store.create(
                 [self._resolver.new_job(parsed, lane=lane, tenant=tenant)],
                 lane=lane,
@@ -107,9 +110,9 @@ class Client(Jobs):
                 webhook=self._resolver.webhook(webhook_url),
                 reuse=self.settings.reuse_finished,
                 idempotency=idempotency(idempotency_key, parsed.canonical_json(), lane, metadata, webhook_url),
-                traceparent=span.traceparent,
+                traceparent=traceparent_of(span),
             )
-            span.set(job_id=job_id)
+            span.set_attribute("calotype.job_id", job_id)
         return JobHandle(self, job_id)
 
     def submit_many(
@@ -143,8 +146,10 @@ class Client(Jobs):
                 raise type(error)(
                     error.problem, field=f"configs[{index}].{error.field}", value=error.value, remedy=error.remedy
                 ) from error
-        with self._telemetry.begin("submit many", kind="producer", jobs=len(new), lane=lane.value) as span:
-            ids = self._create_all(new, lane=lane, metadata=metadata, tenant=tenant, traceparent=span.traceparent)
+        attributes = {"calotype.jobs": len(new), "calotype.lane": lane.value}
+        with span_block(self._telemetry.tracer, "submit many", kind=SpanKind.PRODUCER, attributes=attributes) as span:
+            traceparent = traceparent_of(span)
+            ids = self._create_all(new, lane=lane, metadata=metadata, tenant=tenant, traceparent=traceparent)
         return [JobHandle(self, job_id) for job_id in ids]
 
     def _create_all(

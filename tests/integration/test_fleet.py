@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Iterator
 
-import httpx
+import httpx2
 import pytest
 
 from calotype.api_keys import Scope
@@ -167,7 +167,7 @@ def test_the_page_is_there_when_the_storage_has_no_keys(gateway: Gateway, server
     settings = own_settings(servers).model_copy(update={"s3_access_key_id": None, "s3_secret_access_key": None})
     bare = Gateway(settings, dispatch=False)
     try:
-        found = httpx.get(bare.url)
+        found = httpx2.get(bare.url)
         assert found.status_code == 200
         assert "img-src 'self' blob: data:;" in found.headers["content-security-policy"]
     finally:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import numpy as np
 import pytest
 from PIL import Image
@@ -50,7 +50,7 @@ def png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def events(response: httpx.Response) -> list[tuple[str, Any]]:
+def events(response: httpx2.Response) -> list[tuple[str, Any]]:
     found = []
     for block in response.text.strip().split("\n\n"):
         if not block.startswith(":"):
@@ -71,10 +71,10 @@ def test_a_job_from_request_to_image(gateway: Gateway) -> None:
     done = gateway.http.get(f"/v1/jobs/{job['id']}").json()
     assert done["progress"] == 1.0
     [url] = done["urls"]
-    assert Image.open(io.BytesIO(httpx.get(url).content)).size == (64, 64)
+    assert Image.open(io.BytesIO(httpx2.get(url).content)).size == (64, 64)
     redirect = gateway.http.get(f"/v1/jobs/{job['id']}/images/0")
     assert redirect.status_code == 307
-    assert httpx.get(redirect.headers["location"]).content == httpx.get(url).content
+    assert httpx2.get(redirect.headers["location"]).content == httpx2.get(url).content
     assert gateway.http.get(f"/v1/jobs/{job['id']}/images/1").status_code == 404
 
 
@@ -143,14 +143,14 @@ def test_images_go_in_both_ways(gateway: Gateway, way: str) -> None:
         link = gateway.http.post("/v1/uploads/presigned").json()
         early = gateway.http.post("/v1/uploads/complete", json={"token": link["token"]})
         assert early.status_code == 404
-        assert httpx.put(link["url"], content=data).status_code == 200
+        assert httpx2.put(link["url"], content=data).status_code == 200
         answer = gateway.http.post("/v1/uploads/complete", json={"token": link["token"]})
     assert answer.status_code == 201
     upload = answer.json()["id"]
     assert answer.json() == {"id": gateway.client.upload(data), "width": 64, "height": 64}
     body = {**FAST, "init_image": upload, "strength": 0}
     [url] = gateway.http.post("/v1/jobs", json=body, headers={"prefer": "wait=30"}).json()["urls"]
-    shown = np.asarray(Image.open(io.BytesIO(httpx.get(url).content)))
+    shown = np.asarray(Image.open(io.BytesIO(httpx2.get(url).content)))
     assert np.array_equal(shown, sample_image(4)), "strength 0 gives the source back"
     broken = gateway.http.post("/v1/uploads", content=b"GIF89a", headers={"content-type": "image/png"})
     assert (broken.status_code, "is no readable image" in broken.text) == (400, True)
@@ -211,7 +211,7 @@ def test_keys_separate_tenants_and_scopes(guarded: Gateway) -> None:
         answer = guarded.http.get("/v1/jobs", headers=headers)
         assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
 
-    def ask(token: str, method: str, path: str, **options: Any) -> httpx.Response:
+    def ask(token: str, method: str, path: str, **options: Any) -> httpx2.Response:
         return guarded.http.request(method, path, headers={"authorization": f"Bearer {token}"}, **options)
 
     job = ask(ours, "POST", "/v1/jobs", json=FAST).json()
@@ -274,7 +274,7 @@ def test_the_command_serves_until_it_is_told_to_stop(environment: dict[str, str]
         assert process.stderr is not None
         found = re.search(r"gateway at (http://127\.0\.0\.1:(\d+)), which needs no key", process.stderr.readline())
         assert found is not None
-        assert httpx.get(f"{found[1]}/readyz").status_code == 200
+        assert httpx2.get(f"{found[1]}/readyz").status_code == 200
         taken = subprocess.run([*command, found[2]], env=environment, capture_output=True, text=True, check=False)
         assert (taken.returncode, "Address already in use" in taken.stderr) == (ExitCode.UNAVAILABLE, True)
         process.send_signal(signal.SIGTERM)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import numpy as np
 import openai
 import pytest
@@ -63,7 +63,7 @@ def test_generate_as_a_link(client: openai.OpenAI) -> None:
     answer = client.images.generate(
         model="tiny", prompt="a cat", response_format="url", output_format="webp", quality="low", extra_body=QUICK
     )
-    data = httpx.get((answer.data or [])[0].url or "").content
+    data = httpx2.get((answer.data or [])[0].url or "").content
     assert Image.open(io.BytesIO(data)).format == "WEBP"
     assert answer.output_format == "webp"
 
@@ -204,7 +204,7 @@ def test_the_whole_batch_round_trip(client: openai.OpenAI) -> None:
     assert (answer["status_code"], by_id["image-3"]["error"]) == (200, None)
     [item] = answer["body"]["data"]
     assert item["seed"] == 3
-    assert opened(httpx.get(item["url"]).content).shape == (64, 64, 3)
+    assert opened(httpx2.get(item["url"]).content).shape == (64, 64, 3)
     failed = [json.loads(line) for line in client.files.content(batch.error_file_id or "").text.splitlines()]
     assert {line["custom_id"] for line in failed} == {"image-7", "image-8"}
     assert all(line["error"]["code"] == "invalid_request" for line in failed)

@@ -20,7 +20,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from redis import Redis
 from standardwebhooks import Webhook, WebhookVerificationError
@@ -219,7 +219,7 @@ def test_a_finished_job_is_told(
             "images": [{"key": "a/1/0.png", "seed": 5, "sha256": digest}],
         },
     }
-    assert httpx.get(link).content == b"image"
+    assert httpx2.get(link).content == b"image"
     assert message.path == "/hooks?token=hush"
     assert message.headers["content-type"] == "application/json"
     assert corner.empty
@@ -403,7 +403,7 @@ def test_private_addresses_are_never_asked(
     assert receiver.messages == []
     assert corner.redis.zrange(corner.keys.hooks, 0, -1) == [named]
     postponed = next(record for record in caplog.records if record.getMessage() == "webhook postponed")
-    assert "hooks.example is no public address" in postponed.reason
+    assert "hooks.example is not a public address" in postponed.reason
 
 
 def test_proxies_of_the_environment_are_not_used(
