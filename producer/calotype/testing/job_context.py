@@ -24,7 +24,7 @@ class WorkerCrash(Exception):
 
 
 class JobContext:
-    """Owned by the worker's thread, in which the script runs."""
+    """An attempt at a job, for the time of its script. Owned by the worker's thread, in which the script runs."""
 
     def __init__(self, store: JobStore, claim: Claim, *, lease_seconds: float) -> None:
         self._store = store
@@ -38,6 +38,7 @@ class JobContext:
 
     @property
     def config(self) -> GenerationConfig:
+        """What the job asks for, with nothing left open."""
         return self.claim.config
 
     @property

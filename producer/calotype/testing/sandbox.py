@@ -43,7 +43,7 @@ class Sandbox:
         [image] = sandbox.client.submit("a red circle", seed=7).images(timeout=30)
     ```
 
-    It starts servers of its own, which takes about two seconds, or uses `servers`, which may serve many sandboxes: each
+    It starts servers of its own, which takes a few seconds, or uses `servers`, which may serve many sandboxes: each
     has keys and a bucket that no other has. `cards` are the models that the worker serves, `lease_seconds` how long a
     job stays with a worker that crashes, and `options` are fields of `Settings`, such as `tenant` or `max_queued`.
 

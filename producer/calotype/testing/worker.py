@@ -40,15 +40,11 @@ _REPORT_SECONDS, _REPORT_TTL_SECONDS = 1.0, 60.0
 _REAP_SECONDS = 0.5
 
 
-def _succeed(context: JobContext) -> None:
-    """The script of a worker that has no other."""
-
-
 class ScriptedWorker:
     """A context manager that works in one thread of its own, on one job at a time.
 
-    `script` is called once per attempt, between the claim and the images, and may be replaced at any time. A
-    `CalotypeError` that it raises fails the job for good, with the error's code. Any other exception is a fault of the
+    `script` is called once per attempt, between the claim and the images, and may be replaced at any time; without one
+    every job succeeds. A `CalotypeError` that it raises fails the job for good, with the error's code. Any other exception is a fault of the
     worker, after which the job is tried again until its `max_failures`; but `WorkerCrash` ends the attempt in silence.
 
     `cards` are the models that it serves. With `store_images=False` records name images that are not there, which is
@@ -63,7 +59,7 @@ class ScriptedWorker:
         settings: Settings,
         cards: Sequence[ModelCard],
         *,
-        script: Script = _succeed,
+        script: Script | None = None,
         lanes: Sequence[Lane] = (Lane.INTERACTIVE, Lane.BULK),
         store_images: bool = True,
         limit: float = float("inf"),
@@ -165,7 +161,8 @@ class ScriptedWorker:
         context = JobContext(self._store, claim, lease_seconds=self._lease_seconds)
         began = time.monotonic()
         try:
-            self.script(context)
+            if self.script is not None:
+                self.script(context)
             context.progress(context.total_steps)
             images = [self._image(claim, index) for index in range(claim.config.image_count)]
             self._store.commit(claim, images=images, timings={"denoise": time.monotonic() - began})
