@@ -44,8 +44,9 @@ class ScriptedWorker:
     """A context manager that works in one thread of its own, on one job at a time.
 
     `script` is called once per attempt, between the claim and the images, and may be replaced at any time; without one
-    every job succeeds. A `CalotypeError` that it raises fails the job for good, with the error's code. Any other exception is a fault of the
-    worker, after which the job is tried again until its `max_failures`; but `WorkerCrash` ends the attempt in silence.
+    every job succeeds. A `CalotypeError` that it raises fails the job for good, with the error's code. Any other
+    exception is a fault of the worker, after which the job is tried again until its `max_failures`; but `WorkerCrash`
+    ends the attempt in silence.
 
     `cards` are the models that it serves. With `store_images=False` records name images that are not there, which is
     faster. `limit` is how many attempts it makes, at most.
