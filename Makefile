@@ -1,10 +1,11 @@
-# Everything a developer runs. Installs go through constraints.txt, which pins torch among others.
+# Everything a developer runs. What users run is installed by constraints.txt, which pins torch among others; the rest
+# by requirements.lock, whole and with hashes.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test check audit prometheus infra faults static format docs reference bench build clean
+.PHONY: help demo test check audit prometheus infra faults static format lock docs reference bench build clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -42,6 +43,9 @@ format: $(VENV)/.dev ## format and fix what can be fixed
 faults: $(VENV)/.dev ## every fault at full length, and the table of what was lost: nothing; half an hour
 	FAULTS=full $(BIN)/python -m pytest tests/faults --timeout 1800
 
+lock: $(VENV)/.dev ## write requirements.lock anew, after a change of pyproject.toml or constraints.txt
+	$(BIN)/python -m tools.lock
+
 reference: $(VENV)/.dev ## write the generated pages of docs/ anew
 	$(BIN)/python -m tools.reference
 
@@ -69,13 +73,14 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(INSTALL) -e '.[worker,gateway,embedded]'
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(INSTALL) -e '.[worker,gateway,telemetry,quantized,embedded,test,dev,docs]'
+$(VENV)/.dev: pyproject.toml constraints.txt requirements.lock | $(VENV)/bin/python
+	$(INSTALL) torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@ $(VENV)/.demo
 
 # celery-batches says that it wants an older Celery; it runs with ours.
-$(VENV)/.bench: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(INSTALL) -e '.[worker,gateway,embedded,bench]'
+$(VENV)/.bench: $(VENV)/.dev
 	$(INSTALL) --no-deps celery-batches
 	@touch $@
 

@@ -31,6 +31,7 @@ from calotype import (
     WaitTimeout,
 )
 from calotype.batches.record import BatchFormat
+from calotype.testing import JobContext
 from calotype.webhooks import tenant_secret
 from calotype_shared.queue.job_store import JobStore
 from calotype_shared.queue.submission import NewJob
@@ -108,7 +109,7 @@ def test_bad_lines_are_told_by_number_and_the_rest_runs(
     assert "color=" in told[6]
     assert "is not an object" in told[7]
     assert "model='unheard-of'" in told[8]
-    assert (errors[9]["state"], errors[9]["error"]) == ("failed", {"code": "bad", "message": "as asked"})
+    assert (errors[9]["state"], errors[9]["error"]) == ("failed", {"code": "generation_failed", "message": "as asked"})
     assert "use a text of 1 to 512 characters" in told[10]
     assert "custom_id='\\ud800'" in told[11]
     assert "seed=nan" in told[12]
@@ -129,19 +130,20 @@ def test_seeds_left_open_are_the_lines_own(client: Client, run: None) -> None:
 
 def test_only_a_window_of_jobs_is_in_redis(client: Client, settings: Settings, store: JobStore, redis: Redis) -> None:
     """However long the manifest; and partial results can be read while it runs."""
-    gate = threading.Event()
     most = 0
 
-    def allow() -> bool:
+    def look(_: JobContext | None = None) -> None:
         nonlocal most
         most = max(most, len(redis.keys(f"{store.keys.job('')}*")))  # at one moment, as a scan is not
-        return gate.is_set()
 
     batch = client.batches.submit(lines(400), window=30)
-    with SimulatedWorker(settings, allow=allow), Dispatcher(settings):
+    with SimulatedWorker(settings) as worker, Dispatcher(settings):
+        worker.pause()
+        worker.script = look
         until(lambda: batch.status().counts.queued == 30)
+        look()
         assert batch.status().counts.waiting == 370
-        gate.set()
+        worker.resume()
         until(lambda: next(batch.results(), None) is not None)
         assert batch.wait(30).counts.succeeded == 400
     assert most == 30

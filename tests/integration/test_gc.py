@@ -18,6 +18,7 @@ from calotype.cli.app import main
 from calotype.files import FileStore
 from calotype.gc import Collector, GcRefused, Kind, Report
 from calotype.gc.bloom import BloomFilter
+from calotype.testing import ScriptedWorker
 from calotype_shared.queue.job_store import Claim, JobStore
 from calotype_shared.schema.jobs import JobError, new_job_id
 from calotype_shared.storage.images import upload_key
@@ -25,14 +26,15 @@ from calotype_shared.storage.s3 import Storage, sidecar_key
 from tests.integration.conftest import until
 from tests.integration.test_fair_share import CARD, take
 from tests.invariants import check_bucket, check_store
-from tests.simulated import SimulatedWorker, image_of
+from tests.simulated import image_of
 
+SERVED = CARD.model_copy(update={"features": frozenset({"text_to_image", "image_to_image"})})
 AT_ONCE = -2.0  # seconds: whatever is there is old enough
 
 
 @pytest.fixture
 def client(settings: Settings, store: JobStore, redis: Redis) -> Iterator[Client]:
-    store.announce_model(CARD.model_copy(update={"features": frozenset({"text_to_image", "image_to_image"})}))
+    store.announce_model(SERVED)
     with Client(settings=settings.model_copy(update={"reuse_finished": True})) as client:
         yield client
     check_store(store, redis)
@@ -48,13 +50,6 @@ def sample_image(color: str) -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (8, 8), color).save(file, "PNG")
     return file.getvalue()
-
-
-class DrawingWorker(SimulatedWorker):
-    """Puts something into storage for each job, as real ones do."""
-
-    def __init__(self, settings: Settings, storage: Storage) -> None:
-        super().__init__(settings, before_commit=lambda claim: draw(storage, claim))
 
 
 def draw(storage: Storage, claim: Claim) -> None:
@@ -113,7 +108,7 @@ def a_bucket_full(client: Client, settings: Settings, store: JobStore, storage: 
     upload = client.upload(sample_image("green"))
     waiting = client.batches.submit([{**line, "init_image": upload}], tenant="waits")
     waiting.pause()
-    with DrawingWorker(settings, storage), Dispatcher(settings):
+    with ScriptedWorker(settings, [SERVED]), Dispatcher(settings):
         batch.wait(30)
         expired.wait(30)
     leave(f"batches/{batch.id}/plan-{new_job_id()}/jobs-000001.jsonl")
@@ -292,7 +287,7 @@ def test_a_batch_that_is_finished_while_its_parts_are_read_keeps_its_images(
 ) -> None:
     """Its parts vanish under the reader, who turns to the joined results."""
     batch = client.batches.submit([{"prompt": str(i), "num_inference_steps": 5} for i in range(4)], window=2)
-    with DrawingWorker(settings, storage):
+    with ScriptedWorker(settings, [SERVED]):
         with Dispatcher(settings):
             until(lambda: redis.exists(store.keys.parts(batch.id)))
             batch.pause()

@@ -20,12 +20,13 @@ from calotype.cli.app import main
 from calotype.embedded.ports import free_ports, installed_binary
 from calotype.embedded.valkey import ValkeyServer
 from calotype.gc import Collector, GcRefused
+from calotype.testing import ScriptedWorker
 from calotype_shared.queue.connection import connect_redis
 from calotype_shared.queue.job_store import JobStore
 from calotype_shared.storage.s3 import Storage
 from tests.integration.conftest import until
 from tests.integration.test_fair_share import CARD
-from tests.integration.test_gc import DrawingWorker, finish
+from tests.integration.test_gc import finish
 from tests.invariants import check_bucket, check_store
 
 PAGES = Path(__file__).parents[2] / "docs" / "how-to"
@@ -114,7 +115,7 @@ def test_a_deployment_is_restored_from_its_backup(
         [image] = client.status(done).images
         assert storage.get(image.key) == b"image"
         assert ApiKeys(redis, key_prefix=settings.key_prefix).authenticate(token) == key
-        with DrawingWorker(restored, storage), Dispatcher(restored):
+        with ScriptedWorker(restored, [CARD]), Dispatcher(restored):
             assert client.wait(waiting, 30).state is JobState.SUCCEEDED
             assert client.batches.wait(batch, 30).counts.succeeded == len(batch_lines)
         check_store(store, redis)

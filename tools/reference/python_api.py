@@ -18,6 +18,7 @@ from pydantic import BaseModel
 
 import calotype
 import calotype.batches.record as batch_record
+import calotype.testing
 import calotype_worker
 from calotype_shared.schema import config, jobs
 from tools.reference.markdown import code, docstring, generated, table
@@ -72,6 +73,12 @@ _SECTIONS: tuple[tuple[str, str, Any, tuple[str, ...]], ...] = (
             *("DiffusionModel", "DiffusionPipeline", "GenerationConfig", "GeneratedImage", "Adapters", "Memory"),
             *("NoiseScheduler", "UNetModel", "TextEncoder", "VAEDecoder"),
         ),
+    ),
+    (
+        "Tests",
+        "From `calotype.testing`: [how to test your producer](../how-to/test-your-producer.md).",
+        calotype.testing,
+        ("Sandbox", "ScriptedWorker", "JobContext"),
     ),
 )
 
