@@ -54,6 +54,7 @@ def authority(tmp_path: Path) -> tuple[trustme.CA, Path]:
     return authority, tmp_path / "ca.pem"
 
 
+@pytest.mark.slow
 def test_tls_with_a_private_authority_client_certificates_and_a_user(
     guarded: ValkeyServer,
     authority: tuple[trustme.CA, Path],
@@ -201,6 +202,7 @@ def watched(tmp_path: Path) -> Iterator[RequestMetricsMiddleware]:
     watched.stop()
 
 
+@pytest.mark.slow
 def test_the_primary_is_killed_and_a_replica_takes_its_place(
     watched: RequestMetricsMiddleware, corner: Callable[..., Settings], make_site: Callable[..., Site], table: Table
 ) -> None:

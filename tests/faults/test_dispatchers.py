@@ -65,7 +65,7 @@ def check_batch(site: Site, batch: BatchHandle) -> Outcome:
     return Outcome(jobs=LINES, lost=lost, twice=twice)
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_the_dispatcher_is_killed(site: Site, start_dispatcher: StartDispatcher, table: Table) -> None:
     """In mid-window, with a second one standing by and a worker that dies as well: the heir takes over by itself."""
     worker = site.start_worker("--concurrency", "6")
@@ -86,6 +86,7 @@ def test_the_dispatcher_is_killed(site: Site, start_dispatcher: StartDispatcher,
     table.add("dispatcher and worker killed in mid-batch", outcome, recovery_seconds=took)
 
 
+@pytest.mark.slow
 def test_redis_comes_back_as_it_was_before(
     tmp_path: Path,
     corner: Callable[..., Settings],

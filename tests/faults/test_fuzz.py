@@ -22,6 +22,8 @@ from tests.faults.harness import FULL, Forge, Outcome, Site, Table, WorkerProces
 from tests.integration.gateway import Gateway
 from tests.invariants import check_store
 
+pytestmark = pytest.mark.slow
+
 INPUTS = {  # (always, with FAULTS=full)
     "configs": (200, 4000),
     "requests": (120, 2500),

@@ -27,7 +27,8 @@ def final(site: Site, ids: list[str]) -> int:
     return sum(record is not None and record.state.final for record in site.store.get_many(ids))
 
 
-@pytest.mark.parametrize("point", POINTS)
+# Everything is uploaded and nothing committed: most is left behind, and all of it has to be seen to.
+@pytest.mark.parametrize("point", [p if p == "uploaded" else pytest.param(p, marks=pytest.mark.slow) for p in POINTS])
 def test_a_worker_is_killed_at(point: str, site: Site, table: Table) -> None:
     """SIGKILL at that very point; another worker finishes what was begun."""
     victim = site.start_worker(stop=point)
@@ -48,6 +49,7 @@ def test_a_worker_is_killed_at(point: str, site: Site, table: Table) -> None:
     table.add(f"worker killed: {point}", site.check(ids), recovery_seconds=took)
 
 
+@pytest.mark.slow
 def test_a_frozen_worker_comes_back_too_late(site: Site, table: Table) -> None:
     """SIGSTOP beyond the lease: the job is another's. After SIGCONT the zombie finishes its images, in vain."""
     zombie = site.start_worker("--concurrency", "4", stop="slow-commit")
@@ -69,7 +71,7 @@ def test_a_frozen_worker_comes_back_too_late(site: Site, table: Table) -> None:
     table.add("worker frozen beyond its lease, then continued", site.check(ids + more), recovery_seconds=took)
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_a_message_dies_with_its_worker(site: Site, table: Table) -> None:
     """Frozen while it waits for messages, a worker is handed one it never sees; killed then, the message is gone."""
     victim = site.start_worker("--concurrency", "1")
@@ -83,6 +85,7 @@ def test_a_message_dies_with_its_worker(site: Site, table: Table) -> None:
     table.add("message handed to a worker that was frozen, then killed", site.check(ids), recovery_seconds=took)
 
 
+@pytest.mark.slow
 def test_the_same_message_twice(site: Site, table: Table) -> None:
     """Two workers, and every message three times: each job is claimed once."""
     site.start_worker().kill()  # the model is known from now on
@@ -99,6 +102,7 @@ def test_the_same_message_twice(site: Site, table: Table) -> None:
     table.add("every message three times, two workers", site.check(ids), recovery_seconds=time.monotonic() - began)
 
 
+@pytest.mark.slow
 def test_a_poison_job_among_good_ones(site: Site, table: Table) -> None:
     """It takes five workers with it, is put aside with its history, and every other job is done."""
     workers = [site.start_worker(stop="poison")]
@@ -122,6 +126,7 @@ def test_a_poison_job_among_good_ones(site: Site, table: Table) -> None:
     table.add("poison job among good ones", site.check([*good, poison], failed=[poison]), recovery_seconds=took)
 
 
+@pytest.mark.slow
 def test_the_model_raises_on_one_prompt(site: Site, table: Table) -> None:
     """Its neighbours, encoded in the same call, do not notice; it fails after its three attempts and says why."""
     worker = site.start_worker(stop="cursed")
@@ -139,6 +144,7 @@ def test_the_model_raises_on_one_prompt(site: Site, table: Table) -> None:
     table.add("model raises on one prompt", outcome, recovery_seconds=time.monotonic() - began)
 
 
+@pytest.mark.slow
 def test_all_workers_are_upgraded_in_turn(site: Site, table: Table) -> None:
     """SIGTERM to each under load, one of the next version first, which has jobs that the old ones must leave to it.
 
@@ -162,6 +168,7 @@ def test_all_workers_are_upgraded_in_turn(site: Site, table: Table) -> None:
     table.add("rolling upgrade under load", outcome, recovery_seconds=time.monotonic() - began)
 
 
+@pytest.mark.slow
 def test_an_old_worker_leaves_what_is_too_new_to_a_new_one(site: Site, table: Table) -> None:
     """A job of the next version in the middle of a line: the old worker does its own around it, and says so once."""
     old = site.start_worker()
@@ -186,7 +193,7 @@ def test_an_old_worker_leaves_what_is_too_new_to_a_new_one(site: Site, table: Ta
     table.add("old and new worker on one line", site.check([*ids, newer]), recovery_seconds=took)
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_workers_are_killed_at_random(site: Site, table: Table) -> None:
     """Every few seconds one of three is killed without a word, and another comes."""
     count, pause = (2000, (2.5, 5.0)) if FULL else (48, (2.0, 3.0))

@@ -74,6 +74,7 @@ def test_redis_is_killed_and_restarted(
     table.add("Redis killed and restarted", site.check(ids), recovery_seconds=took)
 
 
+@pytest.mark.slow
 def test_redis_runs_out_of_memory(
     own_valkey: list[ValkeyServer], corner: Callable[..., Settings], make_site: Callable[..., Site], table: Table
 ) -> None:
@@ -98,6 +99,7 @@ def test_redis_runs_out_of_memory(
     table.add("Redis out of memory", site.check(ids + more), recovery_seconds=time.monotonic() - began)
 
 
+@pytest.mark.slow
 def test_all_connections_to_redis_are_killed(site: Site, table: Table) -> None:
     """Each worker reconnects, keeps its claims, and does nothing twice."""
     workers = [site.start_worker("--concurrency", "6") for _ in range(2)]
@@ -116,7 +118,8 @@ def test_all_connections_to_redis_are_killed(site: Site, table: Table) -> None:
     table.add("all connections to Redis killed", site.check(ids), recovery_seconds=took)
 
 
-@pytest.mark.parametrize("mode", [pytest.param("cut", marks=pytest.mark.full), "swallow"])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["cut", "swallow"])
 def test_the_network_to_redis_fails(
     mode: Mode, corner: Callable[..., Settings], make_site: Callable[..., Site], table: Table
 ) -> None:
@@ -145,7 +148,7 @@ def test_the_network_to_redis_fails(
         table.add(name, site.check(ids + more), recovery_seconds=took)
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_a_black_hole_does_not_hang_who_submits(
     corner: Callable[..., Settings], make_site: Callable[..., Site]
 ) -> None:
@@ -162,7 +165,7 @@ def test_a_black_hole_does_not_hang_who_submits(
 
 
 @pytest.mark.parametrize(
-    "mode", ["busy", "forbidden", "cut", *(pytest.param(mode, marks=pytest.mark.full) for mode in ("swallow", "slow"))]
+    "mode", ["busy", *(pytest.param(m, marks=pytest.mark.slow) for m in ("forbidden", "cut", "swallow", "slow"))]
 )
 def test_the_storage_fails(
     mode: Mode, corner: Callable[..., Settings], make_site: Callable[..., Site], table: Table
@@ -193,7 +196,7 @@ def test_the_storage_fails(
         table.add(f"S3 {names.get(mode, mode)}", site.check(ids), recovery_seconds=took)
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_the_storage_is_killed_and_restarted(
     corner: Callable[..., Settings], make_site: Callable[..., Site], tmp_path: Path, table: Table
 ) -> None:
@@ -227,6 +230,7 @@ def test_the_storage_is_killed_and_restarted(
             server.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["disk-full", "no-room"])
 def test_there_is_no_room_to_spool(
     how: str, corner: Callable[..., Settings], make_site: Callable[..., Site], table: Table
@@ -253,7 +257,8 @@ def test_there_is_no_room_to_spool(
         table.add(name, site.check(ids), recovery_seconds=time.monotonic() - began)
 
 
-@pytest.mark.parametrize("clock", ["clock-ahead", pytest.param("clock-behind", marks=pytest.mark.full)])
+@pytest.mark.slow
+@pytest.mark.parametrize("clock", ["clock-ahead", "clock-behind"])
 def test_clocks_disagree(clock: str, site: Site, table: Table) -> None:
     """A worker's clock is wrong by ten minutes; another one's is right. Time is Redis's alone."""
     for worker in [site.start_worker("--concurrency", "4", stop=stop, ready=False) for stop in (clock, ())]:
@@ -270,6 +275,7 @@ def test_clocks_disagree(clock: str, site: Site, table: Table) -> None:
     table.add(name, site.check(ids), recovery_seconds=time.monotonic() - began)
 
 
+@pytest.mark.slow
 def test_cancelling_races_the_commit(site: Site) -> None:
     """Whoever is first wins, whole: a cancelled job has no image, and one with an image was not cancelled."""
     site.start_worker("--concurrency", "8")

@@ -34,7 +34,7 @@ def _states(site: Site, ids: list[str]) -> list[JobState]:
 
 
 @pytest.mark.parametrize(
-    "cloud", ["aws", pytest.param("gcp", marks=pytest.mark.full), pytest.param("azure", marks=pytest.mark.full)]
+    "cloud", ["aws", pytest.param("gcp", marks=pytest.mark.slow), pytest.param("azure", marks=pytest.mark.slow)]
 )
 def test_a_cloud_gives_notice(site: Site, table: Table, cloud: str) -> None:
     """Nothing more is taken, what takes long is back in line before the machine goes, and the exit status is 0."""
@@ -59,6 +59,7 @@ def test_a_cloud_gives_notice(site: Site, table: Table, cloud: str) -> None:
     table.add(f"machine taken away: {cloud}", site.check(ids), recovery_seconds=time.monotonic() - began)
 
 
+@pytest.mark.slow
 def test_what_fits_before_the_end_is_finished_and_a_signal_after_the_notice_is_a_first_one(
     site: Site, tmp_path: Path, table: Table
 ) -> None:

@@ -37,7 +37,9 @@ WITHOUT = {
 }
 
 
-@pytest.mark.parametrize("name", [*WORLDS, *(pytest.param(name, marks=pytest.mark.full) for name in LARGE)])
+@pytest.mark.parametrize(
+    "name", [name if name == "poison" else pytest.param(name, marks=pytest.mark.slow) for name in WORLDS | LARGE]
+)
 def test_every_state_is_safe_and_can_come_to_rest(name: str) -> None:
     found = explore((WORLDS | LARGE)[name])
     assert not found.problem, found

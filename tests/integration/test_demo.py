@@ -73,6 +73,7 @@ def test_the_demo_makes_its_images_and_stops_everything(corner: Path) -> None:
     assert list((corner / "tmp").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_an_interrupt_stops_the_demo_and_all_it_started(corner: Path) -> None:
     """Ctrl-C in the middle of the work: exit status 130 within seconds, nothing left."""
     demo = start_demo(corner, [{"prompt": "a long one", "num_inference_steps": 900, "num_images": 40}])
@@ -87,6 +88,7 @@ def test_an_interrupt_stops_the_demo_and_all_it_started(corner: Path) -> None:
     assert list((corner / "tmp").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_is_named_and_the_others_are_kept(corner: Path) -> None:
     """Exit status 1 with the reason; the contact sheet has the rest."""
     demo = start_demo(corner, [*_PROMPTS[:1], {"prompt": "x" * 600, "num_inference_steps": 3}])

@@ -17,6 +17,8 @@ from calotype.embedded import EmbeddedServers
 from calotype.webhooks import tenant_secret
 from tests.integration.gateway import Gateway, serving
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$(?:\n\n^```text\n(.*?)^```$)?", re.DOTALL | re.MULTILINE)
 

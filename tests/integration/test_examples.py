@@ -19,6 +19,8 @@ from calotype_worker.output.video import read_gif, read_mp4
 from tests.integration.conftest import CommandWorker
 from tests.opaque_models import write_tiny_animatediff, write_tiny_shap_e
 
+pytestmark = pytest.mark.slow
+
 TOGETHER = 4  # their images share steps
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

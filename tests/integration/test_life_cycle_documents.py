@@ -28,6 +28,8 @@ from tests.integration.test_fair_share import CARD
 from tests.integration.test_gc import DrawingWorker, finish
 from tests.invariants import check_bucket, check_store
 
+pytestmark = pytest.mark.slow
+
 PAGES = Path(__file__).parents[2] / "docs" / "how-to"
 BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
