@@ -127,6 +127,7 @@ def environment(settings: Settings, servers: EmbeddedServers) -> dict[str, str]:
         "CALOTYPE_S3_BUCKET": settings.s3_bucket,
         # What a busy machine makes of the profile would decide how many jobs run together.
         "CALOTYPE_WORKER_PROFILE_SECONDS": "0",
+        "CALOTYPE_WORKER_REAP_SECONDS": "0.5",
     }
 
 

@@ -59,8 +59,7 @@ def check_batch(site: Site, batch: BatchHandle) -> Outcome:
     assert (lost, twice) == (0, 0)
     keys = [image["key"] for result in results for image in result["images"]]
     assert len(set(keys)) == LINES
-    for key in keys:
-        site.check_image(key)
+    site.check_images(keys)
     check_store(site.store, site.redis)
     return Outcome(jobs=LINES, lost=lost, twice=twice)
 

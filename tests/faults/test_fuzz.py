@@ -87,7 +87,7 @@ class Place:
 
 @pytest.fixture
 def place(corner: Callable[..., Settings], forge: Forge, tiny_model: Path, tmp_path: Path) -> Iterator[Place]:
-    site = Site(corner(), forge=forge, model=tiny_model, folder=tmp_path, reference={})
+    site = Site(corner(), forge=forge, model=tiny_model, folder=tmp_path)
     place = Place(site, site.start_worker())
     yield place
     place.stop()

@@ -18,6 +18,8 @@ from calotype_shared.settings import Settings
 from tests.faults.harness import Forge, WorkerProcess
 from tests.invariants import check_store
 
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
 
 class CommandWorker:
     """A `python -m calotype_worker` of its own, with its log in a file, on all cores."""
@@ -73,6 +75,16 @@ def start_worker(
     yield start
     for worker in workers:
         worker.kill()
+
+
+@pytest.fixture
+def calotype(environment: dict[str, str], forge: Forge) -> Command:
+    """Runs a `calotype` command in this test's corner to its end, as a process of its own."""
+
+    def run(*arguments: str, typed: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
+        return forge.command(*arguments, environment={**environment, **variables}, typed=typed)
+
+    return run
 
 
 @pytest.fixture

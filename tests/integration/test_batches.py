@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import signal
 import subprocess
@@ -38,7 +39,7 @@ from calotype_shared.schema.config import GenerationConfig
 from calotype_shared.schema.model_card import ModelCard
 from calotype_shared.storage.s3 import Storage
 from tests.faults.harness import WorkerProcess
-from tests.integration.conftest import until
+from tests.integration.conftest import Command, until
 from tests.integration.test_fair_share import CARD
 from tests.invariants import check_store
 from tests.simulated import SimulatedWorker
@@ -412,34 +413,24 @@ def test_webhooks_tell_of_jobs_and_batches(settings: Settings, store: JobStore) 
 
 
 def test_the_command_leads_a_batch_to_its_end(
-    client: Client, settings: Settings, environment: dict[str, str], tmp_path: Path
+    client: Client, settings: Settings, calotype: Command, tmp_path: Path
 ) -> None:
     """Submit, wait, read the results; the exit status tells that a line failed."""
-
-    def calotype(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "calotype", "batch", *arguments],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-
+    batch = functools.partial(calotype, "batch")
     file = write(tmp_path / "jobs.jsonl", [*lines(5), {"prompt": "fail"}, {"prompt": "x", "width": 3}])
     with SimulatedWorker(settings):
-        ran = calotype("submit", str(file), "--wait", "--metadata", "night=1")
+        ran = batch("submit", str(file), "--wait", "--metadata", "night=1")
     assert ran.returncode == 1
     assert "7 of 7 lines done, 1 failed, 1 invalid" in ran.stdout
     batch_id = ran.stdout.split()[0]
-    results = [json.loads(line) for line in calotype("results", batch_id).stdout.splitlines()]
+    results = [json.loads(line) for line in batch("results", batch_id).stdout.splitlines()]
     assert [result["state"] for result in results] == ["succeeded"] * 5
-    errors = [json.loads(line) for line in calotype("results", batch_id, "--errors").stdout.splitlines()]
+    errors = [json.loads(line) for line in batch("results", batch_id, "--errors").stdout.splitlines()]
     assert sorted(error["line"] for error in errors) == [6, 7]
-    shown = json.loads(calotype("status", batch_id, "--json").stdout)
+    shown = json.loads(batch("status", batch_id, "--json").stdout)
     assert (shown["state"], shown["metadata"]) == ("completed", {"night": "1"})
-    assert batch_id in calotype("list").stdout
-    assert calotype("status", "batch_x").returncode == 3
+    assert batch_id in batch("list").stdout
+    assert batch("status", "batch_x").returncode == 3
 
 
 def test_the_same_from_asyncio(settings: Settings, store: JobStore, run: None) -> None:

@@ -15,6 +15,7 @@ import httpx
 import pytest
 from PIL import Image
 
+from tests.faults.harness import Forge
 from tests.integration.conftest import until
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -71,18 +72,11 @@ def children_of(pid: int) -> list[int]:
 
 
 @pytest.fixture
-def run(up: Up) -> Run:
+def run(up: Up, forge: Forge) -> Run:
     """Runs a `calotype` command against it."""
 
     def run(*arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            [sys.executable, "-m", "calotype", *arguments],
-            capture_output=True,
-            text=True,
-            env={**os.environ, **up.said["environment"]},
-            timeout=60,
-            check=False,
-        )
+        done = forge.command(*arguments, environment={**os.environ, **up.said["environment"]})
         assert done.returncode == status, done.stderr
         return done
 
