@@ -54,7 +54,7 @@ def config(number: int, *, long: bool = False, **changes: Any) -> GenerationConf
     return GenerationConfig.parse({**fields, **changes})
 
 
-def until(condition: Callable[[], Any], seconds: float = 60, *, why: Callable[[], str] = lambda: "") -> None:
+def until(condition: Callable[[], Any], seconds: float = 120, *, why: Callable[[], str] = lambda: "") -> None:
     """Wait for a condition, bounded. While a server is away, asking it is no answer."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -111,7 +111,7 @@ class Forge:
         assert self._process.stdin
         assert self._process.stdout
         self._process.stdin.close()
-        self._process.wait(20)
+        self._process.wait(120)
         self._process.stdout.close()
 
     def _ask(self, asked: Mapping[str, Any]) -> Any:
@@ -144,7 +144,7 @@ class WorkerProcess:
     def kill(self) -> None:
         if self.alive:
             self.send(signal.SIGKILL)
-            self.wait(20)
+            self.wait(120)
 
     def wait(self, seconds: float = 60) -> int:
         """The exit status, or minus the signal that ended it."""

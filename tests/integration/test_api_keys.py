@@ -82,7 +82,7 @@ def test_requests_are_limited_and_come_back(keys: ApiKeys, redis: Redis) -> None
             return False
         return True
 
-    until(works, 5)
+    until(works)
     assert redis.ttl(keys.keys.rate_limit(key.id)) > 0
 
 

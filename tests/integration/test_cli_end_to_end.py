@@ -62,7 +62,7 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
-            process.wait(40)
+            process.wait(120)
         process.stdout.close()
 
 
@@ -155,5 +155,5 @@ def test_interrupt_stops_everything(up: Up) -> None:
     pids = [*guards, *(pid for guard in guards for pid in children_of(guard))]
     assert len(pids) == 6  # Valkey, SeaweedFS and a worker, each under its guard
     up.process.send_signal(signal.SIGINT)
-    assert up.process.wait(40) == 0
-    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 10)
+    assert up.process.wait(120) == 0
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))

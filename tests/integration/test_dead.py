@@ -102,7 +102,7 @@ def test_a_batchs_dead_job_is_looked_at_too(client: Client, store: JobStore, red
         for number in range(MAX_CRASHES):
             until(lambda: store.depths().get("demo.bulk") == 1)
             crash(store, redis, f"worker-{number}")
-        batch.wait(20)
+        batch.wait(120)
     [record] = client.dead()
     assert (record.batch, len(record.history)) == (batch.id, MAX_CRASHES)
     again = client.retry_dead(record.id)

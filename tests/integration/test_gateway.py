@@ -281,5 +281,5 @@ def test_the_command_serves_until_it_is_told_to_stop(environment: dict[str, str]
         taken = subprocess.run([*command, found[2]], env=environment, capture_output=True, text=True, check=False)
         assert (taken.returncode, "Address already in use" in taken.stderr) == (ExitCode.UNAVAILABLE, True)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=20) == 0
+        assert process.wait(timeout=120) == 0
         assert process.stderr.read().endswith("stopped\n")

@@ -100,7 +100,7 @@ def test_a_deployment_is_restored_from_its_backup(
         late = client.submit("accepted too late", lane=Lane.BULK).id
         collect(settings)
     os.kill(server.process.pid, signal.SIGKILL)
-    server.process.wait(10)
+    server.process.wait(120)
     for name in copied:
         storage.delete(name)
     for name, data in copied.items():  # as the tool that syncs does it
@@ -117,8 +117,8 @@ def test_a_deployment_is_restored_from_its_backup(
         assert storage.get(image.key) == b"image"
         assert ApiKeys(redis, key_prefix=settings.key_prefix).authenticate(token) == key
         with DrawingWorker(restored, storage), Dispatcher(restored):
-            assert client.wait(waiting, 30).state is JobState.SUCCEEDED
-            assert client.wait_batch(batch, 30).counts.succeeded == len(batch_lines)
+            assert client.wait(waiting, 120).state is JobState.SUCCEEDED
+            assert client.wait_batch(batch, 120).counts.succeeded == len(batch_lines)
         check_store(store, redis)
         check_bucket(store, redis, storage)
         assert redis.info("persistence")["aof_enabled"] == 1

@@ -115,7 +115,7 @@ def test_progress_and_interrupt(api: webuiapi.WebUIApi, gateway: Gateway) -> Non
     assert state["eta_relative"] > 0
     assert state["state"]["sampling_steps"] == 1800
     api.interrupt()
-    asking.join(20)
+    asking.join(120)
     assert found[0].images == []
     api.util_wait_for_ready(check_interval=0.1)
 
