@@ -6,10 +6,11 @@ import pytest
 
 from calotype.waiting import Waiting
 from calotype_shared.errors import JobNotFound
-from calotype_shared.schema.config import GenerationConfig
-from calotype_shared.schema.jobs import JobRecord, JobState, Lane
+from calotype_shared.schema.enums import JobState, Lane
+from calotype_shared.schema.jobs import JobRecord
+from calotype_shared.schema.resolve import ResolvedConfig
 
-_CONFIG = GenerationConfig(prompt="x", width=64, height=64, seed=1)
+_CONFIG = ResolvedConfig(prompt="x", width=64, height=64, seed=1)
 
 
 def record(job_id: str, state: JobState = JobState.QUEUED, step: int = 0) -> JobRecord:
@@ -69,7 +70,7 @@ def test_who_hears_of_changes_looks_once_a_second() -> None:
     assert waiting.pause(99.0, live=True) == 1.0
     assert waiting.min_interval == pytest.approx(0.01)
     assert Waiting(["a"], started=0.0, timeout=0.5).pause(0.1, live=True) == pytest.approx(0.4)
-    assert Waiting([str(number) for number in range(40)], started=0.0, timeout=None).least == pytest.approx(0.2)
+    assert Waiting([str(number) for number in range(40)], started=0.0, timeout=None).min_interval == pytest.approx(0.2)
 
 
 def test_changes_of_few_jobs_are_worth_hearing_of() -> None:
