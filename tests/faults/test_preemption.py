@@ -43,7 +43,7 @@ def test_a_cloud_gives_notice(site: Site, table: Table, cloud: str) -> None:
             "--concurrency", "2", "--grace-seconds", "0.2", CALOTYPE_WORKER_PREEMPTION=cloud,
             CALOTYPE_WORKER_PREEMPTION_ENDPOINT=service.endpoint,
         )  # fmt: skip
-        ids = site.submit(16, long=True)
+        ids = site.submit(8, long=True)
         until(lambda: JobState.RUNNING in _states(site, ids))
         service.notice = _soon(cloud, 20)
         began = time.monotonic()
@@ -51,7 +51,7 @@ def test_a_cloud_gives_notice(site: Site, table: Table, cloud: str) -> None:
     assert service.refused == []
     left = _states(site, ids)
     assert set(left) <= {JobState.QUEUED, JobState.SUCCEEDED}
-    assert left.count(JobState.QUEUED) >= 10, "it went on taking jobs"
+    assert left.count(JobState.QUEUED) >= 4, "it went on taking jobs"
     site.start_worker()
     records = site.wait(ids)
     assert {(record.failures, record.crashes) for record in records} == {(0, 0)}

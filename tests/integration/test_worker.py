@@ -166,26 +166,6 @@ def test_two_workers_share_a_queue(start_worker: Callable[..., WorkerProcess], c
     assert min(by_worker.values()) >= 3
 
 
-def test_a_killed_worker_loses_nothing(
-    start_worker: Callable[..., WorkerProcess], client: Client, storage: Storage
-) -> None:
-    """SIGKILL in mid-batch; another worker finishes every job, each committed once."""
-    short = {"CALOTYPE_WORKER_LEASE_SECONDS": "2"}
-    victim = start_worker("--concurrency", "8", **short)
-    jobs = client.submit_many(mixed(16, steps=60))
-    until(lambda: sum(j.status().state is JobState.RUNNING and j.status().step > 0 for j in jobs) >= 4)
-    victim.send(signal.SIGKILL)
-    start_worker("--concurrency", "8", **short)
-    records = client.wait([job.id for job in jobs], timeout=120)
-    assert {record.state for record in records} == {JobState.SUCCEEDED}
-    assert max(record.attempt for record in records) == 2, "no job was taken over"
-    assert client.counts()[JobState.SUCCEEDED] == 16
-    for record in records:
-        [image] = record.images
-        assert image.key.startswith(f"{record.id}/{record.attempt}-")
-        assert storage.get(record.images[0].key)
-
-
 def test_sigterm_finishes_or_returns_what_is_in_flight(
     start_worker: Callable[..., WorkerProcess], client: Client
 ) -> None:
