@@ -39,7 +39,7 @@ def images(site: Gateway) -> list[JobHandle]:
     configs += [{"prompt": "a green star", "num_inference_steps": 3, "seed": 900, "num_images": 2}]
     # One after the other, so that the newest comes last.
     jobs = [site.client.submit(config) for config in configs]
-    site.client.wait([job.id for job in jobs], timeout=90)
+    site.client.wait([job.id for job in jobs], timeout=120)
     return jobs
 
 
@@ -253,7 +253,7 @@ def test_a_dead_letter_is_tried_again(visit: Visit) -> None:
     """As a new job with the same config; the old one leaves the list."""
     client = visit.site.client
     old = client.submit("x" * 600, num_inference_steps=2, metadata={"order": 7})  # more text than the model takes
-    assert client.wait(old.id, timeout=60, check=False).state is JobState.FAILED
+    assert client.wait(old.id, timeout=120, check=False).state is JobState.FAILED
     page = visit.open("fleet")
     letter = page.locator(f'.dead[data-key="{old.id}"]')
     expect(letter.locator(".problem")).to_contain_text("windows")

@@ -22,6 +22,8 @@ from tests.faults.harness import FULL, Forge, Outcome, Site, Table, WorkerProces
 from tests.integration.gateway import Gateway
 from tests.invariants import check_store
 
+pytestmark = pytest.mark.slow
+
 INPUTS = {  # (always, with FAULTS=full)
     "configs": (200, 4000),
     "requests": (120, 2500),
@@ -85,7 +87,7 @@ class Place:
 
 @pytest.fixture
 def place(corner: Callable[..., Settings], forge: Forge, tiny_model: Path, tmp_path: Path) -> Iterator[Place]:
-    site = Site(corner(), forge=forge, model=tiny_model, folder=tmp_path, reference={})
+    site = Site(corner(), forge=forge, model=tiny_model, folder=tmp_path)
     place = Place(site, site.start_worker())
     yield place
     place.stop()

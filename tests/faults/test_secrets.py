@@ -36,7 +36,7 @@ def gateway_url(own_site: Site) -> Iterator[str]:
     until(lambda: process.poll() is not None or _answers(url), 60, why=log.read_text)
     yield url
     process.terminate()
-    process.wait(20)
+    process.wait(120)
 
 
 def _answers(url: str) -> bool:

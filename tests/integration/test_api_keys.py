@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import subprocess
-import sys
 
 import pytest
 from redis import Redis
@@ -12,7 +11,7 @@ from redis import Redis
 from calotype.api_keys import ApiKey, ApiKeys, Forbidden, Scope, TooManyRequests, Unauthorized
 from calotype_shared.errors import InvalidRequest
 from calotype_shared.settings import Settings
-from tests.integration.conftest import until
+from tests.integration.conftest import Command, until
 
 
 @pytest.fixture
@@ -83,7 +82,7 @@ def test_requests_are_limited_and_come_back(keys: ApiKeys, redis: Redis) -> None
             return False
         return True
 
-    until(works, 5)
+    until(works)
     assert redis.ttl(keys.keys.rate_limit(key.id)) > 0
 
 
@@ -125,13 +124,9 @@ def test_bad_keys_are_not_made(keys: ApiKeys) -> None:
     assert keys.all() == []
 
 
-def test_the_commands(keys: ApiKeys, environment: dict[str, str]) -> None:
+def test_the_commands(keys: ApiKeys, calotype: Command) -> None:
     """Made, listed without the token, revoked."""
-
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "calotype", "keys", *arguments]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
-
+    run = functools.partial(calotype, "keys")
     made = run("create", "--name", "web", "--tenant", "acme", "--scope", "jobs:read", "--json")
     created = json.loads(made.stdout)
     assert keys.authenticate(created["token"]).scopes == {Scope.JOBS_READ}

@@ -152,7 +152,7 @@ def test_a_batch_is_larger_than_the_limit_and_goes_through(settings: Settings, s
     client.submit_many(configs(50, 1000))
     with Dispatcher(settings), SimulatedWorker(settings):
         batch = client.batches.submit(configs(300), window=64)
-        assert batch.wait(timeout=60).counts.succeeded == 300
+        assert batch.wait(timeout=120).counts.succeeded == 300
 
 
 def test_open_batches_are_bounded(settings: Settings) -> None:

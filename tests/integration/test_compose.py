@@ -27,6 +27,8 @@ from calotype.embedded.process import ChildProcess
 from tests.compose import ROOT, compose, interpolated, last_stage, seconds, variables_of
 from tests.integration.conftest import until
 
+pytestmark = pytest.mark.slow
+
 GUIDE = (ROOT / "docs" / "how-to" / "compose.md").read_text()
 PORTS = ("6379", "8333", "8000", "9464", "9465")  # of containers
 # In containers these listen on the container's own loopback, where they meet nobody else's.

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 from redis import Redis
@@ -14,10 +13,9 @@ from calotype import Client, JobNotFound, Lane, Settings
 from calotype_shared.queue.job_store import MAX_CRASHES, JobStore
 from calotype_shared.schema.enums import JobState
 from calotype_shared.schema.jobs import JobError
+from tests.integration.conftest import Command
 from tests.integration.test_fair_share import CARD
 from tests.invariants import check_store
-
-Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture
@@ -29,12 +27,8 @@ def client(settings: Settings, store: JobStore, redis: Redis) -> Iterator[Client
 
 
 @pytest.fixture
-def command(environment: dict[str, str]) -> Command:
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        line = [sys.executable, "-m", "calotype", "dead", *arguments]
-        return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=30, check=False, input="n")
-
-    return run
+def command(calotype: Command) -> Command:
+    return functools.partial(calotype, "dead", typed="n")
 
 
 def fail(client: Client, store: JobStore, prompt: str = "x", **options: object) -> str:
@@ -109,7 +103,7 @@ def test_a_batchs_dead_job_is_looked_at_too(client: Client, store: JobStore, red
         for number in range(MAX_CRASHES):
             until(lambda: store.depths().get("demo.bulk") == 1)
             crash(store, redis, f"worker-{number}")
-        batch.wait(20)
+        batch.wait(120)
     [record] = client.dead_jobs.list()
     assert (record.batch, len(record.history)) == (batch.id, MAX_CRASHES)
     again = client.dead_jobs.retry(record.id)

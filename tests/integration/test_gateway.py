@@ -22,6 +22,7 @@ from calotype.cli.exit_codes import ExitCode
 from calotype.embedded import EmbeddedServers
 from calotype.gateway.settings import GatewaySettings
 from calotype_shared.errors import SettingsError
+from tests.faults.harness import Forge
 from tests.integration.conftest import until
 from tests.integration.gateway import Gateway, serving
 from tests.models import sample_image
@@ -31,8 +32,10 @@ JSON = {"content-type": "application/json"}
 
 
 @pytest.fixture(scope="module")
-def gateway(servers: EmbeddedServers, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    with serving(servers, tmp_path_factory.mktemp("gateway"), f"tiny={tiny_model}") as gateway:
+def gateway(
+    servers: EmbeddedServers, forge: Forge, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Gateway]:
+    with serving(servers, forge, tmp_path_factory.mktemp("gateway"), f"tiny={tiny_model}") as gateway:
         yield gateway
 
 
@@ -278,5 +281,5 @@ def test_the_command_serves_until_it_is_told_to_stop(environment: dict[str, str]
         taken = subprocess.run([*command, found[2]], env=environment, capture_output=True, text=True, check=False)
         assert (taken.returncode, "Address already in use" in taken.stderr) == (ExitCode.UNAVAILABLE, True)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=20) == 0
+        assert process.wait(timeout=120) == 0
         assert process.stderr.read().endswith("stopped\n")

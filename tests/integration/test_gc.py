@@ -109,8 +109,8 @@ def a_bucket_full(client: Client, settings: Settings, store: JobStore, storage: 
     waiting = client.batches.submit([{**line, "init_image": upload}], tenant="waits")
     waiting.pause()
     with ScriptedWorker(settings, [SERVED]), Dispatcher(settings):
-        batch.wait(30)
-        expired.wait(30)
+        batch.wait(120)
+        expired.wait(120)
     leave(f"batches/{batch.id}/plan-{new_job_id()}/jobs-000001.jsonl")
     leave(f"batches/{batch.id}/parts/{new_job_id()}.output.jsonl")
     redis.delete(store.keys.batch(expired.id))
@@ -274,7 +274,7 @@ def test_a_job_that_is_committed_and_forgotten_meanwhile_keeps_its_images(
 
         def commit() -> None:
             assert store.commit(claim, images=[image_of(claim)], timings={})
-            batch.wait(30)
+            batch.wait(120)
             assert redis.exists(store.keys.job(claim.job_id)) == 0
 
         report = collector(settings, redis, Interrupted(settings, "pages", "", commit)).run()
@@ -296,7 +296,7 @@ def test_a_batch_that_is_finished_while_its_parts_are_read_keeps_its_images(
         def go_on() -> None:
             batch.resume()
             with Dispatcher(settings):
-                batch.wait(30)
+                batch.wait(120)
 
         report = collector(settings, redis, Interrupted(settings, "get_range", "/parts/", go_on)).run()
     assert report[Kind.IMAGES].removed == 0

@@ -137,7 +137,7 @@ def test_what_changed_before_it_was_heard_is_seen(client: Client, store: JobStor
     for number in range(20):
         job = client.submit(f"image {number}")
         claimed = claim(store, job.id)
-        thread = in_background(lambda job=job: client.wait(job.id, 100))  # type: ignore[misc]
+        thread = in_background(lambda job=job: client.wait(job.id, 120))  # type: ignore[misc]
         commit(store, claimed)
         thread.join(SOON)
         assert not thread.is_alive()
@@ -184,7 +184,7 @@ def test_a_task_hears_too(client: Client, settings: Settings, store: JobStore) -
     async def follow_all() -> None:
         async with AsyncClient(settings=settings) as other:
             jobs = await other.submit_many([f"image {number}" for number in range(40)])
-            waits = [asyncio.create_task(job.wait(timeout=100)) for job in jobs]
+            waits = [asyncio.create_task(job.wait(timeout=120)) for job in jobs]
             ids = [job.id for job in jobs]
             hearing: Callable[[], bool] = lambda: all(hears(other._sync, job_id) for job_id in ids)  # noqa: E731
             await asyncio.to_thread(until, hearing)

@@ -185,12 +185,13 @@ class JobMachine(RuleBasedStateMachine):
             assert self.redis.llen(self.store.keys.messages(f"demo.{lane.value}")) >= len(queued)
 
 
-def test_job_machine(store: JobStore) -> None:
-    """Forty random histories."""
+@pytest.mark.parametrize("histories", [10, pytest.param(100, marks=pytest.mark.slow)])
+def test_job_machine(store: JobStore, histories: int) -> None:
+    """So many random histories."""
     machine = type("Machine", (JobMachine,), {"redis": store._redis})
     test = machine.TestCase
     test.settings = settings(
-        max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+        max_examples=histories, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
     )
     test("runTest").runTest()
 

@@ -29,6 +29,8 @@ from tests.integration.test_fair_share import CARD
 from tests.integration.test_gc import finish
 from tests.invariants import check_bucket, check_store
 
+pytestmark = pytest.mark.slow
+
 PAGES = Path(__file__).parents[2] / "docs" / "how-to"
 BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
@@ -99,7 +101,7 @@ def test_a_deployment_is_restored_from_its_backup(
         late = client.submit("accepted too late", lane=Lane.BULK).id
         collect(settings)
     os.kill(server.process.pid, signal.SIGKILL)
-    server.process.wait(10)
+    server.process.wait(120)
     for name in copied:
         storage.delete(name)
     for name, data in copied.items():  # as the tool that syncs does it
@@ -116,8 +118,8 @@ def test_a_deployment_is_restored_from_its_backup(
         assert storage.get(image.key) == b"image"
         assert ApiKeys(redis, key_prefix=settings.key_prefix).authenticate(token) == key
         with ScriptedWorker(restored, [CARD]), Dispatcher(restored):
-            assert client.wait(waiting, 30).state is JobState.SUCCEEDED
-            assert client.batches.wait(batch, 30).counts.succeeded == len(batch_lines)
+            assert client.wait(waiting, 120).state is JobState.SUCCEEDED
+            assert client.batches.wait(batch, 120).counts.succeeded == len(batch_lines)
         check_store(store, redis)
         check_bucket(store, redis, storage)
         assert redis.info("persistence")["aof_enabled"] == 1

@@ -18,6 +18,7 @@ from PIL import Image
 
 from calotype.api_keys import Scope
 from calotype.embedded import EmbeddedServers
+from tests.faults.harness import Forge
 from tests.integration.conftest import until
 from tests.integration.gateway import Gateway, serving
 from tests.models import sample_image
@@ -26,9 +27,11 @@ QUICK = {"num_inference_steps": 3, "guidance_scale": 1.0}
 
 
 @pytest.fixture(scope="module")
-def gateway(servers: EmbeddedServers, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+def gateway(
+    servers: EmbeddedServers, forge: Forge, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Gateway]:
     folder = tmp_path_factory.mktemp("openai")
-    with serving(servers, folder, f"tiny={tiny_model}", auth="keys") as gateway:
+    with serving(servers, forge, folder, f"tiny={tiny_model}", auth="keys") as gateway:
         yield gateway
 
 

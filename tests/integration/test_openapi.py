@@ -21,6 +21,8 @@ from calotype.embedded import EmbeddedServers
 from tests.integration.gateway import Gateway, own_settings
 from tests.integration.test_fair_share import CARD
 
+pytestmark = pytest.mark.slow
+
 CHECKS = (status_code_conformance, content_type_conformance, response_schema_conformance)
 
 

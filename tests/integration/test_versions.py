@@ -122,7 +122,7 @@ def test_an_old_client_follows_cancels_and_lists_a_new_job(client: Client, newer
     done, failed, waiting = newer.create([PLAIN] * 3)
     assert newer.commit(take(newer), images=[IMAGE], timings={})
     assert newer.fail(take(newer), JobError(code="bad", message="no"), retry=False)
-    assert client.wait(done, 5).images == (IMAGE,)
+    assert client.wait(done, 120).images == (IMAGE,)
     assert client.status(waiting).newer
     assert {record.id for record in client.jobs()} == {done, failed, waiting}
     assert [record.id for record in client.dead_jobs.list()] == [failed]

@@ -82,7 +82,7 @@ class Receiver:
         """Let messages wait from now on until `released`."""
 
         def behave(handler: BaseHTTPRequestHandler) -> None:
-            self.released.wait(30)
+            self.released.wait(120)
             answer(handler, status=204)
 
         self.behave = behave
@@ -537,5 +537,5 @@ def test_an_outage_of_redis_ends_no_deliverer(caplog: pytest.LogCaptureFixture) 
     until(lambda: "webhooks not read" in caplog.messages)
     assert thread.is_alive()
     stop.set()
-    thread.join(10)
+    thread.join(120)
     assert not thread.is_alive()

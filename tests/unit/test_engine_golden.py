@@ -170,7 +170,7 @@ def worst_with(model: StepModel, references: dict[str, np.ndarray]) -> float:
     engine = Engine(model, EngineSettings(max_rows=16))
     engine.start()
     try:
-        results = [f.result(timeout=60) for f in [engine.submit(r) for r in mixed_requests()[:10]]]
+        results = [f.result(timeout=120) for f in [engine.submit(r) for r in mixed_requests()[:10]]]
     finally:
         engine.stop()
     return max(levels(r.image, references[r.request_id]) for r in results)

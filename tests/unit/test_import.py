@@ -40,6 +40,8 @@ def test_the_producer_imports_as_fast_as_its_dependencies_without_the_workers_pa
         share, boto3 = done.stdout.split()
         assert boto3 == "False"
         least = min(least, float(share))
+        if least < 1:
+            break
     assert least < 1
 
 

@@ -161,7 +161,7 @@ def test_settings_that_make_no_sense(wrong: dict[str, Any]) -> None:
 
 def _trickle(peer: socket.socket) -> None:
     peer.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
-    for _ in range(40):
+    while True:  # until the other side has had enough
         peer.sendall(b" ")
         time.sleep(0.1)
 
@@ -178,7 +178,7 @@ HOSTILE: dict[str, Callable[[socket.socket], object]] = {
     "no UTF-8": lambda peer: peer.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n\xff\xfe"),
     "too much": lambda peer: peer.sendall(b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 1_000_000),
     "never the end": _trickle,
-    "silence": lambda peer: time.sleep(4),
+    "silence": lambda peer: peer.recv(1),
 }
 
 
@@ -206,18 +206,16 @@ def hostile(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("hostile", HOSTILE, indirect=True)
-def test_a_hostile_service_is_no_notice_and_takes_bounded_time(
+def test_a_hostile_service_gives_no_notice_and_is_not_waited_for(
     hostile: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("calotype_worker.jobs.preemption._ANSWER_SECONDS", 0.3)
     told: list[Notice] = []
-    began = time.monotonic()
     for cloud in ("gcp", "azure", "aws"):
         source = notice_source(cloud, hostile)
         assert source is not None
         Watcher(source, told.append).look()
     assert told == []
-    assert time.monotonic() - began < 3
     assert "cannot tell whether this machine goes" in caplog.text
     assert len(caplog.text) < 4000
 

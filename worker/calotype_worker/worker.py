@@ -221,6 +221,7 @@ class Worker:
             worker=self.name,
             queues=self._queues,
             lease_seconds=options.lease_seconds,
+            every_seconds=options.reap_seconds,
             counters=self._counters,
         )
         self._signals = 0
