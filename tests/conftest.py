@@ -37,6 +37,11 @@ FIRST = (
 )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """An exception that ends a thread fails the test that it belongs to: else an assertion in one would pass."""
+    config.addinivalue_line("filterwarnings", "error::pytest.PytestUnhandledThreadExceptionWarning")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What is marked `full` is not selected, rather than skipped, unless everything was asked for."""
     items.sort(key=_turn)
