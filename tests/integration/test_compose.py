@@ -187,6 +187,7 @@ def test_services_make_a_picture_and_stop(services: dict[str, Service], variable
         red, _, blue = picture.convert("RGB").resize((8, 8)).getpixel((4, 4))  # type: ignore[misc]
     assert red > blue + 60
     said = "".join(service.process.log.read_text(errors="replace") for service in services.values())
+    assert len(said) > 500, "they have logged next to nothing"
     assert not [name for name in SECRET if variables[name] in said]
     stopped = {name: services[name].stop() for name in ("worker-cpu", "gateway", "s3", "valkey")}
     assert stopped == {"worker-cpu": 0, "gateway": 0, "s3": 0, "valkey": 0}
