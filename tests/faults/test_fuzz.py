@@ -142,6 +142,7 @@ def test_requests(place: Place, table: Table) -> None:
             json.loads(answer.text)
 
     run()
+    assert place.answers["4xx"] > INPUTS["requests"][FULL] / 2
     place.check([*ids, *place.good()], table, "requests", place.answers.total())
 
 
@@ -178,6 +179,7 @@ def test_lines_of_manifests(place: Place, table: Table, tmp_path: Path) -> None:
         assert counts.succeeded + len(told) == counts.total
         place.answers["refused"] += len(told)
         place.answers["made"] += counts.succeeded - 5
+    assert place.answers["refused"] > tried / 2
     place.check([*ids, *place.good()], table, "lines of manifests", tried)
 
 
@@ -198,6 +200,7 @@ def test_uploads(place: Place, table: Table) -> None:
         assert refused is None or refused.remedy
 
     run()
+    assert min(place.answers["refused"], place.answers["stored"]) > 0
     for key in place.site.storage.list("uploads/"):
         stored = place.site.storage.get(key)
         assert stored.startswith(b"\x89PNG")

@@ -60,7 +60,7 @@ def test_redis_is_killed_and_restarted(
     until(lambda: final(site, ids) >= 3)
     site.redis.config_set("appendfsync", "always")  # from here on nothing acknowledged may be lost
     kill(server)
-    with pytest.raises(RedisUnavailable):
+    with pytest.raises(RedisUnavailable, match=rf"127\.0\.0\.1:{server.port} cannot be used"):
         site.submit(1)
     time.sleep(AWAY_SECONDS)
     own_valkey.append(ValkeyServer.start(valkey_folder, port=server.port))
@@ -156,7 +156,7 @@ def test_a_black_hole_does_not_hang_who_submits(
         site = make_site(settings.model_copy(update={"redis_url": proxy.url(str(settings.redis_url))}))
         site.start_worker()
         proxy.set("swallow")
-        with pytest.raises(RedisUnavailable):
+        with pytest.raises(RedisUnavailable, match="cannot be used"):
             site.client.submit("cat", model="tiny")
 
 
@@ -181,6 +181,7 @@ def test_the_storage_fails(
             assert final(site, ids) == 0
         elif mode == "swallow":
             time.sleep(AWAY_SECONDS)
+            assert final(site, ids) == 0
         if mode != "slow":  # then it never heals, and all is done all the same
             proxy.set("pass")
         began = time.monotonic()

@@ -80,7 +80,7 @@ def test_a_repeated_submission_is_no_second_one_though_the_queue_is_full(setting
     client = limited(settings, max_queued=1)
     first = client.submit("a", idempotency_key="k", **FIELDS)
     assert client.submit("a", idempotency_key="k", **FIELDS).id == first.id
-    with pytest.raises(QueueFull):
+    with pytest.raises(QueueFull, match="1 of jobs wait"):
         client.submit("b", idempotency_key="other", **FIELDS)
     first.cancel()
     second = client.submit("b", idempotency_key="other", **FIELDS)  # the refused one did not use its key up
@@ -125,7 +125,7 @@ def test_who_gives_up_in_the_middle_is_told_what_was_accepted(
         return run(name, arguments)
 
     monkeypatch.setattr(client._store, "_run", between)
-    with pytest.raises(QueueFull) as refused:
+    with pytest.raises(QueueFull, match="500 of jobs wait") as refused:
         client.submit_many(configs(500))
     assert 60 <= now[0] < 70
     assert len(refused.value.accepted) == 200
@@ -178,7 +178,7 @@ def test_the_time_to_come_again_follows_from_the_pace(settings: Settings, store:
     client.submit_many(configs(40))
     for pace, expected in (("8", 2.5), ("1000", 1.0), ("0.1", 60.0), ("0.0000", 10.0)):
         redis.hset(store.keys.pace, "per_second", pace)
-        with pytest.raises(QueueFull) as refused:
+        with pytest.raises(QueueFull, match="40 of jobs wait") as refused:
             client.submit_many(configs(20, 100))
         assert refused.value.retry_after_seconds == expected
 

@@ -245,7 +245,7 @@ def test_a_failed_job_raises_with_its_reason(client: Client, store: JobStore) ->
     store.fail(claim(store, job.id), JobError(code="invalid_request", message="the prompt has 99 tokens"), retry=False)
     with pytest.raises(JobFailed, match="99 tokens"):
         job.wait(timeout=120)
-    with pytest.raises(JobFailed):
+    with pytest.raises(JobFailed, match="99 tokens"):
         client.images(job.id)
     assert client.wait(job.id, 120, check=False).state is JobState.FAILED
 
@@ -391,7 +391,7 @@ def test_async_client_does_the_same(client: Client, settings: Settings, store: J
             assert await last.cancel() is JobState.CANCELLED
             states = [record.state async for record in last.follow(timeout=120)]
             assert states == [JobState.CANCELLED]
-            with pytest.raises(JobCancelled):
+            with pytest.raises(JobCancelled, match=last.id):
                 await last.wait(timeout=120)
 
     asyncio.run(scenario())

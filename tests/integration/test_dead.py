@@ -81,7 +81,7 @@ def test_a_retry_is_a_new_job_made_once(client: Client, store: JobStore, redis: 
     for call in (client.dead_jobs.retry, client.dead_jobs.drop):
         with pytest.raises(JobNotFound, match="calotype dead list"):
             call(old)
-    with pytest.raises(JobNotFound):
+    with pytest.raises(JobNotFound, match=rf"'{new.id}'.*calotype dead list"):
         client.dead_jobs.retry(new.id)
 
 

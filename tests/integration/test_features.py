@@ -148,14 +148,14 @@ def test_what_cannot_be_done_is_refused_at_submission(
         r"init_image.*animated": {"init_image": moving.getvalue()},
         r"upload=.*no such upload": {"init_image": "a" * 64},
         r"mask_image=.*needs the image": {"mask_image": SOURCE},
-        r"strength=.*no(ne| source|thing|)": {"strength": 0.5},
+        r"strength=0.5: .*source image .*there is none": {"strength": 0.5},
         r"controlnet.*cannot do that": {"controls": [{"name": "outline", "image": SOURCE}]},
         r"lora.*cannot do that": {"loras": [{"name": "absent"}]},
         r"no worker has announced": {"ensemble": ["absent"]},
         r"num_frames=.*cannot do that": {"num_frames": 8},
         r"output_format=.*it has: png": {"output_format": "mp4"},
         r"prompt=.*weight 50": {"prompt": "a (ring:50)"},
-        r"controls.0.scale": {"controls": [{"name": "outline", "image": "a" * 64, "scale": -1}]},
+        r"controls.0.scale=-1: .*at least 0": {"controls": [{"name": "outline", "image": "a" * 64, "scale": -1}]},
         r"loras=.*twice": {"loras": [{"name": "a"}, {"name": "a"}]},
     }
     for said, asked in refused.items():

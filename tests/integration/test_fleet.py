@@ -141,14 +141,18 @@ def test_the_page_needs_nothing_from_elsewhere(gateway: Gateway) -> None:
     origin = str(gateway.settings.s3_endpoint_url)
     assert policy["img-src"].split() == ["'self'", "blob:", "data:", origin]
     assert "unsafe" not in page.headers["content-security-policy"]
-    for name in re.findall(r'(?:src|href)="(web/[^"]+)"', page.text):
+    names = re.findall(r'(?:src|href)="(web/[^"]+)"', page.text)
+    assert {"web/app.js", "web/style.css"} <= set(names)
+    for name in names:
         assert gateway.http.get(f"/{name}").status_code == 200, name
     assert len(web_files()) > 8
+    imported: set[str] = set()
     for name, file in web_files().items():
         addresses = set(re.findall(r"https?://[^\s\"'`]+", file.data.decode()))
         assert addresses <= {"http://www.w3.org/2000/svg"}, name
-        for module in re.findall(r'from "\./([^"]+)"', file.data.decode()):
-            assert module in web_files()
+        imported |= set(re.findall(r'from "\./([^"]+)"', file.data.decode()))
+    assert imported
+    assert imported <= set(web_files())
     assert gateway.http.get("/web/../pyproject.toml").status_code == 404
     assert gateway.http.get("/web/none.js").status_code == 404
 

@@ -126,10 +126,12 @@ def test_pages_of_jobs(gateway: Gateway) -> None:
     assert page["has_more"]
     following = gateway.http.get("/v1/jobs", params={"limit": 2, "after": page["next"]}).json()
     assert following["data"][0]["id"] == ids[0]
-    assert all(
-        job["state"] == "cancelled"
-        for job in gateway.http.get("/v1/jobs", params={"state": "cancelled"}).json()["data"]
-    )
+    long = {**FAST, "num_inference_steps": 900, "sampler": "ddim"}
+    cancelled = gateway.http.post("/v1/jobs", json=long).json()["id"]
+    gateway.http.post(f"/v1/jobs/{cancelled}/cancel")
+    found = gateway.http.get("/v1/jobs", params={"state": "cancelled"}).json()["data"]
+    assert found[0]["id"] == cancelled
+    assert {job["state"] for job in found} == {"cancelled"}
 
 
 @pytest.mark.parametrize("way", ["through", "form", "presigned"])
@@ -169,7 +171,7 @@ def test_bad_requests_say_what_and_what_to_do(gateway: Gateway) -> None:
         ({**FAST, "webhook_url": "https://example.com"}, 400, "webhook_url", "CALOTYPE_WEBHOOK_SECRET"),
         ({"model": "tiny"}, 400, "prompt", "give it"),
         ({**FAST, "lane": "fast"}, 400, "lane", "'interactive' or 'bulk'"),
-        ({**FAST, "\ud800": 1}, 400, "body", ""),
+        ({**FAST, "\ud800": 1}, 400, "body", "one JSON object"),
     ):
         answer = gateway.http.post("/v1/jobs", content=json.dumps(body), headers=JSON)
         problem = answer.json()

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from redis import Redis
 
-from calotype import Client, Dispatcher, JobState, Lane, Settings
+from calotype import Client, Dispatcher, InvalidRequest, JobState, Lane, Settings
 from calotype.cli.app import main
 from calotype.files import FileStore
 from calotype.gc import Collector, GcRefused, Kind, Report
@@ -258,7 +258,7 @@ def test_an_upload_is_renewed_when_it_is_used(
     assert (storage.age(upload_key(upload)) or 0) <= 2
     storage.delete(upload_key(upload))
     client._resolver._uploaded.clear()
-    with pytest.raises(Exception, match="no such upload"):
+    with pytest.raises(InvalidRequest, match="no such upload"):
         client.submit("x", init_image=upload, lane=Lane.BULK)
 
 
@@ -278,6 +278,7 @@ def test_a_job_that_is_committed_and_forgotten_meanwhile_keeps_its_images(
             assert redis.exists(store.keys.job(claim.job_id)) == 0
 
         report = collector(settings, redis, Interrupted(settings, "pages", "", commit)).run()
+    assert batch.status().counts.succeeded == 1, "nothing happened meanwhile"
     assert report[Kind.IMAGES].removed == 0
     check_bucket(store, redis, storage)
 
@@ -322,7 +323,7 @@ def test_a_redis_that_has_lost_its_data_wipes_nothing(
     client.submit("x", lane=Lane.BULK)
     assert collector(settings, redis, storage).run().removed == 1
     storage.put(leftover, b"nobody's", "image/png")
-    refused("the bucket belongs to another one|knows nothing of the collections", key_prefix="other:")
+    refused("knows nothing of the collections that the bucket remembers", key_prefix="other:")
     refused("it was last collected for the bucket", bucket="elsewhere")
     copy = redis.hgetall(store.keys.gc)
     collector(settings, redis, storage, older_than_seconds=1e6, retention_seconds=1e6).run()
@@ -378,5 +379,5 @@ def test_a_bloom_filter_forgets_nothing() -> None:
             known.add(f"in {number}")
         assert all(f"in {number}" in known for number in range(1000))
     wrong = [{n for n in range(10_000) if f"out {n}" in known} for known in filters]
-    assert all(len(found) < 500 for found in wrong)
-    assert not wrong[0] & wrong[1] or len(wrong[0] & wrong[1]) < min(map(len, wrong))
+    assert all(0 < len(found) < 500 for found in wrong)
+    assert len(wrong[0] & wrong[1]) < min(map(len, wrong)) / 2

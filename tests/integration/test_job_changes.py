@@ -48,6 +48,8 @@ class Following:
     def end(self) -> list[JobRecord]:
         self._thread.join(SOON)
         assert not self._thread.is_alive(), f"it still looks: {self.seen}"
+        final = {record.id for record in self.seen if record.state.final}
+        assert final == set(self._ids), f"it has not seen how they end: {self.seen}"
         return self.seen
 
 
@@ -137,10 +139,11 @@ def test_what_changed_before_it_was_heard_is_seen(client: Client, store: JobStor
     for number in range(20):
         job = client.submit(f"image {number}")
         claimed = claim(store, job.id)
-        thread = in_background(lambda job=job: client.wait(job.id, 120))  # type: ignore[misc]
+        ended: list[JobRecord] = []
+        thread = in_background(lambda job=job, ended=ended: ended.append(client.wait(job.id, 120)))  # type: ignore[misc]
         commit(store, claimed)
         thread.join(SOON)
-        assert not thread.is_alive()
+        assert [record.state for record in ended] == [JobState.SUCCEEDED]
 
 
 def test_a_broken_connection_costs_nothing(client: Client, store: JobStore, redis: Redis) -> None:

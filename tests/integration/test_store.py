@@ -295,7 +295,7 @@ def test_an_unknown_job_is_told_from_a_queued_one(store: JobStore) -> None:
     assert store.get(job_id).state is JobState.QUEUED
     with pytest.raises(JobNotFound, match="'nothing'"):
         store.get("nothing")
-    with pytest.raises(JobNotFound):
+    with pytest.raises(JobNotFound, match="'nothing'"):
         store.cancel("nothing")
     assert [r.id if r else None for r in store.get_many([job_id, "nothing"])] == [job_id, None]
 
@@ -362,7 +362,7 @@ def test_finished_records_expire_and_leave_the_recent_list(store: JobStore, redi
         )
     )
     assert [record.id for record in store.jobs()] == [queued]
-    with pytest.raises(JobNotFound):
+    with pytest.raises(JobNotFound, match=f"'{done}'"):
         store.get(done)
 
 

@@ -266,7 +266,7 @@ def test_a_client_hands_its_span_on(settings: Settings, store: JobStore) -> None
     memory = Memory(settings)
     one = memory.client.submit(PROMPT, model="tiny", sampler="ddim", width=64, height=64)
     many = memory.client.submit_many([tiny(n, sampler="ddim", width=64, height=64) for n in range(3)])
-    with pytest.raises(InvalidRequest), span_block(memory.telemetry.tracer, "outer"):
+    with pytest.raises(InvalidRequest, match="width=63"), span_block(memory.telemetry.tracer, "outer"):
         memory.client.submit(PROMPT, model="tiny", sampler="ddim", width=63)
     spans = memory.spans()
     for job, name in ((one, "submit"), *((job, "submit many") for job in many)):
@@ -287,8 +287,10 @@ from calotype_shared.settings import Settings
 with calotype.Client() as client:
     try:
         client.submit("cat", model="nobody")
-    except calotype.InvalidRequest:
+    except calotype.UnknownModel:
         pass
+    else:
+        sys.exit("nothing was asked of Redis")
 ours = ("opentelemetry.sdk.trace", "opentelemetry.exporter", "calotype_shared.observability.otlp", "prometheus_client")
 print(sorted(name for name in sys.modules if name.startswith(ours)))
 """

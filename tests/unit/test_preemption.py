@@ -145,17 +145,17 @@ def test_nothing_is_asked_by_default() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    ("wrong", "problem"),
     [
-        {"preemption": "ec2"},
-        {"preemption": "file:relative"},
-        {"preemption_endpoint": "https://127.0.0.1"},
-        {"preemption_endpoint": "http://127.0.0.1:99999"},
-        {"preemption_endpoint": "127.0.0.1"},
+        ({"preemption": "ec2"}, "should match pattern"),
+        ({"preemption": "file:relative"}, "should match pattern"),
+        ({"preemption_endpoint": "https://127.0.0.1"}, "scheme should be 'http'"),
+        ({"preemption_endpoint": "http://127.0.0.1:99999"}, "invalid port number"),
+        ({"preemption_endpoint": "127.0.0.1"}, "relative URL without a base"),
     ],
 )
-def test_settings_that_make_no_sense(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError, match=next(iter(wrong))):
+def test_settings_that_make_no_sense(wrong: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValidationError, match=rf"{next(iter(wrong))}\n.*{problem}"):
         WorkerSettings(**wrong)
 
 

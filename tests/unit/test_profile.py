@@ -119,7 +119,7 @@ def test_measure_stops_where_memory_ends() -> None:
         return lambda: None
 
     assert [point.rows for point in measure([1, 2, 4, 8], make_step, seconds=1, device=CPU)] == [1, 2]
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
         measure([4], make_step, seconds=1, device=CPU)
 
     def broken(_: int) -> Callable[[], object]:
