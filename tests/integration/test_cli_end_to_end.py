@@ -15,6 +15,7 @@ import httpx2
 import pytest
 from PIL import Image
 
+from tests.faults.harness import Forge
 from tests.integration.conftest import until
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -61,7 +62,7 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
-            process.wait(40)
+            process.wait(120)
         process.stdout.close()
 
 
@@ -71,18 +72,11 @@ def children_of(pid: int) -> list[int]:
 
 
 @pytest.fixture
-def run(up: Up) -> Run:
+def run(up: Up, forge: Forge) -> Run:
     """Runs a `calotype` command against it."""
 
     def run(*arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            [sys.executable, "-m", "calotype", *arguments],
-            capture_output=True,
-            text=True,
-            env={**os.environ, **up.said["environment"]},
-            timeout=60,
-            check=False,
-        )
+        done = forge.command(*arguments, environment={**os.environ, **up.said["environment"]})
         assert done.returncode == status, done.stderr
         return done
 
@@ -161,5 +155,5 @@ def test_interrupt_stops_everything(up: Up) -> None:
     pids = [*guards, *(pid for guard in guards for pid in children_of(guard))]
     assert len(pids) == 6  # Valkey, SeaweedFS and a worker, each under its guard
     up.process.send_signal(signal.SIGINT)
-    assert up.process.wait(40) == 0
-    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 10)
+    assert up.process.wait(120) == 0
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))

@@ -27,6 +27,8 @@ from calotype.embedded.process import ChildProcess
 from tests.compose import ROOT, compose, interpolated, last_stage, seconds, variables_of
 from tests.integration.conftest import until
 
+pytestmark = pytest.mark.slow
+
 GUIDE = (ROOT / "docs" / "how-to" / "compose.md").read_text()
 PORTS = ("6379", "8333", "8000", "9464", "9465")  # of containers
 # In containers these listen on the container's own loopback, where they meet nobody else's.
@@ -187,6 +189,7 @@ def test_services_make_a_image_and_stop(services: dict[str, Service], variables:
         red, _, blue = image.convert("RGB").resize((8, 8)).getpixel((4, 4))  # type: ignore[misc]
     assert red > blue + 60
     said = "".join(service.process.log.read_text(errors="replace") for service in services.values())
+    assert len(said) > 500, "they have logged next to nothing"
     assert not [name for name in SECRET if variables[name] in said]
     stopped = {name: services[name].stop() for name in ("worker-cpu", "gateway", "s3", "valkey")}
     assert stopped == {"worker-cpu": 0, "gateway": 0, "s3": 0, "valkey": 0}

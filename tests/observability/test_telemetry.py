@@ -8,7 +8,6 @@ import logging
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -115,11 +114,11 @@ def gateway(environment: dict[str, str], traced: dict[str, str], tmp_path: Path)
     with log.open("wb") as output:
         process = subprocess.Popen(command, env={**environment, **traced}, stdout=output, stderr=subprocess.STDOUT)
     url = f"http://127.0.0.1:{port}"
-    until(lambda: process.poll() is not None or _answers(url), 60)
+    until(lambda: process.poll() is not None or _answers(url))
     assert process.poll() is None, log.read_text()
     yield url, log
     process.terminate()
-    process.wait(30)
+    process.wait(120)
 
 
 def _answers(url: str) -> bool:
@@ -163,7 +162,7 @@ def test_one_trace_from_the_request_to_the_upload(
         "calotype-worker: upload": 2,
         "calotype-worker: commit": 1,
     }
-    until(lambda: {name: len(spans) for name, spans in collector.of(TRACE).items()} == names, 20)
+    until(lambda: {name: len(spans) for name, spans in collector.of(TRACE).items()} == names)
     found = collector.of(TRACE)
     [request], [submit], [attempt] = (
         found[f"calotype-{name}"] for name in ("gateway: POST /v1/jobs", "gateway: submit", "worker: job")
@@ -225,7 +224,7 @@ def test_a_dispatcher_logs_for_machines_and_has_metrics_too(
         command = [sys.executable, "-m", "calotype", "dispatcher"]
         process = subprocess.Popen(command, env=variables, stdout=output, stderr=subprocess.STDOUT)
     try:
-        until(lambda: process.poll() is not None or "dispatcher runs" in log.read_text(), 60)
+        until(lambda: process.poll() is not None or "dispatcher runs" in log.read_text())
         assert process.poll() is None, log.read_text()
         said = httpx2.get(f"http://127.0.0.1:{port}/metrics").text
         assert "calotype_redis_up 1.0" in said
@@ -233,7 +232,7 @@ def test_a_dispatcher_logs_for_machines_and_has_metrics_too(
         assert httpx2.get(f"http://127.0.0.1:{port}/readyz").status_code == 200
     finally:
         process.terminate()
-        assert process.wait(30) == 0
+        assert process.wait(120) == 0
     events = [json.loads(line)["event"] for line in log.read_text().splitlines()]
     assert events == ["dispatcher runs", "dispatcher stopped"]
 
@@ -267,7 +266,7 @@ def test_a_client_hands_its_span_on(settings: Settings, store: JobStore) -> None
     memory = Memory(settings)
     one = memory.client.submit(PROMPT, model="tiny", sampler="ddim", width=64, height=64)
     many = memory.client.submit_many([tiny(n, sampler="ddim", width=64, height=64) for n in range(3)])
-    with pytest.raises(InvalidRequest), span_block(memory.telemetry.tracer, "outer"):
+    with pytest.raises(InvalidRequest, match="width=63"), span_block(memory.telemetry.tracer, "outer"):
         memory.client.submit(PROMPT, model="tiny", sampler="ddim", width=63)
     spans = memory.spans()
     for job, name in ((one, "submit"), *((job, "submit many") for job in many)):
@@ -288,8 +287,10 @@ from calotype_shared.settings import Settings
 with calotype.Client() as client:
     try:
         client.submit("cat", model="nobody")
-    except calotype.InvalidRequest:
+    except calotype.UnknownModel:
         pass
+    else:
+        sys.exit("nothing was asked of Redis")
 ours = ("opentelemetry.sdk.trace", "opentelemetry.exporter", "calotype_shared.observability.otlp", "prometheus_client")
 print(sorted(name for name in sys.modules if name.startswith(ours)))
 """
@@ -355,20 +356,21 @@ def test_missing_packages_are_told(monkeypatch: pytest.MonkeyPatch, caplog: pyte
 def test_a_collector_that_is_away_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither who notes spans nor, for long, a process that ends."""
 
+    heals, exported = threading.Event(), []
+
     class Stuck(SpanExporter):
         def export(self, spans: Any) -> Any:
-            time.sleep(60)
+            heals.wait(300)
+            exported.extend(spans)
 
     monkeypatch.setattr("calotype_shared.observability.otlp._CLOSE_SECONDS", 0.5)
     telemetry = export_spans(service="x", exporter=Stuck())
-    began = time.monotonic()
     for _ in range(5_000):
         with span_block(telemetry.tracer, "work", attributes={"number": 1}):
             telemetry.tracer.start_span("part", start_time=1).end(2)
-    assert time.monotonic() - began < 10
-    began = time.monotonic()
     telemetry.close()
-    assert time.monotonic() - began < 5
+    assert not exported, "it has waited for the collector"
+    heals.set()
 
 
 def test_log_lines_say_what_they_are_about(capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,8 @@ from calotype.cli.output import clock_time, plain, print_json
 from calotype.client import Client
 from calotype.overview import Overview, WorkerView
 from calotype_shared.errors import ServiceUnavailable
-from calotype_shared.schema.jobs import JobRecord, JobState, Lane
+from calotype_shared.schema.enums import JobState, Lane
+from calotype_shared.schema.jobs import JobRecord
 from calotype_shared.schema.worker_info import StepGroup, StepRow
 
 _BAR = 30  # characters
@@ -90,7 +91,7 @@ def _looks(client: Client, interval: float) -> Iterator[Look]:
     before: Overview | None = None
     while True:
         now = client.overview()
-        yield Look(overview=now, failures=client.dead(limit=_FAILURES), images_a_second=_rate(before, now))
+        yield Look(overview=now, failures=client.dead_jobs.list(limit=_FAILURES), images_a_second=_rate(before, now))
         before = now
         time.sleep(interval)
 

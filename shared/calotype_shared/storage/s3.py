@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, TypeV
 
 from calotype_shared.backoff import delays
 from calotype_shared.errors import ObjectMissing, StorageUnavailable
-from calotype_shared.schema.config import OutputFormat
+from calotype_shared.schema.enums import OutputFormat
 
 if TYPE_CHECKING:
     from calotype_shared.settings import Settings
