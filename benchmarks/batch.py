@@ -44,11 +44,9 @@ def work(settings: Settings, step_seconds: float, rows: int) -> None:
         claims = [store.claim(QUEUE, worker="simulated", lease_seconds=60) for _ in messages]
         time.sleep(step_seconds)
         for claim in filter(None, claims):
-            config = claim.config
-            assert config.seed is not None
             image = ImageRef(
                 key=f"{claim.folder}/0.png",
-                seed=config.seed,
+                seed=claim.config.seed,
                 width=512,
                 height=512,
                 content_type="image/png",
@@ -89,7 +87,7 @@ class Sampler(threading.Thread):
         began = time.monotonic()
         while True:
             asked = time.perf_counter()
-            record = self.client.batch(self.batch_id)
+            record = self.client.batches.status(self.batch_id)
             self.polls.append(time.perf_counter() - asked)
             self.samples.append(
                 {
@@ -131,7 +129,7 @@ def measure(client: Client, options: argparse.Namespace) -> dict[str, Any]:
         for _ in range(options.workers)
     ]
     began = time.monotonic()
-    batch = client.submit_batch(manifest(options.lines))
+    batch = client.batches.submit(manifest(options.lines))
     submitted = time.monotonic()
     sampler = Sampler(client, batch.id)
     for worker in workers:

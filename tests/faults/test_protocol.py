@@ -9,8 +9,9 @@ import pytest
 from redis import Redis
 
 from calotype_shared.queue.job_store import MAX_CRASHES, Claim, JobStore
-from calotype_shared.schema.config import GenerationConfig
-from calotype_shared.schema.jobs import ImageRef, JobState, Lane
+from calotype_shared.schema.enums import JobState, Lane
+from calotype_shared.schema.jobs import ImageRef
+from calotype_shared.schema.resolve import ResolvedConfig
 from tests.faults.harness import FULL
 from tests.faults.protocol import Budget, Protocol, Worker, World, explore
 from tests.invariants import check_store
@@ -37,7 +38,9 @@ WITHOUT = {
 }
 
 
-@pytest.mark.parametrize("name", [*WORLDS, *(pytest.param(name, marks=pytest.mark.full) for name in LARGE)])
+@pytest.mark.parametrize(
+    "name", [name if name == "poison" else pytest.param(name, marks=pytest.mark.slow) for name in WORLDS | LARGE]
+)
 def test_every_state_is_safe_and_can_come_to_rest(name: str) -> None:
     found = explore((WORLDS | LARGE)[name])
     assert not found.problem, found
@@ -70,7 +73,7 @@ class Replay:
 
     def __init__(self, store: JobStore, redis: Redis, protocol: Protocol) -> None:
         self.store, self.redis, self.protocol = store, redis, protocol
-        config = GenerationConfig(prompt="x", width=64, height=64, seed=1)
+        config = ResolvedConfig(prompt="x", width=64, height=64, seed=1)
         self.ids = store.create([config] * len(protocol.start.redis.jobs), lane=Lane.BULK)
         self.claims: dict[int, Claim] = {}  # by token
         self.seen: Counter[str] = Counter()
@@ -142,7 +145,7 @@ class Replay:
         assert set(self.store.orphans(older_than_seconds=-1)) == folders, name
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("jobs", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_scripts_do_what_the_model_does(settings: object, store: JobStore, redis: Redis, jobs: int) -> None:
     """Some hundred walks at random, with every kind of step."""
     dice = random.Random(11)

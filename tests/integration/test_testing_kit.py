@@ -134,7 +134,7 @@ def test_batches_and_lanes(sandbox: Sandbox) -> None:
     """A dispatcher is there too; a paused worker leaves all in the queue."""
     sandbox.worker.pause()
     job = sandbox.client.submit("x", lane=Lane.BULK)
-    batch = sandbox.client.submit_batch([{"prompt": f"{n}"} for n in range(3)])
+    batch = sandbox.client.batches.submit([{"prompt": f"{n}"} for n in range(3)])
     until(lambda: batch.status().counts.queued == 3)
     assert job.status().state is JobState.QUEUED
     sandbox.worker.resume()

@@ -19,8 +19,8 @@ from calotype_shared.observability.admin_server import AdminServer
 from calotype_shared.observability.metric_names import Metric
 from calotype_shared.queue.fleet_stats import FleetStats, FleetStatsReader
 from calotype_shared.queue.job_store import JobStore
-from calotype_shared.schema.config import GenerationConfig
-from calotype_shared.schema.jobs import JobState, Lane
+from calotype_shared.schema.enums import JobState, Lane
+from calotype_shared.schema.resolve import ResolvedConfig
 from calotype_shared.settings import Settings
 from tests.faults.harness import WorkerProcess
 from tests.integration.conftest import until
@@ -126,7 +126,7 @@ def test_running_jobs_count_as_backlog(stack: Stack) -> None:
     job = stack.client.submit("long", model="tiny", num_inference_steps=900, sampler="ddim", seed=1)
     until(lambda: job.status().step > 0)
     try:
-        until(lambda: stack.scrape_gateway().value("calotype_backlog_jobs", model="tiny") == 1, 10)
+        until(lambda: stack.scrape_gateway().value("calotype_backlog_jobs", model="tiny") == 1)
         assert stack.scrape_worker().value("calotype_running_jobs") == 1
         assert stack.scrape_worker().value("calotype_inflight_requests") == 1
         assert stack.scrape_gateway().value("calotype_unfinished_jobs", state="running") == 1
@@ -144,7 +144,7 @@ def test_a_refused_commit_and_a_reaped_lease_are_counted(stack: Stack) -> None:
     until(lambda: job.status().step > 0)
     stack.redis.hset(stack.store.keys.job(job.id), "token", "stolen")
     stack.redis.zadd(stack.store.keys.leases, {job.id: 1})
-    assert job.wait(60).attempt == 2
+    assert job.wait(120).attempt == 2
     after = stack.scrape_worker()
 
     def more(name: str, **labels: str) -> float:
@@ -180,7 +180,7 @@ def test_a_draining_worker_is_alive_and_not_ready(
     found = re.search(r"metrics_port=(\d+)", worker.text())
     assert found
     url = f"http://127.0.0.1:{found[1]}"
-    config = GenerationConfig.parse(tiny(1, num_inference_steps=900, sampler="ddim", width=64, height=64))
+    config = ResolvedConfig.parse(tiny(1, num_inference_steps=900, sampler="ddim", width=64, height=64))
     [job] = store.create([config], lane=Lane.BULK)
     until(lambda: store.get(job).step > 0)
     worker.send(signal.SIGTERM)
@@ -225,9 +225,9 @@ def test_the_oldest_wait_is_found_near_the_front_of_a_long_line(
     """Three tenants, hundreds of jobs of different cost, some of them claimed: the same as by looking at all."""
     reader = FleetStatsReader(store.redis, key_prefix=store.keys.prefix)
 
-    def jobs(count: int, steps: int) -> list[GenerationConfig]:
+    def jobs(count: int, steps: int) -> list[ResolvedConfig]:
         return [
-            GenerationConfig(prompt="cat", model="tiny", seed=n, width=64, height=64, num_inference_steps=steps)
+            ResolvedConfig(prompt="cat", model="tiny", seed=n, width=64, height=64, num_inference_steps=steps)
             for n in range(count)
         ]
 
@@ -240,10 +240,12 @@ def test_the_oldest_wait_is_found_near_the_front_of_a_long_line(
         assert store.claim("tiny.bulk", worker="w", lease_seconds=60)
         if number % 9:
             continue
+        before = time.time()
         [line] = reader.take().queues
+        after = time.time()
         waiting = store.redis.zrange(store.keys.waiting("tiny.bulk"), 0, -1)
         oldest = min(record.queued_at for record in store.get_many(list(map(str, waiting))) if record)
-        assert line.oldest_seconds == pytest.approx(time.time() - oldest, abs=0.5)
+        assert before - oldest - 0.01 <= line.oldest_seconds <= after - oldest + 0.01
         assert line.waiting == len(waiting)
     assert (line.model, line.lane, line.running) == ("tiny", "bulk", 100)
     monkeypatch.setattr("calotype_shared.queue.fleet_stats._LEASES", 7)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from calotype_shared.errors import InvalidRequest
-from calotype_shared.schema.config import SamplerType
+from calotype_shared.schema.enums import SamplerType
 from calotype_worker.sampling import SamplerTable, TableCache, build_table, make_scheduler
 from calotype_worker.sampling import table as table_module
 from calotype_worker.sampling.probe import NotLinear
@@ -67,7 +67,7 @@ def test_noise_is_drawn_where_the_scheduler_draws_it() -> None:
 def test_a_sampler_that_clips_has_no_table(scheduler: Any) -> None:
     """Clipping is not linear; the check on a random trajectory must notice."""
     scheduler.set_timesteps(10)
-    with pytest.raises(NotLinear):
+    with pytest.raises(NotLinear, match="the table is off by"):
         build_table(Trajectory.whole(scheduler))
 
 

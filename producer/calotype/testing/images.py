@@ -9,7 +9,8 @@ from importlib.metadata import version
 from PIL import Image
 
 from calotype_shared.queue.job_store import Claim
-from calotype_shared.schema.config import GenerationConfig, OutputFormat
+from calotype_shared.schema.config import GenerationConfig
+from calotype_shared.schema.enums import OutputFormat
 from calotype_shared.schema.jobs import ImageRef
 from calotype_shared.schema.model_card import ModelCard
 from calotype_shared.storage.image_file import write_image

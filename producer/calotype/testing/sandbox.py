@@ -13,7 +13,7 @@ from calotype.batches.dispatcher import Dispatcher
 from calotype.client import Client
 from calotype.embedded import EmbeddedServers
 from calotype.testing.worker import ScriptedWorker
-from calotype_shared.schema.config import SamplerType
+from calotype_shared.schema.enums import SamplerType
 from calotype_shared.schema.model_card import ModelCard
 from calotype_shared.settings import Settings
 from calotype_shared.storage.s3 import Storage

@@ -25,7 +25,8 @@ from calotype_shared.errors import CalotypeError, InvalidRequest, RedisUnavailab
 from calotype_shared.queue.connection import connect_redis
 from calotype_shared.queue.job_store import Claim, JobStore
 from calotype_shared.queue.keys import queue_name, together
-from calotype_shared.schema.jobs import ImageRef, JobError, Lane
+from calotype_shared.schema.enums import Lane
+from calotype_shared.schema.jobs import ImageRef, JobError
 from calotype_shared.schema.model_card import ModelCard
 from calotype_shared.schema.worker_info import WorkerInfo
 from calotype_shared.settings import Settings

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from calotype_shared.schema.config import OutputFormat
+from calotype_shared.schema.enums import OutputFormat
 
 if TYPE_CHECKING:
     from PIL.Image import Image

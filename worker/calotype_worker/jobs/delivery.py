@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import logging
-import random
 import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
-from pathlib import Path
 from queue import Empty, Full, Queue
 
+from opentelemetry.trace import INVALID_SPAN, Span
+
+from calotype_shared.backoff import delays
 from calotype_shared.errors import StorageUnavailable
-from calotype_shared.observability.tracing import NOOP_SPAN, Span
 from calotype_shared.schema.jobs import ImageRef
 from calotype_shared.storage.s3 import Storage
 from calotype_worker.jobs.heartbeat import RunningJob
 from calotype_worker.jobs.spool import Spool
+from calotype_worker.output.file import File
 
 log = logging.getLogger(__name__)
 
@@ -29,23 +30,11 @@ _LOOK_SECONDS = 0.2
 
 
 @dataclass(kw_only=True, eq=False)
-class File:
-    """One object for storage; its bytes are in `data`, or wait in `path`."""
-
-    key: str
-    content_type: str
-    data: bytes | None
-    path: Path | None = None
-    tried: bool = False  # so something may be there
-    stored: bool = False
-
-
-@dataclass(kw_only=True, eq=False)
 class PendingResult:
     """Owned by one thread at a time."""
 
     job: RunningJob
-    span: Span = NOOP_SPAN  # of the attempt
+    span: Span = INVALID_SPAN  # of the attempt
     files: list[File] = field(default_factory=list)
     images: list[ImageRef] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)  # seconds by phase
@@ -129,8 +118,7 @@ class UploadQueue:
         Raises:
             CancelledError: the claim is lost, or to be handed back.
         """
-        pause, longest = _BACKOFF_SECONDS
-        while True:
+        for pause in delays(*_BACKOFF_SECONDS):
             try:
                 for file in pending.files:
                     if not file.stored:
@@ -139,10 +127,7 @@ class UploadQueue:
                 self._gone(error)
             else:
                 return
-            ends = time.monotonic() + random.uniform(0, pause)
-            while time.monotonic() < ends and not pending.job.given_up:
-                time.sleep(_LOOK_SECONDS)
-            pause = min(longest, pause * 2)
+            pending.job.wait_given_up(pause)
 
     def discard(self, pending: PendingResult) -> None:
         """Remove the pending's files from disk and, as nothing refers to them, from storage; there as far as it works.

@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image
 
 from calotype_shared.schema import a1111
-from calotype_shared.schema.config import GenerationConfig, OutputFormat
+from calotype_shared.schema.enums import OutputFormat
+from calotype_shared.schema.resolve import ResolvedConfig
 from calotype_shared.storage.image_file import IMAGE_DESCRIPTION, write_image
 
 
@@ -30,7 +31,7 @@ def read_provenance(data: bytes) -> dict[str, Any]:
     return found
 
 
-def parameters_line(config: GenerationConfig, *, seed: int, steps: int) -> str:
+def parameters_line(config: ResolvedConfig, *, seed: int, steps: int) -> str:
     """The settings as AUTOMATIC1111's web UI writes them into its images."""
     lines = [config.prompt]
     if config.negative_prompt:
