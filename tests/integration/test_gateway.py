@@ -272,7 +272,9 @@ def test_the_command_serves_until_it_is_told_to_stop(environment: dict[str, str]
     command = [sys.executable, "-m", "calotype", "gateway", "--port"]
     with subprocess.Popen([*command, "0"], env=environment, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
-        found = re.search(r"gateway at (http://127\.0\.0\.1:(\d+)), which needs no key", process.stderr.readline())
+        found = re.search(
+            r"gateway listens on (http://127\.0\.0\.1:(\d+)); requests need no API key", process.stderr.readline()
+        )
         assert found is not None
         assert httpx.get(f"{found[1]}/readyz").status_code == 200
         taken = subprocess.run([*command, found[2]], env=environment, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""`python -m calotype_train`: teach a model a style, a word or a kind of control. `calotype train` runs
+"""`python -m calotype_train`: train a LoRA, a textual inversion or a ControlNet. `calotype train` runs
 exactly this."""
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SHOTS = 6  # of a sample sheet without --validation-prompts
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0 done, 1 a file cannot be written, 2 bad usage or data, 130 interrupted."""
+    """Returns the exit status: 0 success, 1 a file cannot be written, 2 invalid usage or data, 130 interrupted."""
     options = build_parser().parse_args(arguments)
     try:
         train(options)
@@ -36,59 +36,95 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"calotype train {options.recipe}: {error}", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
-        print("interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        print("interrupted; --resume continues from the last checkpoint", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="calotype train", description="Train an addition to a model.")
-    recipes = parser.add_subparsers(dest="recipe", required=True, metavar="RECIPE")
-    lora = recipes.add_parser("lora", help="a style or a subject, as a small file")
-    _common(lora, out="FILE.safetensors", rate=1e-3, batch=8, steps=1000, dropout=0.1)
-    lora.add_argument("--rank", type=_positive, default=8)
-    lora.add_argument("--alpha", type=_above_zero, help="scale times rank (default: the rank)")
-    lora.add_argument(
-        "--targets", default="to_q,to_k,to_v,to_out.0", help="endings of the layers' names (default: %(default)s)"
+    parser = argparse.ArgumentParser(
+        prog="calotype train", description="Train a LoRA, a textual inversion or a ControlNet for a model."
     )
-    word = recipes.add_parser("textual-inversion", help="a new word")
+    recipes = parser.add_subparsers(dest="recipe", required=True, metavar="RECIPE")
+    lora = recipes.add_parser("lora", help="a LoRA: a style or a subject, as a small file")
+    _common(lora, out="FILE.safetensors", rate=1e-3, batch=8, steps=1000, dropout=0.1)
+    lora.add_argument("--rank", type=_positive, default=8, help="rank of the added matrices (default: %(default)s)")
+    lora.add_argument("--alpha", type=_above_zero, help="scale multiplied by the rank (default: the rank)")
+    lora.add_argument(
+        "--targets",
+        default="to_q,to_k,to_v,to_out.0",
+        help="suffixes of the names of the trained layers (default: %(default)s)",
+    )
+    word = recipes.add_parser("textual-inversion", help="a textual inversion: a new word for prompts")
     _common(word, out="FILE.safetensors", rate=5e-3, batch=4, steps=1000, dropout=0.0)
-    word.add_argument("--token", required=True, help='the new word as captions write it, such as "<my-thing>"')
-    word.add_argument("--initialize-from", required=True, metavar="WORD", help="a known word to start from")
-    word.add_argument("--vectors", type=_positive, default=1, help="tokens that the word stands for")
-    control = recipes.add_parser("controlnet", help="control by an image, such as an outline")
+    word.add_argument("--token", required=True, help='the new word as it appears in captions, such as "<my-thing>"')
+    word.add_argument(
+        "--initialize-from", required=True, metavar="WORD", help="known word whose embedding is the starting point"
+    )
+    word.add_argument(
+        "--vectors", type=_positive, default=1, help="number of tokens for the word (default: %(default)s)"
+    )
+    control = recipes.add_parser("controlnet", help="a ControlNet: control by an image, such as an outline")
     _common(control, out="FOLDER", rate=1e-4, batch=4, steps=5000, dropout=0.1)
     control.add_argument(
-        "--embedding-channels", type=_numbers, default=(16, 32, 96, 256), help="widths, one a halving and one more"
+        "--embedding-channels",
+        type=_numbers,
+        default=(16, 32, 96, 256),
+        help="channel widths of the control image's encoder: one per downsampling, plus one",
     )
-    control.add_argument("--light", action="store_true", help="without attention: much smaller, hears no words")
+    control.add_argument("--light", action="store_true", help="without attention: much smaller, ignores the prompt")
     return parser
 
 
 def _common(parser: argparse.ArgumentParser, *, out: str, rate: float, batch: int, steps: int, dropout: float) -> None:
     add = parser.add_argument
-    add("--model", default="demo", help="demo, or the folder of a Stable Diffusion pipeline (default: %(default)s)")
-    add("--data", type=Path, required=True, metavar="FOLDER", help="images and their metadata.jsonl")
-    add("--out", type=Path, required=True, metavar=out, help="what to write; checkpoints go to OUT.training beside it")
-    add("--steps", type=_positive, default=steps, help="(default: %(default)s)")
-    add("--batch-size", type=_positive, default=batch, help="(default: %(default)s)")
-    add("--learning-rate", type=_above_zero, default=rate, help="(default: %(default)s)")
-    add("--warmup-steps", type=_count, default=50, help="(default: %(default)s)")
-    add("--schedule", choices=["constant", "cosine"], default="cosine", help="of the rate (default: %(default)s)")
-    add("--weighting", choices=["uniform", "min-snr", "noisy"], default="uniform", help="of the timesteps' errors")
-    add("--snr-gamma", type=_above_zero, default=5.0, help="for min-snr (default: %(default)s)")
-    add("--caption-dropout", type=_share, default=dropout, help="share of empty captions (default: %(default)s)")
-    add("--weight-decay", type=float, default=1e-2 if dropout else 0.0, help="(default: %(default)s)")
-    add("--seed", type=int, default=0)
-    add("--hold-out", type=_share, default=0.1, help="share of the images to judge by, 32 at most")
-    add("--validation-prompts", type=Path, metavar="FILE", help="a prompt a line for the sample sheets")
-    add("--checkpoint-every", type=_count, default=200, help="steps; 0: only at the end (default: %(default)s)")
-    add("--sample-every", type=_count, default=500, help="steps; 0: only at the end (default: %(default)s)")
-    add("--resume", action="store_true", help="go on from the last checkpoint")
-    add("--device", default="cpu", help="cpu or cuda:N (default: %(default)s)")
+    add("--model", default="demo", help="base model: demo or a Stable Diffusion folder (default: %(default)s)")
+    add("--data", type=Path, required=True, metavar="FOLDER", help="folder with images and metadata.jsonl")
+    add("--out", type=Path, required=True, metavar=out, help="output; checkpoints go to OUT.training beside it")
+    add("--steps", type=_positive, default=steps, help="training steps (default: %(default)s)")
+    add("--batch-size", type=_positive, default=batch, help="images per step (default: %(default)s)")
+    add("--learning-rate", type=_above_zero, default=rate, help="learning rate (default: %(default)s)")
+    add("--warmup-steps", type=_count, default=50, help="steps of linear warm-up (default: %(default)s)")
+    add(
+        "--schedule",
+        choices=["constant", "cosine"],
+        default="cosine",
+        help="learning rate schedule (default: %(default)s)",
+    )
+    add("--weighting", choices=["uniform", "min-snr", "noisy"], default="uniform", help="loss weighting by timestep")
+    add("--snr-gamma", type=_above_zero, default=5.0, help="gamma of min-snr (default: %(default)s)")
+    add(
+        "--caption-dropout",
+        type=_share,
+        default=dropout,
+        help="share of captions replaced by empty ones (default: %(default)s)",
+    )
+    add("--weight-decay", type=float, default=1e-2 if dropout else 0.0, help="weight decay (default: %(default)s)")
+    add("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    add("--hold-out", type=_share, default=0.1, help="share of images held out for validation, at most 32 images")
+    add(
+        "--validation-prompts",
+        type=Path,
+        metavar="FILE",
+        help="text file with one prompt per line, for the sample sheets",
+    )
+    add(
+        "--checkpoint-every",
+        type=_count,
+        default=200,
+        help="steps between checkpoints; 0: only at the end (default: %(default)s)",
+    )
+    add(
+        "--sample-every",
+        type=_count,
+        default=500,
+        help="steps between sample sheets; 0: only at the end (default: %(default)s)",
+    )
+    add("--resume", action="store_true", help="continue from the last checkpoint")
+    add("--device", default="cpu", help="device: cpu or cuda:N (default: %(default)s)")
 
 
 def train(options: argparse.Namespace) -> None:
-    """Train, save, say how it went. Raises what `prepare` raises."""
+    """Train, save and print the result. Raises what `prepare` raises."""
     training, recipe = prepare(options)
     training.run(checkpoint_every=options.checkpoint_every, sample_every=options.sample_every)
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -100,10 +136,10 @@ def train(options: argparse.Namespace) -> None:
 
 
 def prepare(options: argparse.Namespace) -> tuple[Training, Recipe]:
-    """Read the data, load the model, encode; the run is ready to start or to go on.
+    """Read the data, load the model and encode the data, ready to start or resume the run.
 
     Raises:
-        InvalidRequest: what is wrong with the data, the model or an option.
+        InvalidRequest: the data, the model or an option is invalid.
     """
     from calotype_train.data import hold_out, read_examples  # noqa: PLC0415 - torch takes seconds
 
@@ -144,17 +180,17 @@ def prepare(options: argparse.Namespace) -> tuple[Training, Recipe]:
 def read_prompts(path: Path | None) -> list[str]:
     """
     Raises:
-        InvalidRequest: no such file, or nothing in it.
+        InvalidRequest: the file does not exist or has no prompts.
     """
     if path is None:
         return []
     prompts = [line.strip() for line in path.read_text().splitlines() if line.strip()] if path.is_file() else []
     if not prompts:
         raise InvalidRequest(
-            "no prompts there",
+            "contains no prompts",
             field="--validation-prompts",
             value=str(path),
-            remedy="give a text file, a prompt a line",
+            remedy="give a text file with one prompt per line",
         )
     return prompts
 
@@ -171,7 +207,7 @@ def _textual_inversion(model: BaseModel, options: argparse.Namespace, examples: 
 
     check_captions([example.text for example in examples], options.token)
     return TextualInversionRecipe(
-        model, token=options.token, initialise_from=options.initialise_from, vectors=options.vectors
+        model, token=options.token, initialize_from=options.initialize_from, vectors=options.vectors
     )
 
 
