@@ -336,10 +336,10 @@ class Client(BatchCalls, DeadCalls):
         record = self.status(job_id)
         if not record.state.final:
             raise InvalidRequest(
-                f"the job is still {record.state.value} and has no images yet",
+                f"the job is {record.state.value} and has no images yet",
                 field="job_id",
                 value=job_id,
-                remedy="wait for it first",
+                remedy="wait until it ends",
             )
         require_success(record)
         return record

@@ -128,13 +128,13 @@ class Settings(StrictSettings):
     @classmethod
     def _file(cls, name: str | None) -> str | None:
         if name is not None and not os.access(name, os.R_OK):
-            raise ValueError("is no file that can be read")
+            raise ValueError("is not a readable file")
         return name
 
     @model_validator(mode="after")
     def _whole_certificate(self) -> Self:
         if (self.redis_cert_file is None) != (self.redis_key_file is None):
-            raise ValueError("redis_cert_file and redis_key_file belong together; give both, or neither")
+            raise ValueError("redis_cert_file and redis_key_file must be set together; set both, or neither")
         return self
 
     @property

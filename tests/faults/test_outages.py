@@ -215,7 +215,7 @@ def test_the_storage_is_killed_and_restarted(
             until(lambda: final(site, ids) >= 3)
             kill(first)
             proxy.set("cut")
-            until(lambda: "storage is away" in site.workers[0].text())
+            until(lambda: "storage unavailable" in site.workers[0].text())
             servers.append(SeaweedServer.start(folder, bucket=settings.s3_bucket))
             proxy.lead_to(servers[-1].endpoint_url)
             proxy.set("pass")
@@ -241,7 +241,7 @@ def test_there_is_no_room_to_spool(
         worker = site.start_worker("--concurrency", "4", stop=["disk-full"] if how == "disk-full" else [], **room)
         proxy.set("cut")
         ids = site.submit(12)
-        until(lambda: worker.text().count("no room to spool") >= 4)
+        until(lambda: worker.text().count("images cannot be spooled") >= 4)
         running = [r for r in site.store.get_many(ids) if r is not None and r.state is JobState.RUNNING]
         assert len(running) == 4
         assert not list((site.folder / "spool").glob("*/[0-9a-f]*")), "half a file was left behind"

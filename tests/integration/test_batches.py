@@ -249,7 +249,7 @@ def test_a_batch_expires_with_what_it_has(client: Client, settings: Settings) ->
     """Lines that were not done in time are told as expired."""
     with SimulatedWorker(settings, limit=10), Dispatcher(settings):
         batch = client.submit_batch(lines(60), window=20, expires_in=2)
-        with pytest.raises(InvalidRequest, match="wait for it, or cancel it first"):
+        with pytest.raises(InvalidRequest, match="wait until it ends, or cancel it"):
             batch.retry()
         record = batch.wait(20)
     assert record.state is BatchState.EXPIRED
@@ -314,7 +314,7 @@ def test_useless_manifests_fail_with_the_reason(client: Client, run: None, stora
     assert (record.state, record.problem) == (BatchState.FAILED, "no line of the manifest can be used")
     assert [error["line"] for error in bad.errors()] == [1]
     lost = client.submit_batch_file("files/nothing", input_file="file-x", format=BatchFormat.NATIVE).wait(20)
-    assert "is not in storage" in str(lost.problem)
+    assert "is missing in storage" in str(lost.problem)
     for options, said in (({"window": 0}, "window=0"), ({"expires_in": 0.5}, "expires_in=0.5")):
         with pytest.raises(InvalidRequest, match=said):
             client.submit_batch(lines(1), **options)  # type: ignore[arg-type]

@@ -142,12 +142,12 @@ def test_what_cannot_be_done_is_refused_at_submission(
     moving = io.BytesIO()
     SOURCE.save(moving, "WEBP", save_all=True, append_images=[Image.fromarray(sample_image(2))])
     refused = {
-        r"init_image.*no readable image.*PNG": {"init_image": b"not an image"},
-        r"init_image.*no readable image.*JPEG": {"init_image": buffer.getvalue()},
+        r"init_image.*not a readable image.*PNG": {"init_image": b"not an image"},
+        r"init_image.*not a readable image.*JPEG": {"init_image": buffer.getvalue()},
         r"init_image.*more than 64000000 pixels": {"init_image": packed.getvalue()},
         r"init_image.*animated": {"init_image": moving.getvalue()},
-        r"upload=.*no such upload": {"init_image": "a" * 64},
-        r"mask_image=.*needs the image": {"mask_image": SOURCE},
+        r"upload=.*does not exist": {"init_image": "a" * 64},
+        r"mask_image=.*needs a source image": {"mask_image": SOURCE},
         r"strength=.*no(ne| source|thing|)": {"strength": 0.5},
         r"controlnet.*cannot do that": {"controls": [{"name": "outline", "image": SOURCE}]},
         r"lora.*cannot do that": {"loras": [{"name": "absent"}]},

@@ -153,7 +153,7 @@ def test_images_go_in_both_ways(gateway: Gateway, way: str) -> None:
     shown = np.asarray(Image.open(io.BytesIO(httpx.get(url).content)))
     assert np.array_equal(shown, sample_image(4)), "strength 0 gives the source back"
     broken = gateway.http.post("/v1/uploads", content=b"GIF89a", headers={"content-type": "image/png"})
-    assert (broken.status_code, "is no readable image" in broken.text) == (400, True)
+    assert (broken.status_code, "is not a readable image" in broken.text) == (400, True)
 
 
 def test_bad_requests_say_what_and_what_to_do(gateway: Gateway) -> None:

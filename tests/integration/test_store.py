@@ -386,7 +386,7 @@ def test_an_unreadable_record_spoils_no_listing(store: JobStore, redis: Redis) -
 
 def test_an_open_config_is_refused_before_anything_is_written(store: JobStore) -> None:
     """A stored config must reproduce its image, so its seed cannot be missing."""
-    with pytest.raises(InvalidRequest, match="still open"):
+    with pytest.raises(InvalidRequest, match="is not set"):
         store.create([CONFIG.model_copy(update={"seed": None})])
     assert store.counts()[JobState.QUEUED] == 0
 

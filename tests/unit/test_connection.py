@@ -44,16 +44,16 @@ def test_a_socket() -> None:
     [
         ("http://x", "must start with"),
         ("redis", "must start with"),
-        ("rediss://h/0?ssl_cert_reqs=none", "no \\?options"),
-        ("redis://h:99999", "host"),
-        ("redis://h:0", "host"),
+        ("rediss://h/0?ssl_cert_reqs=none", "does not allow \\?options"),
+        ("redis://h:99999", "invalid host"),
+        ("redis://h:0", "invalid host"),
         ("redis://a,b/0", "several hosts"),
-        ("redis://h/zero", "no number"),
-        ("redis://h/0/1", "more than a database"),
+        ("redis://h/zero", "invalid database"),
+        ("redis://h/0/1", "only a database number"),
         ("redis+sentinel://a,b", "name the primary"),
         ("redis+sentinel://a,b/", "name the primary"),
-        ("unix:///x?timeout=3", "nothing but"),
-        ("redis://[::1", "host"),
+        ("unix:///x?timeout=3", "allows only"),
+        ("redis://[::1", "invalid host"),
     ],
 )
 def test_an_address_that_makes_no_sense(url: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,7 +93,7 @@ class GenerationRequest:
         """
         if config.seed is None or config.width is None or config.height is None:
             raise InvalidRequest(
-                "seed, width or height is still open", field="config", value=config, remedy="resolve the config first"
+                "seed, width or height is not set", field="config", value=config, remedy="resolve the config first"
             )
         if not 0 <= index < config.image_count:
             raise InvalidRequest(

@@ -154,7 +154,10 @@ class BatchCalls:
         batch = self.batch(batch_id)
         if not batch.state.final:
             raise InvalidRequest(
-                f"is still {batch.state.value}", field="batch", value=batch_id, remedy="wait for it, or cancel it first"
+                f"is still {batch.state.value}",
+                field="batch",
+                value=batch_id,
+                remedy="wait until it ends, or cancel it",
             )
         failed = self._failed_lines(batch)
         if not failed:
@@ -275,7 +278,10 @@ class BatchHandle:
 def _manifest_bytes(manifest: Manifest) -> Iterator[bytes]:
     if isinstance(manifest, (str, bytes)):
         raise InvalidRequest(
-            "is no manifest", field="manifest", value=manifest, remedy="give a pathlib.Path or an iterable of configs"
+            "is not a manifest",
+            field="manifest",
+            value=manifest,
+            remedy="give a pathlib.Path or an iterable of configs",
         )
     if isinstance(manifest, Path):
         with manifest.open("rb") as file:

@@ -126,7 +126,7 @@ def webhook_secret(tenant: Annotated[str, typer.Argument(help="Tenant.")] = "def
         raise ServiceUnavailable("webhooks need optional packages; run: pip install 'calotype[gateway]'") from None
     settings = Settings.load()
     if settings.webhook_secret is None:
-        raise SettingsError("CALOTYPE_WEBHOOK_SECRET is not set: there are no webhooks here; set it to 32 random bytes")
+        raise SettingsError("CALOTYPE_WEBHOOK_SECRET is not set, so webhooks are disabled; set it to 32 random bytes")
     print(tenant_secret(settings.webhook_secret.get_secret_value(), tenant))
 
 

@@ -77,7 +77,7 @@ def check_webhook_url(url: str, *, allow_private: bool) -> None:
         ),
         (
             not allow_private and (_is_localhost(host) or (literal is not None and not is_public(literal))),
-            f"{host} is no public address",
+            f"{host} is not a public address",
             "use a host that can be reached from the internet",
         ),
     ):
@@ -163,5 +163,5 @@ class GuardedBackend(httpcore.NetworkBackend):
             raise httpcore.ConnectError(f"{host} has no address ({error})") from error
         allowed = [address for address in found if self._allow_private or is_public(ip_address(address))]
         if not allowed:
-            raise AddressRefused(f"{host} is no public address: {', '.join(found)}")
+            raise AddressRefused(f"{host} is not a public address: {', '.join(found)}")
         return allowed

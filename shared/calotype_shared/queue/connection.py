@@ -89,13 +89,13 @@ class RedisAddress:
         if scheme == "unix":
             asked = parse_qs(query)
             if set(asked) - {"db"}:
-                raise ValueError("takes nothing but ?db= behind a socket's path")
+                raise ValueError("allows only ?db= after a socket's path")
             path = unquote(rest.rpartition("@")[2])
             username, password = _account(rest)
             db = _number(asked.get("db", ["0"])[0])
             return cls(scheme=scheme, path=path, db=db, username=username, password=password)
         if query:
-            raise ValueError("takes no ?options; the settings CALOTYPE_REDIS_… say how to connect")
+            raise ValueError("does not allow ?options; use the settings CALOTYPE_REDIS_… instead")
         authority, _, path = rest.partition("/")
         parts = path.split("/") if path else []
         sentinel = scheme.endswith("+sentinel")
@@ -103,11 +103,11 @@ class RedisAddress:
             raise ValueError("must name the primary that the sentinels watch: redis+sentinel://host:26379/NAME")
         name = parts.pop(0) if sentinel else ""
         if len(parts) > 1:
-            raise ValueError("has more than a database behind the host")
+            raise ValueError("allows only a database number after the host")
         default = SENTINEL_PORT if sentinel else PORT
         hosts = tuple(_host(text, default) for text in authority.rpartition("@")[2].split(","))
         if len(hosts) > 1 and not sentinel:
-            raise ValueError("has several hosts; only sentinels may be several")
+            raise ValueError("has several hosts; only sentinel URLs can have several")
         db = _number(parts[0]) if parts and parts[0] else 0
         username, password = _account(authority)
         return cls(scheme=scheme, hosts=hosts, name=name, db=db, username=username, password=password)
@@ -122,13 +122,13 @@ def _account(authority: str) -> tuple[str | None, str | None]:
 def _host(text: str, default: int) -> tuple[str, int]:
     found = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([^:\[\]@]*))(?::(\d{1,5}))?", text)
     if found is None or not 0 < int(found[3] or default) < 65_536:
-        raise ValueError("has a host that cannot be read; write host:port")
+        raise ValueError("has an invalid host; write host:port")
     return found[1] or found[2] or "127.0.0.1", int(found[3] or default)
 
 
 def _number(text: str) -> int:
     if not re.fullmatch(r"\d{1,5}", text):
-        raise ValueError("has a database that is no number")
+        raise ValueError("has an invalid database; write a number")
     return int(text)
 
 
@@ -202,13 +202,13 @@ def unavailable(error: RedisError, where: str) -> RedisUnavailable:
     if isinstance(error, AuthenticationError) or str(error).startswith(("NOAUTH", "WRONGPASS")):
         remedy = "check the user and password in CALOTYPE_REDIS_URL"
     elif isinstance(error, NoPermissionError):
-        remedy = "give its user all commands and channels on the keys under CALOTYPE_KEY_PREFIX"
+        remedy = "allow its user all commands and channels on the keys under CALOTYPE_KEY_PREFIX"
     elif isinstance(error, OutOfMemoryError):
-        remedy = "wait until jobs are done, lower CALOTYPE_MAX_QUEUED, or give it more memory (maxmemory)"
+        remedy = "wait until jobs have finished, lower CALOTYPE_MAX_QUEUED, or raise maxmemory"
     elif str(error).startswith("MISCONF"):
-        remedy = "make room on its disk"
+        remedy = "free space on its disk"
     elif "CERTIFICATE" in str(error).upper():
-        remedy = "give the file of its certificate authority as CALOTYPE_REDIS_CA_FILE"
+        remedy = "set CALOTYPE_REDIS_CA_FILE to the file of its certificate authority"
     return RedisUnavailable(f"Redis at {where} cannot be used ({error}); {remedy}")
 
 

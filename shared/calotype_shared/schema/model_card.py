@@ -74,7 +74,7 @@ class ModelCard(BaseModel):
                 f"model {self.name!r} cannot do text_to_image",
                 field="model",
                 value=self.name,
-                remedy=f"give what it needs for {', '.join(sorted(self.features))}, or use another model",
+                remedy=f"provide the inputs for {', '.join(sorted(self.features))}, or use another model",
             )
         if config.num_frames is not None:
             self._check_feature("text_to_video")
@@ -97,17 +97,17 @@ class ModelCard(BaseModel):
     def _check_feature(self, feature: str) -> None:
         if feature not in self.features:
             raise InvalidRequest(
-                f"model {self.name!r} cannot do that",
+                f"model {self.name!r} does not support this",
                 field=_FIELDS.get(feature, "config"),
                 value=feature,
-                remedy=f"it can do {', '.join(sorted(self.features))}; leave this out, or use another model",
+                remedy=f"it supports {', '.join(sorted(self.features))}; leave this out, or use another model",
             )
 
     def _check_one_of(self, field: str, value: str, known: Collection[str]) -> None:
         if value not in known:
             shown = ", ".join(known) or "none"
             raise InvalidRequest(
-                f"model {self.name!r} does not have it", field=field, value=str(value), remedy=f"it has: {shown}"
+                f"is not available for model {self.name!r}", field=field, value=str(value), remedy=f"available: {shown}"
             )
 
     def native_size(self, width: int | None, height: int | None) -> tuple[int, int]:

@@ -118,7 +118,7 @@ class UploadQueue:
                     file.data = None
             self._waiting.put_nowait(pending)
         except (OSError, Full) as error:
-            log.warning("no room to spool", extra={"job_id": pending.job.claim.job_id, "reason": str(error)})
+            log.warning("images cannot be spooled", extra={"job_id": pending.job.claim.job_id, "reason": str(error)})
             return False
         log.info("images spooled", extra={"job_id": pending.job.claim.job_id, "bytes": self._spool.used})
         return True
@@ -153,7 +153,9 @@ class UploadQueue:
         try:
             self._storage.delete_many([file.key for file in pending.files if file.tried])
         except StorageUnavailable as error:
-            log.warning("orphans left", extra={"job_id": pending.job.claim.job_id, "reason": str(error)})
+            log.warning(
+                "orphaned objects left in storage", extra={"job_id": pending.job.claim.job_id, "reason": str(error)}
+            )
 
     def forget(self, pending: PendingResult) -> None:
         """Remove the pending's files from disk."""
@@ -174,7 +176,7 @@ class UploadQueue:
 
     def _gone(self, error: StorageUnavailable) -> None:
         if self._away_until == 0.0:
-            log.warning("storage is away", extra={"reason": str(error)})
+            log.warning("storage unavailable", extra={"reason": str(error)})
         self._away_until = time.monotonic() + _AWAY_SECONDS
 
     def _work(self) -> None:
@@ -186,4 +188,4 @@ class UploadQueue:
             try:
                 self._finish(pending)
             except Exception:  # this thread must not die
-                log.exception("the outbox met a bug")
+                log.exception("unexpected error in the upload queue")
