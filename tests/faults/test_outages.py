@@ -141,7 +141,7 @@ def test_the_network_to_redis_fails(
         took = time.monotonic() - began
         assert took < 35
         assert lonely.alive
-        name = {"cut": "network to Redis cut, healed", "swallow": "Redis a black hole, healed"}[mode]
+        name = {"cut": "network to Redis cut, then restored", "swallow": "Redis does not answer, then recovers"}[mode]
         table.add(name, site.check(ids + more), recovery_seconds=took)
 
 
@@ -189,7 +189,7 @@ def test_the_storage_fails(
         took = time.monotonic() - began
         assert {(record.failures, record.crashes) for record in records} == {(0, 0)}
         assert not list((site.folder / "spool").glob("*/[0-9a-f]*")), "spooled files were left behind"
-        names = {"busy": "answers 503", "forbidden": "refuses the keys", "cut": "cut off", "swallow": "a black hole"}
+        names = {"busy": "answers 503", "forbidden": "refuses the keys", "cut": "cut off", "swallow": "does not answer"}
         table.add(f"S3 {names.get(mode, mode)}", site.check(ids), recovery_seconds=took)
 
 
