@@ -12,7 +12,7 @@ import pytest
 from calotype_shared.queue.job_store import MAX_CRASHES
 from calotype_shared.queue.message import message
 from calotype_shared.queue.records import SCHEMA
-from calotype_shared.schema.jobs import JobState
+from calotype_shared.schema.enums import JobState
 from tests.faults.fault_points import CURSED, POINTS, POISON
 from tests.faults.harness import FULL, LEASE_SECONDS, Site, Table, WorkerProcess, until
 
@@ -96,7 +96,9 @@ def test_the_same_message_twice(site: Site, table: Table) -> None:
         worker.wait_for("worker ready")
     records = site.wait(ids)
     assert {record.attempt for record in records} == {1}
-    table.add("every message delivered three times, two workers", site.check(ids), recovery_seconds=time.monotonic() - began)
+    table.add(
+        "every message delivered three times, two workers", site.check(ids), recovery_seconds=time.monotonic() - began
+    )
 
 
 def test_a_poison_job_among_good_ones(site: Site, table: Table) -> None:

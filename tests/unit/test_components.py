@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from calotype_shared.errors import InvalidRequest
-from calotype_shared.schema.config import SamplerType
+from calotype_shared.schema.enums import SamplerType
 from calotype_worker import DiffusionModel, GenerationConfig, NoiseScheduler, TextEncoder, UNetModel, VAEDecoder
 from calotype_worker.sampling import make_scheduler
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from calotype_shared.schema.config import SamplerType
+from calotype_shared.schema.enums import SamplerType
 from calotype_worker.engine import Engine, EngineSettings, Generated, GenerationRequest
 from calotype_worker.engine.step_batch import StepBatch
 from calotype_worker.models import StepModel, load_model

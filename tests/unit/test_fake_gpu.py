@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from calotype_shared.schema.config import SamplerType
+from calotype_shared.schema.enums import SamplerType
 from calotype_worker.engine import Engine, Generated, GenerationRequest
 from calotype_worker.models import Memory, ModelPool, StepModel, load_model, registry
 from calotype_worker.sampling.table import TableCache

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from calotype_shared.errors import GenerationFailed, InvalidRequest
-from calotype_shared.schema.config import OutputFormat, SamplerType
+from calotype_shared.schema.enums import OutputFormat, SamplerType
 from calotype_worker.models.base import OpaqueModel
 from calotype_worker.models.opaque import AnimateDiff, ShapE, opaque_card
 from calotype_worker.output.mesh import encode_ply, read_provenance

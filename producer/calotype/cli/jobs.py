@@ -13,8 +13,8 @@ from calotype.cli.exit_codes import ExitCode
 from calotype.cli.output import clock_time, print_json, print_table, record_json, record_line, report, say
 from calotype.client import Client, require_success
 from calotype_shared.errors import InvalidRequest, JobNotFound
-from calotype_shared.schema.config import QUALITY_PRESETS, OutputFormat, SamplerType
-from calotype_shared.schema.jobs import JobState, Lane
+from calotype_shared.schema.config import QUALITY_PRESETS
+from calotype_shared.schema.enums import JobState, Lane, OutputFormat, SamplerType
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, including errors.")]
 JobId = Annotated[str, typer.Argument(metavar="ID")]

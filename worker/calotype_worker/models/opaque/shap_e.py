@@ -11,7 +11,7 @@ import torch
 from diffusers import HeunDiscreteScheduler
 
 from calotype_shared.errors import GenerationFailed, InvalidRequest
-from calotype_shared.schema.config import Feature, OutputFormat, SamplerType
+from calotype_shared.schema.enums import Feature, OutputFormat, SamplerType
 from calotype_shared.schema.model_card import ModelCard
 from calotype_worker.models.base import Watch
 from calotype_worker.models.opaque.whole_pipeline import WholePipeline, own_generators, samplers_of, sizes_of
