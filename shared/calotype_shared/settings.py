@@ -55,12 +55,13 @@ class StrictSettings(BaseSettings):
             return cls(**{name: value for name, value in overrides.items() if value is not None})
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-            if not first["loc"]:  # about several together; its input would show all of them
-                raise SettingsError(f"{first['msg']}; correct the variables or options") from None
+            problem = first["msg"].removeprefix("Value error, ")
+            if not first["loc"]:  # about several settings; its input would show the values of all of them
+                raise SettingsError(f"{problem}; correct the variables or options") from None
             field = str(first["loc"][0])
             name = f"{prefix}{field.upper()}"
             shown = "(hidden)" if "secret" in field or "url" in field else repr(first.get("input"))
-            raise SettingsError(f"{name}={shown}: {first['msg']}; correct the variable or option") from None
+            raise SettingsError(f"{name}={shown}: {problem}; correct the variable or option") from None
 
 
 class Settings(StrictSettings):

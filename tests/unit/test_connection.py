@@ -70,10 +70,10 @@ def test_a_certificate_needs_its_key_and_files_must_be_there(tmp_path: Path, mon
     file = tmp_path / "x.pem"
     file.touch()
     monkeypatch.setenv("CALOTYPE_S3_SECRET_ACCESS_KEY", "hunter2")
-    with pytest.raises(SettingsError, match="belong together") as refused:
+    with pytest.raises(SettingsError, match="must be set together") as refused:
         Settings.load(redis_cert_file=str(file))
     assert "hunter2" not in str(refused.value)
-    with pytest.raises(SettingsError, match=r"REDIS_CA_FILE.*no file"):
+    with pytest.raises(SettingsError, match=r"REDIS_CA_FILE.*not a readable file"):
         Settings.load(redis_ca_file=str(tmp_path / "none.pem"))
 
 
