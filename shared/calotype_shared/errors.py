@@ -7,11 +7,12 @@ CalotypeError
 ├── SettingsError           a CALOTYPE_* variable or an option is unknown or malformed
 ├── JobNotFound             there is no record with this id: never created, or expired
 ├── BatchNotFound           there is no batch with this id: never submitted, or expired
-├── JobFailed               the job ended in the state `failed`
+├── JobFailed               the job ended in the state `failed`; the message has the reason
 ├── JobCancelled            the job ended in the state `cancelled`
 ├── WaitTimeout             the wait timed out; the job continues
 ├── ModelLoadError          a model or adapter cannot be loaded; the worker does not start
 ├── GenerationFailed        one request failed in the engine; the others continue
+├── UnreadableRecord        this version cannot read the record: a newer version wrote it, or it is damaged
 ├── TooBusy                 a rate or capacity limit is reached; retry after `retry_after_seconds`
 │   └── QueueFull           the limit of queued jobs or open batches is reached
 └── ServiceUnavailable      a service cannot be used; retry later. Nothing was lost or half-written
@@ -19,7 +20,10 @@ CalotypeError
     └── StorageUnavailable  storage is unreachable, refuses the keys, or lacks the bucket
         └── ObjectMissing   storage answers, but the object does not exist
 
-Every message says what is wrong, the value, and the remedy.
+Every message says what is wrong, the value, and the remedy. Some errors also derive from a built-in exception:
+InvalidRequest and SettingsError from ValueError; JobNotFound, BatchNotFound and ObjectMissing from LookupError;
+WaitTimeout from TimeoutError; RedisUnavailable from ConnectionError. All of them are exported by `calotype`.
+
 """
 
 from __future__ import annotations
@@ -35,8 +39,9 @@ class CalotypeError(Exception):
     code = "error"
 
 
-class InvalidRequest(CalotypeError):
+class InvalidRequest(CalotypeError, ValueError):
     """A request that cannot be fulfilled as written.
+
 
     `field` names the field or option, `value` is the given value, `problem` says what is wrong with it, and
     `remedy` says what would work.
@@ -62,15 +67,15 @@ class IdempotencyConflict(InvalidRequest):
     code = "idempotency_conflict"
 
 
-class SettingsError(CalotypeError):
+class SettingsError(CalotypeError, ValueError):
     code = "invalid_setting"
 
 
-class JobNotFound(CalotypeError):
+class JobNotFound(CalotypeError, LookupError):
     code = "job_not_found"
 
 
-class BatchNotFound(CalotypeError):
+class BatchNotFound(CalotypeError, LookupError):
     code = "batch_not_found"
 
 
@@ -82,7 +87,7 @@ class JobCancelled(CalotypeError):
     code = "job_cancelled"
 
 
-class WaitTimeout(CalotypeError):
+class WaitTimeout(CalotypeError, TimeoutError):
     code = "wait_timeout"
 
 
@@ -92,6 +97,10 @@ class ModelLoadError(CalotypeError):
 
 class GenerationFailed(CalotypeError):
     code = "generation_failed"
+
+
+class UnreadableRecord(CalotypeError):
+    code = "unreadable_record"
 
 
 class TooBusy(CalotypeError):
@@ -118,7 +127,7 @@ class ServiceUnavailable(CalotypeError):
     code = "service_unavailable"
 
 
-class RedisUnavailable(ServiceUnavailable):
+class RedisUnavailable(ServiceUnavailable, ConnectionError):
     code = "redis_unavailable"
 
 
@@ -126,7 +135,7 @@ class StorageUnavailable(ServiceUnavailable):
     code = "storage_unavailable"
 
 
-class ObjectMissing(StorageUnavailable):
+class ObjectMissing(StorageUnavailable, LookupError):
     code = "object_missing"
 
 

@@ -81,6 +81,9 @@ class WorkerSettings(StrictSettings):
     """Decode large images in overlapping tiles. The seams can be visible."""
     lease_seconds: Annotated[float, Field(ge=1.0)] = 20.0
     """Duration of a lease. If a worker does not renew it in this time, others take over its jobs."""
+    reap_seconds: Annotated[float, Field(ge=0.1, le=10.0)] = 5.0
+    """Average pause between two searches for expired leases."""
+
     grace_seconds: Annotated[float, Field(ge=0.0)] = 60.0
     """Time for running jobs to finish after SIGTERM."""
     preemption: Annotated[str, Field(pattern=r"^(off|aws|gcp|azure|file:/.+)$")] = "off"

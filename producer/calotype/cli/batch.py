@@ -12,8 +12,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from calotype.batches.client import WINDOW, BatchHandle, BatchOptions
+from calotype.batches.client import BatchHandle
 from calotype.batches.dispatcher import Dispatcher
+from calotype.batches.options import WINDOW, BatchOptions
 from calotype.batches.record import BatchRecord, BatchState
 from calotype.cli.exit_codes import ExitCode
 from calotype.cli.jobs import AsJson
@@ -55,7 +56,7 @@ def submit(  # noqa: PLR0917 - the command's options; Typer passes them by name
         "webhook_url": webhook_url,
     }
     with Client() as client:
-        batch = client.submit_batch(file, idempotency_key=idempotency_key, **options)
+        batch = client.batches.submit(file, idempotency_key=idempotency_key, **options)
         _report(client, batch, wait=wait, as_json=as_json)
 
 
@@ -67,7 +68,7 @@ def status(
 ) -> None:
     """Show a batch. With --watch the exit status says how it ended."""
     with Client() as client:
-        record = _watch(client.follow_batch(batch_id), as_json=as_json) if watch else client.batch(batch_id)
+        record = _watch(client.batches.follow(batch_id), as_json=as_json) if watch else client.batches.status(batch_id)
         if not (watch and as_json):
             _show(record, as_json=as_json)
     if watch:
@@ -80,7 +81,7 @@ def list_batches(
 ) -> None:
     """List batches, newest first."""
     with Client() as client:
-        records = client.batches(limit=limit)
+        records = client.batches.list(limit=limit)
     if as_json:
         for record in records:
             print_json(batch_json(record))
@@ -110,7 +111,7 @@ def results(
     """Print the results so far, one JSON object per line. This also works while the batch runs."""
     with Client() as client, ExitStack() as stack:
         target = stack.enter_context(output.open("wb")) if output else sys.stdout.buffer
-        for data in client.batch_result_chunks(batch_id, errors=errors):
+        for data in client.batches.result_chunks(batch_id, errors=errors):
             target.write(data)
         target.flush()
 
@@ -119,30 +120,30 @@ def results(
 def cancel(batch_id: BatchId, as_json: AsJson = False) -> None:
     """Cancel a batch: no new job starts, and running jobs stop within a step."""
     with Client() as client:
-        _show(client.cancel_batch(batch_id), as_json=as_json)
+        _show(client.batches.cancel(batch_id), as_json=as_json)
 
 
 @app.command()
 def pause(batch_id: BatchId, as_json: AsJson = False) -> None:
     """Pause a batch: no more of its jobs enter the queue. Jobs that are already queued still run."""
     with Client() as client:
-        client.pause_batch(batch_id)
-        _show(client.batch(batch_id), as_json=as_json)
+        client.batches.pause(batch_id)
+        _show(client.batches.status(batch_id), as_json=as_json)
 
 
 @app.command()
 def resume(batch_id: BatchId, wait: Wait = False, as_json: AsJson = False) -> None:
     """Resume a paused batch. With --wait, also lead a batch that has lost its dispatcher."""
     with Client() as client:
-        client.resume_batch(batch_id)
-        _report(client, BatchHandle(client, batch_id), wait=wait, as_json=as_json)
+        client.batches.resume(batch_id)
+        _report(client, client.batch(batch_id), wait=wait, as_json=as_json)
 
 
 @app.command()
 def retry(batch_id: BatchId, wait: Wait = False, as_json: AsJson = False) -> None:
     """Submit the lines that did not succeed as a new batch and print its id."""
     with Client() as client:
-        _report(client, client.retry_batch(batch_id), wait=wait, as_json=as_json)
+        _report(client, client.batches.retry(batch_id), wait=wait, as_json=as_json)
 
 
 def batch_json(record: BatchRecord) -> dict[str, Any]:
@@ -186,7 +187,7 @@ def _report(client: Client, batch: BatchHandle, *, wait: bool, as_json: bool) ->
         say(f"batch {batch.id}")
     try:
         with Dispatcher(client.settings):
-            record = _watch(client.follow_batch(batch.id), as_json=as_json)
+            record = _watch(client.batches.follow(batch.id), as_json=as_json)
     except KeyboardInterrupt:
         say(f"{batch.id} needs a dispatcher to continue; resume it with: calotype batch resume {batch.id} --wait")
         raise

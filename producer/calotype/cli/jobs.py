@@ -11,13 +11,18 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from calotype.cli.exit_codes import ExitCode
 from calotype.cli.output import clock_time, print_json, print_table, record_json, record_line, report, say
-from calotype.client import Client, require_success
+from calotype.client import Client
+from calotype.fields import JobFields
+from calotype.jobs import require_success
 from calotype_shared.errors import InvalidRequest, JobNotFound
 from calotype_shared.schema.config import QUALITY_PRESETS
 from calotype_shared.schema.enums import JobState, Lane, OutputFormat, SamplerType
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, including errors.")]
 JobId = Annotated[str, typer.Argument(metavar="ID")]
+
+
+_FIELDS = tuple(name for name in JobFields.__annotations__ if name != "prompt")
 
 
 def _client() -> Client:
@@ -43,9 +48,16 @@ def _control(entry: str) -> dict[str, Any]:
 
 def submit(  # noqa: PLR0917 - the command's options; Typer passes them by name
     prompt: Annotated[str, typer.Argument(help="Text that describes the image.")],
-    negative: Annotated[str | None, typer.Option(help="Text that describes what to avoid.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Number of denoising steps [50].")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 or less turns guidance off [7.5].")] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option("--negative-prompt", "--negative", help="Text that describes what to avoid.")
+    ] = None,
+    num_inference_steps: Annotated[
+        int | None, typer.Option("--num-inference-steps", "--steps", help="Number of denoising steps [50].")
+    ] = None,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option("--guidance-scale", "--guidance", help="Guidance scale; 1 or less turns guidance off [7.5]."),
+    ] = None,
     sampler: Annotated[str | None, typer.Option(help=f"Sampler: {', '.join(SamplerType)} [ddim].")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the first image; random if not given.")] = None,
     width: Annotated[int | None, typer.Option(help="Width in pixels [the model's native width].")] = None,
@@ -56,19 +68,26 @@ def submit(  # noqa: PLR0917 - the command's options; Typer passes them by name
     ] = None,
     num_images: Annotated[int | None, typer.Option(help="Number of images, with consecutive seeds [1].")] = None,
     output_format: Annotated[
-        str | None, typer.Option("--format", help=f"File format: {', '.join(OutputFormat)} [png].")
+        str | None, typer.Option("--output-format", "--format", help=f"File format: {', '.join(OutputFormat)} [png].")
     ] = None,
     init_image: Annotated[Path | None, typer.Option(help="Image to start from.", dir_okay=False)] = None,
-    mask: Annotated[
-        Path | None, typer.Option(help="Mask image: white is repainted, black is kept.", dir_okay=False)
+    mask_image: Annotated[
+        Path | None,
+        typer.Option("--mask-image", "--mask", help="Mask image: white is repainted, black is kept.", dir_okay=False),
     ] = None,
     strength: Annotated[
         float | None, typer.Option(help="How much init_image changes: 0 keeps it, 1 ignores it [0.75; 1 with mask].")
     ] = None,
-    lora: Annotated[list[str] | None, typer.Option(help="LoRA as NAME or NAME:WEIGHT; may be repeated.")] = None,
-    control: Annotated[
+    loras: Annotated[
+        list[str] | None, typer.Option("--loras", "--lora", help="LoRA as NAME or NAME:WEIGHT; may be repeated.")
+    ] = None,
+    controls: Annotated[
         list[str] | None,
-        typer.Option(help="ControlNet and its image as NAME:FILE or NAME:FILE:SCALE; may be repeated."),
+        typer.Option(
+            "--controls",
+            "--control",
+            help="ControlNet and its image as NAME:FILE or NAME:FILE:SCALE; may be repeated.",
+        ),
     ] = None,
     refiner: Annotated[
         str | None,
@@ -76,9 +95,14 @@ def submit(  # noqa: PLR0917 - the command's options; Typer passes them by name
             help="Refiner model as NAME or NAME:START, with the share of steps after which it takes over [0.8]."
         ),
     ] = None,
-    also: Annotated[list[str] | None, typer.Option(help="Additional model that makes the same images.")] = None,
+    ensemble: Annotated[
+        list[str] | None,
+        typer.Option("--ensemble", "--also", help="Additional model that makes the same images; may be repeated."),
+    ] = None,
     preview_every: Annotated[int | None, typer.Option(help="Number of steps between previews.")] = None,
-    frames: Annotated[int | None, typer.Option(help="Number of frames of a video.")] = None,
+    num_frames: Annotated[
+        int | None, typer.Option("--num-frames", "--frames", help="Number of frames of a video.")
+    ] = None,
     lane: Annotated[Lane, typer.Option(help="Priority; interactive jobs go first.")] = Lane.INTERACTIVE,
     wait: Annotated[bool, typer.Option("--wait", help="Wait until the job ends.")] = False,
     timeout: Annotated[float | None, typer.Option(help="Maximum number of seconds to wait.", min=0)] = None,
@@ -89,30 +113,16 @@ def submit(  # noqa: PLR0917 - the command's options; Typer passes them by name
     as_json: AsJson = False,
 ) -> None:
     """Queue a job and print its id."""
-    given: dict[str, Any] = {
-        "negative_prompt": negative,
-        "num_inference_steps": steps,
-        "guidance_scale": guidance,
-        "sampler": sampler,
-        "seed": seed,
-        "width": width,
-        "height": height,
-        "model": model,
-        "quality": quality,
-        "num_images": num_images,
-        "output_format": output_format,
-        "init_image": init_image,
-        "mask_image": mask,
-        "strength": strength,
-        "loras": lora and [_pair(entry, "name", "weight") for entry in lora],
-        "controls": control and [_control(entry) for entry in control],
-        "refiner": refiner and _pair(refiner, "model", "start"),
-        "ensemble": also,
-        "preview_every": preview_every,
-        "num_frames": frames,
-    }
+    options = dict(locals())  # those of a config are named as its fields
+    fields: JobFields = {name: options[name] for name in _FIELDS if options[name] not in (None, [])}  # type: ignore[assignment]
+    if loras:
+        fields["loras"] = [_pair(entry, "name", "weight") for entry in loras]
+    if controls:
+        fields["controls"] = [_control(entry) for entry in controls]
+    if refiner:
+        fields["refiner"] = _pair(refiner, "model", "start")
     with _client() as client:
-        job = client.submit(prompt, lane=lane, **{name: value for name, value in given.items() if value is not None})
+        job = client.submit(prompt, lane=lane, **fields)
         if not (wait or output):
             print_json(record_json(job.status())) if as_json else print(job.id)
             return
@@ -128,8 +138,8 @@ def submit(  # noqa: PLR0917 - the command's options; Typer passes them by name
         files = []
         if output is not None:
             output.mkdir(parents=True, exist_ok=True)
-            files = [str(image.save(output)) for image in client.images(job.id)]
-        urls = client.urls(job.id)
+            files = [str(image.save(output)) for image in job.images()]
+        urls = job.urls()
         if as_json:
             print_json({**record_json(record), "files": files, "urls": urls})
         else:
@@ -147,7 +157,7 @@ def status(
             record = client.status(job_id)
             print_json(record_json(record)) if as_json else print(record_line(record))
             return
-        for record in client.follow([job_id]):
+        for record in client.follow(job_id):
             print_json(record_json(record)) if as_json else print(record_line(record), flush=True)
         require_success(record)
 
@@ -223,5 +233,5 @@ def _follow_with_bar(client: Client, job_id: str, timeout: float | None) -> None
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task(JobState.QUEUED.value, total=1.0)
-        for record in client.follow([job_id], timeout=timeout):
+        for record in client.follow(job_id, timeout=timeout):
             progress.update(bar, completed=record.progress, description=record.state.value)
