@@ -19,7 +19,7 @@ from tests.invariants import check_store
 WORLDS = {
     "crash, freeze, late lease, cancel": Protocol(budget=Budget(crash=1, freeze=1, late=1, cancel=1)),
     "crash, freeze, lost write": Protocol(budget=Budget(crash=1, freeze=1, undo=1)),
-    "messages lost and doubled, drain": Protocol(budget=Budget(lose=1, double=1, late=1, release=1)),
+    "messages lost and duplicated, drain": Protocol(budget=Budget(lose=1, double=1, late=1, release=1)),
     "poison": Protocol(budget=Budget(crash=3, late=1), max_crashes=2),
     "two jobs": Protocol(jobs=2, budget=Budget(crash=1, freeze=1)),
 }
@@ -38,7 +38,9 @@ WITHOUT = {
 }
 
 
-@pytest.mark.parametrize("name", [*WORLDS, *(pytest.param(name, marks=pytest.mark.full) for name in LARGE)])
+@pytest.mark.parametrize(
+    "name", [name if name == "poison" else pytest.param(name, marks=pytest.mark.slow) for name in WORLDS | LARGE]
+)
 def test_every_state_is_safe_and_can_come_to_rest(name: str) -> None:
     found = explore((WORLDS | LARGE)[name])
     assert not found.problem, found
@@ -143,7 +145,7 @@ class Replay:
         assert set(self.store.orphans(older_than_seconds=-1)) == folders, name
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("jobs", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_scripts_do_what_the_model_does(settings: object, store: JobStore, redis: Redis, jobs: int) -> None:
     """Some hundred walks at random, with every kind of step."""
     dice = random.Random(11)
