@@ -1,5 +1,7 @@
-"""`python -m calotype_train`: teach a model a style, a word or a kind of control. `calotype train` runs
-exactly this."""
+"""`python -m calotype_train`: teach a model a style, a word or a kind of control.
+
+`calotype train` runs exactly this.
+"""
 
 from __future__ import annotations
 
@@ -129,7 +131,8 @@ def prepare(options: TrainOptions) -> tuple[Training, Recipe]:
 
 
 def read_prompts(path: Path | None) -> list[str]:
-    """
+    """The lines of a file, without empty ones; none without a file.
+
     Raises:
         InvalidRequest: no such file, or nothing in it.
     """

@@ -28,8 +28,10 @@ def gc(
     force: Annotated[bool, typer.Option("--force", help="Although Redis seems to have lost its data.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Remove from storage what no record refers to any more: images of jobs and batches that have expired, leftovers
-    of attempts, uploads and files that nobody uses; and from Redis what points to records that are gone.
+    """Remove what no record refers to any more.
+
+    From storage: images of jobs and batches that have expired, leftovers of attempts, uploads and files that nobody
+    uses. From Redis: what points to records that are gone.
 
     Nothing that is younger than an hour goes, nor an upload that is younger than records are kept. Without --yes it
     looks twice: first to say what would go, then to remove it.
