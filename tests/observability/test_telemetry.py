@@ -348,7 +348,7 @@ def test_missing_packages_are_told(monkeypatch: pytest.MonkeyPatch, caplog: pyte
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
     with caplog.at_level(logging.WARNING):
         assert make_telemetry(Settings.load(), service="x") == Telemetry()
-    assert "nothing is traced" in caplog.text
+    assert "tracing is disabled" in caplog.text
     with pytest.raises(SettingsError, match=r"CALOTYPE_TELEMETRY='on': .*pip install 'calotype\[telemetry\]'"):
         make_telemetry(Settings.load(telemetry="on"), service="x")
 

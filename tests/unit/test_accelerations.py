@@ -440,9 +440,9 @@ def test_settings_out_of_range_are_named() -> None:
 @pytest.mark.parametrize(
     ("accelerations", "settings", "message"),
     [
-        ({"deep_cache": 2}, {"deterministic": True}, r"deep_cache=2.*do without deterministic"),
-        ({"token_merging": 0.5}, {"deterministic": True}, r"token_merging=0.5.*do without deterministic"),
-        ({"deep_cache": 2}, {"compile": "default"}, r"deep_cache=2.*do without compile"),
+        ({"deep_cache": 2}, {"deterministic": True}, r"deep_cache=2.*turn off deterministic"),
+        ({"token_merging": 0.5}, {"deterministic": True}, r"token_merging=0.5.*turn off deterministic"),
+        ({"deep_cache": 2}, {"compile": "default"}, r"deep_cache=2.*turn off compile"),
     ],
     ids=str,
 )
@@ -450,8 +450,8 @@ def test_what_cannot_go_together_is_refused_at_the_start(
     shelf: Shelf, accelerations: dict[str, Any], settings: dict[str, Any], message: str
 ) -> None:
     """By an engine, and by a worker before it loads anything."""
+    from calotype_worker.loading import load_models
     from calotype_worker.settings import WorkerSettings
-    from calotype_worker.worker import load_models
 
     with pytest.raises(InvalidRequest, match=message):
         Engine(shelf.model("sd", **accelerations), EngineSettings(**settings))
@@ -462,10 +462,10 @@ def test_what_cannot_go_together_is_refused_at_the_start(
 @pytest.mark.parametrize(
     ("name", "accelerations", "message"),
     [
-        ("sd3", {"deep_cache": 2}, r"'sd3': deep_cache=2 is for the U-Nets .* SD3Transformer2DModel; leave it off"),
-        ("sd", {"first_block_cache": 0.1}, r"first_block_cache=0.1 is for the transformers .* UNet2DConditionModel"),
-        ("flux", {"token_merging": 0.5}, r"token_merging=0.5 is for U-Nets .* FluxTransformer2DModel"),
-        ("sd", {"quantized": "float8"}, r"float8 on device 'cpu': .* 8.9 or newer .* use quantized=int8"),
+        ("sd3", {"deep_cache": 2}, r"'sd3': deep_cache=2 needs a U-Net .* SD3Transformer2DModel; leave it off"),
+        ("sd", {"first_block_cache": 0.1}, r"first_block_cache=0.1 needs a transformer .* UNet2DConditionModel"),
+        ("flux", {"token_merging": 0.5}, r"token_merging=0.5 needs a U-Net .* FluxTransformer2DModel"),
+        ("sd", {"quantized": "float8"}, r"float8 on device 'cpu': .* 8.9 or newer .* or quantized=int8"),
     ],
     ids=str,
 )

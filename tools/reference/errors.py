@@ -1,4 +1,4 @@
-"""The page of errors: the tree, and what each means to a program."""
+"""The page of errors: the tree, and the code and statuses of each error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from calotype_shared.errors import CalotypeError
 from tools.reference.markdown import code, generated, table
 
 _AFTER = """
-`code` is stable and for programs; messages are for people and may change. A job that failed has the code and the
+`code` is stable and for programs; messages are for people and can change. A failed job has the code and the
 message in its record's `error`.
 """
 

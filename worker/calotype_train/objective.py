@@ -32,7 +32,7 @@ class Objective:
         kind = scheduler.config.prediction_type
         if kind not in ("epsilon", "v_prediction"):
             raise InvalidRequest(
-                "cannot be trained",
+                "is not supported for training",
                 field="prediction_type",
                 value=kind,
                 remedy="use a model whose scheduler predicts epsilon or v_prediction",

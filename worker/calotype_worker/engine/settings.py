@@ -31,10 +31,10 @@ class EngineSettings:
     def __post_init__(self) -> None:
         if self.deterministic and self.compile != "off":
             raise InvalidRequest(
-                "a compiled graph's bits depend on the number of rows",
+                "compiled graphs are not bit-identical for different numbers of rows",
                 field="compile",
                 value=self.compile,
-                remedy="leave it off, or do without deterministic",
+                remedy="turn off compile or deterministic",
             )
         for name, value, least in (
             ("max_rows", self.max_rows, 2),  # a guided request alone needs two

@@ -81,7 +81,7 @@ class ShapE(WholePipeline):
                 raise self._unable(field, value)
         if request.width != request.height:
             raise InvalidRequest(
-                f"the views of model {self.card.name!r} are square, and the width is {request.width}",
+                f"model {self.card.name!r} makes square images only, and the width is {request.width}",
                 field="height",
                 value=request.height,
                 remedy=f"use {request.width}",
