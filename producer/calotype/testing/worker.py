@@ -102,6 +102,7 @@ class ScriptedWorker:
             pass
 
     def resume(self) -> None:
+        """Claim again, after `pause`."""
         self._paused.clear()
 
     def start(self) -> None:
