@@ -179,7 +179,7 @@ def test_the_map_of_the_architecture_names_every_module() -> None:
             else:
                 unnamed.append(posixpath.join(folder, path.name))
     assert not unnamed, "give each a word in the table of where things are"
-    assert named > 30
+    assert named > 20
 
 
 def test_what_samplers_remember_is_what_their_tables_say() -> None:
