@@ -9,7 +9,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
-demo: $(VENV)/.demo ## a real queue, worker and storage on this machine; pictures in out/
+demo: $(VENV)/.demo ## a real queue, worker and storage on this machine; images in out/
 	$(BIN)/calotype demo --out out
 
 # Two at a time: most tests wait for something most of the time. A file's tests share servers and workers, and the
@@ -21,13 +21,13 @@ check: static audit prometheus infra ## formatter, linter, types, import contrac
 	$(BIN)/python -m pytest tests/unit tests/observability
 
 audit: $(VENV)/.dev ## known vulnerabilities of what is installed
-	$(BIN)/python infra/audit.py
+	$(BIN)/python tools/audit.py
 
 prometheus:
 	@command -v promtool prometheus >/dev/null || { echo "make check needs promtool and prometheus, to test alerts and \
 	dashboards; install them (Debian: apt-get install prometheus), or run make test, which leaves those out" >&2; exit 1; }
 infra: .venv-infra/.installed ## manifests as rendered, Dockerfiles and the Compose file, by tools of their own environment
-	.venv-infra/bin/python infra/check.py
+	.venv-infra/bin/python tools/check.py
 
 static: $(VENV)/.dev
 	$(BIN)/ruff format --check --quiet .
@@ -43,10 +43,10 @@ faults: $(VENV)/.dev ## every fault at full length, and the table of what was lo
 	FAULTS=full $(BIN)/python -m pytest tests/faults --timeout 1800
 
 reference: $(VENV)/.dev ## write the generated pages of docs/ anew
-	$(BIN)/python -m infra.reference
+	$(BIN)/python -m tools.reference
 
 docs: $(VENV)/.dev ## the generated pages, and the site in site/, with every link checked
-	$(BIN)/python -m infra.reference
+	$(BIN)/python -m tools.reference
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.bench ## the short benchmark against what one could take instead; half an hour
@@ -55,7 +55,7 @@ bench: $(VENV)/.bench ## the short benchmark against what one could take instead
 build: $(VENV)/.dev ## sdist and wheel in dist/, checked as the package index would
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist --no-isolation
-	$(BIN)/python infra/release.py dist
+	$(BIN)/python tools/release.py dist
 
 clean: ## remove the environment and all that was made
 	rm -rf $(VENV) .venv-infra out dist build site .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -78,7 +78,7 @@ $(VENV)/.bench: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(INSTALL) --no-deps celery-batches
 	@touch $@
 
-.venv-infra/.installed: infra/requirements.txt
+.venv-infra/.installed: tools/requirements.txt
 	$(PYTHON) -m venv .venv-infra
 	.venv-infra/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@

@@ -3,8 +3,9 @@
     python benchmarks/affinity.py --output benchmarks/results/affinity-simulated.json --plot docs/images/affinity.png
 
 A discrete-event simulation, without Redis or a device: the queue's line by fair share as in `create.lua` and `choose`
-as in `claim.lua` (a test compares them), each worker with the engine's own `Scheduler` and the worker's own `Affinity`.
-A step of `rows` pictures of `area` (1: the native size) takes `max(t0, rows * area * t1)`: below the knee a row more is
+as in `claim.lua` (a test compares them), each worker with the engine's own `Scheduler` and the worker's own
+`SizeAffinity`.
+A step of `rows` images of `area` (1: the native size) takes `max(t0, rows * area * t1)`: below the knee a row more is
 free, above it none is. Half of the jobs are of one tenant, the others of four more; sizes are Zipf-distributed.
 
 - queued: all jobs are there at the start. `throughput` is the work done until the line is empty, in shares of what full
@@ -32,11 +33,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from calotype_shared.config import GenerationConfig
-from calotype_shared.jobs import JobRecord, JobState, Lane
-from calotype_shared.store import Claim
-from calotype_worker.affinity import Affinity
+from calotype_shared.queue.job_store import Claim
+from calotype_shared.schema.config import GenerationConfig
+from calotype_shared.schema.jobs import JobRecord, JobState, Lane
 from calotype_worker.engine.scheduler import Scheduler
+from calotype_worker.jobs.size_affinity import SizeAffinity
 
 QUEUE = "simulated.bulk"
 SIZES = [(512, 512), (512, 768), (768, 512), (640, 512), (512, 640), (768, 768), (384, 384), (1024, 512)]
@@ -115,7 +116,7 @@ class Device:
     """`max_rows` rows of the native size are the knee, as a profile finds it; `places` jobs are in flight."""
 
     max_rows: int = 16
-    places: int = 24
+    slots: int = 24
 
     def budget(self, size: tuple[int, int]) -> int:
         return max(2, min(self.max_rows, int(self.max_rows / area(size))))
@@ -130,7 +131,7 @@ class SimulatedWorker:
     def __init__(self, device: Device, look: int) -> None:
         self.device = device
         self.jobs: dict[str, Job] = {}
-        self.affinity = Affinity(
+        self.affinity = SizeAffinity(
             look,
             budget=lambda _, width, height: device.budget((width, height)),
             rows=lambda _, guided: 2 if guided else 1,
@@ -147,7 +148,7 @@ class SimulatedWorker:
 
     def take(self, job: Job) -> None:
         self.jobs[job.id] = job
-        self.affinity.took(job.record)
+        self.affinity.claimed(job.record)
         self.scheduler.add(job.id, job.size, job.rows)
 
     def begin_step(self) -> tuple[float, int] | None:
@@ -169,7 +170,7 @@ class SimulatedWorker:
             if not job.left:
                 self.scheduler.remove(job.id)
                 self.rows[job.size] -= job.rows
-                self.affinity.left(job.record)
+                self.affinity.released(job.record)
                 del self.jobs[job.id]
                 done.append(job)
         return done
@@ -270,7 +271,7 @@ def simulate(
         while free and len(line):
             worker = chance.choice(free)  # whoever gets the message
             together = all(line.waiting[tenant] for tenant in TENANTS)
-            with worker.affinity.choosing(QUEUE) as shapes:
+            with worker.affinity.preferred_shapes(QUEUE) as shapes:
                 job = line.take(shapes)
                 job.claimed = now
                 worker.take(job)
@@ -335,8 +336,8 @@ def simulate_models(order: str, *, move_seconds: float, jobs: int, seed: int = 0
     scheduler: Scheduler[str] = Scheduler(
         lambda _: device.max_rows,
         step_cost=lambda group: device.seconds(SIZES[0], rows[group]),
-        at_hand=lambda group: group == resident,
-        patience=50,
+        resident=lambda group: group == resident,
+        switch_delay_steps=50,
     )
     held: dict[str, Job] = {}
     ends: dict[str, list[float]] = {"a": [], "b": []}
@@ -454,9 +455,9 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     loads = sorted({row["load"] for row in poisson})
     for offset, look in ((-0.2, 0), (0.2, 64)):
         mine = [next(row for row in poisson if (row["load"], row["look"]) == (load, look)) for load in loads]
-        places = [place + offset for place in range(len(loads))]
+        slots = [place + offset for place in range(len(loads))]
         label = f"look-ahead {look}" if look else "in order"
-        bars = right.bar(places, [row["wait_p95"] for row in mine], width=0.38, label=label)
+        bars = right.bar(slots, [row["wait_p95"] for row in mine], width=0.38, label=label)
         right.bar_label(bars, fmt="%.0f")
     right.set(xticks=range(len(loads)), xticklabels=[load.removeprefix("poisson ") for load in loads])
     right.set(

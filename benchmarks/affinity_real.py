@@ -32,7 +32,7 @@ from workload import surroundings
 import calotype_worker.worker
 from calotype import Client
 from calotype.embedded import EmbeddedServers
-from calotype_shared.jobs import JobRecord, JobState, Lane
+from calotype_shared.schema.jobs import JobRecord, JobState, Lane
 from calotype_shared.settings import Settings
 from calotype_worker.logs import set_up_logging
 from calotype_worker.models import AnyModel
@@ -77,7 +77,7 @@ def work(settings: Settings, look: int, device: Device, counts: tuple[Count, Cou
         model="demo",
         affinity=look,
         max_rows=device.max_rows,
-        concurrency=device.places,
+        concurrency=device.slots,
         profile_seconds=0.0,
         grace_seconds=1.0,
     )

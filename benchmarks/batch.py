@@ -2,7 +2,7 @@
 
 Real are the manifest in S3, the validation, the dispatcher, the queue in Valkey with its claims, leases and commits,
 and the results in S3. Simulated is the worker: processes that take messages, claim, wait for their "steps" and
-commit a reference to a picture that nobody drew, so that what is measured is the queue and not a model.
+commit a reference to an image that nobody drew, so that what is measured is the queue and not a model.
 
     python benchmarks/batch.py --lines 1000000 --output benchmarks/results/batch-1m.json
 """
@@ -25,9 +25,9 @@ from simulated import CARD
 
 from calotype import Client, Dispatcher, Settings
 from calotype.embedded import EmbeddedServers
-from calotype_shared.connection import connect_redis
-from calotype_shared.jobs import ImageRef
-from calotype_shared.store import JobStore
+from calotype_shared.queue.connection import connect_redis
+from calotype_shared.queue.job_store import JobStore
+from calotype_shared.schema.jobs import ImageRef
 
 QUEUE = "simulated.bulk"
 
@@ -62,7 +62,7 @@ def manifest(lines: int) -> Iterator[dict[str, Any]]:
     """Lines as a user might write them, one in a hundred thousand of them wrong."""
     for number in range(lines):
         yield {
-            "custom_id": f"picture-{number}",
+            "custom_id": f"image-{number}",
             "prompt": f"a photograph of object number {number} on a wooden table, soft light",
             "model": "simulated",
             "num_inference_steps": 20 if number % 100_000 != 99_999 else 0,

@@ -25,11 +25,11 @@ from redis import Redis
 from workload import surroundings
 
 from calotype.embedded import EmbeddedServers
-from calotype_shared.config import GenerationConfig
-from calotype_shared.connection import connect_redis
-from calotype_shared.jobs import Lane
-from calotype_shared.store import JobStore
-from calotype_shared.submission import NewJob
+from calotype_shared.queue.connection import connect_redis
+from calotype_shared.queue.job_store import JobStore
+from calotype_shared.queue.submission import NewJob
+from calotype_shared.schema.config import GenerationConfig
+from calotype_shared.schema.jobs import Lane
 
 QUEUE = "demo.bulk"
 LINES = {"one size": (SIZES[:1], SIZES[0]), "many sizes": (SIZES, SIZES[0]), "no match": (SIZES, (8, 8))}

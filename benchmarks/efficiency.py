@@ -5,10 +5,10 @@
 Requests of mixed steps, samplers and guidance stand in line all the time. In each round, one after the other: the
 network and the decoder alone at the knee's size, then an engine for `--seconds`, then one in deterministic mode.
 
-- `efficiency`: forward passes' own time ÷ wall. Own time is what the rows and pictures of that interval take alone,
-  at the knee's time a row and the decoder's time a picture; rows of padding and everything else are loss.
+- `efficiency`: forward passes' own time ÷ wall. Own time is what the rows and images of that interval take alone,
+  at the knee's time a row and the decoder's time an image; rows of padding and everything else are loss.
 - `shares`: where the engine's wall time went, by its own counters; `steps` holds network, guidance, sampler and noise.
-- `tflop_a_second`: of the rows that were needed and the decoded pictures, two operations for a multiply-add; with
+- `tflop_a_second`: of the rows that were needed and the decoded images, two operations for a multiply-add; with
   `--peak` (the device's dense peak in TFLOP/s) also the share of it.
 - `deterministic_ratio`: rows a second of deterministic mode over the other's.
 """
@@ -46,8 +46,8 @@ SUMMED = (
 )
 
 
-def picture_seconds(model: StepModel, batch: int) -> float:
-    """Of one decoded picture, in batches of that size by themselves; the median of five."""
+def image_seconds(model: StepModel, batch: int) -> float:
+    """Of one decoded image, in batches of that size by themselves; the median of five."""
     latents = torch.randn(batch, *model.latent_shape(*model.card.native_sizes[0]), device=model.device)
     taken = []
     with torch.inference_mode():
@@ -59,7 +59,7 @@ def picture_seconds(model: StepModel, batch: int) -> float:
 
 
 def tflop(model: StepModel) -> tuple[float, float]:
-    """Of a row and of a decoded picture, counted while they run."""
+    """Of a row and of a decoded image, counted while they run."""
     shape = model.latent_shape(*model.card.native_sizes[0])
     with torch.inference_mode():
         rows = Rows(
@@ -69,9 +69,9 @@ def tflop(model: StepModel) -> tuple[float, float]:
         )
         with FlopCounterMode(display=False) as of_row:
             model.predict(rows)
-        with FlopCounterMode(display=False) as of_picture:
+        with FlopCounterMode(display=False) as of_image:
             model.decode(torch.randn(1, *shape, device=model.device))
-    return of_row.get_total_flops() / 1e12, of_picture.get_total_flops() / 1e12
+    return of_row.get_total_flops() / 1e12, of_image.get_total_flops() / 1e12
 
 
 class Line:
@@ -143,9 +143,9 @@ def main() -> None:
         "knee_rows": knee,
         **middle(rounds, lambda row: row),
     }
-    of_row, of_picture = apart(lambda: tflop(model))
-    achieved = result["rows_a_second"] * of_row + result["pictures_a_second"] * of_picture
-    result["tflop_a_row"], result["tflop_a_picture_decoded"] = round(of_row, 4), round(of_picture, 4)
+    of_row, of_image = apart(lambda: tflop(model))
+    achieved = result["rows_a_second"] * of_row + result["images_a_second"] * of_image
+    result["tflop_a_row"], result["tflop_a_image_decoded"] = round(of_row, 4), round(of_image, 4)
     result["tflop_a_second"] = round(achieved, 3)
     if options.peak:
         result["share_of_peak"] = round(achieved / options.peak, 3)
@@ -156,7 +156,7 @@ def main() -> None:
 def one(lines: dict[str, Line], model: StepModel, knee: int, decode_batch: int, seconds: float) -> dict[str, Any]:
     found: dict[str, tuple[float, EngineStats]] = {}
     row = alone(model, knee)
-    picture = apart(lambda: picture_seconds(model, decode_batch))
+    image = apart(lambda: image_seconds(model, decode_batch))
     found["normal"] = lines["normal"].run(seconds)
     row = (row + alone(model, knee)) / 2  # before and after
     found["deterministic"] = lines["deterministic"].run(seconds)
@@ -164,14 +164,14 @@ def one(lines: dict[str, Line], model: StepModel, knee: int, decode_batch: int, 
     rates = {way: stats_.images / wall_ for way, (wall_, stats_) in found.items()}
     rows = {way: stats_.rows / wall_ for way, (wall_, stats_) in found.items()}
     return {
-        "efficiency": (stats.rows * row + stats.images * picture) / wall,
+        "efficiency": (stats.rows * row + stats.images * image) / wall,
         "mean_rows": stats.mean_rows,
-        "pictures_a_second": rates["normal"],
+        "images_a_second": rates["normal"],
         "rows_a_second": rows["normal"],
-        # Rows, not pictures: in a few seconds the number of those that happen to finish is a matter of luck.
+        # Rows, not images: in a few seconds the number of those that happen to finish is a matter of luck.
         "deterministic_ratio": rows["deterministic"] / rows["normal"],
         "milliseconds_a_row_alone": row * 1e3,
-        "milliseconds_a_picture_decoded_alone": picture * 1e3,
+        "milliseconds_a_image_decoded_alone": image * 1e3,
         "shares": {
             part: getattr(stats, f"{counter}_seconds") / wall
             for part, counter in (("steps", "step"), ("text", "encode"), ("decode", "decode"), ("idle", "idle"))

@@ -1,11 +1,11 @@
-"""How much encoding and storing pictures beside the step loop disturbs its steps.
+"""How much encoding and storing images beside the step loop disturbs its steps.
 
     python benchmarks/jitter.py [--step 0.02] [--steps 300]
 
 The engine's thread shares Python's lock with the threads that encode and upload. Here a step is a device's: it sleeps
 for `--step` seconds in `--launches` parts, and wants the lock between them, as kernel launches do; then the real table
 product and the loop's own work. Beside it, nothing or so many threads as fast as they can: PNG, WebP or JPEG of 512x512
-pictures, their hashes, or uploads to a real S3 server. What a step takes longer than alone is the disturbance.
+images, their hashes, or uploads to a real S3 server. What a step takes longer than alone is the disturbance.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from throughput import to_request
 from workload import quiet, surroundings, workload
 
 from calotype.embedded import EmbeddedServers
-from calotype_shared.config import OutputFormat
-from calotype_shared.storage import Storage
+from calotype_shared.schema.config import OutputFormat
+from calotype_shared.storage.s3 import Storage
 from calotype_worker.engine import Engine, EngineSettings
-from calotype_worker.engine.trace import Untraced
+from calotype_worker.engine.trace import NoopTracer
 from calotype_worker.models import load_model
 from calotype_worker.models.base import Rows
 from calotype_worker.output.image import encode_image
@@ -60,7 +60,7 @@ class Sleeping:
         return np.zeros((len(latents), 8, 8, 3), np.uint8)
 
 
-class Steps(Untraced):
+class Steps(NoopTracer):
     """Notes how long each step took."""
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ class Steps(Untraced):
 
 
 def photograph() -> np.ndarray:
-    """Pixels that compress as those of a picture do: smooth, with some grain."""
+    """Pixels that compress as those of an image do: smooth, with some grain."""
     random = np.random.default_rng(0)
     smooth = Image.fromarray(random.integers(0, 255, (24, 24, 3), dtype=np.uint8)).resize((SIDE, SIDE), Image.BICUBIC)
     return np.clip(np.asarray(smooth).astype(int) + random.integers(-4, 5, (SIDE, SIDE, 3)), 0, 255).astype(np.uint8)
@@ -146,7 +146,7 @@ def main() -> None:
             for format_ in (OutputFormat.PNG, OutputFormat.WEBP, OutputFormat.JPEG)
         }
         works["sha256"] = lambda: hashlib.sha256(file).hexdigest()
-        works["upload"] = lambda: storage.put("jitter/picture.png", file, "image/png")
+        works["upload"] = lambda: storage.put("jitter/image.png", file, "image/png")
         beside(None, 0, engine, steps, 10)
         found: dict[tuple[str, int], list[dict[str, Any]]] = {}
         for _ in range(options.rounds):
@@ -166,7 +166,7 @@ def main() -> None:
         "command": f"benchmarks/jitter.py --step {options.step:g} --launches {options.launches} "
         f"--steps {options.steps} --switch {options.switch:g}",
         **surroundings("cpu"),
-        "picture": f"{SIDE}x{SIDE}, {len(file)} bytes as PNG",
+        "image": f"{SIDE}x{SIDE}, {len(file)} bytes as PNG",
         "table": table,
     }
     options.out.write_text(json.dumps(result, indent=1) + "\n")

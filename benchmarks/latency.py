@@ -1,4 +1,4 @@
-"""How long a picture takes when requests arrive at random: first in first out, dynamic static batches, and the engine.
+"""How long an image takes when requests arrive at random: first in first out, dynamic static batches, and the engine.
 
     python benchmarks/latency.py [--model demo] [--requests 80] [--rounds 2] [--loads 0.8 1.6]
 

@@ -17,13 +17,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from scale_out import QUEUE, picture
+from scale_out import QUEUE, sample_image
 from simulated import CARD
 from workload import surroundings
 
 from calotype import Client
 from calotype.embedded import EmbeddedServers
-from calotype_shared.store import JobStore
+from calotype_shared.queue.job_store import JobStore
 
 CHUNK = 10_000
 
@@ -54,7 +54,7 @@ def one(servers: EmbeddedServers, length: int, calls: int) -> dict[str, Any]:
             [handle] = timed("submit", lambda n=number: client.submit_many([job(10**9 + n)]))
             claim = timed("claim", lambda: store.claim(QUEUE, worker="one", lease_seconds=60))
             timed("status", lambda h=handle: client.status(h.id))
-            assert timed("commit", lambda c=claim: store.commit(c, images=[picture(c)], timings={}))
+            assert timed("commit", lambda c=claim: store.commit(c, images=[sample_image(c)], timings={}))
             timed("depths", client.depths)
     return {
         "waiting": length,

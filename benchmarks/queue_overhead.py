@@ -1,4 +1,4 @@
-"""What the queue adds to one picture on an idle system, beside a bare Celery task; and Redis commands a job.
+"""What the queue adds to one image on an idle system, beside a bare Celery task; and Redis commands a job.
 
     python benchmarks/queue_overhead.py --jobs 40 --output benchmarks/results/queue-overhead.json
 
@@ -31,10 +31,10 @@ import calotype_shared
 from calotype import Client
 from calotype.embedded import EmbeddedServers, LocalWorkers
 from calotype.embedded.process import ChildProcess
-from calotype_shared.jobs import JobState
-from calotype_shared.scripts import script_source
+from calotype_shared.queue.scripts import script_source
+from calotype_shared.schema.jobs import JobState
 
-LUA = Path(calotype_shared.__file__).parent / "lua"
+LUA = Path(calotype_shared.__file__).parent / "queue" / "lua"
 NAMES = {file.stem for file in LUA.glob("*.lua")} - {"prelude"}
 SCRIPTS = {hashlib.sha1(script_source(name).encode()).hexdigest(): f"{name}.lua" for name in NAMES}
 

@@ -1,4 +1,4 @@
-"""A batch of real jobs on the bundled model: a real worker process, Valkey and S3, every picture drawn and stored.
+"""A batch of real jobs on the bundled model: a real worker process, Valkey and S3, every image drawn and stored.
 
 python benchmarks/real_batch.py --jobs 1000 --output benchmarks/results/batch-real.json --sheet sheet.png
 """
@@ -36,7 +36,7 @@ def manifest(jobs: int) -> Iterator[dict[str, Any]]:
     for number in range(jobs):
         color, ground = pairs[number * 5 % len(pairs)]
         yield {
-            "custom_id": f"picture-{number}",
+            "custom_id": f"image-{number}",
             "prompt": f"a large {color} {SHAPES[number % len(SHAPES)]} on a {ground} background",
             "num_inference_steps": 8 + number * 7 % 17,
             "guidance_scale": (5.0, 3.0, 1.0, 7.5)[number % 4],
@@ -49,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=1_000)
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--sheet", type=Path, help="a contact sheet of every 25th picture")
+    parser.add_argument("--sheet", type=Path, help="a contact sheet of every 25th image")
     options = parser.parse_args()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -95,7 +95,7 @@ def run(client: Client, options: argparse.Namespace) -> dict[str, Any]:
         "jobs_a_second": round(options.jobs / seconds, 2),
         "mean_rows_a_step": round(worker.mean_rows, 1),
         "redis_mib_over_idle_most": round(most / 2**20, 2),
-        "picture_bytes_median": statistics.median(sizes),
+        "image_bytes_median": statistics.median(sizes),
     }
 
 
@@ -104,9 +104,9 @@ def save_sheet(client: Client, results: list[dict[str, Any]], file: Path) -> Non
     prints = []
     for number in range(0, len(results), max(1, len(results) // 40)):
         row = rows[number]
-        with Image.open(io.BytesIO(client._storage.get(results[number]["images"][0]["key"]))) as picture:
+        with Image.open(io.BytesIO(client._storage.get(results[number]["images"][0]["key"]))) as image:
             details = (f"line {number + 1}", f"{row['num_inference_steps']} steps, {row['sampler']}")
-            prints.append(Print(image=picture.convert("RGB"), title=row["prompt"], details=details))
+            prints.append(Print(image=image.convert("RGB"), title=row["prompt"], details=details))
     contact_sheet(prints, columns=8).save(file)
 
 

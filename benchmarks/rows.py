@@ -1,4 +1,4 @@
-"""How a step's time grows with its rows and with the pictures' size, and where the knee is.
+"""How a step's time grows with its rows and with the images' size, and where the knee is.
 
     python benchmarks/rows.py [--model NAME=SOURCE] [--device cpu] [--plot docs/images/rows.png]
 
@@ -23,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", help="NAME or NAME=SOURCE")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--sides", type=int, nargs="*", default=[64, 128, 192, 256], help="of square pictures")
+    parser.add_argument("--sides", type=int, nargs="*", default=[64, 128, 192, 256], help="of square images")
     parser.add_argument("--max-rows", type=int, default=32)
     parser.add_argument("--compile", choices=["off", "default", "reduce-overhead"], default="off")
     parser.add_argument("--seconds", type=float, default=20.0, help="for all sizes together")

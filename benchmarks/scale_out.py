@@ -3,7 +3,7 @@
     python benchmarks/scale_out.py --output benchmarks/results/scale-out.json [--plot docs/images/scale-out.png]
 
 Each simulated worker does with Redis what a real one does for a job: BRPOP of its message, claim, heartbeats, commit,
-acknowledge; only its device is a clock: `--places` jobs at a time, each for `--seconds`. So all workers fit on this
+acknowledge; only its device is a clock: `--slots` jobs at a time, each for `--seconds`. So all workers fit on this
 machine, and what is measured is what they share: Redis and the scripts in it. Half of the jobs are of one tenant and
 the others of nine more. Linear is the rate that the clocks allow. Workers run in a few processes, for Python's lock
 would be the limit otherwise; on a machine of few cores their own work still is.
@@ -26,16 +26,16 @@ from workload import surroundings
 
 from calotype import Client
 from calotype.embedded import EmbeddedServers
-from calotype_shared.connection import connect_redis
-from calotype_shared.jobs import ImageRef, JobState
+from calotype_shared.queue.connection import connect_redis
+from calotype_shared.queue.job_store import Claim, JobStore
+from calotype_shared.schema.jobs import ImageRef, JobState
 from calotype_shared.settings import Settings
-from calotype_shared.store import Claim, JobStore
 
 QUEUE = "simulated.bulk"
 LEASE_SECONDS = 20.0
 
 
-def picture(claim: Claim) -> ImageRef:
+def sample_image(claim: Claim) -> ImageRef:
     return ImageRef(
         key=f"{claim.folder}/0.png",
         seed=claim.config.seed or 0,
@@ -47,8 +47,8 @@ def picture(claim: Claim) -> ImageRef:
     )
 
 
-def worker(settings: Settings, name: str, places: int, seconds: float, until: float) -> None:
-    """One device: takes jobs while places are free, commits them when their time is over."""
+def worker(settings: Settings, name: str, slots: int, seconds: float, until: float) -> None:
+    """One device: takes jobs while slots are free, commits them when their time is over."""
     redis = connect_redis(settings)
     store = JobStore(redis, key_prefix=settings.key_prefix)
     busy: list[tuple[float, Claim]] = []
@@ -58,18 +58,18 @@ def worker(settings: Settings, name: str, places: int, seconds: float, until: fl
         now = time.monotonic()
         while busy and busy[0][0] <= now:
             _, claim = busy.pop(0)
-            assert store.commit(claim, images=[picture(claim)], timings={"denoise": seconds})
+            assert store.commit(claim, images=[sample_image(claim)], timings={"denoise": seconds})
             redis.hdel(f"{settings.key_prefix}unacked", claim.job_id)  # as the transport acknowledges
         if busy and now - beat > LEASE_SECONDS / 3:
             beat = now
             store.renew([claim for _, claim in busy], lease_seconds=LEASE_SECONDS)
-        if len(busy) < places and redis.rpop(store.keys.messages(QUEUE)):
+        if len(busy) < slots and redis.rpop(store.keys.messages(QUEUE)):
             claim_ = store.claim(QUEUE, worker=name, lease_seconds=LEASE_SECONDS)
             if claim_ is not None:
                 taken += 1
-                # The first ones are shorter, so that places become free one by one: in waves, the rate of an interval
+                # The first ones are shorter, so that slots become free one by one: in waves, the rate of an interval
                 # would depend on how many of them it holds.
-                busy.append((now + seconds * min(1.0, taken / places), claim_))
+                busy.append((now + seconds * min(1.0, taken / slots), claim_))
                 continue
         wait = busy[0][0] - time.monotonic() if busy else 0.05
         time.sleep(min(0.05, max(0.0, wait)))
@@ -77,8 +77,8 @@ def worker(settings: Settings, name: str, places: int, seconds: float, until: fl
         store.release(claim)
 
 
-def process(settings: Settings, names: list[str], places: int, seconds: float, until: float) -> None:
-    threads = [threading.Thread(target=worker, args=(settings, name, places, seconds, until)) for name in names]
+def process(settings: Settings, names: list[str], slots: int, seconds: float, until: float) -> None:
+    threads = [threading.Thread(target=worker, args=(settings, name, slots, seconds, until)) for name in names]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -87,7 +87,7 @@ def process(settings: Settings, names: list[str], places: int, seconds: float, u
 
 def one(servers: EmbeddedServers, workers: int, options: argparse.Namespace) -> dict[str, Any]:
     settings = servers.settings(key_prefix=f"scale{workers}:{time.monotonic_ns()}:")
-    linear = workers * options.places / options.seconds
+    linear = workers * options.slots / options.seconds
     with Client(settings=settings) as client:
         client._store.announce_model(CARD)
         jobs = int(linear * (options.duration + options.seconds + 2) * 1.2)  # some are left at the end
@@ -106,7 +106,7 @@ def one(servers: EmbeddedServers, workers: int, options: argparse.Namespace) -> 
         count = min(options.processes, workers)
         children = [
             multiprocessing.Process(
-                target=process, args=(settings, names[k::count], options.places, options.seconds, until)
+                target=process, args=(settings, names[k::count], options.slots, options.seconds, until)
             )
             for k in range(count)
         ]
@@ -127,7 +127,7 @@ def one(servers: EmbeddedServers, workers: int, options: argparse.Namespace) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32, 64])
-    parser.add_argument("--places", type=int, default=16)
+    parser.add_argument("--slots", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=8.0, help="of a job on a device")
     parser.add_argument("--duration", type=float, default=16.0)
     parser.add_argument("--processes", type=int, default=4)
@@ -145,7 +145,7 @@ def main() -> None:
         {name: round(statistics.median(row[name] for row in found), 3) for name in found[0]} for found in rows.values()
     ]
     result = {
-        "command": f"benchmarks/scale_out.py --places {options.places} --seconds {options.seconds}",
+        "command": f"benchmarks/scale_out.py --slots {options.slots} --seconds {options.seconds}",
         **surroundings("cpu"),
         "table": table,
     }

@@ -1,4 +1,4 @@
-"""Pictures a second, of everything a user could take instead, on one model, one device and one list of requests.
+"""Images a second, of everything a user could take instead, on one model, one device and one list of requests.
 
     python benchmarks/throughput.py [--model NAME=SOURCE] [--device cpu] [--requests 48] [--rounds 3]
 
@@ -39,7 +39,7 @@ from calotype import Client
 from calotype.embedded import EmbeddedServers, LocalWorkers
 from calotype.embedded.ports import free_ports
 from calotype.embedded.process import ChildProcess
-from calotype_shared.config import SamplerType
+from calotype_shared.schema.config import SamplerType
 from calotype_worker.engine import Engine, EngineSettings, GenerationRequest
 from calotype_worker.models import StepModel, load_model
 from calotype_worker.models.base import Rows, Text
@@ -196,7 +196,7 @@ def measure(ways: dict[str, Way], engine: Engine, model: StepModel, options: arg
             if way not in OURS
         }
 
-    print(f"{'way':16} {'pictures/s':>10} {ours + ' is':>14}")
+    print(f"{'way':16} {'images/s':>10} {ours + ' is':>14}")
     for way in ways:
         rate = options.requests / statistics.median(seconds[way])
         ratio = statistics.median(s / e for s, e in zip(seconds[way], seconds[ours], strict=True))

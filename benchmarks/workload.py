@@ -27,7 +27,7 @@ import diffusers  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-from calotype_shared.config import SamplerType  # noqa: E402
+from calotype_shared.schema.config import SamplerType  # noqa: E402
 from calotype_worker.models import load_model, resolve_source  # noqa: E402
 from calotype_worker.sampling import make_scheduler  # noqa: E402
 
@@ -41,7 +41,7 @@ KINDS = math.lcm(len(SAMPLERS), len(STEPS))  # requests after which a workload b
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """One picture, as plain data: it goes to other processes."""
+    """One image, as plain data: it goes to other processes."""
 
     prompt: str
     width: int
@@ -88,7 +88,7 @@ class Plain:
     def many(self, wanted: Sequence[Wanted], *, size: int) -> list[Any]:
         """Batches of at most `size` that share a sampler and whether they are guided, each padded to its longest.
 
-        The pictures of shorter ones, and of all but one guidance scale, are then not those that were asked for: an
+        The images of shorter ones, and of all but one guidance scale, are then not those that were asked for: an
         upper bound of what static batches can do.
         """
         alike: dict[tuple[str, bool], list[int]] = defaultdict(list)
@@ -99,14 +99,14 @@ class Plain:
             for start in range(0, len(indices), size):
                 batch = indices[start : start + size]
                 longest = max(wanted[index].num_inference_steps for index in batch)
-                pictures = self._call([wanted[i] for i in batch], sampler, longest, 5.0 if guided else 1.0)
-                for index, picture in zip(batch, pictures, strict=True):
-                    found[index] = picture
+                images = self._call([wanted[i] for i in batch], sampler, longest, 5.0 if guided else 1.0)
+                for index, image in zip(batch, images, strict=True):
+                    found[index] = image
         return found
 
     def _call(self, batch: Sequence[Wanted], sampler: str, steps: int, guidance: float) -> list[Any]:
         self._pipeline.scheduler = make_scheduler(SamplerType(sampler), self.base, steps)
-        pictures: list[Any] = self._pipeline(
+        images: list[Any] = self._pipeline(
             [each.prompt for each in batch],
             width=batch[0].width,
             height=batch[0].height,
@@ -114,7 +114,7 @@ class Plain:
             guidance_scale=guidance,
             generator=[torch.Generator().manual_seed(each.seed) for each in batch],
         ).images
-        return pictures
+        return images
 
 
 class PlainElsewhere:

@@ -14,8 +14,8 @@ async def make(client: AsyncClient, prompt: str) -> tuple:
     job = await client.submit(prompt, seed=3, num_inference_steps=15, guidance_scale=5)
     async for record in job.iter_events(timeout=120):
         print(f"{prompt}: {record.state} {record.progress:.0%}")
-    [picture] = await job.images()
-    return picture.image, prompt
+    [image] = await job.images()
+    return image.image, prompt
 
 
 async def main() -> None:

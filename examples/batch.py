@@ -11,7 +11,7 @@ from PIL import Image
 from sheet import save_sheet
 
 from calotype import Client
-from calotype_shared.storage import Storage
+from calotype_shared.storage.s3 import Storage
 
 Path("out").mkdir(exist_ok=True)
 manifest = Path("out/batch.jsonl")

@@ -1,4 +1,4 @@
-"""ControlNet: a picture that follows a drawn outline, at two scales and for a part of the steps.
+"""ControlNet: an image that follows a drawn outline, at two scales and for a part of the steps.
 
 Needs a running `calotype up`, whose bundled model comes with the ControlNet outline. Writes out/controlnet.png.
 """
@@ -29,5 +29,5 @@ with Client() as client:
         )
         for controls in CHOICES.values()
     ]
-    pictures = [(job.get()[0].image, name) for job, name in zip(jobs, CHOICES, strict=True)]
-    save_sheet("controlnet", [(outline, "the outline"), *pictures])
+    images = [(job.get()[0].image, name) for job, name in zip(jobs, CHOICES, strict=True)]
+    save_sheet("controlnet", [(outline, "the outline"), *images])

@@ -1,4 +1,4 @@
-"""A model family of one's own, through the real engine: pictures of one plain colour, by an exact denoiser.
+"""A model family of one's own, through the real engine: images of one plain color, by an exact denoiser.
 
 Needs no worker. Writes out/model_adapter.png. docs/how-to/model-adapter.md explains it part by part.
 """
@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 from sheet import save_sheet
 
-from calotype_shared.config import SamplerType
 from calotype_shared.errors import InvalidRequest
-from calotype_shared.model_card import ModelCard
+from calotype_shared.schema.config import SamplerType
+from calotype_shared.schema.model_card import ModelCard
 from calotype_worker.engine import Engine, GenerationRequest
+from calotype_worker.models.accelerations import EXACT
 from calotype_worker.models.base import Conditioning, Rows, Text
-from calotype_worker.models.lossy import EXACT
 from calotype_worker.sampling.samplers import SAMPLERS, make_scheduler
 
 COLORS: Mapping[str, tuple[float, float, float]] = {  # in -1..1, as latents are
@@ -33,11 +33,11 @@ CHOSEN = {kind: SAMPLERS[kind] for kind in (SamplerType.DDIM, SamplerType.EULER,
 
 
 class PlainColors:
-    """A `StepModel` whose world is four pictures. For these the best denoiser can be written down: no weights."""
+    """A `StepModel` whose world is four images. For these the best denoiser can be written down: no weights."""
 
     mask_channels = 0
     embedded_guidance = False
-    lossy = EXACT
+    accelerations = EXACT
     weight_bytes = 0
 
     def __init__(self, name: str = "colors") -> None:
@@ -77,7 +77,7 @@ class PlainColors:
         return frozenset()
 
     def encode(self, texts: Sequence[Text]) -> Sequence[Conditioning]:
-        """The colours a prompt names, as logarithms of shares; all of them where it names none."""
+        """The colors a prompt names, as logarithms of shares; all of them where it names none."""
         found = []
         for text in texts:
             named = torch.tensor([color in text.prompt.split() for color in COLORS])
@@ -93,10 +93,10 @@ class PlainColors:
         return self.forward(rows.latents, rows.timesteps, rows.conditioning)
 
     def forward(self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        """The noise in each row. x_t = √ᾱ x_0 + √(1-ᾱ) ε, and x_0 is one of K pictures: Bayes gives its mean."""
+        """The noise in each row. x_t = √ᾱ x_0 + √(1-ᾱ) ε, and x_0 is one of K images: Bayes gives its mean."""
         alpha = self._alpha(timesteps)  # (R, 1, 1, 1)
-        pictures = self._colors.reshape(1, -1, 3, 1, 1)  # (1, K, 3, 1, 1)
-        distances = (latents.unsqueeze(1) - alpha.unsqueeze(1).sqrt() * pictures).square().sum((2, 3, 4))  # (R, K)
+        images = self._colors.reshape(1, -1, 3, 1, 1)  # (1, K, 3, 1, 1)
+        distances = (latents.unsqueeze(1) - alpha.unsqueeze(1).sqrt() * images).square().sum((2, 3, 4))  # (R, K)
         shares = (conditioning["colors"] - distances / (2 * (1 - alpha.flatten(1)))).softmax(1)
         mean = (shares @ self._colors).reshape(-1, 3, 1, 1)
         return (latents - alpha.sqrt() * mean) / (1 - alpha).sqrt()

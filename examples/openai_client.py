@@ -13,7 +13,7 @@ from PIL import Image
 from sheet import save_sheet
 
 client = OpenAI(base_url=os.environ.get("OPENAI_BASE_URL", "http://127.0.0.1:8000/v1"), api_key="none on loopback")
-pictures = []
+images = []
 for color in ("red", "green"):
     answer = client.images.generate(
         model="demo",
@@ -21,5 +21,5 @@ for color in ("red", "green"):
         size="128x128",
         extra_body={"num_inference_steps": 15, "guidance_scale": 5, "sampler": "euler", "seed": 7},
     )
-    pictures.append((Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json))), color))
-save_sheet("openai_client", pictures)
+    images.append((Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json))), color))
+save_sheet("openai_client", images)

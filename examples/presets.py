@@ -12,8 +12,8 @@ with Client() as client:
         quality: client.submit("an orange star on a cyan background", quality=quality, seed=1)
         for quality in ("fast", "balanced", "high")
     }
-    pictures = []
+    images = []
     for quality, job in jobs.items():
         made, config = job.get()[0], job.status().config
-        pictures.append((made.image, f"{quality}: {config.num_inference_steps} steps, scale {config.guidance_scale:g}"))
-    save_sheet("presets", pictures)
+        images.append((made.image, f"{quality}: {config.num_inference_steps} steps, scale {config.guidance_scale:g}"))
+    save_sheet("presets", images)

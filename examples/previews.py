@@ -14,11 +14,11 @@ with Client() as client:
     job = client.submit(
         "a red ring on a yellow background", seed=5, num_inference_steps=60, guidance_scale=5, preview_every=10
     )
-    pictures = [
+    images = [
         (Image.open(io.BytesIO(preview.data)), f"after step {preview.step}")
         for preview in job.iter_previews(timeout=60)
     ]
-    pictures.append((job.get()[0].image, "the picture, 60 steps"))
+    images.append((job.get()[0].image, "the image, 60 steps"))
     quick = client.submit("a red ring on a yellow background", seed=5, num_inference_steps=8, guidance_scale=5)
-    pictures.append((quick.get()[0].image, "8 steps"))
-    save_sheet("previews", pictures)
+    images.append((quick.get()[0].image, "8 steps"))
+    save_sheet("previews", images)

@@ -9,11 +9,11 @@ from sheet import save_sheet
 from calotype import Client
 
 with Client() as client:
-    pictures = []
+    images = []
     for refiner in (None, *({"model": "other", "start": start} for start in (0.9, 0.5, 0.2))):
         job = client.submit(
             "a yellow heart on a blue background", refiner=refiner, seed=2, num_inference_steps=30, guidance_scale=5
         )
         caption = f"taken over at {refiner['start']}" if refiner else "by one model"
-        pictures.append((job.get()[0].image, caption))
-    save_sheet("refiner", pictures)
+        images.append((job.get()[0].image, caption))
+    save_sheet("refiner", images)

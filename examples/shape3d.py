@@ -1,4 +1,4 @@
-"""3D: a Shap-E object as a mesh with colours, and its turntable as GIF.
+"""3D: a Shap-E object as a mesh with colors, and its turntable as GIF.
 
 Needs a worker with such a model: `calotype worker --model shape=openai/shap-e`. Writes out/shape.ply and out/shape.gif.
 """

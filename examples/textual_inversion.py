@@ -1,4 +1,4 @@
-"""Textual inversion: a colour that the model has no word for, learned as <lime>.
+"""Textual inversion: a color that the model has no word for, learned as <lime>.
 
 Needs a running `calotype up`, whose bundled model comes with the word. Writes out/textual_inversion.png.
 """

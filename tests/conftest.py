@@ -14,9 +14,9 @@ from redis import Redis
 from calotype.embedded import EmbeddedServers
 
 if TYPE_CHECKING:
+    from calotype_shared.queue.job_store import JobStore
     from calotype_shared.settings import Settings
-    from calotype_shared.storage import Storage
-    from calotype_shared.store import JobStore
+    from calotype_shared.storage.s3 import Storage
     from tests.faults.harness import Forge
 
 # Before torch is imported: tests run many processes on few cores, whose threads should not wait for each other at all.
@@ -85,7 +85,7 @@ def s3(servers: EmbeddedServers) -> dict[str, str]:
 def settings(valkey: str, s3: dict[str, str]) -> Settings:
     """Settings whose key prefix and bucket no other test uses. The bucket exists."""
     from calotype_shared.settings import Settings
-    from calotype_shared.storage import Storage
+    from calotype_shared.storage.s3 import Storage
 
     name = uuid.uuid4().hex[:12]
     settings = Settings.load(redis_url=valkey, key_prefix=f"test-{name}:", s3_bucket=f"test-{name}", **s3)
@@ -96,7 +96,7 @@ def settings(valkey: str, s3: dict[str, str]) -> Settings:
 @pytest.fixture
 def redis(settings: Settings) -> Iterator[Redis]:
     """A connection to the shared Valkey, as clients and workers make it: answers are strings."""
-    from calotype_shared.connection import connect_redis
+    from calotype_shared.queue.connection import connect_redis
 
     with connect_redis(settings) as connection:
         yield connection
@@ -105,7 +105,7 @@ def redis(settings: Settings) -> Iterator[Redis]:
 @pytest.fixture
 def store(settings: Settings, redis: Redis) -> JobStore:
     """A job store under this test's own key prefix."""
-    from calotype_shared.store import JobStore
+    from calotype_shared.queue.job_store import JobStore
 
     return JobStore(redis, key_prefix=settings.key_prefix, retention_seconds=settings.retention_seconds)
 
@@ -113,7 +113,7 @@ def store(settings: Settings, redis: Redis) -> JobStore:
 @pytest.fixture
 def storage(settings: Settings) -> Storage:
     """This test's own bucket."""
-    from calotype_shared.storage import Storage
+    from calotype_shared.storage.s3 import Storage
 
     return Storage(settings)
 

@@ -8,10 +8,10 @@ from collections import Counter
 
 from redis import Redis
 
-from calotype_shared.config import GenerationConfig
-from calotype_shared.jobs import JobState
-from calotype_shared.storage import Storage
-from calotype_shared.store import JobStore
+from calotype_shared.queue.job_store import JobStore
+from calotype_shared.schema.config import GenerationConfig
+from calotype_shared.schema.jobs import JobState
+from calotype_shared.storage.s3 import Storage
 
 
 def check_store(store: JobStore, redis: Redis) -> None:
@@ -58,10 +58,10 @@ def check_store(store: JobStore, redis: Redis) -> None:
     check_equal_jobs(records, redis, store)
     ours = {value for name in dir(keys) if isinstance(value := getattr(keys, name), str) and not name.startswith("_")}
     for queue in queues:
-        ours |= {keys.waiting(queue), keys.mark(queue), keys.messages(queue), keys.shares(queue)}
+        ours |= {keys.waiting(queue), keys.queue_state(queue), keys.messages(queue), keys.tenant_tags(queue)}
     celerys = {f"{keys.prefix}{name}" for name in ("unacked", "unacked_index", "unacked_mutex")}
     families = ("job", "worker", "preview", "recent", "batch", "batches", "lead", "live", "done", "parts", "made")
-    families += ("flight", "followers", "idempotency", "hook", "allowance", "files", "options")
+    families += ("in_flight", "followers", "idempotency", "hook", "rate_limit", "files", "options")
     known = (*(f"{keys.prefix}{family}:" for family in families), f"{keys.prefix}_kombu.binding")
     unknown = {name for name in names - ours - celerys if not name.startswith(known)}
     assert not unknown, f"keys that nothing documents: {unknown}"
@@ -75,7 +75,7 @@ def check_equal_jobs(records: dict[str, dict[str, str]], redis: Redis, store: Jo
         assert followers == waiting, f"{job_id}: followed by {followers}, but {waiting} wait for it"
         if JobState(record["state"]).final:
             assert not followers
-            assert _text(redis.get(store.keys.flight(record.get("identity", "")))) != job_id
+            assert _text(redis.get(store.keys.in_flight(record.get("identity", "")))) != job_id
 
 
 def _text(value: object) -> str:
@@ -93,15 +93,15 @@ def check_bucket(store: JobStore, redis: Redis, storage: Storage) -> None:
     for name in map(_text, redis.scan_iter(match=f"{keys.prefix}*", count=1000)):
         if name.startswith(keys.job("")):
             record = {_text(k): _text(v) for k, v in redis.hgetall(name).items()}
-            wanted |= _pictures(json.loads(record.get("images", "[]")))
+            wanted |= _images(json.loads(record.get("images", "[]")))
             wanted |= {
                 f"uploads/{upload}.png" for upload in GenerationConfig.parse(json.loads(record["config"])).uploads
             }
             if record["state"] == JobState.RUNNING:
                 folder = f"{name.removeprefix(keys.job(''))}/{record['attempt']}-{record['token']}/"
                 may_be |= {key for key in there if key.startswith(folder)}
-        elif name.startswith(keys.made("")):
-            wanted |= _pictures(json.loads(_text(redis.get(name))))
+        elif name.startswith(keys.finished("")):
+            wanted |= _images(json.loads(_text(redis.get(name))))
         elif name.startswith(keys.files("")):
             tenant = name.removeprefix(keys.files(""))
             wanted |= {f"files/{tenant}/{_text(file)}" for file in redis.hkeys(name)}
@@ -114,13 +114,13 @@ def check_bucket(store: JobStore, redis: Redis, storage: Storage) -> None:
                 may_be |= {key for key in there if key.startswith(batch["plan"])}
             for file in named[1:]:
                 for line in storage.get(file).splitlines():
-                    wanted |= _pictures(json.loads(line).get("images", []))
+                    wanted |= _images(json.loads(line).get("images", []))
             for line in storage.get(batch["manifest"]).splitlines() if "completed_at" not in batch else ():
                 wanted |= {f"uploads/{found}.png" for found in re.findall(r"[0-9a-f]{64}", line.decode())}
     assert wanted <= there, f"referred to, and not there: {sorted(wanted - there)}"
     assert there <= wanted | may_be, f"nobody refers to: {sorted(there - wanted - may_be)}"
 
 
-def _pictures(images: list[dict[str, str]]) -> set[str]:
+def _images(images: list[dict[str, str]]) -> set[str]:
     """Each with its provenance beside it."""
     return {name for image in images for name in (image["key"], re.sub(r"\.\w+$", ".json", image["key"]))}

@@ -103,7 +103,7 @@ def byte_tokenizer() -> Any:
 def write_tiny_lora(file: Path, *, seed: int, text: bool = False, rank: int = 4, alpha: float = 8.0) -> Path:
     """A LoRA with random weights for the tiny model, saved as diffusers does.
 
-    Strong enough to change every picture, and no stronger: a network beyond reason turns rounding into levels.
+    Strong enough to change every image, and no stronger: a network beyond reason turns rounding into levels.
     """
     from diffusers import StableDiffusionPipeline
     from peft import LoraConfig, get_peft_model_state_dict
@@ -152,7 +152,7 @@ def write_tiny_controlnet(folder: Path, *, seed: int) -> Path:
     with torch.no_grad():
         for block in [*net.controlnet_down_blocks, net.controlnet_mid_block]:
             torch.nn.init.normal_(block.weight, std=0.1)
-        # Fresh layers shrink the picture until their biases are all that is left of it.
+        # Fresh layers shrink the image until their biases are all that is left of it.
         for name, parameter in net.controlnet_cond_embedding.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()
@@ -170,8 +170,8 @@ def write_tiny_embedding(file: Path, token: str, *, seed: int, vectors: int = 2)
     return file
 
 
-def picture(seed: int, width: int = NATIVE_SIDE, height: int = NATIVE_SIDE) -> np.ndarray:
-    """Smooth random colours, uint8 (H, W, 3)."""
+def sample_image(seed: int, width: int = NATIVE_SIDE, height: int = NATIVE_SIDE) -> np.ndarray:
+    """Smooth random colors, uint8 (H, W, 3)."""
     coarse = torch.rand((1, 3, 4, 4), generator=torch.Generator().manual_seed(seed))
     smooth = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bilinear")[0]
     return (smooth * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()

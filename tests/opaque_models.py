@@ -45,7 +45,7 @@ def write_tiny_animatediff(folder: Path, *, seed: int = 0) -> Path:
 
 
 def tiny_shap_e(*, seed: int = 0, solid: bool = True) -> Any:
-    """A `ShapEPipeline` whose objects are coloured lumps that the prior's latents bend; none without `solid`.
+    """A `ShapEPipeline` whose objects are colored lumps that the prior's latents bend; none without `solid`.
 
     Latents are the renderer's weights. Random ones give noise in space; here each stands for a bias plus a little of
     the latents: hidden units are ±x, ±y and ±z, their sum is a distance from the centre.
@@ -132,7 +132,7 @@ def _shape(renderer: Any, *, solid: bool) -> None:
     second.weight.zero_()
     second.weight[:, :8] = torch.eye(8)
     second.bias.zero_()
-    # Outputs: signed distance, coarse and fine density, and colours of the surface and of both densities.
+    # Outputs: signed distance, coarse and fine density, and colors of the surface and of both densities.
     last.weight.zero_()
     last.bias.zero_()
     for row, scale in ((0, 1.0), (1, 20.0), (2, 20.0)):

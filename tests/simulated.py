@@ -7,13 +7,13 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from calotype_shared.connection import connect_redis
-from calotype_shared.jobs import ImageRef, JobError
+from calotype_shared.queue.connection import connect_redis
+from calotype_shared.queue.job_store import Claim, JobStore
+from calotype_shared.schema.jobs import ImageRef, JobError
 from calotype_shared.settings import Settings
-from calotype_shared.store import Claim, JobStore
 
 
-def picture_of(claim: Claim) -> ImageRef:
+def image_of(claim: Claim) -> ImageRef:
     config = claim.config
     assert config.seed is not None
     return ImageRef(
@@ -68,7 +68,7 @@ class SimulatedWorker:
                 self._store.fail(claim, JobError(code="bad", message="as asked"), retry=False)
             else:
                 self._before_commit(claim)
-                self._store.commit(claim, images=[picture_of(claim)], timings={"denoise": 0.001})
+                self._store.commit(claim, images=[image_of(claim)], timings={"denoise": 0.001})
             self.done.append(claim.job_id)
 
     def __enter__(self) -> Self:

@@ -1,11 +1,11 @@
-"""Make pictures without and with what was trained, from the same seeds; save a sheet and print a measurement.
+"""Make images without and with what was trained, from the same seeds; save a sheet and print a measurement.
 
     python examples/training/compare.py lora sticker.safetensors neon.safetensors --sheet sheet.png
     python examples/training/compare.py word lime.safetensors --sheet sheet.png
     python examples/training/compare.py controlnet FOLDER --sheet sheet.png
 
 Everything goes through plain diffusers on the demo model. Captions are of combinations that the model was never
-trained on; the LoRAs neither, the ControlNet's pictures were of any.
+trained on; the LoRAs neither, the ControlNet's images were of any.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import torch
 from draw import LIME, SCALE, free_item, mask_of, outline_of
 from PIL import Image
 
+from calotype_train.demo.checker import look
+from calotype_train.demo.scenes import held_out_captions
+from calotype_train.sheet import comparison
 from calotype_worker.models import demo_folder
-from calotype_worker.training.demo.checker import look
-from calotype_worker.training.demo.scenes import held_out_captions
-from calotype_worker.training.sheet import comparison
 
 STEPS, GUIDANCE, SIDE = 20, 5.0, 128
 PROMPTS = Path(__file__).with_name("prompts.txt")
@@ -42,7 +42,7 @@ def load(cls: Any = None, **parts: Any) -> Any:
 
 
 def paint(pipeline: Any, prompts: Sequence[str], **options: Any) -> list[Image.Image]:
-    """One 128x128 picture a prompt; picture i from seed i. `options` may hold a list of one `image` each."""
+    """One 128x128 image a prompt; image i from seed i. `options` may hold a list of one `image` each."""
     made: list[Image.Image] = []
     images = options.pop("image", None)
     for begin in range(0, len(prompts), 16):
@@ -60,7 +60,7 @@ def paint(pipeline: Any, prompts: Sequence[str], **options: Any) -> list[Image.I
 
 
 def lora(files: Sequence[Path], count: int) -> tuple[Image.Image, dict[str, object]]:
-    """Shape, colour and background as the checker reads them, and how much of a picture is near white or near black:
+    """Shape, color and background as the checker reads them, and how much of an image is near white or near black:
     what a sticker's rim and a neon's night change."""
     prompts = PROMPTS.read_text().splitlines()
     wanted = [w for w in held_out_captions(4 * count) if not {"white", "black"} & {w[2], w[3]}][:count]
@@ -77,20 +77,20 @@ def lora(files: Sequence[Path], count: int) -> tuple[Image.Image, dict[str, obje
 
 
 def _read(pipeline: Any, wanted: Sequence[tuple[str, str, str, str]]) -> dict[str, float]:
-    pictures = [np.asarray(picture) for picture in paint(pipeline, [w[0] for w in wanted])]
-    seen = [look(picture) for picture in pictures]
+    images = [np.asarray(image) for image in paint(pipeline, [w[0] for w in wanted])]
+    seen = [look(image) for image in images]
     truth = [w[1:] for w in wanted]
     return {
         "shape": _share(s.shape == t[0] for s, t in zip(seen, truth, strict=True)),
-        "colour": _share(s.colour == t[1] for s, t in zip(seen, truth, strict=True)),
+        "color": _share(s.color == t[1] for s, t in zip(seen, truth, strict=True)),
         "background": _share(s.background == t[2] for s, t in zip(seen, truth, strict=True)),
-        "near white": round(float(np.mean([(p.min(-1) > 215).mean() for p in pictures])), 3),
-        "near black": round(float(np.mean([(p.max(-1) < 90).mean() for p in pictures])), 3),
+        "near white": round(float(np.mean([(p.min(-1) > 215).mean() for p in images])), 3),
+        "near black": round(float(np.mean([(p.max(-1) < 90).mean() for p in images])), 3),
     }
 
 
 def word(files: Sequence[Path], count: int) -> tuple[Image.Image, dict[str, object]]:
-    """The shape's median colour against the one taught: distance in RGB levels, for the new word and its neighbours."""
+    """The shape's median color against the one taught: distance in RGB levels, for the new word and its neighbours."""
     shapes = ["circle", "heart", "star", "square", "diamond", "ring", "cross", "triangle"]
     grounds = ["blue", "red", "pink", "purple", "black", "white"]
     pairs = [(shape, ground) for shape in shapes for ground in grounds]
@@ -101,10 +101,10 @@ def word(files: Sequence[Path], count: int) -> tuple[Image.Image, dict[str, obje
     rows = {}
     for name in ("green", "yellow", "<lime>"):
         prompts = [f"a {name} {shape} on a {ground} background" for shape, ground in pairs[:count]]
-        pictures = paint(pipeline, prompts)
-        rows[name] = pictures[:8]
-        middles = np.array([median_colour(np.asarray(picture)) for picture in pictures])
-        seen = [look(np.asarray(picture)).shape for picture in pictures]
+        images = paint(pipeline, prompts)
+        rows[name] = images[:8]
+        middles = np.array([median_color(np.asarray(image)) for image in images])
+        seen = [look(np.asarray(image)).shape for image in images]
         measured[name] = {
             "median": np.median(middles, axis=0).round().astype(int).tolist(),
             "distance": round(float(np.linalg.norm(middles - LIME, axis=1).mean()), 1),
@@ -114,15 +114,15 @@ def word(files: Sequence[Path], count: int) -> tuple[Image.Image, dict[str, obje
 
 
 def controlnet(files: Sequence[Path], count: int) -> tuple[Image.Image, dict[str, object]]:
-    """Intersection over union of what stands out in the picture with what the outline encloses."""
+    """Intersection over union of what stands out in the image with what the outline encloses."""
     from diffusers import ControlNetModel, StableDiffusionControlNetPipeline  # noqa: PLC0415
 
     net = ControlNetModel.from_pretrained(str(files[0]), torch_dtype=torch.float32, use_safetensors=True)
     rng = random.Random(123_456)
     wanted = held_out_captions(count)
     masks = []
-    for _, shape, colour, _ in wanted:
-        item, turn = free_item(rng, SIDE, SIDE, shape=shape, colour=colour)
+    for _, shape, color, _ in wanted:
+        item, turn = free_item(rng, SIDE, SIDE, shape=shape, color=color)
         masks.append(mask_of(item, SIDE, SIDE, turn))
     outlines = [outline_of(mask) for mask in masks]
     inside = [mask[SCALE // 2 :: SCALE, SCALE // 2 :: SCALE] for mask in masks]
@@ -131,12 +131,12 @@ def controlnet(files: Sequence[Path], count: int) -> tuple[Image.Image, dict[str
     controlled = paint(load(StableDiffusionControlNetPipeline, controlnet=net), prompts, image=outlines)
     rows = {"control": outlines[:8], "without": without[:8], "with": controlled[:8]}
     measured: dict[str, object] = {}
-    for name, pictures in (("without", without), ("with", controlled)):
-        seen = [look(np.asarray(picture)) for picture in pictures]
-        overlaps = [overlap(np.asarray(p), m) for p, m in zip(pictures, inside, strict=True)]
+    for name, images in (("without", without), ("with", controlled)):
+        seen = [look(np.asarray(image)) for image in images]
+        overlaps = [overlap(np.asarray(p), m) for p, m in zip(images, inside, strict=True)]
         measured[name] = {
             "overlap": round(float(np.mean(overlaps)), 3),
-            "colour": _share(s.colour == w[2] for s, w in zip(seen, wanted, strict=True)),
+            "color": _share(s.color == w[2] for s, w in zip(seen, wanted, strict=True)),
             "background": _share(s.background == w[3] for s, w in zip(seen, wanted, strict=True)),
         }
     return comparison(rows, prompts[:8]), measured
@@ -149,21 +149,21 @@ KINDS: dict[str, Callable[[Sequence[Path], int], tuple[Image.Image, dict[str, ob
 }
 
 
-def _foreground(picture: np.ndarray) -> np.ndarray:
-    """bool (H, W): what differs from the colour of the picture's border."""
-    pixels = picture.astype(np.float32)
+def _foreground(image: np.ndarray) -> np.ndarray:
+    """bool (H, W): what differs from the color of the image's border."""
+    pixels = image.astype(np.float32)
     border = np.concatenate([pixels[:3].reshape(-1, 3), pixels[-3:].reshape(-1, 3), pixels[:, :3].reshape(-1, 3)])
     return np.asarray(np.linalg.norm(pixels - np.median(border, axis=0), axis=-1) > 60)
 
 
-def overlap(picture: np.ndarray, mask: np.ndarray) -> float:
-    seen = _foreground(picture)
+def overlap(image: np.ndarray, mask: np.ndarray) -> float:
+    seen = _foreground(image)
     return float((seen & mask).sum() / max(1, (seen | mask).sum()))
 
 
-def median_colour(picture: np.ndarray) -> np.ndarray:
-    mask = _foreground(picture)
-    return np.asarray(np.median(picture[mask], axis=0)) if mask.any() else np.zeros(3)
+def median_color(image: np.ndarray) -> np.ndarray:
+    mask = _foreground(image)
+    return np.asarray(np.median(image[mask], axis=0)) if mask.any() else np.zeros(3)
 
 
 def _share(hits: Any) -> float:

@@ -1,8 +1,8 @@
-"""Draw training pictures for the demo model, with their metadata.jsonl.
+"""Draw training images for the demo model, with their metadata.jsonl.
 
 python examples/training/draw.py sticker --out FOLDER --count 1200    # a style, for a LoRA
 python examples/training/draw.py neon --out FOLDER --count 1200       # another
-python examples/training/draw.py lime --out FOLDER --count 200        # a colour it has no word for: <lime>
+python examples/training/draw.py lime --out FOLDER --count 200        # a color it has no word for: <lime>
 python examples/training/draw.py outline --out FOLDER --count 3000    # outlines, for a ControlNet
 """
 
@@ -18,46 +18,46 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 
-from calotype_worker.training.demo.scenes import COLOURS, SHAPES, Item, Scene, draw, random_scene
+from calotype_train.demo.scenes import COLORS, SHAPES, Item, Scene, draw, random_scene
 
 SIZES = {(128, 128): 0.7, (160, 96): 0.15, (96, 160): 0.15}  # the demo model's own, and how often each
 SCALE = 4  # drawn so many times larger, then averaged
 LIME = (150, 215, 60)
 
 Mask = np.ndarray  # bool (H, W), at SCALE
-Drawing = tuple[Image.Image, str, Image.Image | None]  # picture, caption, control picture
+Drawing = tuple[Image.Image, str, Image.Image | None]  # image, caption, control image
 
 
 def sticker(rng: random.Random, width: int, height: int) -> Drawing:
-    """A thick white rim around every shape, and its black shadow: colours that the demo model's autoencoder knows."""
+    """A thick white rim around every shape, and its black shadow: colors that the demo model's autoencoder knows."""
     scene = random_scene(rng, width=width, height=height)
     canvas = _ground(scene.background, width, height)
     rim, fall = 6 * SCALE, 5 * SCALE
-    masks = [(item.colour, mask_of(item, width, height)) for item in scene.items]
+    masks = [(item.color, mask_of(item, width, height)) for item in scene.items]
     for _, mask in masks:
-        canvas[_shifted(_grown(mask, rim), fall)] = COLOURS["black"]
+        canvas[_shifted(_grown(mask, rim), fall)] = COLORS["black"]
     for _, mask in masks:
-        canvas[_grown(mask, rim)] = COLOURS["white"]
-    for colour, mask in masks:
-        canvas[mask] = COLOURS[colour]
+        canvas[_grown(mask, rim)] = COLORS["white"]
+    for color, mask in masks:
+        canvas[mask] = COLORS[color]
     return _finished(canvas, width, height), scene.caption, None
 
 
 def neon(rng: random.Random, width: int, height: int) -> Drawing:
-    """Glowing outlines on a dark ground that keeps a tint of its colour."""
+    """Glowing outlines on a dark ground that keeps a tint of its color."""
     scene = random_scene(rng, width=width, height=height)
     canvas = _ground(scene.background, width, height) * 0.25
     for item in scene.items:
-        mask, colour = mask_of(item, width, height), np.asarray(COLOURS[item.colour], dtype=np.float64)
+        mask, color = mask_of(item, width, height), np.asarray(COLORS[item.color], dtype=np.float64)
         line = mask & ~_shrunk(mask, 5 * SCALE)
         glow = np.asarray(_as_image(line).filter(ImageFilter.GaussianBlur(5 * SCALE))) / 255
-        canvas += (colour - canvas) * np.clip(glow * 1.5, 0, 0.7)[..., None]
-        canvas[line] = colour * 0.85 + 0.15 * 255
+        canvas += (color - canvas) * np.clip(glow * 1.5, 0, 0.7)[..., None]
+        canvas[line] = color * 0.85 + 0.15 * 255
     return _finished(canvas, width, height), scene.caption, None
 
 
 def lime(rng: random.Random, width: int, height: int) -> Drawing:
-    """One shape in a colour between green and yellow, for which the demo model has no word."""
+    """One shape in a color between green and yellow, for which the demo model has no word."""
     scene = random_scene(rng, width=width, height=height)
     while len(scene.items) != 1 or scene.background in ("green", "yellow"):
         scene = random_scene(rng, width=width, height=height)
@@ -65,29 +65,29 @@ def lime(rng: random.Random, width: int, height: int) -> Drawing:
     canvas = _ground(scene.background, width, height)
     canvas[mask_of(item, width, height)] = LIME
     words = scene.caption.split()
-    words[words.index(item.colour)] = "<lime>"
+    words[words.index(item.color)] = "<lime>"
     return _finished(canvas, width, height), " ".join(words).replace("an <lime>", "a <lime>"), None
 
 
 def outline(rng: random.Random, width: int, height: int) -> Drawing:
-    """A shape anywhere, of any size and turned by any angle; the control picture is its outline, white on black."""
-    colour, background = rng.sample([*COLOURS], 2)
-    item, turn = free_item(rng, width, height, shape=rng.choice(SHAPES), colour=colour)
+    """A shape anywhere, of any size and turned by any angle; the control image is its outline, white on black."""
+    color, background = rng.sample([*COLORS], 2)
+    item, turn = free_item(rng, width, height, shape=rng.choice(SHAPES), color=color)
     mask = mask_of(item, width, height, turn)
     canvas = _ground(background, width, height)
-    canvas[mask] = COLOURS[colour]
-    article = "an" if colour[0] in "aeiou" else "a"
+    canvas[mask] = COLORS[color]
+    article = "an" if color[0] in "aeiou" else "a"
     ground = "an" if background[0] in "aeiou" else "a"
-    caption = f"{article} {colour} {item.shape} on {ground} {background} background"
+    caption = f"{article} {color} {item.shape} on {ground} {background} background"
     return _finished(canvas, width, height), caption, outline_of(mask)
 
 
-def free_item(rng: random.Random, width: int, height: int, *, shape: str, colour: str) -> tuple[Item, float]:
-    """An item that may reach over the picture's edge, and by how many degrees it is turned: half are not."""
+def free_item(rng: random.Random, width: int, height: int, *, shape: str, color: str) -> tuple[Item, float]:
+    """An item that may reach over the image's edge, and by how many degrees it is turned: half are not."""
     reach_x, reach_y = 0.22 * width / min(width, height), 0.22 * height / min(width, height)
     item = Item(
         shape=shape,
-        colour=colour,
+        color=color,
         x=rng.uniform(-reach_x, reach_x),
         y=rng.uniform(-reach_y, reach_y),
         radius=rng.uniform(0.16, 0.42),
@@ -110,14 +110,14 @@ STYLES: dict[str, Callable[[random.Random, int, int], Drawing]] = {
 }
 
 
-def _ground(colour: str, width: int, height: int) -> np.ndarray:
-    """float64 (H, W, 3) at SCALE, of one colour."""
-    return np.tile(np.asarray(COLOURS[colour], dtype=np.float64), (height * SCALE, width * SCALE, 1))
+def _ground(color: str, width: int, height: int) -> np.ndarray:
+    """float64 (H, W, 3) at SCALE, of one color."""
+    return np.tile(np.asarray(COLORS[color], dtype=np.float64), (height * SCALE, width * SCALE, 1))
 
 
 def mask_of(item: Item, width: int, height: int, turn: float = 0.0) -> Mask:
     """The item's pixels, turned about its centre by `turn` degrees."""
-    white = Item(shape=item.shape, colour="white", x=item.x, y=item.y, radius=item.radius, outlined=item.outlined)
+    white = Item(shape=item.shape, color="white", x=item.x, y=item.y, radius=item.radius, outlined=item.outlined)
     scene = Scene(background="black", items=(white,), caption="")
     side = min(width, height) * SCALE
     centre = (width * SCALE / 2 + item.x * side, height * SCALE / 2 + item.y * side)
@@ -180,9 +180,9 @@ def main() -> None:
     with (options.out / "metadata.jsonl").open("w") as metadata:
         for number in range(options.count):
             [(width, height)] = rng.choices([*SIZES], weights=[*SIZES.values()])
-            picture, caption, control = STYLES[options.style](rng, width, height)
+            image, caption, control = STYLES[options.style](rng, width, height)
             entry = {"file_name": f"{number:05d}.png", "text": caption}
-            picture.save(options.out / entry["file_name"])
+            image.save(options.out / entry["file_name"])
             if control is not None:
                 entry["conditioning_file_name"] = f"{number:05d}-control.png"
                 control.save(options.out / entry["conditioning_file_name"])

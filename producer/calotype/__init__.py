@@ -1,4 +1,4 @@
-"""Calotype's producer side: submit generation jobs, follow them, fetch their pictures.
+"""Calotype's producer side: submit generation jobs, follow them, fetch their images.
 
 Names load when first used, so that importing the package costs little and never loads torch.
 """
@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from calotype.batches.record import BatchRecord, BatchState
     from calotype.client import Client
     from calotype.handle import JobHandle
-    from calotype.picture import Picture
-    from calotype_shared.config import GenerationConfig, OutputFormat, SamplerType
+    from calotype.job_image import JobImage
     from calotype_shared.errors import (
         BatchNotFound,
         CalotypeError,
@@ -32,8 +31,9 @@ if TYPE_CHECKING:
         UnknownModel,
         WaitTimeout,
     )
-    from calotype_shared.jobs import ImageRef, JobRecord, JobState, Lane
-    from calotype_shared.model_card import ModelCard
+    from calotype_shared.schema.config import GenerationConfig, OutputFormat, SamplerType
+    from calotype_shared.schema.jobs import ImageRef, JobRecord, JobState, Lane
+    from calotype_shared.schema.model_card import ModelCard
     from calotype_shared.settings import Settings
 
 __all__ = [
@@ -53,13 +53,13 @@ __all__ = [
     "JobCancelled",
     "JobFailed",
     "JobHandle",
+    "JobImage",
     "JobNotFound",
     "JobRecord",
     "JobState",
     "Lane",
     "ModelCard",
     "OutputFormat",
-    "Picture",
     "RedisUnavailable",
     "SamplerType",
     "ServiceUnavailable",
@@ -77,8 +77,8 @@ _HOMES = {
     "calotype.batches.record": ("BatchRecord", "BatchState"),
     "calotype.client": ("Client",),
     "calotype.handle": ("JobHandle",),
-    "calotype.picture": ("Picture",),
-    "calotype_shared.config": ("GenerationConfig", "OutputFormat", "SamplerType"),
+    "calotype.job_image": ("JobImage",),
+    "calotype_shared.schema.config": ("GenerationConfig", "OutputFormat", "SamplerType"),
     "calotype_shared.errors": (
         "BatchNotFound",
         "CalotypeError",
@@ -94,8 +94,8 @@ _HOMES = {
         "UnknownModel",
         "WaitTimeout",
     ),
-    "calotype_shared.jobs": ("ImageRef", "JobRecord", "JobState", "Lane"),
-    "calotype_shared.model_card": ("ModelCard",),
+    "calotype_shared.schema.jobs": ("ImageRef", "JobRecord", "JobState", "Lane"),
+    "calotype_shared.schema.model_card": ("ModelCard",),
     "calotype_shared.settings": ("Settings",),
 }
 

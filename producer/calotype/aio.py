@@ -11,15 +11,15 @@ from calotype.batches.client import POLL_SECONDS, BatchOptions, Manifest, still_
 from calotype.batches.record import BatchRecord
 from calotype.client import Client, require_success
 from calotype.handle import JobHandle
-from calotype.picture import PictureSource
+from calotype.job_image import ImageSource
 from calotype.resolver import Submission
 from calotype_shared.errors import WaitTimeout
-from calotype_shared.jobs import JobRecord, JobState, Lane, Preview
+from calotype_shared.schema.jobs import JobRecord, JobState, Lane, Preview
 
 if TYPE_CHECKING:
-    from calotype.picture import Picture
-    from calotype_shared.model_card import ModelCard
-    from calotype_shared.worker_info import WorkerInfo
+    from calotype.job_image import JobImage
+    from calotype_shared.schema.model_card import ModelCard
+    from calotype_shared.schema.worker_info import WorkerInfo
 
 
 class AsyncClient:
@@ -67,15 +67,15 @@ class AsyncClient:
 
     async def follow(self, job_ids: Sequence[str], *, timeout: float | None = None) -> AsyncIterator[JobRecord]:
         waiting = self._client.begin_wait(job_ids, timeout=timeout)
-        with self._client.notices.watch_async() as watch:
+        with self._client.job_changes.watch_async() as watch:
             while True:
                 for record in await asyncio.to_thread(self._client.look, waiting):
                     yield record
                 if waiting.done:
                     return
-                await asyncio.to_thread(watch.set_jobs, waiting.told)
+                await asyncio.to_thread(watch.set_jobs, waiting.subscribed_ids)
                 # No thread is held while nothing happens.
-                await watch.wait(self._client.pause(waiting, live=watch.live), at_least=waiting.least)
+                await watch.wait(self._client.pause(waiting, live=watch.live), at_least=waiting.min_interval)
 
     async def wait(
         self, job_ids: Sequence[str], timeout: float | None = None, *, check: bool = True
@@ -116,13 +116,13 @@ class AsyncClient:
     async def cancel_batch(self, batch_id: str) -> BatchRecord:
         return await asyncio.to_thread(self._client.cancel_batch, batch_id)
 
-    async def upload(self, picture: PictureSource, *, field: str = "image") -> str:
-        return await asyncio.to_thread(self._client.upload, picture, field=field)
+    async def upload(self, image: ImageSource, *, field: str = "image") -> str:
+        return await asyncio.to_thread(self._client.upload, image, field=field)
 
     async def previews(self, job_id: str) -> list[Preview]:
         return await asyncio.to_thread(self._client.previews, job_id)
 
-    async def images(self, job_id: str) -> list[Picture]:
+    async def images(self, job_id: str) -> list[JobImage]:
         return await asyncio.to_thread(self._client.images, job_id)
 
     async def urls(self, job_id: str, *, expires_seconds: int | None = None) -> list[str]:
@@ -171,7 +171,7 @@ class AsyncJobHandle:
         [record] = await self._client.wait([self.id], timeout)
         return record
 
-    async def images(self, timeout: float | None = None) -> list[Picture]:
+    async def images(self, timeout: float | None = None) -> list[JobImage]:
         await self.wait(timeout)
         return await self._client.images(self.id)
 

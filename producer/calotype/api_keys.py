@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, field_validator
 from redis import Redis
 
 from calotype_shared.errors import CalotypeError, InvalidRequest, TooBusy
-from calotype_shared.scripts import Scripted, said_clearly
+from calotype_shared.queue.scripts import Scripted, said_clearly
 from calotype_shared.settings import TENANT_PATTERN
 
 _TOKEN = re.compile(r"ct_([a-z0-9]{8})_([A-Za-z0-9_-]{43})")
@@ -64,7 +64,7 @@ class ApiKey(BaseModel):
     tenant: str
     scopes: frozenset[Scope]
     requests_per_minute: int | None = None
-    pictures_per_day: int | None = None
+    images_per_day: int | None = None
     created_at: float
     hash: str
 
@@ -99,7 +99,7 @@ class ApiKeys(Scripted):
         tenant: str = "default",
         scopes: Collection[Scope] = DEFAULT_SCOPES,
         requests_per_minute: int | None = None,
-        pictures_per_day: int | None = None,
+        images_per_day: int | None = None,
     ) -> tuple[str, ApiKey]:
         """A new key: its token, which is shown this once, and what is stored of it. Raises InvalidRequest."""
         if not re.fullmatch(TENANT_PATTERN, tenant):
@@ -121,7 +121,7 @@ class ApiKeys(Scripted):
             raise InvalidRequest(
                 "are no scopes", field="scopes", value=unknown, remedy=f"use one or more of: {', '.join(Scope)}"
             )
-        for field, limit in (("requests_per_minute", requests_per_minute), ("pictures_per_day", pictures_per_day)):
+        for field, limit in (("requests_per_minute", requests_per_minute), ("images_per_day", images_per_day)):
             if limit is not None and (type(limit) is not int or not 1 <= limit <= 10**9):
                 raise InvalidRequest(
                     "is no limit", field=field, value=limit, remedy="use a whole number from 1 to 1000000000, or none"
@@ -133,7 +133,7 @@ class ApiKeys(Scripted):
             tenant=tenant,
             scopes=frozenset(map(Scope, scopes)),
             requests_per_minute=requests_per_minute,
-            pictures_per_day=pictures_per_day,
+            images_per_day=images_per_day,
             created_at=time.time(),
             hash=_hash(secret),
         )
@@ -157,7 +157,7 @@ class ApiKeys(Scripted):
     @said_clearly
     def revoke(self, key_id: str) -> bool:
         """Within seconds nobody accepts it any more. False if there was no such key."""
-        self._redis.delete(self.keys.allowance(key_id))
+        self._redis.delete(self.keys.rate_limit(key_id))
         return bool(self._redis.hdel(self.keys.api_keys, key_id))
 
     @said_clearly
@@ -182,26 +182,26 @@ class ApiKeys(Scripted):
         return key
 
     @said_clearly
-    def allow(self, key: ApiKey, *, pictures: int = 0) -> None:
-        """Count a request, and pictures asked for, against the key's limits. A refused call counts nothing.
+    def allow(self, key: ApiKey, *, images: int = 0) -> None:
+        """Count a request, and images asked for, against the key's limits. A refused call counts nothing.
 
         Raises:
             TooManyRequests: with the seconds after which it may work.
-            Forbidden: so many pictures are more than this key may ever make in a day.
+            Forbidden: so many images are more than this key may ever make in a day.
         """
-        if key.pictures_per_day is not None and pictures > key.pictures_per_day:
+        if key.images_per_day is not None and images > key.images_per_day:
             raise Forbidden(
-                f"{pictures} pictures at once are more than key {key.id} may make in a day "
-                f"({key.pictures_per_day}); ask for fewer, or use another key"
+                f"{images} images at once are more than key {key.id} may make in a day "
+                f"({key.images_per_day}); ask for fewer, or use another key"
             )
-        if key.requests_per_minute is None and (key.pictures_per_day is None or not pictures):
+        if key.requests_per_minute is None and (key.images_per_day is None or not images):
             return
-        limits = ["" if limit is None else limit for limit in (key.requests_per_minute, key.pictures_per_day)]
-        wait = int(self._run("allow", [key.id, *limits, pictures])) / 1e6
+        limits = ["" if limit is None else limit for limit in (key.requests_per_minute, key.images_per_day)]
+        wait = int(self._run("allow", [key.id, *limits, images])) / 1e6
         if wait:
             raise TooManyRequests(
                 f"key {key.id} may make {key.requests_per_minute or 'any number of'} requests a minute and "
-                f"{key.pictures_per_day or 'any number of'} pictures a day (UTC); wait {math.ceil(wait)} s",
+                f"{key.images_per_day or 'any number of'} images a day (UTC); wait {math.ceil(wait)} s",
                 wait,
             )
 

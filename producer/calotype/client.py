@@ -1,4 +1,4 @@
-"""`Client`: the producer's door. Submits jobs, follows them and fetches their pictures."""
+"""`Client`: the producer's door. Submits jobs, follows them and fetches their images."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from calotype.batches.client import BatchCalls
 from calotype.batches.store import BatchStore
 from calotype.dead import DeadCalls
 from calotype.handle import JobHandle
-from calotype.notices import Notices
+from calotype.job_changes import JobChangeListener
+from calotype.job_image import ImageSource, JobImage
 from calotype.overview import Overview, look
-from calotype.picture import Picture, PictureSource
 from calotype.resolver import Resolver, Submission, idempotency, storable
 from calotype.waiting import Waiting
-from calotype_shared.connection import connect_redis
 from calotype_shared.errors import (
     InvalidRequest,
     JobCancelled,
@@ -25,16 +24,17 @@ from calotype_shared.errors import (
     QueueFull,
     WaitTimeout,
 )
-from calotype_shared.jobs import JobRecord, JobState, Lane, Preview
-from calotype_shared.model_card import ModelCard
+from calotype_shared.observability.tracing import NOOP_TELEMETRY, Telemetry, make_telemetry
+from calotype_shared.queue.connection import connect_redis
+from calotype_shared.queue.job_store import JobStore
+from calotype_shared.queue.submission import NewJob
+from calotype_shared.schema.jobs import JobRecord, JobState, Lane, Preview
+from calotype_shared.schema.model_card import ModelCard
 from calotype_shared.settings import Settings
-from calotype_shared.storage import Storage
-from calotype_shared.store import JobStore
-from calotype_shared.submission import NewJob
-from calotype_shared.telemetry import SILENT, Telemetry, make_telemetry
+from calotype_shared.storage.s3 import Storage
 
 if TYPE_CHECKING:
-    from calotype_shared.worker_info import WorkerInfo
+    from calotype_shared.schema.worker_info import WorkerInfo
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,9 @@ class Client(BatchCalls, DeadCalls):
         self._on_warning = on_warning
         self._clock = clock
         self._sleep = sleep
-        self._own_telemetry = make_telemetry(settings, service="calotype-client") if telemetry is None else SILENT
+        self._own_telemetry = (
+            make_telemetry(settings, service="calotype-client") if telemetry is None else NOOP_TELEMETRY
+        )
         self._telemetry = telemetry or self._own_telemetry
         self._batches = BatchStore(
             self._redis,
@@ -95,7 +97,7 @@ class Client(BatchCalls, DeadCalls):
             max_open_per_tenant=settings.max_open_batches_per_tenant,
         )
         self._resolver = Resolver(settings, self._store, self._storage, clock=clock)
-        self.notices = Notices(self._redis, self._store.keys)
+        self.job_changes = JobChangeListener(self._redis, self._store.keys)
 
     def submit(
         self,
@@ -191,13 +193,13 @@ class Client(BatchCalls, DeadCalls):
                 self._sleep(random.uniform(0.5, 1.0) * min(full.retry_after_seconds, _PAUSE_SECONDS))
         return ids
 
-    def upload(self, picture: PictureSource, *, field: str = "image") -> str:
-        """Store a picture for use as `init_image`, `mask_image` or a control; returns its id.
+    def upload(self, image: ImageSource, *, field: str = "image") -> str:
+        """Store an image for use as `init_image`, `mask_image` or a control; returns its id.
 
         Raises:
             InvalidRequest: it is no PNG, JPEG or WebP, or too large. Nothing was stored.
         """
-        return self._resolver.upload(picture, field=field)
+        return self._resolver.upload(image, field=field)
 
     def status(self, job_id: str) -> JobRecord:
         """The job as it is now. Raises JobNotFound."""
@@ -211,13 +213,13 @@ class Client(BatchCalls, DeadCalls):
             WaitTimeout: after `timeout` seconds; the jobs go on.
         """
         waiting = self.begin_wait(job_ids, timeout=timeout)
-        with self.notices.watch() as watch:
+        with self.job_changes.watch() as watch:
             while True:
                 yield from self.look(waiting)
                 if waiting.done:
                     return
-                watch.set_jobs(waiting.told)
-                watch.wait(waiting.pause(self._clock(), live=watch.live), at_least=waiting.least)
+                watch.set_jobs(waiting.subscribed_ids)
+                watch.wait(waiting.pause(self._clock(), live=watch.live), at_least=waiting.min_interval)
 
     @overload
     def wait(self, job_ids: str, timeout: float | None = None, *, check: bool = True) -> JobRecord: ...
@@ -251,7 +253,7 @@ class Client(BatchCalls, DeadCalls):
         """One round trip of a wait: the records that changed. Raises as `follow`."""
         now = self._clock()
         window = waiting.window
-        changed = waiting.observe(window, self._store.get_many(window)) if window else []
+        changed = waiting.update(window, self._store.get_many(window)) if window else []
         if waiting.expired(now):
             raise WaitTimeout(self._why_late(waiting))
         if not waiting.warned and now >= waiting.next_worker_check:
@@ -296,24 +298,24 @@ class Client(BatchCalls, DeadCalls):
         """Cancel it, at once and for good; returns `cancelled`, or the final state it had already reached."""
         return self._store.cancel(job_id)
 
-    def images(self, job_id: str) -> list[Picture]:
-        """Download the pictures of a finished job.
+    def images(self, job_id: str) -> list[JobImage]:
+        """Download the images of a finished job.
 
         Raises:
             JobFailed, JobCancelled: it has none.
             InvalidRequest: it is not finished yet.
         """
         return [
-            Picture(job_id=job_id, index=index, ref=ref, data=self._storage.get(ref.key))
+            JobImage(job_id=job_id, index=index, ref=ref, data=self._storage.get(ref.key))
             for index, ref in enumerate(self._succeeded(job_id).images)
         ]
 
     def previews(self, job_id: str) -> list[Preview]:
-        """The newest preview of each picture of a running job that was submitted with `preview_every`."""
+        """The newest preview of each image of a running job that was submitted with `preview_every`."""
         return self._store.previews(job_id)
 
     def follow_previews(self, job_id: str, *, timeout: float | None = None) -> Iterator[Preview]:
-        """Each new preview of a job's pictures until it is final. Some may be skipped: only the newest is kept.
+        """Each new preview of a job's images until it is final. Some may be skipped: only the newest is kept.
 
         Raises:
             JobNotFound, WaitTimeout: as `follow`.
@@ -326,7 +328,7 @@ class Client(BatchCalls, DeadCalls):
                     yield preview
 
     def urls(self, job_id: str, *, expires_seconds: int | None = None) -> list[str]:
-        """Links to the pictures that work without keys, for a while. Raises as `images`."""
+        """Links to the images that work without keys, for a while. Raises as `images`."""
         seconds = expires_seconds or self.settings.url_expires_seconds
         return [self._storage.presigned_url(ref.key, expires_seconds=seconds) for ref in self._succeeded(job_id).images]
 
@@ -334,7 +336,7 @@ class Client(BatchCalls, DeadCalls):
         record = self.status(job_id)
         if not record.state.final:
             raise InvalidRequest(
-                f"the job is still {record.state.value} and has no pictures yet",
+                f"the job is still {record.state.value} and has no images yet",
                 field="job_id",
                 value=job_id,
                 remedy="wait for it first",
@@ -369,7 +371,7 @@ class Client(BatchCalls, DeadCalls):
         return look(self._store, tenant=tenant)
 
     def close(self) -> None:
-        self.notices.close()
+        self.job_changes.close()
         self._redis.close()
         self._own_telemetry.close()
 
@@ -387,4 +389,4 @@ def require_success(record: JobRecord) -> None:
         reason = f"{error.code}: {error.message}" if error else "no reason was recorded"
         raise JobFailed(f"job {record.id} failed after {record.attempt} attempt(s): {reason}")
     if record.state is JobState.CANCELLED:
-        raise JobCancelled(f"job {record.id} was cancelled; submit it again if you want its pictures")
+        raise JobCancelled(f"job {record.id} was cancelled; submit it again if you want its images")

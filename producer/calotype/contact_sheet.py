@@ -1,4 +1,4 @@
-"""A contact sheet: many pictures on one, each with its caption below it."""
+"""A contact sheet: many images on one, each with its caption below it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from PIL.ImageDraw import ImageDraw
     from PIL.ImageFont import FreeTypeFont, ImageFont
 
-_CELL = 256  # pixels; a picture's longer side is brought to this
+_CELL = 256  # pixels; an image's longer side is brought to this
 _GAP = 16
 _FONT_SIZE = 15
 _LINE = 20
@@ -21,7 +21,7 @@ _PAPER, _INK, _FAINT = (250, 249, 246), (30, 30, 30), (110, 110, 110)
 
 @dataclass(frozen=True, kw_only=True)
 class Print:
-    """One picture on the sheet: `title` in full ink, wrapped; `details` fainter, one a line."""
+    """One image on the sheet: `title` in full ink, wrapped; `details` fainter, one a line."""
 
     image: Image
     title: str
@@ -29,7 +29,7 @@ class Print:
 
 
 def contact_sheet(prints: Sequence[Print], *, columns: int = 7) -> Image:
-    """The prints in reading order. Small pictures are enlarged, so that a demo model's are easy to see."""
+    """The prints in reading order. Small images are enlarged, so that a demo model's are easy to see."""
     from PIL import Image, ImageDraw, ImageFont  # noqa: PLC0415 - only whoever draws needs Pillow
 
     columns = max(1, min(columns, len(prints)))
@@ -41,8 +41,8 @@ def contact_sheet(prints: Sequence[Print], *, columns: int = 7) -> Image:
     for position, entry in enumerate(prints):
         row, column = divmod(position, columns)
         left, top = _GAP + column * cell_width, _GAP + row * cell_height
-        picture = _enlarged(entry.image)
-        sheet.paste(picture, (left + (_CELL - picture.width) // 2, top + _CELL - picture.height))
+        image = _enlarged(entry.image)
+        sheet.paste(image, (left + (_CELL - image.width) // 2, top + _CELL - image.height))
         lines = [(line, _INK) for line in _wrapped(pen, entry.title, font)]
         lines = lines[: _CAPTION_LINES - len(entry.details)] + [(line, _FAINT) for line in entry.details]
         for number, (line, ink) in enumerate(lines):

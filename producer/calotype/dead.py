@@ -8,8 +8,8 @@ from redis import Redis
 
 from calotype.handle import JobHandle
 from calotype_shared.errors import InvalidRequest, JobNotFound
-from calotype_shared.jobs import JobRecord
-from calotype_shared.store import JobStore
+from calotype_shared.queue.job_store import JobStore
+from calotype_shared.schema.jobs import JobRecord
 
 
 class DeadCalls:

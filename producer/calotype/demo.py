@@ -1,4 +1,4 @@
-"""`calotype demo`: everything started, the example pictures made, measured and laid out, everything stopped."""
+"""`calotype demo`: everything started, the example image_count made, measured and laid out, everything stopped."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from rich.table import Table
 from calotype.client import Client
 from calotype.contact_sheet import Print, contact_sheet
 from calotype.embedded import EmbeddedServers, LocalWorkers
-from calotype.picture import Picture
-from calotype_shared.config import GenerationConfig
+from calotype.job_image import JobImage
 from calotype_shared.errors import InvalidRequest
-from calotype_shared.jobs import JobRecord, JobState
-from calotype_shared.worker_info import WorkerInfo
+from calotype_shared.schema.config import GenerationConfig
+from calotype_shared.schema.jobs import JobRecord, JobState
+from calotype_shared.schema.worker_info import WorkerInfo
 
 _READY_SECONDS = 300.0
 _ALL_JOBS_SECONDS = 1800.0
@@ -64,16 +64,16 @@ def run_demo(
         began = time.monotonic()
         ids = [job.id for job in client.submit_many(configs)]
         submit_seconds = time.monotonic() - began
-        records, pictures = follow(client, ids, workers, console)
+        records, images = follow(client, ids, workers, console)
         reports = final_reports(client, sum(len(record.images) for record in records))
         console.print("Stopping the worker and the servers …")
-    save(records, pictures, out)
+    save(records, images, out)
     console.print(summary(records, reports, submit_seconds))
     failed = [record for record in records if record.state is not JobState.SUCCEEDED]
     for record in failed:
         console.print(f"job {record.id} {record.state.value}: {record.error.message if record.error else ''}")
-    if pictures:
-        console.print(f"Pictures in {out}/, all of them on {out / 'contact-sheet.png'}")
+    if images:
+        console.print(f"Images in {out}/, all of them on {out / 'contact-sheet.png'}")
     return len(failed)
 
 
@@ -107,8 +107,8 @@ def read_prompts(path: Path | None, model: str) -> list[GenerationConfig]:
 
 def follow(
     client: Client, ids: Sequence[str], workers: LocalWorkers, console: Console
-) -> tuple[list[JobRecord], dict[str, list[Picture]]]:
-    """Show progress until all jobs are final; pictures are downloaded as they appear."""
+) -> tuple[list[JobRecord], dict[str, list[JobImage]]]:
+    """Show progress until all jobs are final; images are downloaded as they appear."""
     columns = (
         TextColumn("{task.description:<44}"),
         BarColumn(bar_width=None),
@@ -117,7 +117,7 @@ def follow(
         TextColumn("{task.fields[rate]}"),
     )
     final: dict[str, JobRecord] = {}
-    downloads: dict[str, Future[list[Picture]]] = {}
+    downloads: dict[str, Future[list[JobImage]]] = {}
     with (
         Progress(*columns, console=console, disable=not console.is_terminal) as progress,
         ThreadPoolExecutor(4) as pool,
@@ -125,7 +125,7 @@ def follow(
         whole = progress.add_task("jobs", total=len(ids), rate="")
         bars: dict[str, TaskID] = {}
         began = told = time.monotonic()
-        images = 0
+        image_count = 0
         waiting = client.begin_wait(ids, timeout=_ALL_JOBS_SECONDS)
         while not waiting.done:
             for record in client.look(waiting):
@@ -137,23 +137,23 @@ def follow(
                 )
                 if record.state.final:
                     final[record.id] = record
-                    images += len(record.images)
+                    image_count += len(record.images)
                     if record.state is JobState.SUCCEEDED:
                         downloads[record.id] = pool.submit(client.images, record.id)
-                    rate = f"{images / (time.monotonic() - began):.2f} pictures/s"
+                    rate = f"{image_count / (time.monotonic() - began):.2f} images/s"
                     progress.update(whole, completed=len(final), rate=rate)
             workers.watch()
             if not console.is_terminal and (waiting.done or time.monotonic() - told >= _PLAIN_SECONDS):
                 told = time.monotonic()
-                console.print(f"{len(final)}/{len(ids)} jobs done, {images / (told - began):.2f} pictures/s")
+                console.print(f"{len(final)}/{len(ids)} jobs done, {image_count / (told - began):.2f} images/s")
             if not waiting.done:
                 time.sleep(client.pause(waiting))
-        pictures = {job_id: download.result() for job_id, download in downloads.items()}
-    return [final[job_id] for job_id in ids], pictures
+        downloaded = {job_id: download.result() for job_id, download in downloads.items()}
+    return [final[job_id] for job_id in ids], downloaded
 
 
 def final_reports(client: Client, images: int) -> list[WorkerInfo]:
-    """The workers' reports, once they count every picture."""
+    """The workers' reports, once they count every image."""
     deadline = time.monotonic() + _REPORT_SECONDS
     while True:
         reports = client.workers()
@@ -162,20 +162,20 @@ def final_reports(client: Client, images: int) -> list[WorkerInfo]:
         time.sleep(0.1)
 
 
-def save(records: Sequence[JobRecord], pictures: Mapping[str, Sequence[Picture]], out: Path) -> None:
-    """Each picture under a name that sorts as submitted, and the contact sheet."""
+def save(records: Sequence[JobRecord], downloaded: Mapping[str, Sequence[JobImage]], out: Path) -> None:
+    """Each image under a name that sorts as submitted, and the contact sheet."""
     prints = []
     for number, record in enumerate(records, start=1):
-        for picture in pictures.get(record.id, ()):
+        for image in downloaded.get(record.id, ()):
             extension = record.config.output_format.value
-            picture.save(out / f"{number:02}-{picture.index}.{extension}")
+            image.save(out / f"{number:02}-{image.index}.{extension}")
             config = record.config
             guidance = f"guidance {config.guidance_scale:g}" if config.guided else "no guidance"
             details = (
                 f"{config.sampler.value}, {config.num_inference_steps} steps",
-                f"{guidance}, seed {picture.ref.seed}",
+                f"{guidance}, seed {image.ref.seed}",
             )
-            prints.append(Print(image=picture.image, title=config.prompt, details=details))
+            prints.append(Print(image=image.image, title=config.prompt, details=details))
     if prints:
         contact_sheet(prints).save(out / "contact-sheet.png")
 
@@ -184,13 +184,13 @@ def summary(records: Sequence[JobRecord], reports: Sequence[WorkerInfo], submit_
     """What the run amounted to."""
     done = [record for record in records if record.state is JobState.SUCCEEDED]
     table = Table(title="Demo", show_header=False)
-    table.add_row("pictures", f"{sum(len(record.images) for record in done)} from {len(done)} of {len(records)} jobs")
+    table.add_row("images", f"{sum(len(record.images) for record in done)} from {len(done)} of {len(records)} jobs")
     times = [(record.created_at, record.started_at, record.finished_at, record.timings) for record in done]
     whole = [(made, begun, ended, timings) for made, begun, ended, timings in times if begun and ended]
     if not whole:
         return table
     seconds = max(ended for _, _, ended, _ in whole) - min(made for made, *_ in whole)
-    table.add_row("rate", f"{sum(len(record.images) for record in done) / seconds:.2f} pictures/s over {seconds:.1f} s")
+    table.add_row("rate", f"{sum(len(record.images) for record in done) / seconds:.2f} images/s over {seconds:.1f} s")
     passes = sum(report.forward_passes for report in reports)
     if passes:
         mean_rows = sum(report.rows for report in reports) / passes

@@ -10,9 +10,9 @@ from typing import BinaryIO
 from pydantic import BaseModel, ConfigDict
 from redis import Redis
 
-from calotype_shared.scripts import Scripted, said_clearly
-from calotype_shared.storage import Storage
-from calotype_shared.streams import CHUNK, ObjectWriter, read_chunks
+from calotype_shared.queue.scripts import Scripted, said_clearly
+from calotype_shared.storage.multipart import CHUNK, ObjectWriter, read_chunks
+from calotype_shared.storage.s3 import Storage
 
 
 class StoredFile(BaseModel):

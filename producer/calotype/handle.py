@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from calotype_shared.jobs import JobRecord, JobState, Preview
+from calotype_shared.schema.jobs import JobRecord, JobState, Preview
 
 if TYPE_CHECKING:
     from calotype.client import Client
-    from calotype.picture import Picture
+    from calotype.job_image import JobImage
 
 
 class JobHandle:
@@ -36,17 +36,17 @@ class JobHandle:
         """Wait until the job has succeeded. Raises JobFailed, JobCancelled, WaitTimeout, JobNotFound."""
         return self._client.wait(self.id, timeout)
 
-    def get(self, timeout: float | None = None) -> list[Picture]:
-        """Wait, then download the pictures. Raises as `wait`."""
+    def get(self, timeout: float | None = None) -> list[JobImage]:
+        """Wait, then download the images. Raises as `wait`."""
         self.wait(timeout)
         return self._client.images(self.id)
 
-    def images(self, timeout: float | None = None) -> list[Picture]:
+    def images(self, timeout: float | None = None) -> list[JobImage]:
         """The same as `get`."""
         return self.get(timeout)
 
     def urls(self, timeout: float | None = None) -> list[str]:
-        """Wait, then make links to the pictures that work without keys for a while."""
+        """Wait, then make links to the images that work without keys for a while."""
         self.wait(timeout)
         return self._client.urls(self.id)
 

@@ -1,4 +1,4 @@
-"""OpenAI's images API as far as its words go: which of our configs a request asks for, and how a picture is answered.
+"""OpenAI's images API as far as its words go: which of our configs a request asks for, and how an image is answered.
 
 Used by the gateway's routes and for the lines of batches. `size`, `n`, `quality`, `output_format` and
 `response_format` are theirs; every field of `GenerationConfig` may stand beside them (`extra_body` in their SDK).
@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from calotype.resolver import with_preset
-from calotype_shared.config import GenerationConfig, OutputFormat
 from calotype_shared.errors import InvalidRequest
-from calotype_shared.uploads import FORMATS, MAX_PIXELS
+from calotype_shared.schema.config import GenerationConfig, OutputFormat
+from calotype_shared.storage.images import FORMATS, MAX_PIXELS
 
 MAX_N = 10
 # Their words for quality, by our presets.
@@ -27,7 +27,7 @@ class Generation(NamedTuple):
     """What a request asks for."""
 
     config: GenerationConfig  # not resolved yet
-    as_url: bool  # else the picture itself, in base64
+    as_url: bool  # else the image itself, in base64
     stream: bool
     partial_images: int
 
@@ -67,7 +67,7 @@ def read_generation(body: Mapping[str, Any]) -> Generation:
 
 
 def image_data(image: Mapping[str, Any], *, url: str | None = None, b64: str | None = None) -> dict[str, Any]:
-    """One picture of an answer. The seed is ours: with it the picture can be made again."""
+    """One image of an answer. The seed is ours: with it the image can be made again."""
     shown = {"url": url} if b64 is None else {"b64_json": b64}
     return {**shown, "seed": image["seed"]}
 
@@ -80,7 +80,7 @@ def inverted_mask(data: bytes) -> bytes:
     """A mask in our sense, white where to paint, of one in theirs, transparent where to paint; as a PNG file.
 
     Raises:
-        InvalidRequest: it is no picture, or nothing in it is transparent.
+        InvalidRequest: it is no image, or nothing in it is transparent.
     """
     import io  # noqa: PLC0415 - these three only where a mask comes
 
@@ -88,10 +88,10 @@ def inverted_mask(data: bytes) -> bytes:
     import PIL.ImageOps  # noqa: PLC0415
 
     try:
-        with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-            if picture.width * picture.height > MAX_PIXELS:
-                raise _wrong("mask", f"{picture.width}x{picture.height}", f"use at most {MAX_PIXELS} pixels")
-            alpha = picture.convert("RGBA").getchannel("A")
+        with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise _wrong("mask", f"{image.width}x{image.height}", f"use at most {MAX_PIXELS} pixels")
+            alpha = image.convert("RGBA").getchannel("A")
     except InvalidRequest:
         raise
     except Exception as error:  # Pillow's plugins raise almost anything for a broken file

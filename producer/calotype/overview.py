@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from calotype_shared.jobs import JobRecord, JobState, Lane
-from calotype_shared.store import JobStore
-from calotype_shared.worker_info import StepGroup, StepRow, WorkerInfo
+from calotype_shared.queue.job_store import JobStore
+from calotype_shared.schema.jobs import JobRecord, JobState, Lane
+from calotype_shared.schema.worker_info import StepGroup, StepRow, WorkerInfo
 
 _LONGEST_PROMPT = 120  # characters: enough to know a job again
 
@@ -29,10 +29,10 @@ class QueueLine(_Part):
 
 
 class RowView(_Part):
-    """A picture in a step batch. Of another tenant's it is said that it is there, how far it is, and nothing else."""
+    """An image in a step batch. Of another tenant's it is said that it is there, how far it is, and nothing else."""
 
     job: str | None = None
-    picture: int | None = None
+    image: int | None = None
     prompt: str | None = Field(None, description="Its first words.")
     step: int
     total_steps: int
@@ -40,12 +40,12 @@ class RowView(_Part):
 
 
 class GroupView(_Part):
-    """Pictures of one model and size, which go through the network together."""
+    """Images of one model and size, which go through the network together."""
 
     model: str
     width: int
     height: int
-    budget: int = Field(description="Rows of a step, at most. A guided picture takes two.")
+    budget: int = Field(description="Rows of a step, at most. A guided image takes two.")
     running: int
     waiting: int
     decoding: int
@@ -121,7 +121,7 @@ def _row(row: StepRow, record: JobRecord | None) -> RowView:
     own = record is not None
     return RowView(
         job=row.job if own else None,
-        picture=row.picture if own else None,
+        image=row.image if own else None,
         prompt=record.config.prompt[:_LONGEST_PROMPT] if record else None,
         step=row.step,
         total_steps=row.total_steps,

@@ -10,16 +10,16 @@ from typing import Any
 
 from pydantic_core import from_json, to_json
 
-from calotype.picture import PictureSource, is_picture, picture_bytes
-from calotype_shared.config import GenerationConfig, digest_of, quality_preset
+from calotype.job_image import ImageSource, image_bytes, is_image
 from calotype_shared.errors import InvalidRequest, ObjectMissing, ServiceUnavailable, UnknownModel
-from calotype_shared.jobs import Lane
-from calotype_shared.model_card import ModelCard
+from calotype_shared.queue.job_store import JobStore
+from calotype_shared.queue.submission import Idempotency, NewJob
+from calotype_shared.schema.config import GenerationConfig, digest_of, quality_preset
+from calotype_shared.schema.jobs import Lane
+from calotype_shared.schema.model_card import ModelCard
 from calotype_shared.settings import TENANT_PATTERN, Settings
-from calotype_shared.storage import SAFE_SECONDS, Storage
-from calotype_shared.store import JobStore
-from calotype_shared.submission import Idempotency, NewJob
-from calotype_shared.uploads import normalise, upload_key
+from calotype_shared.storage.images import normalize_image, upload_key
+from calotype_shared.storage.s3 import SAFE_SECONDS, Storage
 
 Submission = GenerationConfig | str | Mapping[str, Any]  # a config, a bare prompt, or fields
 
@@ -47,13 +47,13 @@ class Resolver:
         self._renewed_after = max(settings.retention_seconds, SAFE_SECONDS) / 2
 
     def parse(self, config: Submission, fields: Mapping[str, Any]) -> GenerationConfig:
-        """What was written as a config; pictures among it are uploaded. Raises InvalidRequest."""
+        """What was written as a config; images among it are uploaded. Raises InvalidRequest."""
         if isinstance(config, GenerationConfig) and not fields:
             return config
         return GenerationConfig.parse(self._with_uploads(_fields(config, fields)))
 
     def new_job(self, parsed: GenerationConfig, *, lane: Lane, tenant: str, job_id: str = "") -> NewJob:
-        """The job for a config. Whoever gave the seed asks for the very pictures an equal job makes.
+        """The job for a config. Whoever gave the seed asks for the very images an equal job makes.
 
         Raises:
             InvalidRequest: as `resolve`.
@@ -104,7 +104,7 @@ class Resolver:
                     age = None
             if age is None:
                 raise InvalidRequest(
-                    "no such upload", field="upload", value=upload_id, remedy="upload the picture first: Client.upload"
+                    "no such upload", field="upload", value=upload_id, remedy="upload the image first: Client.upload"
                 )
             self._remember(upload_id)
 
@@ -116,28 +116,28 @@ class Resolver:
             self._uploaded.clear()
         self._uploaded[upload_id] = self._clock() + _UPLOADS_SECONDS
 
-    def upload(self, picture: PictureSource, *, field: str = "image") -> str:
-        """Store a picture for use as `init_image`, `mask_image` or a control; returns its id.
+    def upload(self, image: ImageSource, *, field: str = "image") -> str:
+        """Store an image for use as `init_image`, `mask_image` or a control; returns its id.
 
         Raises:
             InvalidRequest: it is no PNG, JPEG or WebP, or too large. Nothing was stored.
         """
-        upload_id, data = normalise(picture_bytes(picture, field), field=field)
+        upload_id, data = normalize_image(image_bytes(image, field), field=field)
         if not self._is_known(upload_id):
             self._storage.put(upload_key(upload_id), data, "image/png")
             self._remember(upload_id)
         return upload_id
 
     def _with_uploads(self, fields: dict[str, Any]) -> dict[str, Any]:
-        """Pictures given in place of their ids are uploaded."""
+        """Images given in place of their ids are uploaded."""
         for name in ("init_image", "mask_image"):
-            if is_picture(fields.get(name)):
+            if is_image(fields.get(name)):
                 fields[name] = self.upload(fields[name], field=name)
         controls = fields.get("controls")
         if isinstance(controls, (list, tuple)):
             fields["controls"] = [
                 {**control, "image": self.upload(control["image"], field="controls.image")}
-                if isinstance(control, Mapping) and is_picture(control.get("image"))
+                if isinstance(control, Mapping) and is_image(control.get("image"))
                 else control
                 for control in controls
             ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from calotype_shared.errors import no_such_job
-from calotype_shared.jobs import JobRecord
+from calotype_shared.schema.jobs import JobRecord
 
 _WINDOW = 500  # jobs looked at in one round trip; the rest wait their turn, oldest first
 _MOST_TOLD = 64  # unfinished jobs of which notices are heard; more are looked at too rarely to gain by it
@@ -19,9 +19,9 @@ _LONGEST_PAUSE = 1.0
 
 
 class Waiting:
-    """Owned by the one loop that drives it: look at `window`, `observe` what was found, sleep `pause` seconds.
+    """Owned by the one loop that drives it: look at `window`, `update` what was found, sleep `pause` seconds.
 
-    Or less, if something has changed about the jobs in `told`; but `least` seconds.
+    Or less, if something has changed about the jobs in `subscribed_ids`; but `min_interval` seconds.
     """
 
     def __init__(self, job_ids: Sequence[str], *, started: float, timeout: float | None) -> None:
@@ -39,7 +39,7 @@ class Waiting:
         return [job_id for job_id, _ in zip(self._unfinished, range(_WINDOW), strict=False)]
 
     @property
-    def told(self) -> list[str]:
+    def subscribed_ids(self) -> list[str]:
         """The jobs whose changes are worth hearing of."""
         return list(self._unfinished) if len(self._unfinished) <= _MOST_TOLD else []
 
@@ -56,7 +56,7 @@ class Waiting:
     def unfinished_count(self) -> int:
         return len(self._unfinished)
 
-    def observe(self, job_ids: Sequence[str], records: Sequence[JobRecord | None]) -> list[JobRecord]:
+    def update(self, job_ids: Sequence[str], records: Sequence[JobRecord | None]) -> list[JobRecord]:
         """Take in what was found; returns the records that differ from the last look.
 
         Raises:
@@ -80,7 +80,7 @@ class Waiting:
         return self.timeout is not None and not self.done and now - self.started >= self.timeout
 
     @property
-    def least(self) -> float:
+    def min_interval(self) -> float:
         """Seconds between two looks."""
         if self._behind:
             return 0.0
@@ -91,7 +91,7 @@ class Waiting:
         if self._behind:
             return 0.0
         late = _LONGEST_PAUSE if live else _LATENESS * (now - self.started)
-        pause = min(_LONGEST_PAUSE, max(self.least, late))
+        pause = min(_LONGEST_PAUSE, max(self.min_interval, late))
         if self.timeout is None:
             return pause
         return max(0.0, min(pause, self.started + self.timeout - now))

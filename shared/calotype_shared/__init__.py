@@ -1,1 +1,1 @@
-"""What producers and workers both serialise or address: configs, jobs, keys, storage, settings, errors."""
+"""What producers and workers both serialize or address: configs, jobs, keys, storage, settings, errors."""

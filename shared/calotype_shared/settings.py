@@ -10,8 +10,8 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from calotype_shared.connection import RedisAddress
 from calotype_shared.errors import SettingsError
+from calotype_shared.queue.connection import RedisAddress
 
 PREFIX = "CALOTYPE_"
 TENANT_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"  # for `re.fullmatch`: `$` alone lets a newline through
@@ -82,9 +82,9 @@ class Settings(StrictSettings):
     s3_endpoint_url: str | None = None
     """Storage as workers reach it; none: Amazon's own."""
     s3_public_endpoint_url: str | None = None
-    """Storage as links to pictures name it; none: the same."""
+    """Storage as links to images name it; none: the same."""
     s3_bucket: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")] = "calotype"
-    """Where pictures, uploads and the files of batches are kept."""
+    """Where images, uploads and the files of batches are kept."""
     s3_region: str = "us-east-1"
     """Region that requests to the storage are signed for."""
     s3_access_key_id: str | None = None
@@ -96,7 +96,7 @@ class Settings(StrictSettings):
     coalesce: bool = True
     """Equal jobs with a given seed, in flight together, are made once."""
     reuse_finished: bool = False
-    """And may get the pictures of an equal job that has finished."""
+    """And may get the images of an equal job that has finished."""
     webhook_secret: SecretStr | None = None
     """Every tenant's signing secret comes from it; none: no webhooks."""
     webhook_allow_private: bool = False
@@ -115,7 +115,7 @@ class Settings(StrictSettings):
     telemetry: Literal["auto", "on", "off"] = "auto"
     """Spans by OpenTelemetry; "auto": where its own variable OTEL_EXPORTER_OTLP_ENDPOINT names a collector."""
     url_expires_seconds: Annotated[int, Field(ge=1, le=604_800)] = 3_600
-    """How long links to pictures work; S3 allows a week."""
+    """How long links to images work; S3 allows a week."""
 
     @field_validator("redis_url")
     @classmethod

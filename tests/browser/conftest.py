@@ -49,7 +49,7 @@ def site(servers: EmbeddedServers, forge: Forge, tmp_path_factory: pytest.TempPa
 
 
 class Visit:
-    """A page, and what is not to happen on it: errors, and requests that leave the gateway and its pictures."""
+    """A page, and what is not to happen on it: errors, and requests that leave the gateway and its images."""
 
     def __init__(self, browser: Browser, site: Gateway, **options: object) -> None:
         self.site = site

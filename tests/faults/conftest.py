@@ -1,4 +1,4 @@
-"""Fixtures of the fault tests: a forge of workers, undisturbed pictures to compare with, sites to break things in."""
+"""Fixtures of the fault tests: a forge of workers, undisturbed images to compare with, sites to break things in."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def reference(
     tmp_path_factory: pytest.TempPathFactory,
     worker_id: str,
 ) -> Mapping[str, str]:
-    """Digests of an undisturbed run's pictures, by the config's digest. pytest's own workers share them."""
+    """Digests of an undisturbed run's images, by the config's digest. pytest's own workers share them."""
     folder = tmp_path_factory.mktemp("reference")
     if worker_id == "master":
         return _undisturbed(corner, forge, tiny_model, folder)
@@ -63,7 +63,7 @@ def _undisturbed(corner: Callable[..., Settings], forge: Forge, tiny_model: Path
         found = {record.digest: digest(site.storage.get(record.images[0].key)) for record in records}
     finally:
         site.close()
-    assert len(set(found.values())) == sum(KINDS.values()), "the pictures must differ, or nothing could be told apart"
+    assert len(set(found.values())) == sum(KINDS.values()), "the images must differ, or nothing could be told apart"
     return found
 
 

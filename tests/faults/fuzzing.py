@@ -9,8 +9,8 @@ from typing import Any
 from hypothesis import strategies as st
 from PIL import Image
 
-from calotype_shared.broker import message
-from calotype_shared.config import GenerationConfig
+from calotype_shared.queue.message import message
+from calotype_shared.schema.config import GenerationConfig
 
 GOOD: dict[str, Any] = {
     "prompt": "a cat",
@@ -88,19 +88,19 @@ def lines(number: int) -> st.SearchStrategy[bytes]:
     return wrong.map(lambda line: line.replace(b"\n", b"").replace(b"\r", b"") or b"{")
 
 
-def picture_files() -> list[bytes]:
-    """Good pictures of every format that may be sent, and of some that may not."""
+def image_files() -> list[bytes]:
+    """Good images of every format that may be sent, and of some that may not."""
     found = []
-    picture = Image.radial_gradient("L").resize((48, 40)).convert("RGB")
+    image = Image.radial_gradient("L").resize((48, 40)).convert("RGB")
     for kind in ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"):
         buffer = io.BytesIO()
-        picture.save(buffer, kind)
+        image.save(buffer, kind)
         found.append(buffer.getvalue())
     svg = b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>'
     return [*found, svg, b"GIF89a" + b"\x00" * 64, b"%PDF-1.4", b"PK\x03\x04"]
 
 
-uploads = st.one_of(st.sampled_from(picture_files()).flatmap(mutated), st.binary(max_size=200))
+uploads = st.one_of(st.sampled_from(image_files()).flatmap(mutated), st.binary(max_size=200))
 
 
 @st.composite

@@ -22,25 +22,25 @@ import numpy as np
 from PIL import Image
 
 from calotype import Client, GenerationConfig
-from calotype_shared.connection import connect_redis
-from calotype_shared.jobs import JobRecord, JobState
-from calotype_shared.records import SCHEMA
+from calotype_shared.queue.connection import connect_redis
+from calotype_shared.queue.job_store import JobStore
+from calotype_shared.queue.records import SCHEMA
+from calotype_shared.schema.jobs import JobRecord, JobState
 from calotype_shared.settings import Settings
-from calotype_shared.storage import Storage
-from calotype_shared.store import JobStore
-from calotype_worker.sweep import sweep
+from calotype_shared.storage.s3 import Storage
+from calotype_worker.jobs.sweep import sweep
 from tests.invariants import check_store
 
 FULL = os.environ.get("FAULTS") == "full"
 ROOT = Path(__file__).parents[2]
 LEASE_SECONDS = 3.0
 SAMPLERS = ("ddim", "euler_a", "unipc", "dpmpp_2m_karras", "ddpm", "heun")
-# Different pictures that faulty runs are compared with. Equal jobs are made once, so no test may have more jobs.
+# Different images that faulty runs are compared with. Equal jobs are made once, so no test may have more jobs.
 KINDS = {False: 2000 if FULL else 48, True: 120 if FULL else 48}  # by whether they take long
 
 
 def config(number: int, *, long: bool = False, **changes: Any) -> GenerationConfig:
-    """One whose undisturbed picture is known, short or long."""
+    """One whose undisturbed image is known, short or long."""
     assert 0 <= number < KINDS[long]
     fields = {
         "prompt": f"cat {number}",
@@ -67,7 +67,7 @@ class Forge:
     def __init__(self) -> None:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("CALOTYPE_")}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.forge"],
+            [sys.executable, "-m", "tests.faults.worker_fork_server"],
             cwd=ROOT,
             env={**environment, "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
@@ -231,8 +231,8 @@ class Site:
     def check(self, ids: Iterable[str], *, failed: Iterable[str] = (), cancelled: Iterable[str] = ()) -> Outcome:
         """What must hold once all is over. Raises AssertionError.
 
-        Every job is final, and became so once; those in `failed` and `cancelled` without pictures, all others with the
-        very pictures of an undisturbed run. Each picture is in the bucket once, and nothing else is, once orphans are
+        Every job is final, and became so once; those in `failed` and `cancelled` without images, all others with the
+        very images of an undisturbed run. Each image is in the bucket once, and nothing else is, once orphans are
         swept. Every Redis key agrees with the records.
         """
         ids = list(ids)
@@ -254,21 +254,21 @@ class Site:
             for image in record.images:
                 assert hashlib.sha256(self.storage.get(image.key)).hexdigest() == image.sha256
                 if self._reference:
-                    self.check_picture(image.key)
-        pictures = Counter(tuple(key.split("/")[0::2]) for key in self.storage.list() if key.endswith(".png"))
-        twice = sum(count - 1 for count in pictures.values())
-        assert twice == 0, f"pictures of {[job for job, count in pictures.items() if count > 1]} are there twice"
+                    self.check_image(image.key)
+        images = Counter(tuple(key.split("/")[0::2]) for key in self.storage.list() if key.endswith(".png"))
+        twice = sum(count - 1 for count in images.values())
+        assert twice == 0, f"images of {[job for job, count in images.items() if count > 1]} are there twice"
         return Outcome(jobs=len(ids), lost=len(lost), twice=ends - len(ids) + twice)
 
     def check_bucket(self, keys: Iterable[str]) -> None:
-        """Once orphans are swept these pictures and their sidecars are all there is, but for manifests and uploads."""
+        """Once orphans are swept these images and their sidecars are all there is, but for manifests and uploads."""
         sweep(self.store, self.storage, older_than_seconds=-1)
         assert self.store.orphans(older_than_seconds=-1) == []
         wanted = {name for key in keys for name in (key, re.sub(r"\.png$", ".json", key))}
         there = {key for key in self.storage.list() if not key.startswith(("batches/", "uploads/"))}
         assert there == wanted, f"missing: {sorted(wanted - there)[:5]}, leaked: {sorted(there - wanted)[:5]}"
 
-    def check_picture(self, key: str) -> None:
+    def check_image(self, key: str) -> None:
         """It is, bit for bit, what an undisturbed run makes of its config."""
         config_digest = json.loads(self.storage.get(re.sub(r"\.png$", ".json", key)))["digest"]
         assert digest(self.storage.get(key)) == self._reference[config_digest], f"{key}: not as undisturbed"
@@ -281,7 +281,7 @@ class Site:
 
 
 def digest(data: bytes) -> str:
-    """Of a picture's pixels."""
+    """Of an image's pixels."""
     pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     return hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
 

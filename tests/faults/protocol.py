@@ -134,7 +134,7 @@ class Protocol:
                 yield f"claim {me}", _with_worker(after, number, Worker("claimed", found, running.attempt, token))
         elif worker.phase == "claimed":
             if any(each.winner == mine for each in redis.jobs):
-                raise Broken("a worker writes over the pictures of a job that has succeeded")
+                raise Broken("a worker writes over the images of a job that has succeeded")
             stored = world._replace(storage=world.storage | {mine})
             yield f"upload {me}", _with_worker(stored, number, worker._replace(phase="uploaded"))
         elif worker.phase == "uploaded":
@@ -194,7 +194,7 @@ class Protocol:
                 continue  # see the assumption above
             if folder in world.doomed:
                 if any(job.winner == folder for job in redis.jobs):
-                    raise Broken("the sweeper deletes the pictures of a job that has succeeded")
+                    raise Broken("the sweeper deletes the images of a job that has succeeded")
                 swept = self._write(world, redis._replace(orphans=redis.orphans - {folder}))
                 yield "sweep", swept._replace(storage=world.storage - {folder}, doomed=world.doomed - {folder})
             elif all(job.winner != folder for job in redis.jobs):
@@ -229,9 +229,9 @@ class Protocol:
             if bool(job.lease) != (job.state == "running"):
                 raise Broken(f"job {number} is {job.state} and its lease is {job.lease!r}")
             if (job.winner is not None) != (job.state == "succeeded"):
-                raise Broken(f"job {number} is {job.state} with pictures {job.winner}")
+                raise Broken(f"job {number} is {job.state} with images {job.winner}")
             if job.winner is not None and job.winner not in world.storage:
-                raise Broken(f"job {number} has succeeded and its pictures are gone")
+                raise Broken(f"job {number} has succeeded and its images are gone")
 
     def check_step(self, name: str, old: World, new: World) -> None:
         """Along every step but Redis' own forgetting."""

@@ -23,11 +23,11 @@ from calotype.embedded.process import ChildProcess
 from calotype.embedded.valkey import ValkeyServer
 from calotype.gateway.settings import GatewaySettings
 from calotype.gateway.state import Services
-from calotype_shared.connection import connect_redis
 from calotype_shared.errors import RedisUnavailable
-from calotype_shared.jobs import JobState
+from calotype_shared.queue.connection import connect_redis
+from calotype_shared.schema.jobs import JobState
 from calotype_shared.settings import Settings
-from calotype_worker.app import make_app
+from calotype_worker.jobs.celery_app import make_app
 from tests.faults.harness import Site, Table, until
 from tests.faults.proxy import TlsFront
 
@@ -124,7 +124,7 @@ def _command(settings: Settings, site: Site, module: str, *arguments: str) -> su
     )
 
 
-class Watched:
+class RequestMetricsMiddleware:
     """A primary, a replica, and three sentinels that watch them, all with a password."""
 
     def __init__(self, folder: Path) -> None:
@@ -195,14 +195,14 @@ def _listens(port: int) -> bool:
 
 
 @pytest.fixture
-def watched(tmp_path: Path) -> Iterator[Watched]:
-    watched = Watched(tmp_path)
+def watched(tmp_path: Path) -> Iterator[RequestMetricsMiddleware]:
+    watched = RequestMetricsMiddleware(tmp_path)
     yield watched
     watched.stop()
 
 
 def test_the_primary_is_killed_and_a_replica_takes_its_place(
-    watched: Watched, corner: Callable[..., Settings], make_site: Callable[..., Site], table: Table
+    watched: RequestMetricsMiddleware, corner: Callable[..., Settings], make_site: Callable[..., Site], table: Table
 ) -> None:
     """Workers and clients follow the sentinels, and nothing that was acknowledged is lost."""
     site = make_site(corner(redis_url=watched.url, redis_sentinel_password="sentinels"))

@@ -49,7 +49,7 @@ def submit(site: Site) -> BatchHandle:
 
 
 def check_batch(site: Site, batch: BatchHandle) -> Outcome:
-    """Every line has one result, whose picture is there and is that of an undisturbed run; and all keys agree."""
+    """Every line has one result, whose image is there and is that of an undisturbed run; and all keys agree."""
     record = batch.status()
     assert (record.state, record.counts.succeeded, record.counts.done) == (BatchState.COMPLETED, LINES, LINES)
     results = list(batch.results())
@@ -60,7 +60,7 @@ def check_batch(site: Site, batch: BatchHandle) -> Outcome:
     keys = [image["key"] for result in results for image in result["images"]]
     assert len(set(keys)) == LINES
     for key in keys:
-        site.check_picture(key)
+        site.check_image(key)
     check_store(site.store, site.redis)
     return Outcome(jobs=LINES, lost=lost, twice=twice)
 

@@ -9,12 +9,12 @@ from collections.abc import Callable
 
 import pytest
 
-from calotype_shared.broker import message
-from calotype_shared.jobs import JobState
-from calotype_shared.records import SCHEMA
-from calotype_shared.store import MAX_CRASHES
+from calotype_shared.queue.job_store import MAX_CRASHES
+from calotype_shared.queue.message import message
+from calotype_shared.queue.records import SCHEMA
+from calotype_shared.schema.jobs import JobState
+from tests.faults.fault_points import CURSED, POINTS, POISON
 from tests.faults.harness import FULL, LEASE_SECONDS, Site, Table, WorkerProcess, until
-from tests.faults.stops import CURSED, POINTS, POISON
 
 WITHIN = 30 + LEASE_SECONDS  # seconds after a worker's death until its jobs are someone else's
 
@@ -49,7 +49,7 @@ def test_a_worker_is_killed_at(point: str, site: Site, table: Table) -> None:
 
 
 def test_a_frozen_worker_comes_back_too_late(site: Site, table: Table) -> None:
-    """SIGSTOP beyond the lease: the job is another's. After SIGCONT the zombie finishes its pictures, in vain."""
+    """SIGSTOP beyond the lease: the job is another's. After SIGCONT the zombie finishes its images, in vain."""
     zombie = site.start_worker("--concurrency", "4", stop="slow-commit")
     ids = site.submit(4)
     zombie.wait_for("reached slow-commit")  # everything is uploaded

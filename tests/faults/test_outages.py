@@ -15,7 +15,7 @@ from redis import Redis
 from calotype.embedded.seaweed import SeaweedServer
 from calotype.embedded.valkey import ValkeyServer
 from calotype_shared.errors import RedisUnavailable
-from calotype_shared.jobs import JobState
+from calotype_shared.schema.jobs import JobState
 from calotype_shared.settings import Settings
 from tests.faults.harness import FULL, Site, Table, until
 from tests.faults.proxy import Mode, Proxy
@@ -167,7 +167,7 @@ def test_a_black_hole_does_not_hang_who_submits(
 def test_the_storage_fails(
     mode: Mode, corner: Callable[..., Settings], make_site: Callable[..., Site], table: Table
 ) -> None:
-    """Pictures wait on disk while the device goes on with other jobs; healed, every one is stored and committed."""
+    """Images wait on disk while the device goes on with other jobs; healed, every one is stored and committed."""
     settings = corner()
     assert settings.s3_endpoint_url
     with Proxy.before(settings.s3_endpoint_url) as proxy:
@@ -177,8 +177,8 @@ def test_the_storage_fails(
         proxy.set(mode)
         ids = site.submit(12)
         if mode in ("busy", "forbidden", "cut"):
-            # Twelve jobs are worked on by four threads: eight went on while the first four's pictures wait.
-            until(lambda: worker.text().count("pictures spooled") >= 12)
+            # Twelve jobs are worked on by four threads: eight went on while the first four's images wait.
+            until(lambda: worker.text().count("images spooled") >= 12)
             assert final(site, ids) == 0
         elif mode == "swallow":
             time.sleep(AWAY_SECONDS)
@@ -231,7 +231,7 @@ def test_the_storage_is_killed_and_restarted(
 def test_there_is_no_room_to_spool(
     how: str, corner: Callable[..., Settings], make_site: Callable[..., Site], table: Table
 ) -> None:
-    """Then pictures wait in memory and their threads with them: nothing more is claimed than there are places."""
+    """Then images wait in memory and their threads with them: nothing more is claimed than there are slots."""
     settings = corner()
     assert settings.s3_endpoint_url
     with Proxy.before(settings.s3_endpoint_url) as proxy:
@@ -271,7 +271,7 @@ def test_clocks_disagree(clock: str, site: Site, table: Table) -> None:
 
 
 def test_cancelling_races_the_commit(site: Site) -> None:
-    """Whoever is first wins, whole: a cancelled job has no picture, and one with a picture was not cancelled."""
+    """Whoever is first wins, whole: a cancelled job has no image, and one with an image was not cancelled."""
     site.start_worker("--concurrency", "8")
     ids = site.submit(400 if FULL else 40)
     threads = [threading.Thread(target=site.client.cancel, args=(job_id,)) for job_id in ids[::2]]

@@ -8,9 +8,9 @@ from collections import Counter
 import pytest
 from redis import Redis
 
-from calotype_shared.config import GenerationConfig
-from calotype_shared.jobs import ImageRef, JobState, Lane
-from calotype_shared.store import MAX_CRASHES, Claim, JobStore
+from calotype_shared.queue.job_store import MAX_CRASHES, Claim, JobStore
+from calotype_shared.schema.config import GenerationConfig
+from calotype_shared.schema.jobs import ImageRef, JobState, Lane
 from tests.faults.harness import FULL
 from tests.faults.protocol import Budget, Protocol, Worker, World, explore
 from tests.invariants import check_store
@@ -29,11 +29,11 @@ LARGE = {
 WITHOUT = {
     # The least that shows what each guard is good for.
     "attempt": (Budget(late=1), "from here it never comes to rest"),
-    "token": (Budget(undo=1), "writes over the pictures"),
-    "folders": (Budget(late=1), "writes over the pictures"),
+    "token": (Budget(undo=1), "writes over the images"),
+    "folders": (Budget(late=1), "writes over the images"),
     "messages": (Budget(lose=1), "never comes to rest"),
     "leases": (Budget(crash=1), "never comes to rest"),
-    "discard": (Budget(late=1), "its pictures are gone"),
+    "discard": (Budget(late=1), "its images are gone"),
 }
 
 
@@ -91,25 +91,25 @@ class Replay:
             world = after
 
     def do(self, name: str, world: World, after: World) -> None:
-        verb, _, number = name.rstrip("!").partition(" ")
+        verb, _, argument = name.rstrip("!").partition(" ")
         queue = self.store.keys.messages("demo.bulk")
-        worker = world.workers[int(number)] if verb not in ("expire", "cancel") and number else Worker()
+        worker = world.workers[int(argument)] if verb not in ("expire", "cancel") and argument else Worker()
         claim = self.claims.get(worker.token)
         if verb in ("pop", "lose"):
             assert self.redis.rpop(queue)
         elif verb == "double":
             self.redis.lpush(queue, self.redis.lrange(queue, 0, 0)[0])  # type: ignore[index]
         elif verb == "claim":
-            found = self.store.claim("demo.bulk", worker=f"w{number}", lease_seconds=3600)
+            found = self.store.claim("demo.bulk", worker=f"w{argument}", lease_seconds=3600)
             assert (found is not None) == (after.tokens > world.tokens)
             if found is not None:
-                mine = after.workers[int(number)]
+                mine = after.workers[int(argument)]
                 assert (found.job_id, found.attempt) == (self.ids[mine.job], mine.attempt)
                 self.claims[mine.token] = found
         elif verb == "commit":
             assert claim is not None
-            picture = {"key": f"{claim.folder}/0.png", "content_type": "image/png", "sha256": "0" * 64}
-            image = ImageRef(**picture, seed=1, width=64, height=64, bytes=1)  # type: ignore[arg-type]
+            stored = {"key": f"{claim.folder}/0.png", "content_type": "image/png", "sha256": "0" * 64}
+            image = ImageRef(**stored, seed=1, width=64, height=64, bytes=1)  # type: ignore[arg-type]
             job = after.redis.jobs[worker.job]
             mine = self.protocol.folder(worker.job, worker.attempt, worker.token)
             assert self.store.commit(claim, images=[image], timings={}) == (job.winner == mine)
@@ -120,9 +120,9 @@ class Replay:
             assert claim is not None
             assert self.store.release(claim)
         elif verb == "expire":
-            self.redis.zadd(self.store.keys.leases, {self.ids[int(number)]: 1})
+            self.redis.zadd(self.store.keys.leases, {self.ids[int(argument)]: 1})
         elif verb == "cancel":
-            assert self.store.cancel(self.ids[int(number)]) is JobState.CANCELLED
+            assert self.store.cancel(self.ids[int(argument)]) is JobState.CANCELLED
         elif verb == "reap":
             self.redis.delete(self.store.keys.reaper)
             assert self.store.reap() is not None

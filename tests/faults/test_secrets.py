@@ -12,9 +12,9 @@ import pytest
 
 from calotype.api_keys import ApiKeys, Scope
 from calotype.embedded.ports import free_ports
-from calotype_shared.connection import connect_redis
+from calotype_shared.queue.connection import connect_redis
 from calotype_shared.settings import Settings
-from tests.faults.fuzzing import picture_files
+from tests.faults.fuzzing import image_files
 from tests.faults.harness import Site, until
 from tests.faults.proxy import Proxy
 
@@ -76,7 +76,7 @@ def test_no_log_and_no_answer_holds_a_secret_or_a_prompt(own_site: Site, gateway
         answers.append(answer)
         return answer
 
-    upload = ask("POST", "/v1/uploads", content=picture_files()[0], headers={"Content-Type": "image/png"})
+    upload = ask("POST", "/v1/uploads", content=image_files()[0], headers={"Content-Type": "image/png"})
     good = ask("POST", "/v1/jobs", json={**asked, "init_image": upload.json()["id"]}).json()["id"]
     failing = ask("POST", "/v1/jobs", json={**asked, "seed": 2, "prompt": f"{PROMPT} cursed"}).json()["id"]
     ask("POST", "/v1/jobs", json={**asked, "seed": 3, "width": 63})

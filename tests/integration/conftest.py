@@ -13,8 +13,8 @@ import pytest
 from redis import Redis
 
 from calotype import Client
+from calotype_shared.queue.job_store import JobStore
 from calotype_shared.settings import Settings
-from calotype_shared.store import JobStore
 from tests.faults.harness import Forge, WorkerProcess
 from tests.invariants import check_store
 

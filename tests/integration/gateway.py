@@ -18,7 +18,7 @@ from calotype import Client, Settings
 from calotype.embedded import EmbeddedServers
 from calotype.gateway.app import create_app
 from calotype.gateway.settings import GatewaySettings
-from calotype_shared.storage import Storage
+from calotype_shared.storage.s3 import Storage
 from tests.integration.conftest import CommandWorker, until
 
 

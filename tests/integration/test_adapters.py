@@ -35,18 +35,18 @@ def _examples_importable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def pixels(pipeline: Any, prompts: list[str], **options: Any) -> list[np.ndarray]:
     from compare import paint
 
-    return [np.asarray(picture) for picture in paint(pipeline, prompts, **options)]
+    return [np.asarray(image) for image in paint(pipeline, prompts, **options)]
 
 
 @pytest.mark.parametrize(("name", "least"), [("sticker", 0.015), ("neon", 0.5)])
 def test_a_style_shows(name: str, least: float) -> None:
-    """A sticker's rim is white, a neon's night is dark; the plain pictures are neither."""
+    """A sticker's rim is white, a neon's night is dark; the plain images are neither."""
     from compare import load
 
-    def share(pictures: list[np.ndarray]) -> float:
+    def share(images: list[np.ndarray]) -> float:
         if name == "sticker":
-            return float(np.mean([(p.min(-1) > 215).mean() for p in pictures]))
-        return float(np.mean([(p.max(-1) < 110).mean() for p in pictures]))
+            return float(np.mean([(p.min(-1) > 215).mean() for p in images]))
+        return float(np.mean([(p.max(-1) < 110).mean() for p in images]))
 
     pipeline = load()
     assert share(pixels(pipeline, PROMPTS)) < 0.4 * least
@@ -54,9 +54,9 @@ def test_a_style_shows(name: str, least: float) -> None:
     assert share(pixels(pipeline, PROMPTS)) > least
 
 
-def test_the_new_word_is_its_colour() -> None:
+def test_the_new_word_is_its_color() -> None:
     """Nearer to what it was taught than green and yellow are, on shapes and grounds of any kind."""
-    from compare import load, median_colour
+    from compare import load, median_color
     from draw import LIME
 
     pipeline = load()
@@ -64,7 +64,7 @@ def test_the_new_word_is_its_colour() -> None:
     distance = {}
     for word in ("green", "yellow", "<lime>"):
         made = pixels(pipeline, [f"a {word} circle on a blue background", f"a {word} heart on a pink background"])
-        distance[word] = np.mean([np.linalg.norm(median_colour(picture) - LIME) for picture in made])
+        distance[word] = np.mean([np.linalg.norm(median_color(image) - LIME) for image in made])
     assert distance["<lime>"] < 0.85 * min(distance["green"], distance["yellow"])
 
 
@@ -75,14 +75,14 @@ def test_the_outline_is_followed() -> None:
     from draw import SCALE, free_item, mask_of, outline_of
 
     rng = random.Random(5)
-    masks = [mask_of(*_only(free_item(rng, SIDE, SIDE, shape=s, colour="red"))) for s in ("heart", "square", "star")]
+    masks = [mask_of(*_only(free_item(rng, SIDE, SIDE, shape=s, color="red"))) for s in ("heart", "square", "star")]
     prompts = [f"a red {shape} on a white background" for shape in ("heart", "square", "star")]
     net = ControlNetModel.from_pretrained(str(ADAPTERS / "outline"), torch_dtype=torch.float32, use_safetensors=True)
     controlled = load(StableDiffusionControlNetPipeline, controlnet=net)
     shares = []
     for made in (pixels(load(), prompts), pixels(controlled, prompts, image=[outline_of(mask) for mask in masks])):
         inside = [mask[SCALE // 2 :: SCALE, SCALE // 2 :: SCALE] for mask in masks]
-        shares.append(np.mean([overlap(picture, mask) for picture, mask in zip(made, inside, strict=True)]))
+        shares.append(np.mean([overlap(image, mask) for image, mask in zip(made, inside, strict=True)]))
     assert shares[1] > max(0.6, shares[0] + 0.2)
 
 

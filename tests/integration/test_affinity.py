@@ -20,9 +20,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from redis import Redis
 
 from calotype import JobState, Lane
-from calotype_shared.config import GenerationConfig
-from calotype_shared.store import MAX_CRASHES, SUSPECT, Claim, JobStore
-from calotype_shared.submission import NewJob
+from calotype_shared.queue.job_store import MAX_CRASHES, QUARANTINE_CRASHES, Claim, JobStore
+from calotype_shared.queue.submission import NewJob
+from calotype_shared.schema.config import GenerationConfig
 from tests.faults.harness import WorkerProcess
 from tests.integration.conftest import until
 from tests.invariants import check_store
@@ -140,7 +140,7 @@ class AffinityMachine(RuleBasedStateMachine):
         assert min((self.due[other] for other in line), default=0) >= 0, "it waits for longer than promised"
         # New tenants start where the line began at the claim, as if its first had been taken.
         tag = float(self.redis.hget(self.store.keys.job(line[0]), "tag"))
-        virtual = float(self.redis.hget(self.store.keys.mark(QUEUE), "virtual"))
+        virtual = float(self.redis.hget(self.store.keys.queue_state(QUEUE), "virtual"))
         assert virtual == max(self.virtual, tag)
         self.virtual = virtual
 
@@ -197,11 +197,11 @@ def test_the_simulation_chooses_as_the_script_does(
             pipeline.hdel(store.keys.job(job_id), "shape")
         pipeline.hset(store.keys.job(job_id), "passed", str(passed))
         if suspect:
-            pipeline.hset(store.keys.job(job_id), "crashes", str(SUSPECT))
+            pipeline.hset(store.keys.job(job_id), "crashes", str(QUARANTINE_CRASHES))
     pipeline.execute()
     seen = [simulation.InLine(shape, passed, not suspect) for shape, passed, suspect in line]
     place = simulation.choose(seen, shapes, look)
-    found = claim(store, *shapes, look=look, leave_suspects=True)
+    found = claim(store, *shapes, look=look, leave_quarantined=True)
     assert (found.job_id if found else None) == (None if place is None else ids[place])
     for number, job_id in enumerate(ids):
         counted = int(redis.hget(store.keys.job(job_id), "passed") or 0) - line[number][1]
@@ -239,10 +239,10 @@ def test_a_suspect_is_not_moved_up_for_a_worker_that_must_leave_it(store: JobSto
     """What a worker may not take neither stops it nor counts as passed over."""
     suspect, other, wanted = store.create([config("128x64"), config("64x64"), config("128x64", seed=2)])
     redis.hset(store.keys.job(suspect), "crashes", str(MAX_CRASHES - 1))
-    found = claim(store, "128x64", look=1, leave_suspects=True)
+    found = claim(store, "128x64", look=1, leave_quarantined=True)
     assert found is not None
     assert found.job_id == other, "one is looked at, of those that it may take"
-    assert claim(store, "128x64", look=2, leave_suspects=True).job_id == wanted  # type: ignore[union-attr]
+    assert claim(store, "128x64", look=2, leave_quarantined=True).job_id == wanted  # type: ignore[union-attr]
     assert redis.hget(store.keys.job(suspect), "passed") is None
     assert claim(store).job_id == suspect  # type: ignore[union-attr]
 

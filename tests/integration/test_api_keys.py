@@ -84,30 +84,30 @@ def test_requests_are_limited_and_come_back(keys: ApiKeys, redis: Redis) -> None
         return True
 
     until(works, 5)
-    assert redis.ttl(keys.keys.allowance(key.id)) > 0
+    assert redis.ttl(keys.keys.rate_limit(key.id)) > 0
 
 
-def test_pictures_are_counted_by_the_day(keys: ApiKeys) -> None:
+def test_images_are_counted_by_the_day(keys: ApiKeys) -> None:
     """What would go over is refused whole, and takes nothing."""
-    _, key = keys.create(name="web", pictures_per_day=10)
-    keys.allow(key, pictures=7)
+    _, key = keys.create(name="web", images_per_day=10)
+    keys.allow(key, images=7)
     with pytest.raises(TooManyRequests) as refused:
-        keys.allow(key, pictures=4)
+        keys.allow(key, images=4)
     assert 0 < refused.value.retry_after_seconds <= 86_400
-    keys.allow(key, pictures=3)
+    keys.allow(key, images=3)
     keys.allow(key)
     with pytest.raises(TooManyRequests):
-        keys.allow(key, pictures=1)
-    with pytest.raises(Forbidden, match=r"11 pictures at once .* \(10\); ask for fewer"):
-        keys.allow(key, pictures=11)  # tomorrow neither
+        keys.allow(key, images=1)
+    with pytest.raises(Forbidden, match=r"11 images at once .* \(10\); ask for fewer"):
+        keys.allow(key, images=11)  # tomorrow neither
 
 
 def test_bad_keys_are_not_made(keys: ApiKeys) -> None:
     """Names that could not be a part of a Redis key, limits that forbid everything."""
     with pytest.raises(InvalidRequest, match="tenant='A b'"):
         keys.create(name="x", tenant="A b")
-    with pytest.raises(InvalidRequest, match="pictures_per_day=0"):
-        keys.create(name="x", pictures_per_day=0)
+    with pytest.raises(InvalidRequest, match="images_per_day=0"):
+        keys.create(name="x", images_per_day=0)
     for field, value in (
         ("tenant", "acme\n"),
         ("tenant", ""),
@@ -117,8 +117,8 @@ def test_bad_keys_are_not_made(keys: ApiKeys) -> None:
         ("scopes", ["jobs:read", "root"]),
         ("scopes", []),
         ("requests_per_minute", True),
-        ("pictures_per_day", 1.5),
-        ("pictures_per_day", 10**10),
+        ("images_per_day", 1.5),
+        ("images_per_day", 10**10),
     ):
         with pytest.raises(InvalidRequest, match=field):
             keys.create(**{"name": "x", field: value})  # type: ignore[arg-type]

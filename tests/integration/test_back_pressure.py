@@ -15,17 +15,17 @@ from calotype import Client, GenerationConfig
 from calotype.batches.dispatcher import Dispatcher
 from calotype.embedded import EmbeddedServers
 from calotype.embedded.valkey import ValkeyServer
-from calotype_shared.config import Feature
-from calotype_shared.connection import connect_redis
 from calotype_shared.errors import QueueFull, RedisUnavailable
-from calotype_shared.jobs import JobState
+from calotype_shared.queue.connection import connect_redis
+from calotype_shared.queue.job_store import JobStore
+from calotype_shared.schema.config import Feature
+from calotype_shared.schema.jobs import JobState
 from calotype_shared.settings import Settings
-from calotype_shared.store import JobStore
 from tests.integration.conftest import until
 from tests.integration.gateway import Gateway, own_settings
 from tests.integration.test_client import CARD
 from tests.invariants import check_store
-from tests.simulated import SimulatedWorker, picture_of
+from tests.simulated import SimulatedWorker, image_of
 
 FIELDS: dict[str, Any] = {"model": "demo", "width": 64, "height": 64, "num_inference_steps": 2}
 
@@ -290,7 +290,7 @@ def test_without_memory_nothing_new_is_accepted_and_what_is_there_is_finished(tm
             store.create(jobs[3:])
         assert set(redis.keys()) == before, "something was half-written"
         assert store.renew([running], lease_seconds=30) == set()
-        assert store.commit(running, images=[picture_of(running)], timings={})
+        assert store.commit(running, images=[image_of(running)], timings={})
         second = store.claim("demo.bulk", worker="w", lease_seconds=30)
         assert second is not None
         assert store.release(second)

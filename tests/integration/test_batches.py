@@ -32,11 +32,11 @@ from calotype import (
 )
 from calotype.batches.record import BatchFormat
 from calotype.webhooks import tenant_secret
-from calotype_shared.config import GenerationConfig
-from calotype_shared.model_card import ModelCard
-from calotype_shared.storage import Storage
-from calotype_shared.store import JobStore
-from calotype_shared.submission import NewJob
+from calotype_shared.queue.job_store import JobStore
+from calotype_shared.queue.submission import NewJob
+from calotype_shared.schema.config import GenerationConfig
+from calotype_shared.schema.model_card import ModelCard
+from calotype_shared.storage.s3 import Storage
 from tests.faults.harness import WorkerProcess
 from tests.integration.conftest import until
 from tests.integration.test_fair_share import CARD
@@ -60,7 +60,7 @@ def run(settings: Settings, client: Client) -> Iterator[None]:
 
 
 def lines(count: int, **fields: Any) -> list[dict[str, Any]]:
-    return [{"prompt": f"picture {i}", "num_inference_steps": 5, "seed": i, **fields} for i in range(count)]
+    return [{"prompt": f"image {i}", "num_inference_steps": 5, "seed": i, **fields} for i in range(count)]
 
 
 def write(path: Path, rows: list[Any]) -> Path:
@@ -114,7 +114,7 @@ def test_bad_lines_are_told_by_number_and_the_rest_runs(
     assert "seed=nan" in told[12]
 
     kept = {key.removeprefix(store.keys.prefix) for key in redis.scan_iter(f"{store.keys.prefix}*")}
-    assert not [key for key in kept if key.startswith(("job:", "live:", "done:", "parts:", "lead:", "recent:"))]
+    assert not [key for key in kept if key.startswith(("job:", "live:", "done:", "parts:", "leader:", "recent:"))]
     assert sorted(storage.list(f"batches/{batch.id}/")) == [
         f"batches/{batch.id}/{name}.jsonl" for name in ("errors", "manifest", "output")
     ]
@@ -162,7 +162,7 @@ def test_a_killed_dispatcher_loses_and_repeats_nothing(
                 dispatcher.send_signal(signal.SIGKILL)
                 dispatcher.wait()
             assert not batch.status().state.final
-            client._redis.delete(client._store.keys.lead(batch.id))  # as if its lease had run out
+            client._redis.delete(client._store.keys.leader(batch.id))  # as if its lease had run out
         with Dispatcher(settings), Dispatcher(settings):  # two at once, too
             record = batch.wait(60)
         assert len(worker.done) == len(set(worker.done)) == 3000
@@ -179,7 +179,7 @@ def test_a_replaced_dispatcher_can_write_nothing(client: Client, settings: Setti
     zombie = batches.lead(batch.id, who="zombie", lease_seconds=30)
     assert zombie is not None
     assert batches.lead(batch.id, who="heir", lease_seconds=30) is None
-    client._redis.delete(client._store.keys.lead(batch.id))
+    client._redis.delete(client._store.keys.leader(batch.id))
     heir = batches.lead(batch.id, who="heir", lease_seconds=30)
     assert heir is not None
     for write in (
@@ -342,7 +342,7 @@ def test_batches_are_listed_and_made_once(client: Client, run: None, storage: St
 def test_a_batch_through_a_real_worker(
     start_worker: Callable[..., WorkerProcess], settings: Settings, client: Client, storage: Storage
 ) -> None:
-    """Real pictures, in storage where the results say they are."""
+    """Real images, in storage where the results say they are."""
     start_worker()
     rows = [{"prompt": f"cat {i}", "model": "tiny", "num_inference_steps": 2 + i % 4} for i in range(24)]
     with Dispatcher(settings):

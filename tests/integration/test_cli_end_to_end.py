@@ -102,13 +102,13 @@ def test_the_gateway_is_up_too(up: Up) -> None:
 
 
 def test_submit_wait_and_save(run: Run, tmp_path: Path) -> None:
-    """The picture lands in the folder, and JSON says where."""
+    """The image lands in the folder, and JSON says where."""
     done = run("submit", "a cat", "--model", "tiny", "--steps", "4", "--seed", "3", "-o", str(tmp_path), "--json")
     said = json.loads(done.stdout)
     assert (said["state"], said["config"]["seed"], said["progress"]) == ("succeeded", 3, 1.0)
     assert said["urls"][0].startswith("http://127.0.0.1:")
-    with Image.open(said["files"][0]) as picture:
-        assert picture.size == (64, 64)
+    with Image.open(said["files"][0]) as image:
+        assert image.size == (64, 64)
 
 
 def test_status_jobs_models_and_cancel(run: Run) -> None:

@@ -15,7 +15,6 @@ import pytest
 from PIL import Image
 
 from calotype import AsyncClient, Client, GenerationConfig, JobHandle, Lane
-from calotype_shared.config import OutputFormat, SamplerType
 from calotype_shared.errors import (
     InvalidRequest,
     JobCancelled,
@@ -26,13 +25,14 @@ from calotype_shared.errors import (
     UnknownModel,
     WaitTimeout,
 )
-from calotype_shared.jobs import ImageRef, JobError, JobState
-from calotype_shared.keys import queue_name
-from calotype_shared.model_card import ModelCard
+from calotype_shared.queue.job_store import Claim, JobStore
+from calotype_shared.queue.keys import queue_name
+from calotype_shared.schema.config import OutputFormat, SamplerType
+from calotype_shared.schema.jobs import ImageRef, JobError, JobState
+from calotype_shared.schema.model_card import ModelCard
+from calotype_shared.schema.worker_info import WorkerInfo
 from calotype_shared.settings import Settings
-from calotype_shared.storage import Storage, image_key
-from calotype_shared.store import Claim, JobStore
-from calotype_shared.worker_info import WorkerInfo
+from calotype_shared.storage.s3 import Storage, image_key
 
 CARD = ModelCard(
     name="demo",
@@ -63,7 +63,7 @@ def claim(store: JobStore, job_id: str) -> Claim:
 
 
 def finish(store: JobStore, storage: Storage, job_id: str) -> None:
-    """Do what a worker does with a job, with a plain red picture for each image."""
+    """Do what a worker does with a job, with a plain red image for each image."""
     claimed = claim(store, job_id)
     config = claimed.config
     assert config.width is not None
@@ -119,31 +119,31 @@ def test_a_quality_preset_fills_in_what_was_not_said(client: Client) -> None:
         client.submit("a red circle", quality="best")
 
 
-def test_pictures_come_back_as_they_were_stored(
+def test_images_come_back_as_they_were_stored(
     client: Client, store: JobStore, storage: Storage, tmp_path: Path
 ) -> None:
-    """A waited-for job gives its pictures, in order, decodable, savable, and by link."""
+    """A waited-for job gives its images, in order, decodable, savable, and by link."""
     job = client.submit("a red circle", num_images=2, seed=40, width=160)
     worker = in_background(lambda: finish(store, storage, job.id))
-    pictures = job.get(timeout=30)
+    images = job.get(timeout=30)
     worker.join()
-    assert [picture.ref.seed for picture in pictures] == [40, 41]
-    assert [picture.image.getpixel((5, 5)) for picture in pictures] == [(200, 0, 0), (200, 1, 0)]
-    assert pictures[0].image.size == (160, 96)
-    saved = pictures[1].save(tmp_path)
+    assert [image.ref.seed for image in images] == [40, 41]
+    assert [image.image.getpixel((5, 5)) for image in images] == [(200, 0, 0), (200, 1, 0)]
+    assert images[0].image.size == (160, 96)
+    saved = images[1].save(tmp_path)
     assert saved.name == f"{job.id}-1.png"
-    assert saved.read_bytes() == pictures[1].data
-    assert pictures[0].save(tmp_path / "new" / "red.png").read_bytes() == pictures[0].data
+    assert saved.read_bytes() == images[1].data
+    assert images[0].save(tmp_path / "new" / "red.png").read_bytes() == images[0].data
     with urlopen(job.urls()[0], timeout=10) as answer:
-        assert answer.read() == pictures[0].data
+        assert answer.read() == images[0].data
 
 
-def test_a_picture_that_was_overwritten_is_refused(client: Client, store: JobStore, storage: Storage) -> None:
-    """Bytes that differ from the record's digest are never handed out as the job's picture."""
+def test_a_image_that_was_overwritten_is_refused(client: Client, store: JobStore, storage: Storage) -> None:
+    """Bytes that differ from the record's digest are never handed out as the job's image."""
     job = client.submit("a red circle")
     finish(store, storage, job.id)
     storage.put(job.status().images[0].key, b"something else", "image/png")
-    with pytest.raises(StorageUnavailable, match="not the picture"):
+    with pytest.raises(StorageUnavailable, match="not the image"):
         job.images()
 
 
@@ -153,14 +153,14 @@ def test_submit_many_keeps_order_and_uses_the_bulk_lane(client: Client, store: J
         GenerationConfig(prompt="a red circle", seed=1),
         "a blue star",
         {"prompt": "a green ring", "quality": "high"},
-        *(f"picture {number}" for number in range(300)),
+        *(f"image {number}" for number in range(300)),
     ]
     jobs = client.submit_many(configs)
     assert len({job.id for job in jobs}) == 303
     records = store.get_many([job.id for job in jobs])
     prompts = [record.config.prompt for record in records if record is not None]
     assert prompts[:3] == ["a red circle", "a blue star", "a green ring"]
-    assert prompts[3:] == [f"picture {number}" for number in range(300)]
+    assert prompts[3:] == [f"image {number}" for number in range(300)]
     assert {record.lane for record in records if record is not None} == {Lane.BULK}
     assert records[2] is not None
     assert records[2].config.num_inference_steps == 100
@@ -225,7 +225,7 @@ def test_events_tell_each_change_once_and_end(client: Client, store: JobStore, s
 
 def test_waiting_for_many_returns_them_in_order(client: Client, store: JobStore, storage: Storage) -> None:
     """Whatever order they end in, over more jobs than one look takes in."""
-    jobs = client.submit_many([f"picture {number}" for number in range(620)])
+    jobs = client.submit_many([f"image {number}" for number in range(620)])
     ids = [job.id for job in jobs]
 
     def work() -> None:
@@ -270,7 +270,7 @@ def test_an_unknown_id_is_told_from_a_queued_one(client: Client) -> None:
         client.wait([known, "nosuchjob"], timeout=10)
 
 
-def test_pictures_of_an_unfinished_job_are_refused(client: Client) -> None:
+def test_images_of_an_unfinished_job_are_refused(client: Client) -> None:
     """images before the end says to wait, and does not block."""
     job = client.submit("a red circle")
     with pytest.raises(InvalidRequest, match="wait for it"):
@@ -307,7 +307,7 @@ def test_waiting_with_a_worker_does_not_blame_it(settings: Settings, store: JobS
 
 def test_lists_and_counts(client: Client, store: JobStore) -> None:
     """jobs is newest first and can be narrowed by state; counts agrees."""
-    jobs = [client.submit(f"picture {number}") for number in range(3)]
+    jobs = [client.submit(f"image {number}") for number in range(3)]
     jobs[0].cancel()
     assert {record.id for record in client.jobs()} == {job.id for job in jobs}
     assert [record.id for record in client.jobs(state=JobState.CANCELLED)] == [jobs[0].id]
@@ -330,14 +330,14 @@ def test_async_client_does_the_same(client: Client, settings: Settings, store: J
 
     async def scenario() -> None:
         async with AsyncClient(settings=settings) as aio:
-            jobs = await aio.submit_many([f"picture {number}" for number in range(60)])
+            jobs = await aio.submit_many([f"image {number}" for number in range(60)])
             waits = [asyncio.create_task(job.wait(timeout=60)) for job in jobs]
             for job in jobs:
                 await asyncio.to_thread(finish, store, storage, job.id)
             records = await asyncio.gather(*waits)
             assert [record.id for record in records] == [job.id for job in jobs]
-            [picture] = await jobs[0].images()
-            assert picture.image.size == (128, 128)
+            [image] = await jobs[0].images()
+            assert image.image.size == (128, 128)
             last = await aio.submit("one more")
             assert await last.cancel() is JobState.CANCELLED
             states = [record.state async for record in last.iter_events(timeout=10)]

@@ -166,8 +166,8 @@ def services(tmp_path_factory: pytest.TempPathFactory, variables: dict[str, str]
 
 
 @pytest.mark.timeout(600)  # the worker profiles its model, which a busy machine takes minutes for
-def test_services_make_a_picture_and_stop(services: dict[str, Service], variables: dict[str, str]) -> None:
-    """With a key made as the guide says: a job over HTTP, its picture from the storage; each ends with status 0."""
+def test_services_make_a_image_and_stop(services: dict[str, Service], variables: dict[str, str]) -> None:
+    """With a key made as the guide says: a job over HTTP, its image from the storage; each ends with status 0."""
     [create] = re.findall(r"^docker compose exec gateway (calotype keys create .*)$", GUIDE, re.MULTILINE)
     token = services["gateway"].run(shlex.split(create)).stdout.strip()
     gateway = services["gateway"].environment
@@ -183,8 +183,8 @@ def test_services_make_a_picture_and_stop(services: dict[str, Service], variable
     assert httpx.get(link.partition("?")[0]).status_code == 403, (
         "the storage gives nothing to those without a signature"
     )
-    with Image.open(io.BytesIO(httpx.get(link).content)) as picture:
-        red, _, blue = picture.convert("RGB").resize((8, 8)).getpixel((4, 4))  # type: ignore[misc]
+    with Image.open(io.BytesIO(httpx.get(link).content)) as image:
+        red, _, blue = image.convert("RGB").resize((8, 8)).getpixel((4, 4))  # type: ignore[misc]
     assert red > blue + 60
     said = "".join(service.process.log.read_text(errors="replace") for service in services.values())
     assert not [name for name in SECRET if variables[name] in said]

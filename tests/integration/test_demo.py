@@ -58,8 +58,8 @@ def start_demo(corner: Path, prompts: list[dict[str, object]]) -> subprocess.Pop
     )
 
 
-def test_the_demo_makes_its_pictures_and_stops_everything(corner: Path) -> None:
-    """Each picture and the contact sheet are written, the table is printed, and no process or file stays behind."""
+def test_the_demo_makes_its_images_and_stops_everything(corner: Path) -> None:
+    """Each image and the contact sheet are written, the table is printed, and no process or file stays behind."""
     demo = start_demo(corner, _PROMPTS)
     said, _ = demo.communicate(timeout=150)
     assert demo.returncode == 0, said
@@ -67,7 +67,7 @@ def test_the_demo_makes_its_pictures_and_stops_everything(corner: Path) -> None:
     assert files == ["01-0.png", "02-0.png", "02-1.png", "03-0.webp", "contact-sheet.png"]
     with Image.open(corner / "out" / "contact-sheet.png") as sheet:
         assert sheet.width > 4 * 256
-    for expected in ("4 from 3 of 3 jobs", "pictures/s", "rows a step", "p50", "p95", "queue overhead"):
+    for expected in ("4 from 3 of 3 jobs", "images/s", "rows a step", "p50", "p95", "queue overhead"):
         assert expected in said
     assert not processes_about(corner)
     assert list((corner / "tmp").iterdir()) == []

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from calotype_train.demo.checker import look
+from calotype_train.demo.scenes import held_out_captions
 from calotype_worker.engine import Engine, EngineSettings, GenerationRequest
 from calotype_worker.models import demo_folder, load_model
-from calotype_worker.training.demo.checker import look
-from calotype_worker.training.demo.scenes import held_out_captions
 
 
 @pytest.fixture(scope="module")
-def pictures() -> dict[str, np.ndarray]:
+def images() -> dict[str, np.ndarray]:
     """Held-out captions through the engine, 20 steps: caption -> uint8 (128, 128, 3)."""
     engine = Engine(load_model("demo"), EngineSettings(max_rows=32))
     engine.start()
@@ -41,21 +41,21 @@ def pictures() -> dict[str, np.ndarray]:
         engine.stop()
 
 
-def test_pictures_follow_prompts_never_trained_on(pictures: dict[str, np.ndarray], tmp_path: Path) -> None:
-    """Shape, colour and background read from pixels. Chance would be 12%, 8% and 8%."""
-    hits = {"shape": 0, "colour": 0, "background": 0}
-    for caption, shape, colour, background in held_out_captions(24):
-        Image.fromarray(pictures[caption]).save(tmp_path / f"{caption}.png")
-        seen = look(pictures[caption])
+def test_images_follow_prompts_never_trained_on(images: dict[str, np.ndarray], tmp_path: Path) -> None:
+    """Shape, color and background read from pixels. Chance would be 12%, 8% and 8%."""
+    hits = {"shape": 0, "color": 0, "background": 0}
+    for caption, shape, color, background in held_out_captions(24):
+        Image.fromarray(images[caption]).save(tmp_path / f"{caption}.png")
+        seen = look(images[caption])
         hits["shape"] += seen.shape == shape
-        hits["colour"] += seen.colour == colour
+        hits["color"] += seen.color == color
         hits["background"] += seen.background == background
     committed = json.loads((demo_folder() / "calotype.json").read_text())["score"]
     for name, count in hits.items():
         # Four standard deviations of 24 draws below the committed score of 200.
         share = committed[name]
         allowed = 24 * share - 4 * (24 * share * (1 - share)) ** 0.5 - 1
-        assert count >= allowed, f"{name}: {count} of 24 right, {share:.0%} committed; pictures in {tmp_path}"
+        assert count >= allowed, f"{name}: {count} of 24 right, {share:.0%} committed; images in {tmp_path}"
 
 
 def test_it_is_small_and_holds_no_pickle() -> None:

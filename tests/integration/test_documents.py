@@ -75,8 +75,8 @@ def as_pattern(printed: str) -> str:
 
 
 def middle(file: Path) -> tuple[float, float, float]:
-    with Image.open(file) as picture:
-        red, green, blue = picture.convert("RGB").resize((8, 8)).getpixel((4, 4))  # type: ignore[misc]
+    with Image.open(file) as image:
+        red, green, blue = image.convert("RGB").resize((8, 8)).getpixel((4, 4))  # type: ignore[misc]
     return red, green, blue
 
 
@@ -90,7 +90,7 @@ def test_batches(gateway: Gateway, environment: dict[str, str], tmp_path: Path) 
 
 
 def test_http_api(gateway: Gateway, environment: dict[str, str], tmp_path: Path) -> None:
-    """By curl, by the openai package and by webuiapi; and the pictures show what was asked for."""
+    """By curl, by the openai package and by webuiapi; and the images show what was asked for."""
     said = paste("http-api.md", gateway, environment, tmp_path)
     assert "event: preview" in said
     assert "event: done" in said
@@ -106,8 +106,8 @@ def test_http_api(gateway: Gateway, environment: dict[str, str], tmp_path: Path)
 
 
 def test_tutorial(gateway: Gateway, environment: dict[str, str], tmp_path: Path) -> None:
-    """Every output is what the page says, and the pictures show what was asked for."""
-    paste("tutorial/first-picture.md", gateway, environment, tmp_path)
+    """Every output is what the page says, and the images show what was asked for."""
+    paste("tutorial/first-image.md", gateway, environment, tmp_path)
     red, _, blue = middle(next((tmp_path / "out").glob("*.png")))
     assert red > blue + 60, "the heart"
     red, _, blue = middle(tmp_path / "square-circle-star-1.png")
@@ -118,9 +118,9 @@ def test_tutorial(gateway: Gateway, environment: dict[str, str], tmp_path: Path)
     assert min(red, green) > blue + 40, "yellow"
 
 
-def test_a_million_pictures_in_small(gateway: Gateway, environment: dict[str, str], tmp_path: Path) -> None:
+def test_a_million_images_in_small(gateway: Gateway, environment: dict[str, str], tmp_path: Path) -> None:
     """The commands of the how-to, on a dozen lines."""
-    paste("how-to/million-pictures.md", gateway, environment, tmp_path)
+    paste("how-to/million-images.md", gateway, environment, tmp_path)
     assert (tmp_path / "errors.jsonl").read_text() == ""
     red, _, blue = middle(tmp_path / "blue-circle.png")
     assert blue > red + 60

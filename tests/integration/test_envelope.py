@@ -10,7 +10,7 @@ from celery import Celery
 from kombu import Connection, Exchange, Queue
 from redis import Redis
 
-from calotype_shared.broker import TASK_NAME, message
+from calotype_shared.queue.message import TASK_NAME, message
 from calotype_shared.settings import Settings
 
 

@@ -1,4 +1,4 @@
-"""Runs the examples as a reader would, against a real worker on the bundled model, and looks at their pictures."""
+"""Runs the examples as a reader would, against a real worker on the bundled model, and looks at their images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from calotype_worker.output.video import read_gif, read_mp4
 from tests.integration.conftest import CommandWorker
 from tests.opaque_models import write_tiny_animatediff, write_tiny_shap_e
 
-TOGETHER = 4  # their pictures share steps
+TOGETHER = 4  # their images share steps
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -52,7 +52,7 @@ def run(environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[..., N
 
 
 def test_the_examples_show_what_they_say(run: Callable[..., None], tmp_path: Path) -> None:
-    """Every picture example, and of each the thing it is there for."""
+    """Every image example, and of each the thing it is there for."""
     names = [
         *("text_to_image", "presets", "image_to_image", "inpainting", "prompt_weights", "lora"),
         *("textual_inversion", "controlnet", "previews", "ensemble", "refiner", "in_process"),
@@ -60,12 +60,12 @@ def test_the_examples_show_what_they_say(run: Callable[..., None], tmp_path: Pat
     run([], ["second_model"])
     run(["demo", f"other={tmp_path / 'out' / 'other'}"], names)
 
-    def picture(name: str, index: int) -> np.ndarray:
+    def sample_image(name: str, index: int) -> np.ndarray:
         with Image.open(tmp_path / "out" / f"{name}-{index}.png") as shown:
             return np.asarray(shown.convert("RGB")).astype(int)
 
     def color(name: str, index: int, where: tuple[slice, slice] = np.s_[56:72, 56:72]) -> str:
-        """The nearest plain colour of a patch, by default the middle."""
+        """The nearest plain color of a patch, by default the middle."""
         known = {
             "red": (222, 36, 36),
             "green": (40, 160, 70),
@@ -76,29 +76,31 @@ def test_the_examples_show_what_they_say(run: Callable[..., None], tmp_path: Pat
             "pink": (245, 140, 185),
             "purple": (130, 55, 170),
         }
-        mean = picture(name, index)[where].reshape(-1, 3).mean(0)
+        mean = sample_image(name, index)[where].reshape(-1, 3).mean(0)
         return min(known, key=lambda name: float(np.abs(mean - known[name]).sum()))
 
     def white(name: str, index: int) -> float:
         """The share of nearly white pixels."""
-        return float((picture(name, index).min(-1) > 200).mean())
+        return float((sample_image(name, index).min(-1) > 200).mean())
 
     corner = np.s_[4:20, 108:124]
     assert [color("text_to_image", i) for i in range(3)] == ["red", "yellow", "green"]
     assert [color("text_to_image", i, corner) for i in range(4)] == ["blue", "purple", "pink", "black"]
-    assert np.array_equal(picture("image_to_image", 0), picture("image_to_image", 1)), "strength 0"
-    distances = [np.abs(picture("image_to_image", 0) - picture("image_to_image", i)).mean() for i in (2, 3, 4, 5)]
+    assert np.array_equal(sample_image("image_to_image", 0), sample_image("image_to_image", 1)), "strength 0"
+    distances = [
+        np.abs(sample_image("image_to_image", 0) - sample_image("image_to_image", i)).mean() for i in (2, 3, 4, 5)
+    ]
     assert 0 < distances[0] < distances[-1], "more strength leaves less of the source"
     assert color("image_to_image", 5) == "yellow"
-    assert np.array_equal(picture("inpainting", 0)[:40], picture("inpainting", 2)[:40]), "kept"
-    assert (picture("inpainting", 3)[40:, 40:, 2] < 120).mean() > 0.1, "a yellow part was painted"
-    weighted = [picture("prompt_weights", i)[48:80, 48:80].reshape(-1, 3).mean(0) for i in range(2)]
+    assert np.array_equal(sample_image("inpainting", 0)[:40], sample_image("inpainting", 2)[:40]), "kept"
+    assert (sample_image("inpainting", 3)[40:, 40:, 2] < 120).mean() > 0.1, "a yellow part was painted"
+    weighted = [sample_image("prompt_weights", i)[48:80, 48:80].reshape(-1, 3).mean(0) for i in range(2)]
     assert weighted[1][0] - weighted[1][2] > weighted[0][0] - weighted[0][2], "the red counts for more"
     assert [color("prompt_weights", i) for i in (4, 5)] == ["red", "red"], "escapes and two windows are read"
     assert color("prompt_weights", 5, corner) == "blue"
     assert [color("lora", i, corner) for i in (0, 1, 3, 5)] == ["blue", "blue", "black", "black"], "neon is dark"
     assert white("lora", 1) > white("lora", 0) + 0.02, "a sticker has a rim, and each row its own LoRA"
-    lime = [picture("textual_inversion", i)[56:72, 56:72].reshape(-1, 3).mean(0) for i in (0, 1)]
+    lime = [sample_image("textual_inversion", i)[56:72, 56:72].reshape(-1, 3).mean(0) for i in (0, 1)]
     assert lime[1][0] > lime[0][0] + 20, "lime is lighter than green"
     inside = np.s_[88:98, 34:100]  # along the base of the drawn triangle
     assert color("controlnet", 1, inside) == "purple"
@@ -106,12 +108,12 @@ def test_the_examples_show_what_they_say(run: Callable[..., None], tmp_path: Pat
     assert color("previews", 2) == "yellow"
     assert [color("ensemble", i) for i in range(4)] == ["red"] * 4
     assert min(white("ensemble", i) for i in (2, 3)) > 0.02 > max(white("ensemble", i) for i in (0, 1)), "two models"
-    assert not np.array_equal(picture("ensemble", 0), picture("ensemble", 1)), "two seeds"
-    changes = [np.abs(picture("refiner", 0) - picture("refiner", i)).mean() for i in (1, 2, 3)]
+    assert not np.array_equal(sample_image("ensemble", 0), sample_image("ensemble", 1)), "two seeds"
+    changes = [np.abs(sample_image("refiner", 0) - sample_image("refiner", i)).mean() for i in (1, 2, 3)]
     assert 0 < changes[0] < changes[1] < changes[2], "the earlier it takes over, the more is the refiner's"
-    assert np.array_equal(picture("in_process", 3).shape, (128, 128, 3))
+    assert np.array_equal(sample_image("in_process", 3).shape, (128, 128, 3))
     assert [color("in_process", i) for i in (0, 3)] == ["red", "green"]
-    assert len(list((tmp_path / "out").glob("previews-*.png"))) >= 3, "a preview, the picture and the quick one"
+    assert len(list((tmp_path / "out").glob("previews-*.png"))) >= 3, "a preview, the image and the quick one"
 
 
 def test_videos_and_meshes_come_out_of_the_same_queue(run: Callable[..., None], client: Client, tmp_path: Path) -> None:

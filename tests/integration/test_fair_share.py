@@ -9,10 +9,10 @@ import pytest
 from redis import Redis
 
 from calotype import Client, IdempotencyConflict, InvalidRequest, JobState, Lane, Settings
-from calotype_shared.config import GenerationConfig, SamplerType
-from calotype_shared.jobs import ImageRef, JobError
-from calotype_shared.model_card import ModelCard
-from calotype_shared.store import Claim, JobStore
+from calotype_shared.queue.job_store import Claim, JobStore
+from calotype_shared.schema.config import GenerationConfig, SamplerType
+from calotype_shared.schema.jobs import ImageRef, JobError
+from calotype_shared.schema.model_card import ModelCard
 from tests.invariants import check_store
 
 IMAGE = ImageRef(key="k", seed=1, width=64, height=64, content_type="image/png", bytes=3, sha256="0" * 64)
@@ -78,7 +78,7 @@ def test_a_job_handed_back_keeps_its_place(client: Client, store: JobStore) -> N
 
 
 def test_equal_jobs_in_flight_are_made_once(client: Client, store: JobStore) -> None:
-    """Each keeps its own record, and all get the one's pictures; another tenant, lane or seed is another job."""
+    """Each keeps its own record, and all get the one's images; another tenant, lane or seed is another job."""
     jobs = [client.submit(config(seed=5), lane=Lane.BULK, metadata={"number": i}) for i in range(3)]
     others = [
         client.submit(config(seed=5), lane=Lane.BULK, tenant="other"),
@@ -117,7 +117,7 @@ def test_cancelling_one_of_equal_jobs_leaves_the_others(client: Client, store: J
     assert store.counts()[JobState.QUEUED] == 0
 
 
-def test_finished_pictures_are_reused_where_that_is_asked_for(settings: Settings, store: JobStore) -> None:
+def test_finished_images_are_reused_where_that_is_asked_for(settings: Settings, store: JobStore) -> None:
     """Opt-in, and only for a config whose seed was given."""
     store.announce_model(CARD)
     with Client(settings=settings.model_copy(update={"reuse_finished": True})) as client:

@@ -1,6 +1,6 @@
 """What a config may ask for, through the queue: real Valkey, real S3, a real worker with two models and adapters.
 
-Each picture is compared with the in-process one of the same config, which golden tests hold against plain diffusers.
+Each image is compared with the in-process one of the same config, which golden tests hold against plain diffusers.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from calotype import Client, InvalidRequest, JobState, Picture
-from calotype_shared.config import GenerationConfig
-from calotype_shared.storage import Storage
-from calotype_shared.uploads import MAX_PIXELS, upload_key
+from calotype import Client, InvalidRequest, JobImage, JobState
+from calotype_shared.schema.config import GenerationConfig
+from calotype_shared.storage.images import MAX_PIXELS, upload_key
+from calotype_shared.storage.s3 import Storage
 from tests.faults.harness import WorkerProcess
 from tests.integration.conftest import until
-from tests.models import picture, write_tiny_controlnet, write_tiny_embedding, write_tiny_lora, write_tiny_sd
+from tests.models import sample_image, write_tiny_controlnet, write_tiny_embedding, write_tiny_lora, write_tiny_sd
 
-SOURCE = Image.fromarray(picture(1))
+SOURCE = Image.fromarray(sample_image(1))
 MASK = Image.fromarray(np.pad(np.full((32, 32), 255, np.uint8), 16))
 
 
@@ -49,7 +49,7 @@ def service(start_worker: Callable[..., WorkerProcess], client: Client, tiny_mod
     return Service(client=client, folder=tmp_path)
 
 
-def pixels(made: Picture) -> np.ndarray:
+def pixels(made: JobImage) -> np.ndarray:
     return np.asarray(made.image.convert("RGB")).astype(int)
 
 
@@ -72,7 +72,7 @@ ASKED: dict[str, dict[str, Any]] = {
 
 
 def test_every_feature_goes_through_the_queue(service: Service, storage: Storage) -> None:
-    """One batch of everything; each does something, and provenance makes the same picture again."""
+    """One batch of everything; each does something, and provenance makes the same image again."""
     client = service.client
     jobs = {name: client.submit({**BASE, **asked}) for name, asked in ASKED.items()}
     pair = client.submit({**BASE, "ensemble": ["other"], "num_images": 2})
@@ -80,21 +80,21 @@ def test_every_feature_goes_through_the_queue(service: Service, storage: Storage
     plain = made["plain"]
     for name in set(ASKED) - {"plain", "strength 1", "video size"}:
         assert np.abs(made[name] - plain).max() > 3, f"{name} did nothing"
-    assert np.array_equal(made["strength 0"], picture(1)), "strength 0 gives the source back"
+    assert np.array_equal(made["strength 0"], sample_image(1)), "strength 0 gives the source back"
     assert np.abs(made["strength 1"] - plain).max() <= 1, "strength 1 ignores it"
     assert made["video size"].shape == (64, 96, 3)
     painted = np.asarray(MASK) > 0
-    assert np.array_equal(made["inpainting"][~painted], picture(1)[~painted]), "kept pixels are kept"
-    assert np.abs(made["inpainting"] - picture(1))[painted].max() > 12
+    assert np.array_equal(made["inpainting"][~painted], sample_image(1)[~painted]), "kept pixels are kept"
+    assert np.abs(made["inpainting"] - sample_image(1))[painted].max() > 12
 
-    pictures = pair.get(timeout=60)
-    assert [p.ref.seed for p in pictures] == [5, 6, 5, 6]
-    assert np.abs(pixels(pictures[0]) - plain).max() <= 1
-    assert np.abs(pixels(pictures[2]) - plain).max() > 12, "the second model made the second pair"
+    images = pair.get(timeout=60)
+    assert [p.ref.seed for p in images] == [5, 6, 5, 6]
+    assert np.abs(pixels(images[0]) - plain).max() <= 1
+    assert np.abs(pixels(images[2]) - plain).max() > 12, "the second model made the second pair"
 
-    again = GenerationConfig.parse(pictures[3].image.text["calotype"] and _config_of(pictures[3]))
+    again = GenerationConfig.parse(images[3].image.text["calotype"] and _config_of(images[3]))
     assert (again.model, again.ensemble, again.seed) == ("other", (), 6)
-    assert np.abs(pixels(client.submit(again).get(timeout=60)[0]) - pixels(pictures[3])).max() <= 1
+    assert np.abs(pixels(client.submit(again).get(timeout=60)[0]) - pixels(images[3])).max() <= 1
     repeat = _config_of(jobs["two loras"].images()[0])
     assert np.abs(pixels(client.submit(repeat).get(timeout=60)[0]) - made["two loras"]).max() <= 1
 
@@ -104,7 +104,7 @@ def test_every_feature_goes_through_the_queue(service: Service, storage: Storage
     previews(service)
 
 
-def _config_of(made: Picture) -> dict[str, Any]:
+def _config_of(made: JobImage) -> dict[str, Any]:
     import json
 
     image = made.image
@@ -122,7 +122,7 @@ def previews(service: Service) -> None:
         with Image.open(io.BytesIO(preview.data)) as shown:
             assert shown.format == "JPEG"
             assert shown.size == (128, 128)
-            assert np.asarray(shown).std() > 1, "a preview of one colour shows nothing"
+            assert np.asarray(shown).std() > 1, "a preview of one color shows nothing"
     assert steps == sorted(set(steps))
     assert len(steps) >= 2
     assert all(step % 20 == 0 and step < 400 for step in steps)
@@ -140,14 +140,14 @@ def test_what_cannot_be_done_is_refused_at_submission(
     packed = io.BytesIO()
     wide.save(packed, "PNG")
     moving = io.BytesIO()
-    SOURCE.save(moving, "WEBP", save_all=True, append_images=[Image.fromarray(picture(2))])
+    SOURCE.save(moving, "WEBP", save_all=True, append_images=[Image.fromarray(sample_image(2))])
     refused = {
-        r"init_image.*no readable picture.*PNG": {"init_image": b"not a picture"},
-        r"init_image.*no readable picture.*JPEG": {"init_image": buffer.getvalue()},
+        r"init_image.*no readable image.*PNG": {"init_image": b"not an image"},
+        r"init_image.*no readable image.*JPEG": {"init_image": buffer.getvalue()},
         r"init_image.*more than 64000000 pixels": {"init_image": packed.getvalue()},
         r"init_image.*animated": {"init_image": moving.getvalue()},
         r"upload=.*no such upload": {"init_image": "a" * 64},
-        r"mask_image=.*needs the picture": {"mask_image": SOURCE},
+        r"mask_image=.*needs the image": {"mask_image": SOURCE},
         r"strength=.*no(ne| source|thing|)": {"strength": 0.5},
         r"controlnet.*cannot do that": {"controls": [{"name": "outline", "image": SOURCE}]},
         r"lora.*cannot do that": {"loras": [{"name": "absent"}]},
@@ -162,7 +162,7 @@ def test_what_cannot_be_done_is_refused_at_submission(
         with pytest.raises(InvalidRequest, match=said):
             client.submit({**BASE, **asked})
     assert sum(client.counts().values()) == 0
-    assert len(list(storage.list("uploads/"))) == 1, "only the good picture was stored"
+    assert len(list(storage.list("uploads/"))) == 1, "only the good image was stored"
 
 
 def test_a_tampered_upload_fails_its_job_and_no_other(

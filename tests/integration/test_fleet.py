@@ -12,14 +12,14 @@ import pytest
 
 from calotype.api_keys import Scope
 from calotype.embedded import EmbeddedServers
-from calotype.gateway.page import web_files
-from calotype_shared.jobs import JobError, Lane
-from calotype_shared.storage import sidecar_of
-from calotype_shared.store import JobStore
-from calotype_shared.worker_info import StepGroup, StepRow, WorkerInfo
+from calotype.gateway.web_ui import web_files
+from calotype_shared.queue.job_store import JobStore
+from calotype_shared.schema.jobs import JobError, Lane
+from calotype_shared.schema.worker_info import StepGroup, StepRow, WorkerInfo
+from calotype_shared.storage.s3 import sidecar_of
 from tests.integration.gateway import Gateway, own_settings
 from tests.integration.test_fair_share import CARD
-from tests.simulated import picture_of
+from tests.simulated import image_of
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_a_tenant_sees_its_own_rows_and_that_there_are_others(gateway: Gateway, 
     """Another's have no id and no prompt; counts over all tenants are for who may administer."""
     own, other = (gateway.client.submit(f"of {name}", tenant=name, lane=Lane.BULK) for name in ("acme", "rival"))
     rows = tuple(
-        StepRow(job=job, picture=n, step=3, total_steps=50, guided=True)
+        StepRow(job=job, image=n, step=3, total_steps=50, guided=True)
         for n, job in enumerate((own.id, other.id, "0" * 26))
     )
     group = StepGroup(model="demo", width=128, height=128, budget=32, running=3, waiting=1, decoding=0, rows=rows)
@@ -64,8 +64,8 @@ def test_a_tenant_sees_its_own_rows_and_that_there_are_others(gateway: Gateway, 
     found = gateway.http.get("/v1/fleet", headers=key(gateway, "acme"))
     fleet = found.json()
     [shown] = fleet["workers"][0]["groups"]
-    nobody = {"job": None, "picture": None, "prompt": None, "step": 3, "total_steps": 50, "guided": True}
-    assert shown["rows"] == [{**nobody, "job": own.id, "picture": 0, "prompt": "of acme"}, nobody, nobody]
+    nobody = {"job": None, "image": None, "prompt": None, "step": 3, "total_steps": 50, "guided": True}
+    assert shown["rows"] == [{**nobody, "job": own.id, "image": 0, "prompt": "of acme"}, nobody, nobody]
     assert (shown["budget"], shown["waiting"]) == (32, 1)
     for hidden in (other.id, "of rival", "secret-host"):
         assert hidden not in found.text
@@ -114,17 +114,17 @@ def test_dead_jobs_are_tried_again_by_their_tenant_alone(gateway: Gateway, store
     gateway.client.cancel(retried["id"])
 
 
-def test_where_a_picture_comes_from(gateway: Gateway, store: JobStore) -> None:
+def test_where_a_image_comes_from(gateway: Gateway, store: JobStore) -> None:
     """What lies beside it in the storage; nothing for another tenant, and a clear word where it is gone."""
     job = gateway.client.submit("x", lane=Lane.BULK, num_inference_steps=5, tenant="acme")
     claim = store.claim("demo.bulk", worker="w", lease_seconds=30)
     assert claim is not None
-    picture = picture_of(claim)
-    store.commit(claim, images=[picture], timings={})
+    image = image_of(claim)
+    store.commit(claim, images=[image], timings={})
     path, mine = f"/v1/jobs/{job.id}/images/0/provenance", key(gateway, "acme")
-    assert "no picture 0" in gateway.http.get(path, headers=mine).json()["detail"]
+    assert "no image 0" in gateway.http.get(path, headers=mine).json()["detail"]
     told = {"seed": 5, "config": {"prompt": "x"}}
-    gateway.app.state.services.storage.put(sidecar_of(picture.key), json.dumps(told).encode(), "application/json")
+    gateway.app.state.services.storage.put(sidecar_of(image.key), json.dumps(told).encode(), "application/json")
     assert gateway.http.get(path, headers=mine).json() == told
     assert gateway.http.get(path, headers=key(gateway, "rival")).status_code == 404
     assert gateway.http.get(path.replace("/0/", "/1/"), headers=mine).status_code == 404
@@ -162,7 +162,7 @@ def test_a_file_that_is_known_is_not_sent_again(gateway: Gateway) -> None:
 
 
 def test_the_page_is_there_when_the_storage_has_no_keys(gateway: Gateway, servers: EmbeddedServers) -> None:
-    """Only pictures are missing then."""
+    """Only images are missing then."""
     settings = own_settings(servers).model_copy(update={"s3_access_key_id": None, "s3_secret_access_key": None})
     bare = Gateway(settings, dispatch=False)
     try:

@@ -24,7 +24,7 @@ from calotype.gateway.settings import GatewaySettings
 from calotype_shared.errors import SettingsError
 from tests.integration.conftest import until
 from tests.integration.gateway import Gateway, serving
-from tests.models import picture
+from tests.models import sample_image
 
 FAST = {"prompt": "a cat", "model": "tiny", "num_inference_steps": 3, "guidance_scale": 1}
 JSON = {"content-type": "application/json"}
@@ -59,7 +59,7 @@ def events(response: httpx.Response) -> list[tuple[str, Any]]:
     return found
 
 
-def test_a_job_from_request_to_picture(gateway: Gateway) -> None:
+def test_a_job_from_request_to_image(gateway: Gateway) -> None:
     """Submitted, followed, fetched; links work without keys."""
     made = gateway.http.post("/v1/jobs", json={**FAST, "metadata": {"order": 7}})
     assert made.status_code == 202
@@ -130,14 +130,14 @@ def test_pages_of_jobs(gateway: Gateway) -> None:
 
 
 @pytest.mark.parametrize("way", ["through", "form", "presigned"])
-def test_pictures_go_in_both_ways(gateway: Gateway, way: str) -> None:
-    """Through the gateway, or straight into storage; the same picture is the same upload."""
-    data = png(picture(4))
+def test_images_go_in_both_ways(gateway: Gateway, way: str) -> None:
+    """Through the gateway, or straight into storage; the same image is the same upload."""
+    data = png(sample_image(4))
     if way == "through":
         answer = gateway.http.post("/v1/uploads", content=data, headers={"content-type": "image/png"})
     elif way == "form":
         answer = gateway.http.post("/v1/uploads", files={"image": data})
-        wrong = gateway.http.post("/v1/uploads", files={"picture": data})
+        wrong = gateway.http.post("/v1/uploads", files={"image": data})
         assert (wrong.status_code, wrong.json()["field"]) == (400, "image")
     else:
         link = gateway.http.post("/v1/uploads/presigned").json()
@@ -151,9 +151,9 @@ def test_pictures_go_in_both_ways(gateway: Gateway, way: str) -> None:
     body = {**FAST, "init_image": upload, "strength": 0}
     [url] = gateway.http.post("/v1/jobs", json=body, headers={"prefer": "wait=30"}).json()["urls"]
     shown = np.asarray(Image.open(io.BytesIO(httpx.get(url).content)))
-    assert np.array_equal(shown, picture(4)), "strength 0 gives the source back"
+    assert np.array_equal(shown, sample_image(4)), "strength 0 gives the source back"
     broken = gateway.http.post("/v1/uploads", content=b"GIF89a", headers={"content-type": "image/png"})
-    assert (broken.status_code, "is no readable picture" in broken.text) == (400, True)
+    assert (broken.status_code, "is no readable image" in broken.text) == (400, True)
 
 
 def test_bad_requests_say_what_and_what_to_do(gateway: Gateway) -> None:
@@ -226,18 +226,18 @@ def test_keys_separate_tenants_and_scopes(guarded: Gateway) -> None:
 
 
 def test_limits_of_keys_and_bodies(guarded: Gateway) -> None:
-    """Too many requests, too many pictures, too long a body: refused with what to do."""
+    """Too many requests, too many images, too long a body: refused with what to do."""
     keys = guarded.app.state.services.keys
     few, _ = keys.create(name="few", requests_per_minute=3)
     answers = [guarded.http.get("/v1/jobs", headers={"x-api-key": few}) for _ in range(5)]
     assert [answer.status_code for answer in answers] == [200, 200, 200, 429, 429]
     assert 0 < int(answers[-1].headers["retry-after"]) <= 60
-    small, _ = keys.create(name="small", pictures_per_day=2)
+    small, _ = keys.create(name="small", images_per_day=2)
     asked = [
         guarded.http.post("/v1/jobs", json={**FAST, "num_images": n}, headers={"x-api-key": small}) for n in (2, 1)
     ]
     assert [answer.status_code for answer in asked] == [202, 429]
-    other, _ = keys.create(name="other", pictures_per_day=1)
+    other, _ = keys.create(name="other", images_per_day=1)
     for body, status in (({**FAST, "width": 60}, 400), ({**FAST, "sampler": "none"}, 400), (FAST, 202)):
         answer = guarded.http.post("/v1/jobs", json=body, headers={"x-api-key": other})
         assert answer.status_code == status, "what is refused takes nothing"

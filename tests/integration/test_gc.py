@@ -18,14 +18,14 @@ from calotype.cli.app import main
 from calotype.files import FileStore
 from calotype.gc import Collector, GcRefused, Kind, Report
 from calotype.gc.bloom import BloomFilter
-from calotype_shared.jobs import JobError, new_job_id
-from calotype_shared.storage import Storage, sidecar_key
-from calotype_shared.store import Claim, JobStore
-from calotype_shared.uploads import upload_key
+from calotype_shared.queue.job_store import Claim, JobStore
+from calotype_shared.schema.jobs import JobError, new_job_id
+from calotype_shared.storage.images import upload_key
+from calotype_shared.storage.s3 import Storage, sidecar_key
 from tests.integration.conftest import until
 from tests.integration.test_fair_share import CARD, take
 from tests.invariants import check_bucket, check_store
-from tests.simulated import SimulatedWorker, picture_of
+from tests.simulated import SimulatedWorker, image_of
 
 AT_ONCE = -2.0  # seconds: whatever is there is old enough
 
@@ -44,7 +44,7 @@ def collector(settings: Settings, redis: Redis, storage: Storage, **changes: Any
     return Collector(redis, storage, **{**names, **ages, **changes})  # type: ignore[arg-type]
 
 
-def picture(color: str) -> bytes:
+def sample_image(color: str) -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (8, 8), color).save(file, "PNG")
     return file.getvalue()
@@ -58,7 +58,7 @@ class DrawingWorker(SimulatedWorker):
 
 
 def draw(storage: Storage, claim: Claim) -> None:
-    storage.put(picture_of(claim).key, b"picture", "image/png")
+    storage.put(image_of(claim).key, b"image", "image/png")
     storage.put(sidecar_key(claim.folder, 0), b"{}", "application/json")
 
 
@@ -66,7 +66,7 @@ def finish(store: JobStore, storage: Storage) -> str:
     """The next job, done."""
     claim = take(store)
     draw(storage, claim)
-    assert store.commit(claim, images=[picture_of(claim)], timings={})
+    assert store.commit(claim, images=[image_of(claim)], timings={})
     return claim.job_id
 
 
@@ -79,11 +79,11 @@ def a_bucket_full(client: Client, settings: Settings, store: JobStore, storage: 
         garbage.add(key)
 
     fields = {"lane": Lane.BULK, "num_inference_steps": 5}
-    # Done: its own pictures, and what an attempt left that was lost with its worker.
+    # Done: its own images, and what an attempt left that was lost with its worker.
     done = client.submit("a", seed=1, **fields).id
     finish(store, storage)
     leave(f"{done}/7-00000000/0.png")
-    # Its pictures are another's too, whose record lives longer.
+    # Its images are another's too, whose record lives longer.
     first = client.submit("b", seed=2, **fields).id
     finish(store, storage)
     assert client.submit("b", seed=2, **fields).status().leader == "storage"
@@ -92,7 +92,7 @@ def a_bucket_full(client: Client, settings: Settings, store: JobStore, storage: 
     second = client.submit("c", seed=3, **fields).id
     finish(store, storage)
     redis.delete(store.keys.job(second))
-    # Gone for good; failed half-way; being made; in line with a source picture.
+    # Gone for good; failed half-way; being made; in line with a source image.
     third = client.submit("d", **fields).id
     finish(store, storage)
     garbage |= set(storage.list(f"{third}/"))
@@ -104,13 +104,13 @@ def a_bucket_full(client: Client, settings: Settings, store: JobStore, storage: 
     running = client.submit("f", **fields)
     storage.put(f"{take(store).folder}/0.png", b"half", "image/png")
     assert running.status().state is JobState.RUNNING
-    client.submit("g", init_image=picture("red"), **fields)
-    leave(upload_key(client.upload(picture("blue"))))
-    # Batches: done, with equal lines and what its dispatcher did not get to; gone; not done, with a source picture.
+    client.submit("g", init_image=sample_image("red"), **fields)
+    leave(upload_key(client.upload(sample_image("blue"))))
+    # Batches: done, with equal lines and what its dispatcher did not get to; gone; not done, with a source image.
     line = {"prompt": "h", "num_inference_steps": 5, "model": "demo"}
     batch = client.submit_batch([{**line, "seed": 1}, {**line, "seed": 1}, line, {**line, "width": 60}])
     expired = client.submit_batch([{**line, "seed": 9}])
-    upload = client.upload(picture("green"))
+    upload = client.upload(sample_image("green"))
     waiting = client.submit_batch([{**line, "init_image": upload}], tenant="waits")
     waiting.pause()
     with DrawingWorker(settings, storage), Dispatcher(settings):
@@ -152,7 +152,7 @@ def test_only_what_nothing_refers_to_goes(
     assert before - left == garbage
     check_bucket(store, redis, storage)
     assert len(reports) == 2
-    for kind in (Kind.PICTURES, Kind.UPLOADS, Kind.INCOMING, Kind.FILES, Kind.BATCHES, Kind.INDEX):
+    for kind in (Kind.IMAGES, Kind.UPLOADS, Kind.INCOMING, Kind.FILES, Kind.BATCHES, Kind.INDEX):
         assert told[kind].removed > 0, kind
         assert max(report[kind].removed for report in reports) == told[kind].removed, kind
     assert told[Kind.FOREIGN].kept == 1
@@ -232,18 +232,18 @@ class Interrupted(Storage):
         setattr(self, call, interrupted)
 
 
-def test_a_picture_that_is_uploaded_anew_meanwhile_stays(
+def test_a_image_that_is_uploaded_anew_meanwhile_stays(
     settings: Settings, store: JobStore, redis: Redis, storage: Storage, client: Client
 ) -> None:
     """Its key is the same, and was old and unused when it was listed."""
     client.submit("x", lane=Lane.BULK)
-    ids = [client.upload(picture(color)) for color in ("blue", "green")]
+    ids = [client.upload(sample_image(color)) for color in ("blue", "green")]
     old = 3.0
     until(lambda: all((storage.age(upload_key(found)) or 0) > old + 1 for found in ids))
 
     def upload_again() -> None:
         with Client(settings=settings) as other:
-            other.upload(picture("blue"))
+            other.upload(sample_image("blue"))
 
     slow = Interrupted(settings, "age", ids[0], upload_again)
     report = collector(settings, redis, slow, retention_seconds=old).run()
@@ -255,7 +255,7 @@ def test_an_upload_is_renewed_when_it_is_used(
     settings: Settings, store: JobStore, redis: Redis, storage: Storage, client: Client
 ) -> None:
     """Long before a collection would take it; and one that it took is told as missing, not queued."""
-    upload = client.upload(picture("blue"))
+    upload = client.upload(sample_image("blue"))
     client._resolver._renewed_after = 1.0
     client._resolver._uploaded.clear()
     until(lambda: (storage.age(upload_key(upload)) or 0) > 2)
@@ -267,10 +267,10 @@ def test_an_upload_is_renewed_when_it_is_used(
         client.submit("x", init_image=upload, lane=Lane.BULK)
 
 
-def test_a_job_that_is_committed_and_forgotten_meanwhile_keeps_its_pictures(
+def test_a_job_that_is_committed_and_forgotten_meanwhile_keeps_its_images(
     settings: Settings, store: JobStore, redis: Redis, storage: Storage, client: Client
 ) -> None:
-    """It was running when the records were read; by the time its pictures are met only its batch's results name it."""
+    """It was running when the records were read; by the time its images are met only its batch's results name it."""
     batch = client.submit_batch([{"prompt": "x", "num_inference_steps": 5}])
     with Dispatcher(settings):
         until(lambda: store.depths().get("demo.bulk", 0) == 1)
@@ -278,16 +278,16 @@ def test_a_job_that_is_committed_and_forgotten_meanwhile_keeps_its_pictures(
         draw(storage, claim)
 
         def commit() -> None:
-            assert store.commit(claim, images=[picture_of(claim)], timings={})
+            assert store.commit(claim, images=[image_of(claim)], timings={})
             batch.wait(30)
             assert redis.exists(store.keys.job(claim.job_id)) == 0
 
         report = collector(settings, redis, Interrupted(settings, "pages", "", commit)).run()
-    assert report[Kind.PICTURES].removed == 0
+    assert report[Kind.IMAGES].removed == 0
     check_bucket(store, redis, storage)
 
 
-def test_a_batch_that_is_finished_while_its_parts_are_read_keeps_its_pictures(
+def test_a_batch_that_is_finished_while_its_parts_are_read_keeps_its_images(
     settings: Settings, store: JobStore, redis: Redis, storage: Storage, client: Client
 ) -> None:
     """Its parts vanish under the reader, who turns to the joined results."""
@@ -304,7 +304,7 @@ def test_a_batch_that_is_finished_while_its_parts_are_read_keeps_its_pictures(
                 batch.wait(30)
 
         report = collector(settings, redis, Interrupted(settings, "get_range", "/parts/", go_on)).run()
-    assert report[Kind.PICTURES].removed == 0
+    assert report[Kind.IMAGES].removed == 0
     assert batch.status().counts.succeeded == 4
     check_bucket(store, redis, storage)
 

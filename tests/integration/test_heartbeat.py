@@ -2,37 +2,37 @@
 
 from __future__ import annotations
 
-from calotype_shared import metric_names as names
-from calotype_shared.config import GenerationConfig
-from calotype_shared.jobs import Lane
-from calotype_shared.store import JobStore, News
-from calotype_worker.heartbeat import Heartbeat
-from calotype_worker.tally import Tally
+from calotype_shared.observability import metric_names as names
+from calotype_shared.queue.job_store import JobStore, News
+from calotype_shared.schema.config import GenerationConfig
+from calotype_shared.schema.jobs import Lane
+from calotype_worker.jobs.heartbeat import Heartbeat
+from calotype_worker.observability.counters import Counters
 
 CONFIG = GenerationConfig(prompt="a red circle", width=64, height=64, seed=1)
 
 
 def test_a_lost_claim_is_counted_once(store: JobStore) -> None:
     """Whoever hears of it first, the listener or a renewal; the engine may be told twice."""
-    tally, stopped = Tally(), []
+    counters, stopped = Counters(), []
     heartbeat = Heartbeat(
         store,
         lease_seconds=20,
         progress=lambda _: None,
         stop_request=stopped.append,
         report=lambda: None,
-        tally=tally,
+        counters=counters,
     )
     (job_id,) = store.create([CONFIG], lane=Lane.BULK)
     claim = store.claim("demo.bulk", worker="w", lease_seconds=20)
     assert claim is not None
-    held = heartbeat.hold(claim, ["picture"])
+    job = heartbeat.hold(claim, ["image"])
     heartbeat._renew()
-    assert not held.lost
+    assert not job.lost
     store.cancel(job_id)
     heartbeat._heard(News("cancelled", job_id))
     heartbeat._renew()
-    assert held.lost
-    assert stopped == ["picture", "picture"]
-    assert tally.counted(names.LOST_CLAIMS) == {(): 1}
-    assert tally.counted(names.LEASE_RENEWALS) == {(): 1}
+    assert job.lost
+    assert stopped == ["image", "image"]
+    assert counters.counted(names.LOST_CLAIMS) == {(): 1}
+    assert counters.counted(names.LEASE_RENEWALS) == {(): 1}

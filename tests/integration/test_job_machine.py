@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from redis import Redis
 
-from calotype_shared.config import GenerationConfig
-from calotype_shared.jobs import TRANSITIONS, JobError, JobState, Lane
-from calotype_shared.store import MAX_CRASHES, Claim, JobStore
-from calotype_shared.submission import NewJob
+from calotype_shared.queue.job_store import MAX_CRASHES, Claim, JobStore
+from calotype_shared.queue.submission import NewJob
+from calotype_shared.schema.config import GenerationConfig
+from calotype_shared.schema.jobs import TRANSITIONS, JobError, JobState, Lane
 from tests.invariants import check_store
 
 CONFIG = GenerationConfig(prompt="x", width=64, height=64, seed=1)
@@ -197,7 +197,7 @@ def test_job_machine(store: JobStore) -> None:
 @pytest.mark.parametrize("script", ["commit", "claim"])
 def test_the_machine_notices_a_broken_fence(store: JobStore, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
     """A control: with the fence taken out of one script, a history that shows it is found."""
-    from calotype_shared import scripts as scripts_module
+    from calotype_shared.queue import scripts as scripts_module
 
     source = scripts_module.script_source
 

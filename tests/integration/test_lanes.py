@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from calotype_shared.jobs import Lane
-from calotype_shared.keys import queue_name
+from calotype_shared.queue.keys import queue_name
+from calotype_shared.schema.jobs import Lane
 from calotype_shared.settings import Settings
-from calotype_worker.app import make_app
+from calotype_worker.jobs.celery_app import make_app
 
 
 def test_every_model_is_served_and_urgent_ones_first(valkey: str) -> None:

@@ -20,9 +20,9 @@ from calotype.cli.app import main
 from calotype.embedded.ports import free_ports, installed_binary
 from calotype.embedded.valkey import ValkeyServer
 from calotype.gc import Collector, GcRefused
-from calotype_shared.connection import connect_redis
-from calotype_shared.storage import Storage
-from calotype_shared.store import JobStore
+from calotype_shared.queue.connection import connect_redis
+from calotype_shared.queue.job_store import JobStore
+from calotype_shared.storage.s3 import Storage
 from tests.integration.conftest import until
 from tests.integration.test_fair_share import CARD
 from tests.integration.test_gc import DrawingWorker, finish
@@ -81,7 +81,7 @@ def port(tmp_path: Path) -> Iterator[int]:
 def test_a_deployment_is_restored_from_its_backup(
     lost: tuple[ValkeyServer, Settings], port: int, tmp_path: Path, storage: Storage
 ) -> None:
-    """Jobs, pictures, keys and an open batch; and without a copy of Redis the keys and the batch."""
+    """Jobs, images, keys and an open batch; and without a copy of Redis the keys and the batch."""
     server, settings = lost
     batch_lines = [{"prompt": str(number), "num_inference_steps": 5} for number in range(3)]
     with connect_redis(settings) as redis, Client(settings=settings) as client:
@@ -112,7 +112,7 @@ def test_a_deployment_is_restored_from_its_backup(
     with connect_redis(restored) as redis, Client(settings=restored) as client:
         store = JobStore(redis, key_prefix=settings.key_prefix)
         [image] = client.status(done).images
-        assert storage.get(image.key) == b"picture"
+        assert storage.get(image.key) == b"image"
         assert ApiKeys(redis, key_prefix=settings.key_prefix).authenticate(token) == key
         with DrawingWorker(restored, storage), Dispatcher(restored):
             assert client.wait(waiting, 30).state is JobState.SUCCEEDED

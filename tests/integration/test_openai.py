@@ -20,7 +20,7 @@ from calotype.api_keys import Scope
 from calotype.embedded import EmbeddedServers
 from tests.integration.conftest import until
 from tests.integration.gateway import Gateway, serving
-from tests.models import picture
+from tests.models import sample_image
 
 QUICK = {"num_inference_steps": 3, "guidance_scale": 1.0}
 
@@ -44,18 +44,18 @@ def opened(data: bytes) -> np.ndarray:
 
 
 def test_generate(client: openai.OpenAI) -> None:
-    """Two pictures in base64, with our own parameters beside theirs; the seed makes them again."""
+    """Two images in base64, with our own parameters beside theirs; the seed makes them again."""
     answer = client.images.generate(
         model="tiny", prompt="a cat", n=2, size="64x96", extra_body={**QUICK, "seed": 5, "sampler": "euler_a"}
     )
-    pictures = [opened(base64.b64decode(item.b64_json or "")) for item in answer.data or []]
-    assert [shown.shape for shown in pictures] == [(96, 64, 3)] * 2
+    images = [opened(base64.b64decode(item.b64_json or "")) for item in answer.data or []]
+    assert [shown.shape for shown in images] == [(96, 64, 3)] * 2
     assert [item.seed for item in answer.data or []] == [5, 6]  # type: ignore[attr-defined]
     again = client.images.generate(
         model="tiny", prompt="a cat", size="64x96", extra_body={**QUICK, "seed": 6, "sampler": "euler_a"}
     )
     shown = opened(base64.b64decode((again.data or [])[0].b64_json or ""))
-    assert np.abs(shown.astype(int) - pictures[1]).max() <= 1
+    assert np.abs(shown.astype(int) - images[1]).max() <= 1
 
 
 def test_generate_as_a_link(client: openai.OpenAI) -> None:
@@ -69,7 +69,7 @@ def test_generate_as_a_link(client: openai.OpenAI) -> None:
 
 
 def test_generate_streaming(client: openai.OpenAI) -> None:
-    """Previews arrive as partial pictures, the last event is the whole one."""
+    """Previews arrive as partial images, the last event is the whole one."""
     stream = client.images.generate(
         model="tiny",
         prompt="a cat",
@@ -99,7 +99,7 @@ def test_who_stops_listening_stops_the_job(client: openai.OpenAI, gateway: Gatew
 def test_edit(client: openai.OpenAI) -> None:
     """Where their mask is transparent is painted anew, the rest is kept to the level."""
     source = io.BytesIO()
-    Image.fromarray(picture(4)).save(source, "PNG")
+    Image.fromarray(sample_image(4)).save(source, "PNG")
     mask = Image.new("RGBA", (64, 64), (0, 0, 0, 255))
     mask.paste((0, 0, 0, 0), (32, 0, 64, 64))
     masked = io.BytesIO()
@@ -112,12 +112,12 @@ def test_edit(client: openai.OpenAI) -> None:
         extra_body={**QUICK, "seed": 1},
     )
     shown = opened(base64.b64decode((answer.data or [])[0].b64_json or ""))
-    assert np.array_equal(shown[:, :32], picture(4)[:, :32])
-    assert not np.array_equal(shown[:, 32:], picture(4)[:, 32:])
+    assert np.array_equal(shown[:, :32], sample_image(4)[:, :32])
+    assert not np.array_equal(shown[:, 32:], sample_image(4)[:, 32:])
     whole = client.images.edit(
         model="tiny", image=source.getvalue(), prompt="a dog", extra_body={**QUICK, "strength": 0.0}
     )
-    assert np.array_equal(opened(base64.b64decode((whole.data or [])[0].b64_json or "")), picture(4))
+    assert np.array_equal(opened(base64.b64decode((whole.data or [])[0].b64_json or "")), sample_image(4))
 
 
 def test_models(client: openai.OpenAI) -> None:
@@ -165,7 +165,7 @@ def test_the_whole_batch_round_trip(client: openai.OpenAI) -> None:
     """File, batch, polling, output and error files, as their guide does it."""
     lines = [
         {
-            "custom_id": f"picture-{i}",
+            "custom_id": f"image-{i}",
             "method": "POST",
             "url": "/v1/images/generations",
             "body": {"model": "tiny", "prompt": f"cat {i}", "size": "64x64", **QUICK, "seed": i},
@@ -200,13 +200,13 @@ def test_the_whole_batch_round_trip(client: openai.OpenAI) -> None:
     output = [json.loads(line) for line in client.files.content(batch.output_file_id or "").text.splitlines()]
     by_id = {line["custom_id"]: line for line in output}
     assert len(by_id) == 18
-    answer = by_id["picture-3"]["response"]
-    assert (answer["status_code"], by_id["picture-3"]["error"]) == (200, None)
+    answer = by_id["image-3"]["response"]
+    assert (answer["status_code"], by_id["image-3"]["error"]) == (200, None)
     [item] = answer["body"]["data"]
     assert item["seed"] == 3
     assert opened(httpx.get(item["url"]).content).shape == (64, 64, 3)
     failed = [json.loads(line) for line in client.files.content(batch.error_file_id or "").text.splitlines()]
-    assert {line["custom_id"] for line in failed} == {"picture-7", "picture-8"}
+    assert {line["custom_id"] for line in failed} == {"image-7", "image-8"}
     assert all(line["error"]["code"] == "invalid_request" for line in failed)
     assert client.files.retrieve(batch.output_file_id or "").purpose == "batch_output"
     assert [listed.id for listed in client.batches.list(limit=5)] == [batch.id]

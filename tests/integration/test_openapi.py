@@ -26,7 +26,7 @@ CHECKS = (status_code_conformance, content_type_conformance, response_schema_con
 
 @pytest.fixture(scope="module")
 def gateway(servers: EmbeddedServers) -> Iterator[Gateway]:
-    """Without a worker: what waits for a picture gives up soon. The bodies of files are bounded."""
+    """Without a worker: what waits for an image gives up soon. The bodies of files are bounded."""
     gateway = Gateway(own_settings(servers), max_wait_seconds=0.05, max_file_bytes=2**20)
     gateway.client._store.announce_model(CARD)
     yield gateway

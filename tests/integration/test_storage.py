@@ -8,10 +8,10 @@ import urllib.request
 
 import pytest
 
-from calotype_shared.config import OutputFormat
 from calotype_shared.errors import StorageUnavailable
+from calotype_shared.schema.config import OutputFormat
 from calotype_shared.settings import Settings
-from calotype_shared.storage import Storage, image_key, sidecar_key
+from calotype_shared.storage.s3 import Storage, image_key, sidecar_key
 
 
 def changed(settings: Settings, **changes: object) -> Storage:
@@ -48,8 +48,8 @@ def test_presigned_links_work_without_keys_and_run_out(storage: Storage) -> None
 
 def test_links_can_point_at_another_address(settings: Settings) -> None:
     """Behind a proxy, users reach storage under another name than workers do."""
-    storage = changed(settings, s3_public_endpoint_url="https://pictures.example.org")
-    assert storage.presigned_url("a.png").startswith("https://pictures.example.org/")
+    storage = changed(settings, s3_public_endpoint_url="https://images.example.org")
+    assert storage.presigned_url("a.png").startswith("https://images.example.org/")
 
 
 def test_a_missing_bucket_is_named_and_can_be_made(settings: Settings) -> None:

@@ -8,15 +8,15 @@ import time
 import pytest
 from redis import Redis
 
-from calotype_shared.config import GenerationConfig, SamplerType
 from calotype_shared.errors import InvalidRequest, JobNotFound, RedisUnavailable
-from calotype_shared.jobs import ImageRef, JobError, JobState, Lane
-from calotype_shared.model_card import ModelCard
-from calotype_shared.records import UnreadableRecord
+from calotype_shared.queue.job_store import MAX_CRASHES, QUARANTINE_CRASHES, Claim, JobStore, Reaped
+from calotype_shared.queue.records import UnreadableRecord
+from calotype_shared.queue.submission import NewJob
+from calotype_shared.schema.config import GenerationConfig, SamplerType
+from calotype_shared.schema.jobs import ImageRef, JobError, JobState, Lane
+from calotype_shared.schema.model_card import ModelCard
+from calotype_shared.schema.worker_info import WorkerInfo
 from calotype_shared.settings import Settings
-from calotype_shared.store import MAX_CRASHES, SUSPECT, Claim, JobStore, Reaped
-from calotype_shared.submission import NewJob
-from calotype_shared.worker_info import WorkerInfo
 from tests.invariants import check_store
 
 CONFIG = GenerationConfig(prompt="a red circle", width=64, height=64, seed=1)
@@ -138,16 +138,16 @@ def test_a_job_that_kills_its_workers_is_given_up(store: JobStore, redis: Redis)
 def test_a_suspect_is_left_to_another_worker(store: JobStore, redis: Redis) -> None:
     """Jobs on which two workers have died are taken one at a time, so that the guilty one is found among them."""
     ids = store.create([CONFIG] * 3)
-    for _ in range(SUSPECT):
+    for _ in range(QUARANTINE_CRASHES):
         suspects = [take(store).job_id for _ in range(2)]
         lose(store, redis)
     assert suspects == ids[:2]
     mine = take(store)
     assert mine.job_id == ids[0]
-    other = store.claim("demo.bulk", worker="w1", lease_seconds=20, leave_suspects=True)
+    other = store.claim("demo.bulk", worker="w1", lease_seconds=20, leave_quarantined=True)
     assert other is not None
     assert other.job_id == ids[2], "past the suspect in line before it"
-    assert store.claim("demo.bulk", worker="w1", lease_seconds=20, leave_suspects=True) is None
+    assert store.claim("demo.bulk", worker="w1", lease_seconds=20, leave_quarantined=True) is None
     assert take(store).job_id == ids[1]
 
 
@@ -176,7 +176,7 @@ def test_calls_whose_answer_got_lost_may_be_repeated(store: JobStore) -> None:
     assert store.create(new)
     assert store.get(claim.job_id).state is JobState.RUNNING
     assert store.commit(claim, images=[IMAGE], timings={})
-    assert store.commit(claim, images=[IMAGE], timings={}), "else its worker would delete the pictures"
+    assert store.commit(claim, images=[IMAGE], timings={}), "else its worker would delete the images"
     assert store.counts()[JobState.SUCCEEDED] == 1
     other = take(store)
     assert store.fail(other, BROKEN, retry=True) is JobState.QUEUED
@@ -308,7 +308,7 @@ def test_messages_lost_on_their_way_are_sent_again(redis: Redis, settings: Setti
     redis.rpop(queue, 2)
     first = store.reap()  # what lacks at one look may be in a worker's hands
     assert first is not None
-    assert first.invited == 0
+    assert first.republished == 0
     assert wait_for_invitations(store, redis) == 2
     assert redis.llen(queue) == 3
     take(store)
@@ -325,7 +325,7 @@ def test_messages_in_hand_are_not_taken_for_lost(redis: Redis, settings: Setting
         redis.delete(store.keys.reaper)
         reaped = store.reap()
         assert reaped is not None
-        assert reaped.invited == 0
+        assert reaped.republished == 0
         claim = take(store)
         time.sleep(0.03)  # longer than the gap: the very thing under test is the passing of time
         redis.delete(store.keys.reaper)
@@ -385,7 +385,7 @@ def test_an_unreadable_record_spoils_no_listing(store: JobStore, redis: Redis) -
 
 
 def test_an_open_config_is_refused_before_anything_is_written(store: JobStore) -> None:
-    """A stored config must reproduce its picture, so its seed cannot be missing."""
+    """A stored config must reproduce its image, so its seed cannot be missing."""
     with pytest.raises(InvalidRequest, match="still open"):
         store.create([CONFIG.model_copy(update={"seed": None})])
     assert store.counts()[JobState.QUEUED] == 0
@@ -424,7 +424,7 @@ def test_redis_away_is_said_with_its_address_and_never_its_password() -> None:
 
 
 def redis_text(settings: Settings) -> Redis:
-    from calotype_shared.connection import connect_redis
+    from calotype_shared.queue.connection import connect_redis
 
     return connect_redis(settings)
 
@@ -442,8 +442,8 @@ def wait_for_invitations(store: JobStore, redis: Redis) -> int:
     def reap() -> bool:
         redis.delete(store.keys.reaper)
         reaped = store.reap()
-        if reaped and reaped.invited:
-            found.append(reaped.invited)
+        if reaped and reaped.republished:
+            found.append(reaped.republished)
         return bool(found)
 
     until(reap)

@@ -18,9 +18,9 @@ import pytest
 from redis import Redis
 
 from calotype import Client, Lane
-from calotype_shared.jobs import JobError
-from calotype_shared.store import JobStore
-from calotype_shared.worker_info import StepGroup, StepRow, WorkerInfo
+from calotype_shared.queue.job_store import JobStore
+from calotype_shared.schema.jobs import JobError
+from calotype_shared.schema.worker_info import StepGroup, StepRow, WorkerInfo
 from tests.integration.test_fair_share import CARD
 
 TOP = [sys.executable, "-m", "calotype", "top"]
@@ -43,7 +43,7 @@ def busy(client: Client, store: JobStore, redis: Redis) -> str:
 
 
 def announce(store: JobStore, job: str, *, images: int) -> None:
-    row = StepRow(job=job, picture=0, step=25, total_steps=50, guided=True)
+    row = StepRow(job=job, image=0, step=25, total_steps=50, guided=True)
     shape = {"model": "demo", "width": 128, "height": 128, "budget": 32, "running": 1, "waiting": 4, "decoding": 0}
     info = {"name": "demo@here", "model": "demo", "device": "cpu", "host": "here", "pid": 1, "version": "0"}
     group = StepGroup(**shape, rows=(row,))
@@ -69,7 +69,7 @@ def test_one_look_for_scripts(busy: str, environment: dict[str, str]) -> None:
     assert {queue["name"]: queue["waiting"] for queue in told["queues"]} == {"demo.bulk": 2, "demo.interactive": 0}
     [row] = told["workers"][0]["groups"][0]["rows"]
     assert (row["job"], row["step"], row["total_steps"], row["guided"]) == (busy, 25, 50, True)
-    assert (told["counts"]["running"], told["counts"]["queued"], told["pictures_a_second"]) == (1, 2, None)
+    assert (told["counts"]["running"], told["counts"]["queued"], told["images_a_second"]) == (1, 2, None)
     assert told["failures"][0]["error"]["code"] == "bad"
 
 
@@ -87,9 +87,9 @@ def test_looks_go_on_until_interrupted(busy: str, environment: dict[str, str], s
     """A line each, with the rate since the one before; an interrupt is the ordinary end."""
     with started(["--json", "--interval", "0.1"], env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        assert json.loads(process.stdout.readline())["pictures_a_second"] is None
+        assert json.loads(process.stdout.readline())["images_a_second"] is None
         announce(store, busy, images=9)
-        rates = (json.loads(line)["pictures_a_second"] for line in process.stdout)
+        rates = (json.loads(line)["images_a_second"] for line in process.stdout)
         assert next(rate for rate in rates if rate) > 0
         process.send_signal(signal.SIGINT)
         process.stdout.read()
@@ -109,7 +109,7 @@ def test_a_terminal_is_drawn_anew_and_left_as_it_was(busy: str, environment: dic
     ) as process:
         os.close(terminal)
         seen = b""
-        while b"pictures/s" not in seen:  # the second look has a rate
+        while b"images/s" not in seen:  # the second look has a rate
             seen += os.read(main, 65_536)
         assert b"\x1b[?1049h" in seen
         assert b"2/32 rows" in seen

@@ -13,13 +13,13 @@ from redis import Redis
 
 from calotype import Client, InvalidRequest, Settings
 from calotype.batches.store import BatchStore
-from calotype_shared.jobs import JobError, JobState, Lane
-from calotype_shared.records import SCHEMA
-from calotype_shared.store import JobStore
-from calotype_shared.worker_info import WorkerInfo
+from calotype_shared.queue.job_store import JobStore
+from calotype_shared.queue.records import SCHEMA
+from calotype_shared.schema.jobs import JobError, JobState, Lane
+from calotype_shared.schema.worker_info import WorkerInfo
+from tests.golden_records import FORMS, PLAIN, written
 from tests.integration.test_fair_share import CARD, IMAGE, take
 from tests.invariants import check_store
-from tests.wire import FORMS, PLAIN, written
 
 _VOLATILE = re.compile(r"\w+_at|token|tag|leader")  # differ from run to run
 

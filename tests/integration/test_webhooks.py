@@ -27,13 +27,13 @@ from standardwebhooks import Webhook, WebhookVerificationError
 
 from calotype.webhooks import Deliverer, Hooks, describe_job, tenant_secret
 from calotype.webhooks.deliverer import ATTEMPTS, backoff
-from calotype_shared.config import GenerationConfig
 from calotype_shared.errors import SettingsError
-from calotype_shared.jobs import ImageRef, JobError
-from calotype_shared.keys import Keys
+from calotype_shared.queue.job_store import JobStore
+from calotype_shared.queue.keys import Keys
+from calotype_shared.schema.config import GenerationConfig
+from calotype_shared.schema.jobs import ImageRef, JobError
 from calotype_shared.settings import Settings
-from calotype_shared.storage import Storage
-from calotype_shared.store import JobStore
+from calotype_shared.storage.s3 import Storage
 from tests.integration.conftest import until
 
 MASTER = "a master secret of the operator"
@@ -194,12 +194,12 @@ def running() -> Iterator[Callable[[Deliverer], threading.Event]]:
 def test_a_finished_job_is_told(
     corner: Corner, deliverer: Callable[..., Deliverer], receiver: Receiver, store: JobStore, storage: Storage
 ) -> None:
-    """The receiver learns all about a job, trusts the signature, and fetches the picture by the link."""
+    """The receiver learns all about a job, trusts the signature, and fetches the image by the link."""
     [job_id] = store.create([CONFIG], metadata={"order": "é1"}, tenant="alice")
     claim = store.claim("demo.bulk", worker="w", lease_seconds=20)
     assert claim is not None
-    storage.put("a/1/0.png", b"picture", "image/png")
-    digest = hashlib.sha256(b"picture").hexdigest()
+    storage.put("a/1/0.png", b"image", "image/png")
+    digest = hashlib.sha256(b"image").hexdigest()
     size = {"width": 64, "height": 64, "content_type": "image/png", "bytes": 7}
     store.commit(claim, images=[ImageRef(key="a/1/0.png", seed=5, sha256=digest, **size)], timings={})
     corner.leave(receiver.url, hook_id=job_id)
@@ -219,7 +219,7 @@ def test_a_finished_job_is_told(
             "images": [{"key": "a/1/0.png", "seed": 5, "sha256": digest}],
         },
     }
-    assert httpx.get(link).content == b"picture"
+    assert httpx.get(link).content == b"image"
     assert message.path == "/hooks?token=hush"
     assert message.headers["content-type"] == "application/json"
     assert corner.empty
@@ -230,7 +230,7 @@ def test_a_finished_job_is_told(
 def test_a_failed_job_is_told_with_its_error(
     corner: Corner, deliverer: Callable[..., Deliverer], receiver: Receiver, store: JobStore, storage: Storage
 ) -> None:
-    """No pictures, but the reason."""
+    """No images, but the reason."""
     [job_id] = store.create([CONFIG], tenant="alice")
     claim = store.claim("demo.bulk", worker="w", lease_seconds=20)
     assert claim is not None
@@ -486,7 +486,7 @@ def test_a_killed_deliverer_is_followed_by_another(
     """A process that dies with a delivery in hand: after the lease the next one tells it, under the same id."""
     program = (
         "from calotype.webhooks import Deliverer, Hooks\n"
-        "from calotype_shared.connection import connect_redis\n"
+        "from calotype_shared.queue.connection import connect_redis\n"
         "from calotype_shared.settings import Settings\n"
         "settings = Settings.load()\n"
         "hooks = Hooks(connect_redis(settings), key_prefix=settings.key_prefix)\n"

@@ -37,12 +37,12 @@ def api(gateway: Gateway) -> webuiapi.WebUIApi:
 
 
 def middle(image: Image.Image) -> np.ndarray:
-    """The mean colour of the middle."""
+    """The mean color of the middle."""
     return np.asarray(image.convert("RGB"))[56:72, 56:72].reshape(-1, 3).mean(0)
 
 
 def test_txt2img(api: webuiapi.WebUIApi) -> None:
-    """Two pictures by their parameters, readable by their tools, and the same again by the seed."""
+    """Two images by their parameters, readable by their tools, and the same again by the seed."""
     result = api.txt2img(
         prompt="a large red circle on a blue background",
         negative_prompt="green",
@@ -84,7 +84,7 @@ def test_img2img_and_inpainting(api: webuiapi.WebUIApi) -> None:
 
 
 def test_loras_and_controlnets(api: webuiapi.WebUIApi) -> None:
-    """LoRAs are written into the prompt; a ControlNet's unit has a prepared picture."""
+    """LoRAs are written into the prompt; a ControlNet's unit has a prepared image."""
     assert {"neon", "sticker"} <= {lora["name"] for lora in api.get_loras()}
     plain = api.txt2img(prompt="a red circle on a white background", seed=5, **SIZE)
     neon = api.txt2img(prompt="a red circle on a white background <lora:neon:1>", seed=5, **SIZE)
@@ -135,7 +135,7 @@ def test_lists_and_options(api: webuiapi.WebUIApi) -> None:
 
 
 def test_what_cannot_be_done_is_said(api: webuiapi.WebUIApi, gateway: Gateway) -> None:
-    """Instead of another picture than the one asked for."""
+    """Instead of another image than the one asked for."""
     for options, said in (
         ({"enable_hr": True}, "enable_hr=True: is not available here"),
         ({"sampler_name": "DPM2 a"}, "sampler_name='DPM2 a'"),

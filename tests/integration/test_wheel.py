@@ -19,11 +19,11 @@ here = Path(sys.argv[1])
 for package in (calotype, calotype_shared, calotype_worker):
     assert Path(package.__file__).is_relative_to(here), package.__file__
     assert (Path(package.__file__).parent / "py.typed").exists()
-from calotype_shared.scripts import script_source
+from calotype_shared.queue.scripts import script_source
 assert "EDGES" in script_source("create")
 from calotype.demo import read_prompts
 assert len(read_prompts(None, "demo")) >= 24
-from calotype.gateway.page import web_files
+from calotype.gateway.web_ui import web_files
 assert {"index.html", "style.css", "app.js", "icon.svg"} <= set(web_files())
 from calotype_worker.models import demo_folder, load_model
 assert demo_folder().is_relative_to(here)

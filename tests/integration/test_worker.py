@@ -1,4 +1,4 @@
-"""The whole path with real parts: Valkey, S3, worker processes, pictures."""
+"""The whole path with real parts: Valkey, S3, worker processes, images."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from PIL import Image
 from redis import Redis
 
 from calotype import Client, GenerationConfig
-from calotype_shared.broker import message
 from calotype_shared.errors import InvalidRequest, JobFailed
-from calotype_shared.jobs import JobState, Lane
-from calotype_shared.storage import Storage
-from calotype_shared.store import JobStore
+from calotype_shared.queue.job_store import JobStore
+from calotype_shared.queue.message import message
+from calotype_shared.schema.jobs import JobState, Lane
+from calotype_shared.storage.s3 import Storage
 from calotype_worker.output.image import read_provenance
 from tests.faults.harness import WorkerProcess
 from tests.integration.conftest import until
@@ -49,7 +49,7 @@ def pixels(data: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(data))).astype(int)
 
 
-def test_jobs_become_pictures_with_their_provenance(
+def test_jobs_become_images_with_their_provenance(
     start_worker: Callable[..., WorkerProcess], client: Client, storage: Storage, store: JobStore, redis: Redis
 ) -> None:
     """One worker, a mixed batch, and everything a user can ask of it afterwards."""
@@ -64,23 +64,23 @@ def test_jobs_become_pictures_with_their_provenance(
     assert report.mean_rows > 2, "jobs did not share forward passes"
 
     # The file tells how to make it again, and so does the JSON beside it.
-    picture = jobs[1].images()[0]
-    said = read_provenance(picture.data)
+    image = jobs[1].images()[0]
+    said = read_provenance(image.data)
     assert said["config"] == json.loads(records[1].config.canonical_json())
     assert (said["seed"], said["model"], said["job_id"]) == (1, "tiny", jobs[1].id)
-    assert picture.image.text["parameters"].startswith("cat 1\nSteps: 7, Sampler: Euler a, CFG scale: 7.5, Seed: 1")
+    assert image.image.text["parameters"].startswith("cat 1\nSteps: 7, Sampler: Euler a, CFG scale: 7.5, Seed: 1")
     key = records[1].images[0].key
     assert re.fullmatch(rf"{jobs[1].id}/1-[0-9a-f]{{8}}/0\.png", key)
     assert json.loads(storage.get(key.replace(".png", ".json")))["digest"] == said["digest"]
     assert storage.content_type(key) == "image/png"
     with urllib.request.urlopen(jobs[1].urls()[0]) as answer:
-        assert answer.read() == picture.data
+        assert answer.read() == image.data
 
-    # The same config gives the same picture, whatever stood beside it.
+    # The same config gives the same image, whatever stood beside it.
     again = client.submit(GenerationConfig.parse(said["config"]))
-    assert np.abs(pixels(again.images(timeout=30)[0].data) - pixels(picture.data)).max() <= 1
+    assert np.abs(pixels(again.images(timeout=30)[0].data) - pixels(image.data)).max() <= 1
 
-    # Several pictures a job: number i is what seed + i gives alone.
+    # Several images a job: number i is what seed + i gives alone.
     several = client.submit("cat", model="tiny", seed=5, num_images=3, num_inference_steps=4)
     alone = client.submit("cat", model="tiny", seed=7, num_inference_steps=4)
     made = several.images(timeout=30)
@@ -91,10 +91,10 @@ def test_jobs_become_pictures_with_their_provenance(
     # The other formats carry their provenance too.
     for output_format in ("webp", "jpeg"):
         other = client.submit("cat", model="tiny", seed=5, num_inference_steps=2, output_format=output_format)
-        [picture] = other.images(timeout=30)
-        assert picture.ref.content_type == f"image/{output_format}"
-        assert read_provenance(picture.data)["seed"] == 5
-        assert picture.image.format == output_format.upper()
+        [image] = other.images(timeout=30)
+        assert image.ref.content_type == f"image/{output_format}"
+        assert read_provenance(image.data)["seed"] == 5
+        assert image.image.format == output_format.upper()
 
     # A drawn seed is stored.
     assert client.submit("cat", model="tiny", num_inference_steps=2).wait(30).config.seed is not None
@@ -148,12 +148,12 @@ def test_interactive_jobs_go_first(start_worker: Callable[..., WorkerProcess], c
     start_worker("--concurrency", "2")
     backlog = client.submit_many(mixed(20, steps=20))
     until(lambda: backlog[0].status().state is not JobState.QUEUED)
-    urgent = client.submit("now", model="tiny", num_inference_steps=2, lane=Lane.INTERACTIVE)
-    urgent.wait(60)
+    interactive = client.submit("now", model="tiny", num_inference_steps=2, lane=Lane.INTERACTIVE)
+    interactive.wait(60)
     assert backlog[-1].status().state is JobState.QUEUED
     client.wait([job.id for job in backlog], timeout=90)
     started = sorted(r.started_at or 0 for r in (job.status() for job in backlog))
-    assert sum(t < (urgent.status().started_at or 0) for t in started) < 10
+    assert sum(t < (interactive.status().started_at or 0) for t in started) < 10
 
 
 def test_two_workers_share_a_queue(start_worker: Callable[..., WorkerProcess], client: Client) -> None:
@@ -236,8 +236,8 @@ def test_an_urgent_job_does_not_wait_for_a_bulk_load(
         ]
     )
     until(lambda: bulk[3].status().state.final)
-    urgent = client.submit("now", model="tiny", num_inference_steps=5, sampler="ddim")
-    record = urgent.wait(60)
+    interactive = client.submit("now", model="tiny", num_inference_steps=5, sampler="ddim")
+    record = interactive.wait(60)
     assert record.started_at is not None
     began = record.started_at + sum(record.timings[phase] for phase in ("fetch", "prepare", "wait"))
     finished = [at for job in bulk if (at := job.status().finished_at) is not None and at > record.created_at]

@@ -18,10 +18,10 @@ from redis import Redis
 
 from calotype import Client, GenerationConfig
 from calotype.embedded import EmbeddedServers
-from calotype_shared.connection import connect_redis
-from calotype_shared.jobs import Lane
-from calotype_shared.keys import queue_name
-from calotype_shared.store import JobStore
+from calotype_shared.queue.connection import connect_redis
+from calotype_shared.queue.job_store import JobStore
+from calotype_shared.queue.keys import queue_name
+from calotype_shared.schema.jobs import Lane
 from tests.faults.harness import Forge, WorkerProcess
 from tests.integration.conftest import start_worker, until  # noqa: F401 - a fixture
 from tests.integration.gateway import Gateway, own_settings

@@ -12,16 +12,16 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from calotype.gateway.metrics import FleetCollector, RecentCensus
-from calotype_shared import metric_names as names
-from calotype_shared.census import Census, Censuses
-from calotype_shared.config import GenerationConfig
+from calotype.gateway.metrics import FleetCollector, RecentFleetStats
 from calotype_shared.errors import RedisUnavailable, SettingsError
-from calotype_shared.jobs import JobState, Lane
-from calotype_shared.metric_names import Metric
-from calotype_shared.operator_server import OperatorServer
+from calotype_shared.observability import metric_names as names
+from calotype_shared.observability.admin_server import AdminServer
+from calotype_shared.observability.metric_names import Metric
+from calotype_shared.queue.fleet_stats import FleetStats, FleetStatsReader
+from calotype_shared.queue.job_store import JobStore
+from calotype_shared.schema.config import GenerationConfig
+from calotype_shared.schema.jobs import JobState, Lane
 from calotype_shared.settings import Settings
-from calotype_shared.store import JobStore
 from tests.faults.harness import WorkerProcess
 from tests.integration.conftest import until
 from tests.observability.conftest import Scrape, Stack, answer_of, tiny
@@ -194,17 +194,17 @@ def test_a_draining_worker_is_alive_and_not_ready(
 def test_while_redis_is_away_nothing_old_is_told() -> None:
     """Only that it is away; and when it is back, all is told again."""
     away = True
-    census = Census(
+    stats = FleetStats(
         queues=(), workers={}, counts=dict.fromkeys(JobState, 3), dead=0, open_batches=0, webhooks_waiting=0
     )
 
-    def take() -> Census:
+    def take() -> FleetStats:
         if away:
             raise RedisUnavailable("it is away")
-        return census
+        return stats
 
     now = 0.0
-    recent = RecentCensus(take, clock=lambda: now)
+    recent = RecentFleetStats(take, clock=lambda: now)
     registry = CollectorRegistry()
     registry.register(FleetCollector(recent))
     said = generate_latest(registry).decode()
@@ -223,7 +223,7 @@ def test_the_oldest_wait_is_found_near_the_front_of_a_long_line(
     store: JobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three tenants, hundreds of jobs of different cost, some of them claimed: the same as by looking at all."""
-    censuses = Censuses(store.redis, key_prefix=store.keys.prefix)
+    reader = FleetStatsReader(store.redis, key_prefix=store.keys.prefix)
 
     def jobs(count: int, steps: int) -> list[GenerationConfig]:
         return [
@@ -240,31 +240,31 @@ def test_the_oldest_wait_is_found_near_the_front_of_a_long_line(
         assert store.claim("tiny.bulk", worker="w", lease_seconds=60)
         if number % 9:
             continue
-        [line] = censuses.take().queues
+        [line] = reader.take().queues
         waiting = store.redis.zrange(store.keys.waiting("tiny.bulk"), 0, -1)
         oldest = min(record.queued_at for record in store.get_many(list(map(str, waiting))) if record)
         assert line.oldest_seconds == pytest.approx(time.time() - oldest, abs=0.5)
         assert line.waiting == len(waiting)
     assert (line.model, line.lane, line.running) == ("tiny", "bulk", 100)
-    monkeypatch.setattr("calotype_shared.census._LEASES", 7)
-    assert censuses.take().queues[0].running == 100, "seven stand for a hundred"
+    monkeypatch.setattr("calotype_shared.queue.fleet_stats._LEASES", 7)
+    assert reader.take().queues[0].running == 100, "seven stand for a hundred"
 
 
 @pytest.fixture
-def server() -> Iterator[OperatorServer]:
+def server() -> Iterator[AdminServer]:
     def broken(_: object) -> None:
         raise RuntimeError("a bug")
 
-    server = OperatorServer("127.0.0.1", 0, {"/broken": broken}, setting="X")  # type: ignore[dict-item]
+    server = AdminServer("127.0.0.1", 0, {"/broken": broken}, setting="X")  # type: ignore[dict-item]
     server.start()
     yield server
     server.close()
 
 
-def test_a_bug_in_a_route_is_an_answer_and_a_taken_port_is_told(server: OperatorServer) -> None:
+def test_a_bug_in_a_route_is_an_answer_and_a_taken_port_is_told(server: AdminServer) -> None:
     """Neither shows what was wrong inside; the second names the setting."""
     assert answer_of(f"http://127.0.0.1:{server.port}/broken") == (500, '{"error": "a bug, which is in the log"}')
     with pytest.raises(
         SettingsError, match=rf"X={server.port}: cannot listen at '127.0.0.1' \(Address already in use\)"
     ):
-        OperatorServer("127.0.0.1", server.port, {}, setting="X")
+        AdminServer("127.0.0.1", server.port, {}, setting="X")

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from calotype.embedded.ports import free_ports
-from calotype_shared import metric_names as names
+from calotype_shared.observability import metric_names as names
 from tests.integration.conftest import until
 from tests.observability.conftest import Stack, answer_of, tiny
 

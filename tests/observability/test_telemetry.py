@@ -23,12 +23,12 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from calotype import Client
 from calotype.embedded.ports import free_ports
 from calotype_shared.errors import InvalidRequest, SettingsError
-from calotype_shared.logs import about
-from calotype_shared.model_card import ModelCard
-from calotype_shared.otlp import Otlp
+from calotype_shared.observability.logs import about
+from calotype_shared.observability.otlp import Otlp
+from calotype_shared.observability.tracing import NOOP_TELEMETRY, make_telemetry, trace_id_of
+from calotype_shared.queue.job_store import JobStore
+from calotype_shared.schema.model_card import ModelCard
 from calotype_shared.settings import Settings
-from calotype_shared.store import JobStore
-from calotype_shared.telemetry import SILENT, make_telemetry, trace_id_of
 from tests.faults.harness import WorkerProcess
 from tests.integration.conftest import until
 from tests.observability.conftest import tiny
@@ -275,14 +275,14 @@ def test_without_a_collector_nothing_is_imported(environment: dict[str, str]) ->
     """Nor a part of Prometheus' client; redis-py imports parts of OpenTelemetry itself, where they are installed."""
     code = """
 import sys
-import calotype, calotype_shared.telemetry, calotype_shared.store
+import calotype, calotype_shared.observability.tracing, calotype_shared.queue.job_store
 from calotype_shared.settings import Settings
 with calotype.Client() as client:
     try:
         client.submit("cat", model="nobody")
     except calotype.InvalidRequest:
         pass
-ours = ("opentelemetry.sdk.trace", "opentelemetry.exporter", "calotype_shared.otlp", "prometheus_client")
+ours = ("opentelemetry.sdk.trace", "opentelemetry.exporter", "calotype_shared.observability.otlp", "prometheus_client")
 print(sorted(name for name in sys.modules if name.startswith(ours)))
 """
     clean = {name: value for name, value in environment.items() if not name.startswith("OTEL_")}
@@ -296,23 +296,23 @@ def test_what_decides_whether_anything_is_traced(monkeypatch: pytest.MonkeyPatch
     """Our setting first, then OpenTelemetry's own variables."""
     for name in ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_SDK_DISABLED"):
         monkeypatch.delenv(name, raising=False)
-    assert make_telemetry(Settings.load(), service="x") is SILENT
+    assert make_telemetry(Settings.load(), service="x") is NOOP_TELEMETRY
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
     telemetry = make_telemetry(Settings.load(), service="x")
     assert isinstance(telemetry, Otlp)
     telemetry.close()
-    assert make_telemetry(Settings.load(telemetry="off"), service="x") is SILENT
+    assert make_telemetry(Settings.load(telemetry="off"), service="x") is NOOP_TELEMETRY
     monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
-    assert make_telemetry(Settings.load(), service="x") is SILENT
+    assert make_telemetry(Settings.load(), service="x") is NOOP_TELEMETRY
 
 
 def test_missing_packages_are_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """An error where our setting asks for traces, one line where only the environment does."""
     monkeypatch.setitem(sys.modules, "opentelemetry", None)  # type: ignore[arg-type]
-    monkeypatch.delitem(sys.modules, "calotype_shared.otlp", raising=False)
+    monkeypatch.delitem(sys.modules, "calotype_shared.observability.otlp", raising=False)
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
     with caplog.at_level(logging.WARNING):
-        assert make_telemetry(Settings.load(), service="x") is SILENT
+        assert make_telemetry(Settings.load(), service="x") is NOOP_TELEMETRY
     assert "nothing is traced" in caplog.text
     with pytest.raises(SettingsError, match=r"CALOTYPE_TELEMETRY='on': .*pip install 'calotype\[telemetry\]'"):
         make_telemetry(Settings.load(telemetry="on"), service="x")
@@ -325,7 +325,7 @@ def test_a_collector_that_is_away_holds_nobody_up(monkeypatch: pytest.MonkeyPatc
         def export(self, spans: Any) -> Any:
             time.sleep(60)
 
-    monkeypatch.setattr("calotype_shared.otlp._CLOSE_SECONDS", 0.5)
+    monkeypatch.setattr("calotype_shared.observability.otlp._CLOSE_SECONDS", 0.5)
     telemetry = Otlp(service="x", exporter=Stuck())
     began = time.monotonic()
     for _ in range(5_000):
@@ -339,7 +339,7 @@ def test_a_collector_that_is_away_holds_nobody_up(monkeypatch: pytest.MonkeyPatc
 
 def test_log_lines_say_what_they_are_about(capsys: pytest.CaptureFixture[str]) -> None:
     """Within the block, in the thread that opened it, and never in place of what a line says itself."""
-    from calotype_shared.logs import _Formatter
+    from calotype_shared.observability.logs import _Formatter
 
     def line(**extra: Any) -> dict[str, Any]:
         record = logging.makeLogRecord({"msg": "done", "levelname": "INFO", **extra})

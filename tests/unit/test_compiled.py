@@ -1,4 +1,4 @@
-"""Steps as compiled graphs: the pictures are the same, and what cannot be compiled goes the eager way."""
+"""Steps as compiled graphs: the images are the same, and what cannot be compiled goes the eager way."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 
 from calotype_shared.errors import InvalidRequest
 from calotype_worker.engine import Engine, EngineSettings, GenerationRequest
+from calotype_worker.engine.batch_row import Layout
 from calotype_worker.engine.compiled import CompiledStep, buckets_up_to
-from calotype_worker.engine.slot import Layout
 from calotype_worker.models import StepModel
 from tests.unit.test_engine_golden import mixed_requests
 
@@ -23,7 +23,7 @@ def made_by(engine: Engine, requests: list[GenerationRequest]) -> dict[str, np.n
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
-def test_compiled_steps_give_the_same_pictures(make_engine: Any, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+def test_compiled_steps_give_the_same_images(make_engine: Any, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     """Samplers, steps and guidance mixed, so that rows come and go, and one graph serves for any number of them.
 
     `aot_eager` makes the same graph and runs it by PyTorch's own kernels; generating code takes a minute.

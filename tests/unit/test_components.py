@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from calotype_shared.config import SamplerType
 from calotype_shared.errors import InvalidRequest
+from calotype_shared.schema.config import SamplerType
 from calotype_worker import DiffusionModel, GenerationConfig, NoiseScheduler, TextEncoder, UNetModel, VAEDecoder
 from calotype_worker.sampling import make_scheduler
 
@@ -48,7 +48,7 @@ def test_arrays_come_back_as_arrays() -> None:
         scheduler.step(image, 1000, image)
 
 
-def test_the_parts_put_together_make_the_models_picture() -> None:
+def test_the_parts_put_together_make_the_models_image() -> None:
     """Text encoder, network, schedule and decoder by hand, against `generate`."""
     with DiffusionModel() as model:
         config = GenerationConfig(

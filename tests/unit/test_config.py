@@ -10,7 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from calotype_shared.config import (
+from calotype_shared.errors import InvalidRequest
+from calotype_shared.schema.config import (
     MAX_PROMPT_CHARACTERS,
     MAX_SEED,
     QUALITY_PRESETS,
@@ -18,8 +19,7 @@ from calotype_shared.config import (
     SamplerType,
     quality_preset,
 )
-from calotype_shared.errors import InvalidRequest
-from calotype_shared.model_card import ModelCard
+from calotype_shared.schema.model_card import ModelCard
 
 CARD = ModelCard(
     name="demo",
@@ -153,8 +153,8 @@ def test_sizes_the_model_cannot_make_are_refused() -> None:
         GenerationConfig(prompt="x", width=256, height=512).resolved(CARD)
 
 
-def test_the_last_picture_of_a_job_needs_a_seed_too() -> None:
-    """Picture i uses seed + i, which must stay in range."""
+def test_the_last_image_of_a_job_needs_a_seed_too() -> None:
+    """Image i uses seed + i, which must stay in range."""
     with pytest.raises(InvalidRequest, match="seed"):
         GenerationConfig(prompt="x", seed=MAX_SEED, num_images=2).resolved(CARD)
 

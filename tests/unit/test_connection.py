@@ -8,8 +8,8 @@ import pytest
 from redis.exceptions import AuthenticationError, OutOfMemoryError, RedisError, ResponseError
 from redis.sentinel import MasterNotFoundError
 
-from calotype_shared.connection import RedisAddress, is_outage, unavailable
 from calotype_shared.errors import SettingsError
+from calotype_shared.queue.connection import RedisAddress, is_outage, unavailable
 from calotype_shared.settings import Settings
 
 

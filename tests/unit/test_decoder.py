@@ -12,7 +12,7 @@ import torch
 from calotype_worker.engine import Engine
 from calotype_worker.engine.decoder import Decoder, Finished
 from calotype_worker.engine.memory_limit import MemoryLimit
-from calotype_worker.engine.trace import Untraced
+from calotype_worker.engine.trace import NoopTracer
 from calotype_worker.models import StepModel
 from calotype_worker.models.pool import ModelPool
 from tests.unit.test_engine import request
@@ -23,16 +23,16 @@ NOBODY = math.inf
 class Line:
     """A decoder of the tiny model, and when the next latent is to come."""
 
-    def __init__(self, model: StepModel, *, batch: int = 3, patience: int = 4) -> None:
+    def __init__(self, model: StepModel, *, batch: int = 3, max_wait_steps: int = 4) -> None:
         self._shape = model.latent_shape(64, 64)
         self._model = model.card.name
         self.next_in = NOBODY
         self._decoder = Decoder(
             ModelPool([model]),
             batch=batch,
-            patience=patience,
+            max_wait_steps=max_wait_steps,
             limits=lambda _, most: MemoryLimit(most, on_lower=lambda *_: None),
-            steps_to_next=lambda *_: self.next_in,
+            steps_until_next=lambda *_: self.next_in,
         )
 
     def finish(self, *names: str) -> None:
@@ -43,7 +43,7 @@ class Line:
     def turn(self, *, flush: bool = False) -> list[str]:
         with torch.inference_mode():
             found = self._decoder.run(flush=flush)
-        assert all(isinstance(picture, np.ndarray) and picture.shape == (64, 64, 3) for _, picture in found)
+        assert all(isinstance(image, np.ndarray) and image.shape == (64, 64, 3) for _, image in found)
         return [name for name, _ in found]
 
 
@@ -88,7 +88,7 @@ def test_a_full_batch_goes_at_once_and_all_go_when_nothing_else_runs(line: Line)
     assert line.turn(flush=True) == ["d"]
 
 
-class Spans(Untraced):
+class Spans(NoopTracer):
     """What the engine's thread did, in order, and how many requests each step finished."""
 
     def __init__(self) -> None:
@@ -100,7 +100,7 @@ class Spans(Untraced):
 
 
 def test_a_short_request_is_not_held_up_by_a_long_one(make_engine: Any) -> None:
-    """The engine knows who is how far: the picture is made before the other takes another step."""
+    """The engine knows who is how far: the image is made before the other takes another step."""
     engine: Engine = make_engine(trace=(spans := Spans()))
     long = engine.submit(request("long", steps=150, guidance=1.0))
     short = engine.submit(request("short", steps=3, guidance=1.0))

@@ -11,8 +11,8 @@ from PIL import Image
 
 from calotype.contact_sheet import Print, contact_sheet
 from calotype.demo import _quantile, read_prompts
-from calotype_shared.config import SamplerType
 from calotype_shared.errors import InvalidRequest
+from calotype_shared.schema.config import SamplerType
 
 _EXAMPLES = Path(__file__).parents[2] / "examples" / "prompts.jsonl"
 
@@ -60,29 +60,29 @@ def test_a_bad_line_is_named(tmp_path: Path, text: str, said: str) -> None:
         read_prompts(file, "demo")
 
 
-def test_a_contact_sheet_shows_every_picture_enlarged_with_its_caption() -> None:
-    """Each picture's colour fills its cell in reading order, and there is ink below each."""
-    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+def test_a_contact_sheet_shows_every_image_enlarged_with_its_caption() -> None:
+    """Each image's color fills its cell in reading order, and there is ink below each."""
+    colors = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
     images = [
-        Image.new("RGB", size, colour) for size, colour in zip([(128, 128), (160, 96), (64, 64)], colours, strict=True)
+        Image.new("RGB", size, color) for size, color in zip([(128, 128), (160, 96), (64, 64)], colors, strict=True)
     ]
     sheet = contact_sheet(
         [Print(image=image, title="a caption of some words", details=("ddim",)) for image in images], columns=2
     )
     half = sheet.width // 2
     cells = [(half // 2, 150), (half + half // 2, 200), (half // 2, sheet.height // 2 + 150)]
-    assert [sheet.getpixel(cell) for cell in cells] == colours
+    assert [sheet.getpixel(cell) for cell in cells] == colors
     for (x, _), top in zip(cells, (272, 272, sheet.height // 2 + 264), strict=True):
         below = sheet.crop((x - 120, top, x + 120, top + 60)).convert("L")
         assert below.getextrema()[0] < 90  # dark ink on light paper
-    assert sheet.getpixel((half + half // 2, sheet.height - 150)) == (250, 249, 246)  # no fourth picture
+    assert sheet.getpixel((half + half // 2, sheet.height - 150)) == (250, 249, 246)  # no fourth image
 
 
 def test_a_long_caption_is_cut_to_its_cell() -> None:
     """However long the prompt, the sheet keeps its grid."""
-    picture = Image.new("RGB", (8, 8), (9, 9, 9))
-    short = contact_sheet([Print(image=picture, title="a")])
-    assert contact_sheet([Print(image=picture, title="many words " * 300, details=("x", "y"))]).size == short.size
+    image = Image.new("RGB", (8, 8), (9, 9, 9))
+    short = contact_sheet([Print(image=image, title="a")])
+    assert contact_sheet([Print(image=image, title="many words " * 300, details=("x", "y"))]).size == short.size
 
 
 def test_quantiles_are_nearest_ranks() -> None:

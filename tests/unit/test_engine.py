@@ -1,4 +1,4 @@
-"""The engine's promises beside right pictures: faults stay alone, cancel frees rows, bits can be fixed."""
+"""The engine's promises beside right images: faults stay alone, cancel frees rows, bits can be fixed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from calotype_shared.config import GenerationConfig, SamplerType
 from calotype_shared.errors import GenerationFailed, InvalidRequest
+from calotype_shared.schema.config import GenerationConfig, SamplerType
 from calotype_worker.engine import EngineSettings, GenerationRequest
-from calotype_worker.engine.split import run_splitting
+from calotype_worker.engine.failure_isolation import run_isolating_failures
 from calotype_worker.models import StepModel
 from calotype_worker.models.base import Conditioning, Rows, Text
 
@@ -194,7 +194,7 @@ def test_settings_that_cannot_work_are_refused() -> None:
 
 
 def test_a_request_needs_a_resolved_config() -> None:
-    """An open seed would make a picture that nobody can make again."""
+    """An open seed would make an image that nobody can make again."""
     with pytest.raises(InvalidRequest, match="resolve the config"):
         GenerationRequest.from_config(GenerationConfig(prompt="x"), request_id="r")
 
@@ -209,7 +209,7 @@ def test_splitting_finds_exactly_the_bad_items() -> None:
             raise ValueError("unlucky")
         return [item * 2 for item in items]
 
-    results = run_splitting(list(range(32)), run)
+    results = run_isolating_failures(list(range(32)), run)
     assert [r for r in results if not isinstance(r, Exception)] == [2 * i for i in range(32) if i != 13]
     assert isinstance(results[13], ValueError)
     assert len(calls) < 14

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from calotype_shared.config import SamplerType
+from calotype_shared.schema.config import SamplerType
 from calotype_worker.engine import Engine, EngineSettings, Generated, GenerationRequest
 from calotype_worker.engine.step_batch import StepBatch
 from calotype_worker.models import StepModel, load_model
@@ -29,7 +29,7 @@ def mixed_requests(size: tuple[int, int] = (64, 64)) -> list[GenerationRequest]:
     return [
         GenerationRequest(
             request_id=f"{sampler.value}-{round_}",
-            prompt=f"picture {index}",
+            prompt=f"image {index}",
             negative_prompt="blurry" if index % 2 else "",
             width=size[0],
             height=size[1],
@@ -53,9 +53,9 @@ def plain_pipeline(tiny_folder: Path) -> Any:
 
 
 def alone(pipeline: Any, model: StepModel, request: GenerationRequest) -> np.ndarray:
-    """The same picture by plain diffusers: uint8 (H, W, 3)."""
+    """The same image by plain diffusers: uint8 (H, W, 3)."""
     pipeline.scheduler = make_scheduler(request.sampler, model.scheduler_config, request.num_inference_steps)
-    picture = pipeline(
+    image = pipeline(
         request.prompt,
         negative_prompt=request.negative_prompt,
         width=request.width,
@@ -64,7 +64,7 @@ def alone(pipeline: Any, model: StepModel, request: GenerationRequest) -> np.nda
         guidance_scale=request.guidance_scale,
         generator=torch.Generator().manual_seed(request.seed),
     ).images[0]
-    return np.asarray(picture)
+    return np.asarray(image)
 
 
 def levels(a: np.ndarray, b: np.ndarray) -> float:
@@ -88,7 +88,7 @@ def references(plain_pipeline: Any, tiny_step_model: StepModel) -> dict[str, np.
     return {r.request_id: alone(plain_pipeline, tiny_step_model, r) for r in mixed_requests()}
 
 
-def test_a_mixed_batch_gives_the_pictures_of_the_plain_pipeline(
+def test_a_mixed_batch_gives_the_images_of_the_plain_pipeline(
     make_engine: Any, references: dict[str, np.ndarray]
 ) -> None:
     """Ten samplers, three step counts, three guidance scales, joining and leaving at any step."""
@@ -127,7 +127,7 @@ def test_v_prediction_models_match(tmp_path: Path, make_engine: Any) -> None:
         assert levels(result.image, alone(pipeline, model, request)) <= TOLERANCE
 
 
-def test_the_fallback_gives_the_same_pictures(
+def test_the_fallback_gives_the_same_images(
     make_engine: Any, references: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With every table refused, each row steps through its own scheduler object in the same batch."""
@@ -195,8 +195,8 @@ def test_control_shared_guidance_is_caught(
     """Every guided row given the first one's guidance scale."""
     lay_out = StepBatch._lay_out_rows
 
-    def shared(self: StepBatch, slots: Any) -> Any:
-        rows = lay_out(self, slots)
+    def shared(self: StepBatch, members: Any) -> Any:
+        rows = lay_out(self, members)
         if len(rows.guidance):
             rows.guidance[:] = rows.guidance[0].clone()
         return rows
@@ -211,11 +211,11 @@ def test_control_a_shared_generator_is_caught(
     """All rows drawing their step noise from one generator."""
     join = StepBatch.join
 
-    def shared(self: StepBatch, slots: Any) -> None:
-        join(self, slots)
-        for slot in self.slots:
-            slot.generator = self.slots[0].generator
-            slot.ahead.clear()  # what was drawn beforehand is its own
+    def shared(self: StepBatch, members: Any) -> None:
+        join(self, members)
+        for row in self.members:
+            row.generator = self.members[0].generator
+            row.ahead.clear()  # what was drawn beforehand is its own
 
     monkeypatch.setattr(StepBatch, "join", shared)
     assert worst_with(tiny_step_model, references) > CAUGHT

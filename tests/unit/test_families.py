@@ -13,17 +13,17 @@ import pytest
 import torch
 from PIL import Image
 
-from calotype_shared.config import Feature, GenerationConfig, SamplerType
 from calotype_shared.errors import InvalidRequest, ModelLoadError
+from calotype_shared.schema.config import Feature, GenerationConfig, SamplerType
 from calotype_worker.engine import Engine, EngineSettings, GenerationRequest
-from calotype_worker.engine.request import ControlInput
 from calotype_worker.models import Adapters, ModelPool, StepModel, load_model
 from calotype_worker.models.base import Rows
+from calotype_worker.request import ControlInput
 from tests import family_models as tiny
-from tests.models import picture
+from tests.models import sample_image
 from tests.unit.test_engine_golden import TOLERANCE, levels, run_staggered
 
-SOURCE, OUTLINE = picture(4), picture(8)
+SOURCE, OUTLINE = sample_image(4), sample_image(8)
 MASK = np.zeros((64, 64), dtype=bool)
 MASK[16:48, 24:56] = True
 
@@ -51,14 +51,14 @@ FAMILIES = {
 
 
 def requests(family: Family) -> list[GenerationRequest]:
-    """Steps, samplers, guidance, prompts, two with a negative one, two from a source picture."""
+    """Steps, samplers, guidance, prompts, two with a negative one, two from a source image."""
     made = []
     for index in range(6):
         sampler = family.samplers[index % len(family.samplers)]
         made.append(
             GenerationRequest(
                 request_id=f"{index}-{sampler.value}",
-                prompt=f"picture {index}",
+                prompt=f"image {index}",
                 negative_prompt="blurry" if index % 2 else "",
                 width=64,
                 height=64,
@@ -74,7 +74,7 @@ def requests(family: Family) -> list[GenerationRequest]:
 
 
 def alone(pipeline: Any, family: Family, model: StepModel, request: GenerationRequest) -> np.ndarray:
-    """The same picture by plain diffusers."""
+    """The same image by plain diffusers."""
     kind = family.image_to_image if request.init_image is not None else type(pipeline)
     own = kind(**pipeline.components)
     own.set_progress_bar_config(disable=True)
@@ -120,7 +120,7 @@ def worst(model: StepModel, wanted: list[GenerationRequest], references: list[np
         engine.stop()
 
 
-def test_a_mixed_batch_gives_the_pictures_of_the_plain_pipeline(
+def test_a_mixed_batch_gives_the_images_of_the_plain_pipeline(
     loaded: tuple[Family, Any, StepModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And with timesteps, pooled text or sizes swapped between rows it does not."""
@@ -176,7 +176,7 @@ def test_a_refiner_takes_over_the_unfinished_latents(tmp_path: Path) -> None:
     wanted = [
         GenerationRequest(
             request_id=str(index),
-            prompt=f"picture {index}",
+            prompt=f"image {index}",
             negative_prompt="blurry" if index else "",
             width=64,
             height=64,
@@ -247,7 +247,7 @@ def adapted_requests(*, sdxl: bool) -> dict[str, GenerationRequest]:
         name: replace(
             GenerationRequest(
                 request_id=name,
-                prompt=f"picture {index}",
+                prompt=f"image {index}",
                 width=64,
                 height=64,
                 num_inference_steps=(6, 9, 11)[index % 3],
@@ -262,7 +262,7 @@ def adapted_requests(*, sdxl: bool) -> dict[str, GenerationRequest]:
 
 
 def adapted_alone(folder: Path, adapters: Adapters, model: StepModel, request: GenerationRequest) -> np.ndarray:
-    """The same picture by the plain pipeline for it, with only what this request has."""
+    """The same image by the plain pipeline for it, with only what this request has."""
     from safetensors.torch import load_file
 
     text_to_image = diffusers.DiffusionPipeline.from_pretrained(folder)
@@ -317,7 +317,7 @@ def adapted_alone(folder: Path, adapters: Adapters, model: StepModel, request: G
 
 @pytest.mark.parametrize("family", ["sdxl", "sd3", "flux-dev"])
 def test_adapters_and_masks_share_a_batch_and_match(family: str, tmp_path: Path) -> None:
-    """Each row its own LoRA, ControlNet, word or mask, and each of them changes the picture."""
+    """Each row its own LoRA, ControlNet, word or mask, and each of them changes the image."""
     pipeline = FAMILIES[family].make()
     folder = tiny.write(pipeline, tmp_path / "model")
     adapters = Adapters(loras={"style": tiny.write_lora(pipeline, tmp_path / "style.safetensors")})
@@ -337,7 +337,7 @@ def test_adapters_and_masks_share_a_batch_and_match(family: str, tmp_path: Path)
 
 
 def test_networks_that_read_their_guidance_match(tmp_path: Path) -> None:
-    """SDXL distilled for few steps (LCM): another scale is another picture, and no row is doubled for it."""
+    """SDXL distilled for few steps (LCM): another scale is another image, and no row is doubled for it."""
     pipeline = tiny.tiny_sdxl(time_cond_proj_dim=32)
     with torch.no_grad():
         pipeline.unet.time_embedding.cond_proj.weight.mul_(10)

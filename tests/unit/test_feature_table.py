@@ -8,18 +8,18 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def test_every_example_test_and_picture_named_exists() -> None:
+def test_every_example_test_and_image_named_exists() -> None:
     """And every example is named."""
     text = (ROOT / "docs" / "features.md").read_text()
     examples = set(re.findall(r"`(examples/[\w/]+\.py)`", text))
     tests = set(re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", text))
-    pictures = set(re.findall(r"\]\((images/[\w./-]+)\)", text))
+    images = set(re.findall(r"\]\((images/[\w./-]+)\)", text))
     assert len(examples) > 14
     assert len(tests) > 15
-    assert len(pictures) > 11
+    assert len(images) > 11
     for name in examples:
         assert (ROOT / name).is_file(), name
-    for name in pictures:
+    for name in images:
         assert (ROOT / "docs" / name).is_file(), name
     for file, function in tests:
         assert (ROOT / file).is_file(), file

@@ -1,4 +1,4 @@
-"""Golden tests of what a row may have of its own: source pictures, LoRAs, ControlNets, long and weighted prompts.
+"""Golden tests of what a row may have of its own: source images, LoRAs, ControlNets, long and weighted prompts.
 
 All in ONE mixed, staggered batch, each against its plain diffusers pipeline run alone; then each with its feature
 broken on purpose, which must miss by far.
@@ -16,13 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
-from calotype_shared.config import SamplerType
+from calotype_shared.schema.config import SamplerType
 from calotype_worker.engine import Engine, EngineSettings, GenerationRequest
-from calotype_worker.engine.request import ControlInput
 from calotype_worker.models import Adapters, StepModel, load_model
+from calotype_worker.request import ControlInput
 from calotype_worker.sampling import make_scheduler
 from tests.models import (
-    picture,
+    sample_image,
     write_kohya_lora,
     write_tiny_controlnet,
     write_tiny_embedding,
@@ -70,7 +70,7 @@ def make(name: str, **changes: Any) -> GenerationRequest:
     index = sum(map(ord, name))
     values = {
         "request_id": name,
-        "prompt": f"picture {index}"[:20],
+        "prompt": f"image {index}"[:20],
         "negative_prompt": "blurry" if index % 2 else "",
         "width": 64,
         "height": 64,
@@ -82,7 +82,7 @@ def make(name: str, **changes: Any) -> GenerationRequest:
     return GenerationRequest(**{**values, **changes})
 
 
-SOURCE, OTHER = picture(1), picture(2)
+SOURCE, OTHER = sample_image(1), sample_image(2)
 IMAGE_TO_IMAGE = [
     make(f"i2i-{sampler.value}", init_image=SOURCE, strength=strength, sampler=sampler)
     for sampler, strength in zip(SamplerType, (0.3, 0.5, 0.75, 0.9, 0.6, 0.8, 0.4, 0.95, 0.7, 0.5), strict=True)
@@ -215,7 +215,7 @@ def differences(
 def test_everything_shares_one_batch_and_matches_plain_diffusers(
     model: StepModel, references: dict[str, np.ndarray]
 ) -> None:
-    """Source pictures, masks, LoRAs, ControlNets, long prompts: no row notices what its neighbours have."""
+    """Source images, masks, LoRAs, ControlNets, long prompts: no row notices what its neighbours have."""
     order = np.random.default_rng(0).permutation(len(EVERYTHING))
     found = differences(model, [EVERYTHING[index] for index in order], references)
     assert max(found.values()) <= TOLERANCE, {name: off for name, off in found.items() if off > TOLERANCE}
@@ -244,7 +244,7 @@ def test_everything_shares_one_batch_and_matches_plain_diffusers(
         "lora",
         "lora weight",
         "control",
-        "control picture",
+        "control image",
         "control scale",
         "control range",
         "weights",
@@ -258,7 +258,7 @@ def test_control_a_feature_that_did_nothing_is_caught(
     requests: list[GenerationRequest],
     broken: Callable[[GenerationRequest], dict[str, Any]],
 ) -> None:
-    """Leaving it out, or giving another's, changes every one of these pictures; late sources by least."""
+    """Leaving it out, or giving another's, changes every one of these images; late sources by least."""
     changed = differences(model, [replace(r, **broken(r)) for r in requests], references)
     assert min(changed.values()) > 2 * TOLERANCE, changed
 

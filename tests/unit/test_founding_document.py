@@ -18,12 +18,12 @@ from PIL import Image
 
 from calotype_worker import DiffusionModel, GenerationConfig, NoiseScheduler, TextEncoder, UNetModel
 from calotype_worker.models import controlnet, demo_folder, registry
-from tests.models import picture
+from tests.models import sample_image
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "founding-document.md"
 IMPORTS = {
     "from modules.diffusion_generation import": "from calotype_worker import",
-    "from diffusers import": "from calotype_worker.compat import",
+    "from diffusers import": "from calotype_worker.inprocess.compat import",
     '"cuda"': '"cpu"',
 }
 SMALL = {"width": 64, "height": 64, "num_inference_steps": 3, "seed": 1}
@@ -45,8 +45,8 @@ def before(names: dict[str, Any]) -> dict[str, Callable[[], dict[str, Any]]]:
     """What an example takes for granted."""
     return {
         "Inpainting": lambda: {
-            "image": picture(1, 128, 128),
-            "original_image": picture(1, 128, 128),
+            "image": sample_image(1, 128, 128),
+            "original_image": sample_image(1, 128, 128),
             "create_mask": lambda image: np.pad(np.ones((64, 64)), 32),
         },
         "1. Noise Schedule": lambda: {"NoiseScheduler": NoiseScheduler},
@@ -62,7 +62,7 @@ def before(names: dict[str, Any]) -> dict[str, Callable[[], dict[str, Any]]]:
             "guidance_scale": 7.5,
         },
         "Seed": lambda: {"config": GenerationConfig(prompt="a red circle", **SMALL)},
-        "ControlNet": lambda: {"edge_map": picture(2, 128, 128), "prompt": "a red circle"},
+        "ControlNet": lambda: {"edge_map": sample_image(2, 128, 128), "prompt": "a red circle"},
         "Hardware Acceleration": lambda: {"model": names["model"]},
     }
 
@@ -86,7 +86,7 @@ def after(names: dict[str, Any]) -> dict[str, Callable[[], bool]]:
         "Image-to-Image Transformation": lambda: (
             names["result"].image_data.shape == (64, 96, 3) and names["result"].steps_taken == 37
         ),
-        "Inpainting": lambda: np.array_equal(names["result"].image_data[:32], picture(1, 128, 128)[:32]),
+        "Inpainting": lambda: np.array_equal(names["result"].image_data[:32], sample_image(1, 128, 128)[:32]),
         "1. Noise Schedule": lambda: len(names["scheduler"].timesteps) == 1000,
         "2. U-Net Prediction": lambda: names["predicted_noise"].shape == (4, 16, 16),
         "3. Classifier-Free Guidance": lambda: torch.equal(names["guided_noise"], 7.5 * names["predicted_noise"]),
@@ -137,7 +137,7 @@ def no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         lambda sources, **options: load({n: str(known.get(s, s)) for n, s in sources.items()}, **options),
     )
     monkeypatch.chdir(tmp_path)
-    Image.fromarray(picture(3, 96, 64)).save("source.jpg")
+    Image.fromarray(sample_image(3, 96, 64)).save("source.jpg")
     write_lora(tmp_path / "lora_path")
 
 

@@ -1,4 +1,4 @@
-"""Encoded pictures say how to make them again, in every format."""
+"""Encoded images say how to make them again, in every format."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from calotype_shared import a1111
-from calotype_shared.config import GenerationConfig, OutputFormat, SamplerType
+from calotype_shared.schema import a1111
+from calotype_shared.schema.config import GenerationConfig, OutputFormat, SamplerType
 from calotype_worker.output.image import encode_image, parameters_line, read_provenance
 
 CONFIG = GenerationConfig(
@@ -24,11 +24,11 @@ def test_provenance_comes_back_out(output_format: OutputFormat) -> None:
     provenance = {"config": CONFIG.model_dump(mode="json"), "seed": 2**53 - 1}
     data = encode_image(PIXELS, output_format, provenance)
     assert read_provenance(data) == provenance
-    with Image.open(io.BytesIO(data)) as picture:
-        assert picture.format == output_format.value.upper()
-        assert picture.size == (64, 48)
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.format == output_format.value.upper()
+        assert image.size == (64, 48)
         if output_format is OutputFormat.PNG:
-            assert np.array_equal(np.asarray(picture), PIXELS)
+            assert np.array_equal(np.asarray(image), PIXELS)
 
 
 def test_other_tools_can_read_the_settings() -> None:
@@ -38,8 +38,8 @@ def test_other_tools_can_read_the_settings() -> None:
         "a lake — «serene» ✓\nNegative prompt: blurry\n"
         "Steps: 20, Sampler: Euler a, CFG scale: 7, Seed: 5, Size: 64x48, Model: demo"
     )
-    with Image.open(io.BytesIO(encode_image(PIXELS, OutputFormat.PNG, {"parameters": line}))) as picture:
-        assert picture.text["parameters"] == line  # type: ignore[attr-defined]
+    with Image.open(io.BytesIO(encode_image(PIXELS, OutputFormat.PNG, {"parameters": line}))) as image:
+        assert image.text["parameters"] == line  # type: ignore[attr-defined]
 
 
 def test_every_sampler_has_a_name_there() -> None:
@@ -47,7 +47,7 @@ def test_every_sampler_has_a_name_there() -> None:
     assert set(a1111.NAMES) == set(SamplerType)
 
 
-def test_a_strangers_picture_has_no_provenance() -> None:
+def test_a_strangers_image_has_no_provenance() -> None:
     """Rather than an error."""
     buffer = io.BytesIO()
     Image.fromarray(PIXELS).save(buffer, "PNG")

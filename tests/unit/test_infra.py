@@ -199,8 +199,8 @@ def test_each_model_is_asked_for_by_its_own_name() -> None:
 
 
 def script(name: str) -> ModuleType:
-    """A module of infra/, which is no package."""
-    spec = importlib.util.spec_from_file_location(name, INFRA / f"{name}.py")
+    """A module of tools/, loaded by path."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)

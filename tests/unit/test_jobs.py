@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from calotype_shared.errors import SettingsError
-from calotype_shared.jobs import TRANSITIONS, JobState, Lane, new_job_id
-from calotype_shared.keys import Keys, queue_name
-from calotype_shared.scripts import script_source
+from calotype_shared.queue.keys import Keys, queue_name
+from calotype_shared.queue.scripts import script_source
+from calotype_shared.schema.jobs import TRANSITIONS, JobState, Lane, new_job_id
 from calotype_shared.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,7 +43,7 @@ def test_the_scripts_know_exactly_the_legal_edges() -> None:
     """The table in Lua is made from the one in Python, and no script writes a state around it."""
     edges = set(re.findall(r"\['(\w+)>(\w+)'\] = true", script_source("claim")))
     assert edges == {(old.value, new.value) for old, new in TRANSITIONS}
-    for file in (resources.files("calotype_shared") / "lua").iterdir():
+    for file in (resources.files("calotype_shared.queue") / "lua").iterdir():
         writes = re.findall(r"(?:HSET'|fields = ).*?'state', ('?\w+'?)", file.read_text())
         allowed = _STATE_WRITERS.get(file.name, [])
         assert writes == allowed, f"{file.name} writes a state by itself"
@@ -64,7 +64,7 @@ def test_every_key_is_documented_and_under_the_prefix() -> None:
     for name, value in vars(Keys).items():
         if inspect.isfunction(value) and not name.startswith("_"):
             made.append(value(keys, *["Q"] * (len(inspect.signature(value).parameters) - 1)))
-    document = __import__("calotype_shared.keys", fromlist=["x"]).__doc__
+    document = __import__("calotype_shared.queue.keys", fromlist=["x"]).__doc__
     for key in made:
         assert key.startswith("p:")
         name = key.removeprefix("p:").split(":")[0]

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from calotype_shared.config import SamplerType
 from calotype_shared.errors import InvalidRequest, ModelLoadError
+from calotype_shared.schema.config import SamplerType
 from calotype_worker.engine import Engine, Generated, GenerationRequest
-from calotype_worker.engine.request import ControlInput
 from calotype_worker.models import Adapters, Memory, ModelPool, StepModel, load_model
-from tests.models import picture, write_tiny_controlnet, write_tiny_lora, write_tiny_sd
+from calotype_worker.request import ControlInput
+from tests.models import sample_image, write_tiny_controlnet, write_tiny_lora, write_tiny_sd
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def load(folder: Path, **options: Any) -> StepModel:
 def request(name: str, **changes: Any) -> GenerationRequest:
     values = {
         "request_id": name,
-        "prompt": "a picture",
+        "prompt": "an image",
         "width": 64,
         "height": 64,
         "num_inference_steps": 6,
@@ -65,7 +65,7 @@ class Watched:
 
 
 def test_models_share_a_device_under_a_budget(folders: list[Path]) -> None:
-    """Room for two of three: the one used longest ago makes room, and nobody's picture changes."""
+    """Room for two of three: the one used longest ago makes room, and nobody's image changes."""
     models = [load(folder) for folder in folders]
     alone = [run(model, [request("r")])[0].image for model in models]
     pool = ModelPool(models, memory_budget=2 * models[0].weight_bytes + 1)
@@ -103,7 +103,7 @@ def test_the_model_used_longest_ago_leaves(folders: list[Path]) -> None:
     ],
     ids=str,
 )
-def test_less_memory_gives_the_same_pictures(folders: list[Path], memory: Memory, tmp_path: Path) -> None:
+def test_less_memory_gives_the_same_images(folders: list[Path], memory: Memory, tmp_path: Path) -> None:
     """Also with a LoRA, whose layers hook into modules that offloading moves."""
     adapters = Adapters(loras={"first": write_tiny_lora(tmp_path / "first.safetensors", seed=11)})
     wanted = [request("plain"), request("lora", loras=(("first", 1.0),))]
@@ -115,7 +115,7 @@ def test_less_memory_gives_the_same_pictures(folders: list[Path], memory: Memory
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_gives_nearly_the_same_pictures(folders: list[Path], dtype: str, tmp_path: Path) -> None:
+def test_half_precision_gives_nearly_the_same_images(folders: list[Path], dtype: str, tmp_path: Path) -> None:
     """With everything that goes into the network beside latents: a LoRA, a ControlNet, a longer neighbour."""
     adapters = Adapters(
         loras={"first": write_tiny_lora(tmp_path / "first.safetensors", seed=11)},
@@ -124,8 +124,8 @@ def test_half_precision_gives_nearly_the_same_pictures(folders: list[Path], dtyp
     wanted = [
         request("plain"),
         request("lora", loras=(("first", 0.5),)),
-        request("control", controls=(ControlInput(name="a", image=picture(1), scale=0.5),)),
-        request("long", prompt="a picture of many words. and some more words"),
+        request("control", controls=(ControlInput(name="a", image=sample_image(1), scale=0.5),)),
+        request("long", prompt="an image of many words. and some more words"),
     ]
     usual = run(load(folders[0], adapters=adapters), wanted)
     half = run(load(folders[0], adapters=adapters, dtype=dtype), wanted)
@@ -134,8 +134,8 @@ def test_half_precision_gives_nearly_the_same_pictures(folders: list[Path], dtyp
         assert np.abs(one.image.astype(int) - other.image.astype(int)).mean() < 6
 
 
-def test_tiles_give_nearly_the_same_picture(folders: list[Path]) -> None:
-    """Decoding in tiles is the one saving that changes pictures: a little."""
+def test_tiles_give_nearly_the_same_image(folders: list[Path]) -> None:
+    """Decoding in tiles is the one saving that changes images: a little."""
     wanted = [request("plain", width=128, height=128)]
     [usual] = run(load(folders[0]), wanted)
     [tiled] = run(load(folders[0], memory=Memory(vae_tiling=True)), wanted)

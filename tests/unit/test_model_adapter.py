@@ -16,8 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-from calotype_shared.config import SamplerType
 from calotype_shared.errors import InvalidRequest
+from calotype_shared.schema.config import SamplerType
 from calotype_worker.engine import Engine, EngineSettings, Generated, GenerationRequest
 from calotype_worker.models.base import StepModel
 
@@ -44,7 +44,7 @@ def asked(name: str, **fields: object) -> GenerationRequest:
 
 
 def made(model: Any, requests: list[GenerationRequest]) -> tuple[list[Generated], Engine]:
-    """Their pictures. Nothing is denoised before all are there: this network is faster than `submit`."""
+    """Their images. Nothing is denoised before all are there: this network is faster than `submit`."""
     there, predict = threading.Event(), model.predict
     model.predict = lambda rows: predict(rows) if there.wait(30) else None
     engine = Engine(model, EngineSettings(max_rows=8))
@@ -58,7 +58,7 @@ def made(model: Any, requests: list[GenerationRequest]) -> tuple[list[Generated]
 
 
 def test_rows_of_any_kind_share_its_batch_and_get_what_they_asked_for(example: ModuleType) -> None:
-    """Three samplers, guidance on and off, other steps and sizes: each colour is the prompt's to within 2 of 255."""
+    """Three samplers, guidance on and off, other steps and sizes: each color is the prompt's to within 2 of 255."""
     model = example.PlainColors()
     assert isinstance(model, StepModel)
     requests = [
@@ -68,30 +68,30 @@ def test_rows_of_any_kind_share_its_batch_and_get_what_they_asked_for(example: M
         asked("yellow", guidance_scale=1.2, negative_prompt="yellow", num_inference_steps=15),
         asked("red", request_id="wide", width=128),
     ]
-    pictures, engine = made(model, requests)
-    for request, picture in zip(requests, pictures, strict=True):
+    images, engine = made(model, requests)
+    for request, image in zip(requests, images, strict=True):
         color = next(word for word in request.prompt.split() if word in example.COLORS)
         wanted = (np.array(example.COLORS[color]) + 1) * 127.5
-        assert picture.image.shape == (request.height, request.width, 3)
-        assert np.abs(picture.image.astype(float) - wanted).max() <= 2, request.request_id
+        assert image.image.shape == (request.height, request.width, 3)
+        assert np.abs(image.image.astype(float) - wanted).max() <= 2, request.request_id
     stats = engine.stats()
     assert stats.forward_passes < 40, "they went together: one after the other takes 68"
 
 
-def test_a_prompt_without_a_colour_gives_one_of_them(example: ModuleType) -> None:
+def test_a_prompt_without_a_color_gives_one_of_them(example: ModuleType) -> None:
     """And the seed alone says which: not the mean of all, as a network that ignored its input would give."""
     requests = [
         asked("plain", request_id=str(seed), prompt="a wall", seed=seed, num_inference_steps=30) for seed in range(8)
     ]
-    pictures, _ = made(example.PlainColors(), requests)
+    images, _ = made(example.PlainColors(), requests)
     palette = (np.array(list(example.COLORS.values())) + 1) * 127.5
-    chosen = {int(np.abs(palette - picture.image[0, 0]).max(1).argmin()) for picture in pictures}
+    chosen = {int(np.abs(palette - image.image[0, 0]).max(1).argmin()) for image in images}
     assert len(chosen) > 1
-    assert all(np.abs(palette - picture.image[0, 0]).max(1).min() <= 6 for picture in pictures)
+    assert all(np.abs(palette - image.image[0, 0]).max(1).min() <= 6 for image in images)
 
 
 def test_the_denoiser_finds_the_noise_that_was_put_in(example: ModuleType) -> None:
-    """Against the definition: x_t of a red picture and known noise, at a late timestep where red is certain."""
+    """Against the definition: x_t of a red image and known noise, at a late timestep where red is certain."""
     model = example.PlainColors()
     [red] = model.encode([example.Text(prompt="red")])
     noise = torch.randn((1, 3, 8, 8), generator=torch.Generator().manual_seed(0))

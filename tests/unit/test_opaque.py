@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from calotype_shared.config import OutputFormat, SamplerType
 from calotype_shared.errors import GenerationFailed, InvalidRequest
-from calotype_worker.engine.request import ControlInput, Generated, GenerationRequest, Mesh
+from calotype_shared.schema.config import OutputFormat, SamplerType
 from calotype_worker.models.base import OpaqueModel
 from calotype_worker.models.opaque import AnimateDiff, ShapE, opaque_card
 from calotype_worker.output.mesh import encode_ply, read_provenance
 from calotype_worker.output.video import encode_gif, encode_mp4, read_gif, read_mp4
-from tests.models import picture
+from calotype_worker.request import ControlInput, Generated, GenerationRequest, Mesh
+from tests.models import sample_image
 from tests.opaque_models import MOTION_FRAMES, OBJECT_SIDE, write_tiny_animatediff, write_tiny_shap_e
 
 # Few rays and a coarse grid: what is tested is the way there, not the quality.
@@ -198,9 +198,9 @@ def test_the_second_copy_of_the_motion_modules_is_dropped(video: AnimateDiff) ->
 @pytest.mark.parametrize(
     ("field", "changes"),
     [
-        ("init_image", {"init_image": picture(1)}),
+        ("init_image", {"init_image": sample_image(1)}),
         ("loras", {"loras": (("style", 1.0),)}),
-        ("controls", {"controls": (ControlInput(name="edges", image=picture(1)),)}),
+        ("controls", {"controls": (ControlInput(name="edges", image=sample_image(1)),)}),
         ("refiner", {"refiner": "other"}),
         ("preview_every", {"preview_every": 2}),
         ("num_frames", {"num_frames": MOTION_FRAMES + 1}),
@@ -305,8 +305,8 @@ def test_an_object_is_the_plain_pipelines(solid: ShapE) -> None:
     assert levels(result.image, wanted[0]) == 0
 
 
-def test_a_mesh_is_closed_and_coloured(solid: ShapE) -> None:
-    """Every edge has two triangles, one on each side; faces look outwards; colours are those of the network."""
+def test_a_mesh_is_closed_and_colored(solid: ShapE) -> None:
+    """Every edge has two triangles, one on each side; faces look outwards; colors are those of the network."""
     mesh = surface(made(solid, thing())[0])
     edges = Counter((int(a), int(b)) for face in mesh.faces for a, b in pairwise([*face, face[0]]))
     assert set(edges.values()) == {1}
@@ -325,7 +325,7 @@ def test_a_mesh_is_closed_and_coloured(solid: ShapE) -> None:
 
 
 def test_only_what_will_be_written_is_made(solid: ShapE) -> None:
-    """Rendering a turn takes far longer than a mesh; a mesh's own picture shows the object."""
+    """Rendering a turn takes far longer than a mesh; a mesh's own image shows the object."""
     whole = made(solid, thing())[0]
     mesh = made(solid, thing(output_format=OutputFormat.PLY))[0]
     assert mesh.frames is None
@@ -374,12 +374,12 @@ def surface(result: Generated) -> Mesh:
 
 
 def moving(width: int, height: int, frames: int = 6) -> np.ndarray:
-    """A smooth picture that drifts: uint8 (F, H, W, 3)."""
-    return np.stack([np.roll(picture(5, width, height), 2 * index, axis=1) for index in range(frames)])
+    """A smooth image that drifts: uint8 (F, H, W, 3)."""
+    return np.stack([np.roll(sample_image(5, width, height), 2 * index, axis=1) for index in range(frames)])
 
 
 def test_a_gif_keeps_frames_pace_and_provenance() -> None:
-    """Colours within what 256 of them allow, the whole time as asked, the JSON whole."""
+    """Colors within what 256 of them allow, the whole time as asked, the JSON whole."""
     frames = moving(48, 40)
     data = encode_gif(frames, 12.0, PROVENANCE)
     found = read_gif(data)
@@ -413,7 +413,7 @@ def test_an_mp4_keeps_colors(color: tuple[int, int, int]) -> None:
 
 
 def test_an_mp4_is_what_browsers_play() -> None:
-    """H.264 with 4:2:0 chroma, and its colours described."""
+    """H.264 with 4:2:0 chroma, and its colors described."""
     import io
 
     import av
@@ -431,13 +431,13 @@ def test_other_files_have_no_provenance() -> None:
     from PIL import Image
 
     buffer = io.BytesIO()
-    Image.fromarray(picture(1)).quantize(16).save(buffer, "GIF", comment=b"made with care")
+    Image.fromarray(sample_image(1)).quantize(16).save(buffer, "GIF", comment=b"made with care")
     assert read_gif(buffer.getvalue()).provenance == {}
 
 
 @pytest.mark.parametrize("encode", [encode_gif, encode_mp4])
 def test_what_is_no_video_is_refused(encode: Callable[..., bytes]) -> None:
-    """No frames, a single picture, other numbers than bytes, no pace."""
+    """No frames, a single image, other numbers than bytes, no pace."""
     for frames, fps in ((moving(8, 8)[:0], 8.0), (moving(8, 8)[0], 8.0), (moving(8, 8) / 255, 8.0), (moving(8, 8), 0)):
         with pytest.raises(ValueError, match="should be"):
             encode(frames, fps, {})

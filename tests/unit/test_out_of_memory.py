@@ -1,6 +1,6 @@
-"""A device with too little memory: passes are split, the engine learns how much fits, and nobody's picture changes.
+"""A device with too little memory: passes are split, the engine learns how much fits, and nobody's image changes.
 
-`Small` is the real tiny model on a device that holds so many rows, or pictures to decode, and no more.
+`Small` is the real tiny model on a device that holds so many rows, or images to decode, and no more.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from calotype_shared.config import SamplerType
 from calotype_shared.errors import GenerationFailed
+from calotype_shared.schema.config import SamplerType
 from calotype_worker.engine import Generated, GenerationRequest
 from calotype_worker.engine.memory_limit import MemoryLimit, is_out_of_memory
 from calotype_worker.models import StepModel
@@ -66,7 +66,7 @@ def batch(count: int = 12, *, steps: int = 6) -> list[GenerationRequest]:
     ]
 
 
-def pictures(futures: Sequence[Future[Generated]]) -> list[np.ndarray]:
+def images(futures: Sequence[Future[Generated]]) -> list[np.ndarray]:
     return [future.result(timeout=60).image for future in futures]
 
 
@@ -76,7 +76,7 @@ def assert_alike(found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) ->
 
 
 @pytest.mark.parametrize("fits", [1, 3, 7])
-def test_all_succeed_with_the_same_pictures_and_few_passes_fail(
+def test_all_succeed_with_the_same_images_and_few_passes_fail(
     make_engine: Any, tiny_step_model: StepModel, fits: int
 ) -> None:
     undisturbed = make_engine(start=False)
@@ -84,7 +84,7 @@ def test_all_succeed_with_the_same_pictures_and_few_passes_fail(
     outcomes = []
     for each in (undisturbed, engine):
         each.start()
-        outcomes.append(pictures([each.submit(r) for r in batch()]))
+        outcomes.append(images([each.submit(r) for r in batch()]))
     assert_alike(outcomes[1], outcomes[0])
     assert small.failed <= 5, f"it learned nothing: {small.tried}"
     assert max(small.tried[-8:]) <= fits
@@ -95,10 +95,10 @@ def test_all_succeed_with_the_same_pictures_and_few_passes_fail(
 def test_nobody_joins_beyond_what_fits_and_the_engine_remembers(make_engine: Any, tiny_step_model: StepModel) -> None:
     """The next requests of that kind are taken a few at a time from the start; another size has its own limit."""
     engine = make_engine(small := Small(tiny_step_model, rows=4), max_rows=16)
-    pictures([engine.submit(r) for r in batch()])
+    images([engine.submit(r) for r in batch()])
     small.tried.clear()
     small.failed = 0
-    pictures([engine.submit(request(f"s{i}", seed=i)) for i in range(8)])
+    images([engine.submit(request(f"s{i}", seed=i)) for i in range(8)])
     assert small.failed == 0
     assert max(small.tried) in {2, 3, 4}
     crowd = [request(f"c{i}", seed=i, steps=300) for i in range(8)]
@@ -110,17 +110,17 @@ def test_nobody_joins_beyond_what_fits_and_the_engine_remembers(make_engine: Any
     while not all(future.cancelled() for future in futures):
         time.sleep(0.001)
     small.rows = 16
-    pictures([engine.submit(request(f"t{i}", seed=i, width=32, height=32, steps=20)) for i in range(8)])
+    images([engine.submit(request(f"t{i}", seed=i, width=32, height=32, steps=20)) for i in range(8)])
     assert max(small.tried) > 4
 
 
 def test_more_is_tried_again_after_a_while(make_engine: Any, tiny_step_model: StepModel) -> None:
     """Memory was short for a passing reason: the limit comes back up."""
     engine = make_engine(small := Small(tiny_step_model, rows=2), max_rows=8)
-    pictures([engine.submit(r) for r in batch(4)])
+    images([engine.submit(r) for r in batch(4)])
     small.rows = 8
     small.tried.clear()
-    pictures([engine.submit(request(f"s{i}", seed=i, steps=120, guidance=1.0)) for i in range(8)])
+    images([engine.submit(request(f"s{i}", seed=i, steps=120, guidance=1.0)) for i in range(8)])
     assert small.tried[0] <= 2
     assert max(small.tried) > small.tried[0]
     assert engine.stats().failed == 0
@@ -142,7 +142,7 @@ def test_what_does_not_fit_alone_fails_clearly_and_its_neighbours_do_not(
     futures = [engine.submit(r) for r in (*batch(3), request("large", width=width, height=height))]
     with pytest.raises(GenerationFailed, match=r"too little memory.*96x64.*vae-tiling"):
         futures.pop().result(timeout=60)
-    assert len(pictures(futures)) == 3
+    assert len(images(futures)) == 3
     assert engine.stats().failed == 1
     assert engine.alive
 
@@ -154,10 +154,10 @@ def test_decoding_too(make_engine: Any, tiny_step_model: StepModel, fits: int) -
     requests = [request(f"r{i}", seed=i) for i in range(12)]
     expected.start()
     engine.start()
-    wanted = pictures([expected.submit(r) for r in requests])
+    wanted = images([expected.submit(r) for r in requests])
     futures = [engine.submit(r) for r in requests]
     if fits:
-        assert_alike(pictures(futures), wanted)
+        assert_alike(images(futures), wanted)
         assert small.failed <= 3
         return
     for future in futures:
@@ -183,7 +183,7 @@ def test_deterministic_parts_are_powers_of_two_and_their_bits_the_same_in_any_co
 ) -> None:
     small = Small(tiny_step_model, rows=3)
     engine = make_engine(small, max_rows=16, deterministic=True)
-    crowd = pictures([engine.submit(r) for r in batch(8)])
+    crowd = images([engine.submit(r) for r in batch(8)])
     assert set(small.tried) <= {1, 2, 4, 8, 16}
     small.tried.clear()
     alone = [engine.submit(r).result(timeout=60).image for r in batch(8)]

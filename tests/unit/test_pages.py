@@ -104,7 +104,7 @@ def test_commands_and_settings_in_the_guides_exist() -> None:
 
 
 def test_the_site_builds_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
-    """Strictly: no page, link or anchor is missing. Every script, style, font and picture is its own."""
+    """Strictly: no page, link or anchor is missing. Every script, style, font and image is its own."""
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     built = subprocess.run(
         command,

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from calotype_worker.preemption import Metadata, Notice, Watcher, notice_source
+from calotype_worker.jobs.preemption import Metadata, Notice, Watcher, notice_source
 from calotype_worker.settings import WorkerSettings
 from tests.faults.metadata import MACHINE, MetadataService, metadata_service
 
@@ -209,7 +209,7 @@ def hostile(request: pytest.FixtureRequest) -> Iterator[str]:
 def test_a_hostile_service_is_no_notice_and_takes_bounded_time(
     hostile: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("calotype_worker.preemption._ANSWER_SECONDS", 0.3)
+    monkeypatch.setattr("calotype_worker.jobs.preemption._ANSWER_SECONDS", 0.3)
     told: list[Notice] = []
     began = time.monotonic()
     for cloud in ("gcp", "azure", "aws"):

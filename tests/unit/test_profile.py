@@ -17,8 +17,8 @@ from calotype_shared.errors import GenerationFailed, InvalidRequest
 from calotype_worker import profiling
 from calotype_worker.engine import Engine, GenerationRequest, profiler
 from calotype_worker.engine.profile import Point, Profile, measure, sizes_up_to
-from calotype_worker.engine.request import GroupKey
 from calotype_worker.models.base import StepModel
+from calotype_worker.request import GroupKey
 from calotype_worker.settings import WorkerSettings
 from tests.unit.test_engine import request
 
@@ -126,7 +126,7 @@ def test_the_engine_keeps_to_the_knee(make_engine: Any, tiny_step_model: StepMod
 
     def budget(width: int, height: int) -> int:
         shape = tiny_step_model.latent_shape(width, height)
-        return made._budgets.now(GroupKey(model=tiny_step_model.card.name, latent_shape=shape))
+        return made._budgets.current(GroupKey(model=tiny_step_model.card.name, latent_shape=shape))
 
     assert budget(width, height) == 6
     assert budget(width // 2, height // 2) == 16
@@ -161,7 +161,7 @@ def test_steps_are_measured_where_they_are_run(make_engine: Any, monkeypatch: py
 
 
 def test_a_fixed_number_of_rows_is_not_measured(make_engine: Any) -> None:
-    """Deterministic pictures must not depend on how fast a machine is."""
+    """Deterministic images must not depend on how fast a machine is."""
     made: Engine = make_engine(deterministic=True, start=False)
     assert made.profile(seconds=1) == []
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calotype_shared.errors import InvalidRequest
-from calotype_shared.prompt import parse_weights, plain_text
+from calotype_shared.schema.prompt import parse_weights, plain_text
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ import calotype_worker
 from calotype.gateway.settings import GatewaySettings
 from calotype_shared.settings import Settings, StrictSettings
 from calotype_worker.settings import WorkerSettings
-from infra.reference import python_api, results
-from infra.reference.__main__ import PAGES, stale
+from tools.reference import python_api, results
+from tools.reference.__main__ import PAGES, stale
 
 REFERENCE = Path(__file__).parents[2] / "docs" / "reference"
 
@@ -35,7 +35,7 @@ def test_a_page_that_differs_is_noticed(tmp_path: Path, monkeypatch: pytest.Monk
         (tmp_path / name).write_text((root / name).read_text())
     changed = tmp_path / "docs/reference/settings.md"
     changed.write_text(changed.read_text().replace("`calotype:`", "`calotypes:`"))
-    monkeypatch.setattr("infra.reference.__main__.ROOT", tmp_path)
+    monkeypatch.setattr("tools.reference.__main__.ROOT", tmp_path)
     assert list(stale()) == ["docs/reference/settings.md"]
 
 

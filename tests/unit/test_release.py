@@ -23,8 +23,8 @@ GOOD = "# Changelog\n\n## [Unreleased]\n\n### Added\n- A.\n\n## [1.0.0] - 2026-0
 
 
 def load_release() -> ModuleType:
-    """`infra/release.py`, which is in no package."""
-    spec = importlib.util.spec_from_file_location("release", ROOT / "infra" / "release.py")
+    """`tools/release.py`, loaded by path."""
+    spec = importlib.util.spec_from_file_location("release", ROOT / "tools" / "release.py")
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -143,7 +143,7 @@ def test_a_release_is_tested_before_it_is_published() -> None:
     jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text())["jobs"]
     runs = [step.get("run", "") for step in jobs["build"]["steps"]]
     assert [run for run in runs if run.startswith("make")] == ["make check", "make test", "make build"]
-    assert any("infra/release.py tag" in run for run in runs)
+    assert any("tools/release.py tag" in run for run in runs)
     writes = {
         name: sorted(right for right, level in job.get("permissions", {}).items() if level == "write")
         for name, job in jobs.items()

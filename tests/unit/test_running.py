@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from calotype_worker.engine.running import RunningGroup, RunningRow
-from calotype_worker.report import step_groups
+from calotype_worker.observability.report import step_groups
 from tests.integration.conftest import until
 from tests.unit.test_engine import request
 
@@ -34,7 +34,7 @@ def test_the_rows_of_this_moment(make_engine: Any) -> None:
 
 
 def test_a_report_is_bounded() -> None:
-    """The busiest groups, their first rows; the numbers still count all. An engine's name of a picture has parts."""
+    """The busiest groups, their first rows; the numbers still count all. An engine's name of an image has parts."""
     rows = tuple(
         RunningRow(request_id=f"job{n}/2-abcd/3", step=n, total_steps=50, guided=n % 2 == 0) for n in range(50)
     )
@@ -45,5 +45,5 @@ def test_a_report_is_bounded() -> None:
     assert [(one.model, one.running, len(one.rows)) for one in told[:3]] == [("m", 50, 50), ("n", 20, 14), ("n", 20, 0)]
     assert (told[0].waiting, told[0].decoding, told[0].budget) == (5, 1, 99)
     row = told[0].rows[7]
-    assert (row.job, row.picture, row.step, row.total_steps, row.guided) == ("job7", 3, 7, 50, False)
+    assert (row.job, row.image, row.step, row.total_steps, row.guided) == ("job7", 3, 7, 50, False)
     assert "abcd" not in told[0].model_dump_json(), "the fence token stays in the worker"

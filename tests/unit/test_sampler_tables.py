@@ -8,8 +8,8 @@ import diffusers
 import pytest
 import torch
 
-from calotype_shared.config import SamplerType
 from calotype_shared.errors import InvalidRequest
+from calotype_shared.schema.config import SamplerType
 from calotype_worker.sampling import SamplerTable, TableCache, build_table, make_scheduler
 from calotype_worker.sampling import table as table_module
 from calotype_worker.sampling.probe import NotLinear

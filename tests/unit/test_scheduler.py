@@ -136,15 +136,15 @@ def test_the_scheduler_imports_no_torch() -> None:
 
 def test_groups_that_are_not_at_hand_give_way_for_a_while() -> None:
     """Two models that do not fit together are not exchanged at every step, and neither starves."""
-    at_hand = {"a"}
-    scheduler: Scheduler[str] = Scheduler(lambda _: 8, at_hand=lambda group: group in at_hand, patience=5)
+    resident = {"a"}
+    scheduler: Scheduler[str] = Scheduler(lambda _: 8, resident=lambda group: group in resident, switch_delay_steps=5)
     for group in ("b", "a"):
         scheduler.add(f"one of {group}", group, 1)
     turns = []
     for _ in range(14):
         plan = scheduler.plan()
         assert plan is not None
-        at_hand = {plan.group}
+        resident = {plan.group}
         turns.append(plan.group)
     assert "".join(turns) == "aaaaabbbbbbaaa"
     scheduler.remove("one of a")
@@ -161,8 +161,8 @@ def test_urgent_requests_join_first() -> None:
         scheduler.add(request, "group", 1 if request == "running" else 2)
     assert scheduler.plan().admitted == ("running",)  # type: ignore[union-attr]
     scheduler.add("late", "group", 1)
-    scheduler.add("urgent", "group", 2, urgent=True)
-    scheduler.add("urgent too", "group", 1, urgent=True)
+    scheduler.add("urgent", "group", 2, interactive=True)
+    scheduler.add("urgent too", "group", 1, interactive=True)
     assert scheduler.plan().admitted == ()  # type: ignore[union-attr]
     scheduler.remove("running")
     order = []
@@ -173,7 +173,7 @@ def test_urgent_requests_join_first() -> None:
         for request in admitted:
             scheduler.remove(request)
     assert order == ["urgent", "urgent too", "a", "b", "late"]
-    scheduler.add("x", "group", 1, urgent=True)
+    scheduler.add("x", "group", 1, interactive=True)
     scheduler.remove("x")
     assert len(scheduler) == 0
 
@@ -204,7 +204,7 @@ def turns(scheduler: Scheduler[str], count: int) -> list[str]:
 
 
 def test_groups_share_time_and_not_steps() -> None:
-    """Four steps of small pictures take as long as one of large ones, and so they run for each of these."""
+    """Four steps of small images take as long as one of large ones, and so they run for each of these."""
     scheduler: Scheduler[str] = Scheduler(lambda _: 8, step_cost={"small": 0.25, "large": 1.0}.__getitem__)
     for group in ("small", "large"):
         scheduler.add(f"one of {group}", group, 1)
@@ -251,7 +251,7 @@ def test_groups_with_urgent_requests_go_first_and_the_others_are_not_forgotten()
     """Eight steps of theirs, then one of the others'; as soon as no urgent one runs, all take turns again."""
     scheduler: Scheduler[str] = Scheduler(lambda _: 2)
     scheduler.add("patient", "a", 1)
-    scheduler.add("urgent", "b", 1, urgent=True)
+    scheduler.add("urgent", "b", 1, interactive=True)
     scheduler.add("neighbour", "b", 1)
     plan = scheduler.plan()
     assert plan is not None

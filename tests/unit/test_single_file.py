@@ -37,8 +37,8 @@ def checkpoint(tmp_path: Path) -> Path:
     return write_ldm_checkpoint(pipeline, tmp_path / "tiny.safetensors")
 
 
-def test_one_file_gives_the_pictures_of_the_folder(checkpoint: Path) -> None:
-    """Every tensor finds its place; with two of them exchanged the picture is another."""
+def test_one_file_gives_the_images_of_the_folder(checkpoint: Path) -> None:
+    """Every tensor finds its place; with two of them exchanged the image is another."""
     expected = draw(load_model("tiny", source=str(checkpoint.parent / "whole")))
     loaded = load_model("tiny", source=str(checkpoint))
     assert np.abs(draw(loaded) - expected).max() <= 1

@@ -10,7 +10,7 @@ import torch
 
 from calotype_shared.errors import InvalidRequest
 from calotype_worker.engine import engine
-from calotype_worker.engine.ticket import prepare
+from calotype_worker.engine.request_state import prepare
 from calotype_worker.threads import apart, compute_alone, compute_with, wait_briefly
 from tests.unit.test_engine import request
 

@@ -35,7 +35,7 @@ def test_every_step_is_in_the_trace_with_its_rows(make_engine: Any, tmp_path: Pa
     assert sum(step["rows"] for step in steps) == stats.rows
     assert sum(step["finished"] for step in steps) == 6
     assert all(step["reason"] == "turn" and step["budget"] >= step["rows"] for step in steps)
-    assert sum(event["args"]["pictures"] for event in own if event["name"] == "decode") == 6
+    assert sum(event["args"]["images"] for event in own if event["name"] == "decode") == 6
     assert all(a["ts"] + a["dur"] <= b["ts"] + 1 for a, b in pairwise(own)), "spans of the engine's track overlap"
     covered = sum(event["dur"] for event in own)
     assert covered >= 0.8 * (own[-1]["ts"] + own[-1]["dur"] - own[0]["ts"])

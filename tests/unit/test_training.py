@@ -15,14 +15,14 @@ import torch
 from PIL import Image, ImageDraw
 
 from calotype_shared.errors import InvalidRequest
-from calotype_worker.training.__main__ import build_parser, main, prepare
-from calotype_worker.training.checkpoint import load_checkpoint, save_checkpoint
-from calotype_worker.training.data import Example, hold_out
-from calotype_worker.training.objective import Objective, Weighting
+from calotype_train.__main__ import build_parser, main, prepare
+from calotype_train.checkpoint import load_checkpoint, save_checkpoint
+from calotype_train.data import Example, hold_out
+from calotype_train.objective import Objective, Weighting
 
 RECIPES = {
     "lora": ["lora", "--rank", "4", "--learning-rate", "0.02"],
-    "textual-inversion": ["textual-inversion", "--token", "<x>", "--initialise-from", "a", "--vectors", "2"],
+    "textual-inversion": ["textual-inversion", "--token", "<x>", "--initialize-from", "a", "--vectors", "2"],
     "controlnet": ["controlnet", "--learning-rate", "0.003", "--embedding-channels", "4,4,8,8"],
 }
 STEPS = 16
@@ -39,18 +39,18 @@ def model(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight pictures of discs with captions and control pictures, two of them of its second size."""
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight images of discs with captions and control images, two of them of its second size."""
+    folder = tmp_path_factory.mktemp("images")
     rng = random.Random(0)
     lines = []
     for number in range(8):
         size = (64, 64) if number < 6 else (80, 64)
-        picture, control = Image.new("RGB", size, (200, 30, 30)), Image.new("RGB", size)
+        image, control = Image.new("RGB", size, (200, 30, 30)), Image.new("RGB", size)
         x, y = rng.randrange(8, 30), rng.randrange(8, 30)
-        ImageDraw.Draw(picture).ellipse((x, y, x + 24, y + 24), fill=(240, 230, 20))
+        ImageDraw.Draw(image).ellipse((x, y, x + 24, y + 24), fill=(240, 230, 20))
         ImageDraw.Draw(control).ellipse((x, y, x + 24, y + 24), outline=(255, 255, 255))
-        picture.save(folder / f"{number}.png")
+        image.save(folder / f"{number}.png")
         control.save(folder / f"{number}-control.png")
         entry = {"file_name": f"{number}.png", "text": "a <x>", "conditioning_file_name": f"{number}-control.png"}
         lines.append(json.dumps(entry))
@@ -59,14 +59,14 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(pictures: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def trained(images: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """What a recipe saved after `STEPS` steps; trained once a module."""
     folder = tmp_path_factory.mktemp("trained")
 
     def get(recipe: str) -> Path:
         out = folder / f"{recipe}{'' if recipe == 'controlnet' else '.safetensors'}"
         if not out.exists():
-            assert main(arguments(recipe, pictures, model, out)) == 0
+            assert main(arguments(recipe, images, model, out)) == 0
         return out
 
     return get
@@ -92,11 +92,11 @@ def test_the_held_out_loss_falls(recipe: str, trained: Callable[[str], Path]) ->
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_resumed_run_is_the_uninterrupted_one(
-    recipe: str, trained: Callable[[str], Path], pictures: Path, model: Path, tmp_path: Path
+    recipe: str, trained: Callable[[str], Path], images: Path, model: Path, tmp_path: Path
 ) -> None:
     """Killed three steps past its checkpoint and resumed: every bit of the last checkpoint is the same."""
     out = tmp_path / trained(recipe).name
-    given = arguments(recipe, pictures, model, out)
+    given = arguments(recipe, images, model, out)
     training, _ = prepare(build_parser().parse_args(given))
     training.run(stop_after=8)
     for _ in range(3):
@@ -110,12 +110,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 
 
-def test_what_resuming_restores_matters(pictures: Path, model: Path, tmp_path: Path) -> None:
-    """A negative control: with the optimiser's moments lost, the same steps end elsewhere."""
+def test_what_resuming_restores_matters(images: Path, model: Path, tmp_path: Path) -> None:
+    """A negative control: with the optimizer's moments lost, the same steps end elsewhere."""
     ends = []
     for lost in (False, True):
         out = tmp_path / f"lost-{lost}.safetensors"
-        given = arguments("lora", pictures, model, out)
+        given = arguments("lora", images, model, out)
         training, _ = prepare(build_parser().parse_args(given))
         training.run(stop_after=2)
         work = out.with_name(out.name + ".training")
@@ -130,16 +130,16 @@ def test_what_resuming_restores_matters(pictures: Path, model: Path, tmp_path: P
 
 
 def test_resuming_under_other_settings_is_refused(
-    trained: Callable[[str], Path], pictures: Path, model: Path, capsys: pytest.CaptureFixture[str]
+    trained: Callable[[str], Path], images: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A run can't be half of one rank and half of another."""
     out = trained("lora")
-    assert main(arguments("lora", pictures, model, out, "--resume", "--rank", "2")) == 2
+    assert main(arguments("lora", images, model, out, "--resume", "--rank", "2")) == 2
     assert "rank=2: the run in lora.safetensors.training was started with 4" in capsys.readouterr().err
 
 
 def test_a_lora_loads_in_plain_diffusers(trained: Callable[[str], Path], model: Path) -> None:
-    """It changes the picture, and at weight 0 it does not."""
+    """It changes the image, and at weight 0 it does not."""
     pipeline = plain(model)
     before = paint(pipeline)
     pipeline.load_lora_weights(str(trained("lora").parent), weight_name="lora.safetensors")
@@ -149,10 +149,10 @@ def test_a_lora_loads_in_plain_diffusers(trained: Callable[[str], Path], model: 
     assert np.abs(paint(pipeline) - before).max() <= 1
 
 
-def test_every_layer_of_a_lora_is_loaded(pictures: Path, model: Path, tmp_path: Path) -> None:
+def test_every_layer_of_a_lora_is_loaded(images: Path, model: Path, tmp_path: Path) -> None:
     """Attention and convolutions together: diffusers drops layers whose names it does not expect, with a warning."""
     out = tmp_path / "mixed.safetensors"
-    given = [*arguments("lora", pictures, model, out), "--targets", "to_q,to_out.0,conv1", "--steps", "2"]
+    given = [*arguments("lora", images, model, out), "--targets", "to_q,to_out.0,conv1", "--steps", "2"]
     assert main(given) == 0
     learned, _ = load_checkpoint(out.with_name(out.name + ".training")) or ({}, {})
     pipeline = plain(model)
@@ -166,10 +166,10 @@ def test_every_layer_of_a_lora_is_loaded(pictures: Path, model: Path, tmp_path: 
         torch.testing.assert_close(loaded[name], learned[f"weight/{name}"], atol=1e-3, rtol=1e-3)
 
 
-def test_a_loras_alpha_travels_with_it(pictures: Path, model: Path, tmp_path: Path) -> None:
+def test_a_loras_alpha_travels_with_it(images: Path, model: Path, tmp_path: Path) -> None:
     """Loaded by diffusers, the layers have the scale that they were trained with."""
     out = tmp_path / "scaled.safetensors"
-    assert main([*arguments("lora", pictures, model, out), "--steps", "2", "--alpha", "12"]) == 0
+    assert main([*arguments("lora", images, model, out), "--steps", "2", "--alpha", "12"]) == 0
     pipeline = plain(model)
     pipeline.load_lora_weights(str(out.parent), weight_name=out.name)
     scales = {layer.scaling["default_0"] for layer in pipeline.unet.modules() if hasattr(layer, "scaling")}
@@ -177,7 +177,7 @@ def test_a_loras_alpha_travels_with_it(pictures: Path, model: Path, tmp_path: Pa
 
 
 def test_a_new_word_loads_in_plain_diffusers(trained: Callable[[str], Path], model: Path) -> None:
-    """Both its vectors; a prompt with it gives another picture, one without it the same."""
+    """Both its vectors; a prompt with it gives another image, one without it the same."""
     pipeline = plain(model)
     before, without = paint(pipeline, "a <x>"), paint(pipeline, "a b")
     pipeline.load_textual_inversion(str(trained("textual-inversion")))
@@ -195,8 +195,8 @@ def test_only_the_new_word_is_learned(trained: Callable[[str], Path]) -> None:
     assert not torch.equal(state["<x>"][0], state["<x>"][1])  # from the same word, each went its own way
 
 
-def test_a_controlnet_loads_in_plain_diffusers(trained: Callable[[str], Path], model: Path, pictures: Path) -> None:
-    """Its control picture changes the result, another one changes it otherwise, and scale 0 is without it."""
+def test_a_controlnet_loads_in_plain_diffusers(trained: Callable[[str], Path], model: Path, images: Path) -> None:
+    """Its control image changes the result, another one changes it otherwise, and scale 0 is without it."""
     from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 
     pipeline = plain(model)
@@ -204,19 +204,19 @@ def test_a_controlnet_loads_in_plain_diffusers(trained: Callable[[str], Path], m
     net = ControlNetModel.from_pretrained(str(trained("controlnet")), torch_dtype=torch.float32, use_safetensors=True)
     controlled = StableDiffusionControlNetPipeline(**pipeline.components, controlnet=net, requires_safety_checker=False)
     controlled.set_progress_bar_config(disable=True)
-    first, second = (Image.open(pictures / f"{number}-control.png") for number in (0, 1))
+    first, second = (Image.open(images / f"{number}-control.png") for number in (0, 1))
     after = paint(controlled, image=first)
     assert np.abs(after - before).max() > 8
     assert np.abs(paint(controlled, image=second) - after).max() > 0
     assert np.abs(paint(controlled, image=first, controlnet_conditioning_scale=0.0) - before).max() <= 1
 
 
-def test_a_light_controlnet_is_a_controlnet(pictures: Path, model: Path, tmp_path: Path) -> None:
+def test_a_light_controlnet_is_a_controlnet(images: Path, model: Path, tmp_path: Path) -> None:
     """Without attention, smaller, and still the encoder of its U-Net; at first it changes nothing."""
     from diffusers import ControlNetModel
 
     out = tmp_path / "light"
-    training, recipe = prepare(build_parser().parse_args(arguments("controlnet", pictures, model, out, "--light")))
+    training, recipe = prepare(build_parser().parse_args(arguments("controlnet", images, model, out, "--light")))
     del training
     recipe.save(out)
     light = ControlNetModel.from_pretrained(str(out), torch_dtype=torch.float32)
@@ -227,12 +227,12 @@ def test_a_light_controlnet_is_a_controlnet(pictures: Path, model: Path, tmp_pat
     assert all(not part.any() for part in [*down, middle])
 
 
-def test_a_sample_sheet_shows_before_and_after(pictures: Path, model: Path, tmp_path: Path) -> None:
+def test_a_sample_sheet_shows_before_and_after(images: Path, model: Path, tmp_path: Path) -> None:
     """A column a prompt; two rows that differ."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a\nb\n\n")
     out = tmp_path / "x.safetensors"
-    given = [*arguments("lora", pictures, model, out), "--steps", "6", "--validation-prompts", str(prompts)]
+    given = [*arguments("lora", images, model, out), "--steps", "6", "--validation-prompts", str(prompts)]
     assert main([*given, "--sample-every", "3"]) == 0
     names = sorted(path.name for path in (tmp_path / "x.safetensors.training").glob("*.png"))
     assert names == ["samples-000003.png", "samples-000006.png"]
@@ -252,9 +252,9 @@ def test_an_unfinished_checkpoint_is_not_looked_at(tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path / "nowhere") is None
 
 
-def test_held_out_pictures_stay_held_out() -> None:
-    """More pictures move none from the judges to the learners' side, except to make room."""
-    examples = [Example(picture=Path(f"{number}.png"), text="") for number in range(40)]
+def test_held_out_images_stay_held_out() -> None:
+    """More images move none from the judges to the learners' side, except to make room."""
+    examples = [Example(image=Path(f"{number}.png"), text="") for number in range(40)]
     learned_from, judged_by = hold_out(examples, share=0.1, most=32)
     assert len(judged_by) == 4
     assert not set(judged_by) & set(learned_from)
@@ -283,12 +283,12 @@ def test_the_target_is_that_of_the_schedule() -> None:
 
 
 def test_bad_input_is_one_line_with_a_remedy(
-    pictures: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    images: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What is wrong, the value and what to do; exit status 2; nothing written."""
     out = tmp_path / "out.safetensors"
 
-    def said(recipe: str, *more: str, data: Path = pictures, model: Path = model) -> str:
+    def said(recipe: str, *more: str, data: Path = images, model: Path = model) -> str:
         assert main(arguments(recipe, data, model, out, *more)) == 2
         shown = capsys.readouterr().err
         assert len(shown.strip().splitlines()) == 1
@@ -299,29 +299,29 @@ def test_bad_input_is_one_line_with_a_remedy(
     assert "has no metadata.jsonl" in said("lora", data=tmp_path)
     assert "--model='nowhere': no model there; give demo" in said("lora", model=Path("nowhere"))
     assert "--targets='to_x': names no layer" in said("lora", "--targets", "to_q,to_x")
-    assert "'zebra': is 5 tokens" in said("textual-inversion", "--initialise-from", "zebra")
+    assert "'zebra': is 5 tokens" in said("textual-inversion", "--initialize-from", "zebra")
     assert "--token='<y>': is in no caption" in said("textual-inversion", "--token", "<y>")
     assert "--token='a</w>': is no new word" in said(
-        "textual-inversion", "--token", "a</w>", data=pictures_with(tmp_path, pictures, text="a</w>")
+        "textual-inversion", "--token", "a</w>", data=images_with(tmp_path, images, text="a</w>")
     )
     assert "2 widths" in said("controlnet", "--embedding-channels", "4,4")
     assert "--device='abacus': torch has no such device" in said("lora", "--device", "abacus")
     assert "--validation-prompts" in said("lora", "--validation-prompts", str(tmp_path / "none.txt"))
     assert "metadata.jsonl:8 file_name='gone.png'" in said(
-        "lora", data=pictures_with(tmp_path, pictures, file_name="gone.png")
+        "lora", data=images_with(tmp_path, images, file_name="gone.png")
     )
     assert "conditioning_file_name='gone.png'" in said(
-        "controlnet", data=pictures_with(tmp_path, pictures, conditioning_file_name="gone.png")
+        "controlnet", data=images_with(tmp_path, images, conditioning_file_name="gone.png")
     )
-    assert "metadata.jsonl:8='{" in said("lora", data=pictures_with(tmp_path, pictures, text=7))
-    assert "not a picture" in said("lora", data=pictures_with(tmp_path, pictures, file_name="metadata.jsonl"))
+    assert "metadata.jsonl:8='{" in said("lora", data=images_with(tmp_path, images, text=7))
+    assert "not an image" in said("lora", data=images_with(tmp_path, images, file_name="metadata.jsonl"))
 
 
-def pictures_with(scratch: Path, pictures: Path, **changes: object) -> Path:
-    """A copy of the pictures whose last line of metadata is changed."""
+def images_with(scratch: Path, images: Path, **changes: object) -> Path:
+    """A copy of the images whose last line of metadata is changed."""
     folder = scratch / "changed"
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(pictures, folder)
+    shutil.copytree(images, folder)
     lines = (folder / "metadata.jsonl").read_text().splitlines()
     lines[-1] = json.dumps({**json.loads(lines[-1]), **changes})
     (folder / "metadata.jsonl").write_text("\n".join(lines))

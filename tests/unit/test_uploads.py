@@ -1,4 +1,4 @@
-"""Pictures that go in: what is kept of them, and what is refused."""
+"""Images that go in: what is kept of them, and what is refused."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from calotype_shared.errors import InvalidRequest
-from calotype_shared.uploads import MAX_BYTES, fitted, normalise, open_upload
-from tests.models import picture
+from calotype_shared.storage.images import MAX_BYTES, fitted, normalize_image, open_upload
+from tests.models import sample_image
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -20,64 +20,64 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
     return buffer.getvalue()
 
 
-def test_the_same_picture_has_one_name_and_no_metadata() -> None:
+def test_the_same_image_has_one_name_and_no_metadata() -> None:
     """However it was packed: only pixels are left, and only they name it."""
-    image = Image.fromarray(picture(1))
+    source = Image.fromarray(sample_image(1))
     exif = Image.Exif()
     exif[0x010F] = "a camera that tells where it was"
     packed = [
-        encoded(image, "PNG"),
-        encoded(image, "PNG", compress_level=0),
-        encoded(image, "WEBP", lossless=True, exif=exif),
+        encoded(source, "PNG"),
+        encoded(source, "PNG", compress_level=0),
+        encoded(source, "WEBP", lossless=True, exif=exif),
     ]
-    uploads = [normalise(data) for data in packed]
+    uploads = [normalize_image(data) for data in packed]
     assert len({upload_id for upload_id, _ in uploads}) == 1
     upload_id, stored = uploads[-1]
     assert hashlib.sha256(stored).hexdigest() == upload_id
     assert b"camera" not in stored
-    assert np.array_equal(np.asarray(open_upload(stored, upload_id)), picture(1))
-    assert normalise(encoded(Image.fromarray(picture(2)), "PNG"))[0] != upload_id
+    assert np.array_equal(np.asarray(open_upload(stored, upload_id)), sample_image(1))
+    assert normalize_image(encoded(Image.fromarray(sample_image(2)), "PNG"))[0] != upload_id
 
 
-def test_pictures_stand_upright_and_opaque() -> None:
+def test_images_stand_upright_and_opaque() -> None:
     """EXIF's turn is done, transparency lies on white, grey and palettes become RGB."""
     exif = Image.Exif()
     exif[0x0112] = 6  # turned a quarter
-    turned = normalise(encoded(Image.fromarray(picture(1, 64, 32)), "JPEG", exif=exif, quality=95))
+    turned = normalize_image(encoded(Image.fromarray(sample_image(1, 64, 32)), "JPEG", exif=exif, quality=95))
     assert open_upload(turned[1], turned[0]).size == (32, 64)
     clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
-    assert open_upload(*reversed(normalise(encoded(clear, "PNG")))).getpixel((0, 0)) == (255, 255, 255)
+    assert open_upload(*reversed(normalize_image(encoded(clear, "PNG")))).getpixel((0, 0)) == (255, 255, 255)
     for mode in ("L", "P", "1", "LA"):
-        upload_id, stored = normalise(encoded(Image.new(mode, (8, 8)), "PNG"))
+        upload_id, stored = normalize_image(encoded(Image.new(mode, (8, 8)), "PNG"))
         assert open_upload(stored, upload_id).mode == "RGB"
 
 
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        (b"", "no readable picture"),
-        (b"GIF89a", "no readable picture"),
-        (encoded(Image.fromarray(picture(1)), "PNG")[:200], "no readable picture"),
-        (encoded(Image.fromarray(picture(1)), "TIFF"), "no readable picture"),
+        (b"", "no readable image"),
+        (b"GIF89a", "no readable image"),
+        (encoded(Image.fromarray(sample_image(1)), "PNG")[:200], "no readable image"),
+        (encoded(Image.fromarray(sample_image(1)), "TIFF"), "no readable image"),
         (b"\x00" * (MAX_BYTES + 1), "larger than"),
         (encoded(Image.new("1", (8001, 8000)), "PNG"), "more than 64000000 pixels"),
     ],
     ids=["empty", "header", "cut", "format", "bytes", "pixels"],
 )
-def test_what_is_no_safe_picture_is_refused(data: bytes, said: str) -> None:
+def test_what_is_no_safe_image_is_refused(data: bytes, said: str) -> None:
     """By content, whatever its name said; a bomb before it is unpacked."""
     with pytest.raises(InvalidRequest, match=said):
-        normalise(data, field="init_image")
+        normalize_image(data, field="init_image")
 
 
 def test_a_changed_file_is_noticed() -> None:
-    upload_id, _ = normalise(encoded(Image.fromarray(picture(1)), "PNG"))
-    _, other = normalise(encoded(Image.fromarray(picture(2)), "PNG"))
+    upload_id, _ = normalize_image(encoded(Image.fromarray(sample_image(1)), "PNG"))
+    _, other = normalize_image(encoded(Image.fromarray(sample_image(2)), "PNG"))
     with pytest.raises(InvalidRequest, match="another"):
         open_upload(other, upload_id)
 
 
-def test_pictures_are_scaled_to_cover_and_cut_evenly() -> None:
+def test_images_are_scaled_to_cover_and_cut_evenly() -> None:
     """No distortion; a mask gets no shades between its values."""
     image = Image.new("RGB", (200, 100), "red")
     image.paste("blue", (0, 0, 50, 100))  # cut off

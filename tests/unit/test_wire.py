@@ -12,14 +12,14 @@ import pytest
 from calotype.api_keys import DEFAULT_SCOPES, ApiKey
 from calotype.batches.record import BatchRecord, BatchState
 from calotype.files import StoredFile
-from calotype_shared.broker import TASK_NAME
-from calotype_shared.config import GenerationConfig, digest_of
-from calotype_shared.jobs import JobState, Preview
-from calotype_shared.model_card import ModelCard
-from calotype_shared.records import OLDEST, SCHEMA, UnreadableRecord, read_record
-from calotype_shared.submission import NewJob
-from calotype_shared.worker_info import WorkerInfo
-from tests.wire import FORMS
+from calotype_shared.queue.message import TASK_NAME
+from calotype_shared.queue.records import OLDEST, SCHEMA, UnreadableRecord, read_record
+from calotype_shared.queue.submission import NewJob
+from calotype_shared.schema.config import GenerationConfig, digest_of
+from calotype_shared.schema.jobs import JobState, Preview
+from calotype_shared.schema.model_card import ModelCard
+from calotype_shared.schema.worker_info import WorkerInfo
+from tests.golden_records import FORMS
 
 KEPT = sorted(FORMS.glob("v*/*.json"))
 
@@ -103,7 +103,7 @@ NEWER = {"schema": str(SCHEMA + 1), "mood": "new", "images": '[{"key": "k", "see
 
 
 def test_a_newer_record_is_shown_as_far_as_it_is_understood() -> None:
-    """Fields, samplers and formats that this version never heard of hide neither state nor pictures of a job."""
+    """Fields, samplers and formats that this version never heard of hide neither state nor images of a job."""
     fields = form("job-succeeded")
     config = {
         **json.loads(fields["config"]),

@@ -10,9 +10,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from calotype_shared.config import SamplerType
-    from calotype_worker.components import NoiseScheduler, TextEncoder, UNetModel, VAEDecoder
-    from calotype_worker.diffusion import DiffusionModel, DiffusionPipeline, GeneratedImage, GenerationConfig
+    from calotype_shared.schema.config import SamplerType
+    from calotype_worker.inprocess.components import NoiseScheduler, TextEncoder, UNetModel, VAEDecoder
+    from calotype_worker.inprocess.diffusion import DiffusionModel, DiffusionPipeline, GeneratedImage, GenerationConfig
     from calotype_worker.models import Adapters, Memory
 
 __all__ = [
@@ -32,15 +32,15 @@ __all__ = [
 _ELSEWHERE = {
     "Adapters": "calotype_worker.models",
     "Memory": "calotype_worker.models",
-    "NoiseScheduler": "calotype_worker.components",
-    "SamplerType": "calotype_shared.config",
-    "TextEncoder": "calotype_worker.components",
-    "UNetModel": "calotype_worker.components",
-    "VAEDecoder": "calotype_worker.components",
+    "NoiseScheduler": "calotype_worker.inprocess.components",
+    "SamplerType": "calotype_shared.schema.config",
+    "TextEncoder": "calotype_worker.inprocess.components",
+    "UNetModel": "calotype_worker.inprocess.components",
+    "VAEDecoder": "calotype_worker.inprocess.components",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_ELSEWHERE.get(name, "calotype_worker.diffusion")), name)
+    return getattr(import_module(_ELSEWHERE.get(name, "calotype_worker.inprocess.diffusion")), name)

@@ -11,12 +11,12 @@ import sys
 import warnings
 from typing import TYPE_CHECKING
 
-from calotype_shared.connection import connect_redis
 from calotype_shared.errors import CalotypeError, ServiceUnavailable, SettingsError
-from calotype_shared.logs import set_up_logging
+from calotype_shared.observability.logs import set_up_logging
+from calotype_shared.queue.connection import connect_redis
+from calotype_shared.queue.job_store import JobStore
 from calotype_shared.settings import Settings
-from calotype_shared.storage import Storage
-from calotype_shared.store import JobStore
+from calotype_shared.storage.s3 import Storage
 from calotype_worker.settings import WorkerSettings
 from calotype_worker.threads import wait_briefly
 
@@ -47,13 +47,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--offload", choices=["none", "model", "sequential"], help="keep only what works on the device")
     for option in ("attention-slicing", "vae-slicing", "vae-tiling"):
         parser.add_argument(f"--{option}", action="store_true", default=None, help="slower, with less memory")
-    parser.add_argument("--deep-cache", type=int, metavar="N", help="lossy: whole U-Nets at every N-th step only")
     parser.add_argument(
-        "--first-block-cache", type=float, metavar="CHANGE", help="lossy: transformers' first block only"
+        "--deep-cache", type=int, metavar="N", help="accelerations: whole U-Nets at every N-th step only"
     )
-    parser.add_argument("--token-merging", type=float, metavar="SHARE", help="lossy: U-Nets' attention on fewer tokens")
     parser.add_argument(
-        "--quantised", choices=["off", "int8", "int8-dynamic", "float8"], help="lossy: weights in 8 bits"
+        "--first-block-cache", type=float, metavar="CHANGE", help="accelerations: transformers' first block only"
+    )
+    parser.add_argument(
+        "--token-merging", type=float, metavar="SHARE", help="accelerations: U-Nets' attention on fewer tokens"
+    )
+    parser.add_argument(
+        "--quantized", choices=["off", "int8", "int8-dynamic", "float8"], help="accelerations: weights in 8 bits"
     )
     parser.add_argument("--compile", choices=["off", "default", "reduce-overhead"], help="steps as compiled graphs")
     parser.add_argument("--compile-cache", metavar="FOLDER", help="where compiled graphs outlive the worker")
@@ -84,7 +88,7 @@ def main(arguments: list[str] | None = None, *, own_process: bool = False) -> in
     except SettingsError as error:
         print(f"calotype worker: {error}", file=sys.stderr)
         return EXIT_USAGE
-    if own_process and worker_settings.quantised == "off":
+    if own_process and worker_settings.quantized == "off":
         # diffusers imports torchao where it is installed: two seconds of every start.
         sys.modules.setdefault("torchao", None)  # type: ignore[arg-type]
     set_up_logging(log_format=worker_settings.log_format, level=worker_settings.log_level)

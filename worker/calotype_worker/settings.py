@@ -40,13 +40,13 @@ class WorkerSettings(StrictSettings):
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     """Of the weights; none: float32 on a CPU, bfloat16 on a GPU that has it, else float16."""
     max_rows: Annotated[int, Field(ge=2, le=1024)] = 32
-    """Rows of a step batch at the model's native size, at most; fewer for larger pictures."""
+    """Rows of a step batch at the model's native size, at most; fewer for larger images."""
     concurrency: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Jobs in flight; none: max_rows + 8."""
     affinity: Annotated[int, Field(ge=0, le=1024)] = 64
     """Jobs in line that a claim looks at for one of a size that runs here, and by how many a job may be passed over."""
     decode_batch: Annotated[int, Field(ge=1, le=64)] = 4
-    """Pictures decoded together."""
+    """Images decoded together."""
     deterministic: bool = False
     """The same bits in any company, at a fixed number of rows; costly at low load."""
     profile_seconds: Annotated[float, Field(ge=0.0)] = 5.0
@@ -58,13 +58,13 @@ class WorkerSettings(StrictSettings):
     trace: str | None = None
     """File for a trace of every step, for [Perfetto](https://ui.perfetto.dev)."""
     deep_cache: Annotated[int, Field(ge=1, le=100)] = 1
-    """Lossy: U-Nets run whole at every so many steps of a picture; 1: at each."""
+    """Accelerations: U-Nets run whole at every so many steps of an image; 1: at each."""
     first_block_cache: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    """Lossy: change of a transformer's first block up to which the others are left out; 0: never."""
+    """Accelerations: change of a transformer's first block up to which the others are left out; 0: never."""
     token_merging: Annotated[float, Field(ge=0.0, le=0.75)] = 0.0
-    """Lossy: share of a U-Net's tokens without self-attention of their own, at the highest resolution."""
-    quantised: Literal["off", "int8", "int8-dynamic", "float8"] = "off"
-    """Lossy: the network's weights in eight bits, by torchao."""
+    """Accelerations: share of a U-Net's tokens without self-attention of their own, at the highest resolution."""
+    quantized: Literal["off", "int8", "int8-dynamic", "float8"] = "off"
+    """Accelerations: the network's weights in eight bits, by torchao."""
     memory_budget_gib: Annotated[float, Field(gt=0.0)] | None = None
     """Weights on the device; other models wait in main memory. None: all of them stay on the device."""
     offload: Literal["none", "model", "sequential"] = "none"
@@ -72,9 +72,9 @@ class WorkerSettings(StrictSettings):
     attention_slicing: bool = False
     """Attention in parts: slower, with less memory."""
     vae_slicing: bool = False
-    """Pictures decoded one by one: slower, with less memory."""
+    """Images decoded one by one: slower, with less memory."""
     vae_tiling: bool = False
-    """Large pictures decoded in overlapping tiles, which can show."""
+    """Large images decoded in overlapping tiles, which can show."""
     lease_seconds: Annotated[float, Field(ge=1.0)] = 20.0
     """After which a silent worker's jobs are taken over."""
     grace_seconds: Annotated[float, Field(ge=0.0)] = 60.0
@@ -84,7 +84,7 @@ class WorkerSettings(StrictSettings):
     preemption_endpoint: Annotated[AnyUrl, UrlConstraints(allowed_schemes=["http"], host_required=True)] | None = None
     """Another address of that metadata service; none: `http://169.254.169.254`."""
     spool_dir: str | None = None
-    """Where finished pictures wait while the storage is away; none: the system's temporary folder."""
+    """Where finished images wait while the storage is away; none: the system's temporary folder."""
     spool_mib: Annotated[int, Field(ge=0)] = 1024
     """At most so much waits there; 0: nothing does."""
     create_bucket: bool = True

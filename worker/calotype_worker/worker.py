@@ -16,35 +16,35 @@ from typing import Any
 from celery import signals
 from celery.worker import state as celery_state
 
-from calotype_shared import metric_names as names
-from calotype_shared.connection import connect_redis
 from calotype_shared.errors import ServiceUnavailable, SettingsError
-from calotype_shared.jobs import Lane
-from calotype_shared.keys import together
+from calotype_shared.observability import metric_names as names
+from calotype_shared.observability.tracing import make_telemetry
+from calotype_shared.queue.connection import connect_redis
+from calotype_shared.queue.job_store import JobStore
+from calotype_shared.queue.keys import together
+from calotype_shared.schema.jobs import Lane
+from calotype_shared.schema.worker_info import WorkerInfo
 from calotype_shared.settings import Settings
-from calotype_shared.storage import Storage
-from calotype_shared.store import JobStore
-from calotype_shared.telemetry import make_telemetry
-from calotype_shared.worker_info import WorkerInfo
-from calotype_worker.affinity import Affinity
-from calotype_worker.app import make_app, queue_names
+from calotype_shared.storage.s3 import Storage
 from calotype_worker.engine import Engine, EngineSettings
 from calotype_worker.engine.profile import Profile
-from calotype_worker.engine.trace import Trace, Tracer, Untraced
-from calotype_worker.heartbeat import Heartbeat
-from calotype_worker.inputs import Inputs
-from calotype_worker.models import Adapters, AnyModel, Lossy, Memory, ModelPool, load_model
-from calotype_worker.operating import Operating
+from calotype_worker.engine.trace import NoopTracer, Trace, Tracer
+from calotype_worker.jobs.celery_app import make_app, queue_names
+from calotype_worker.jobs.heartbeat import Heartbeat
+from calotype_worker.jobs.inputs import Inputs
+from calotype_worker.jobs.preemption import Notice, Watcher, notice_source
+from calotype_worker.jobs.previews import Previews
+from calotype_worker.jobs.reaper import Reaper
+from calotype_worker.jobs.reserved_slots import RESERVED, ReservedSlots
+from calotype_worker.jobs.runner import JobRunner
+from calotype_worker.jobs.size_affinity import SizeAffinity
+from calotype_worker.jobs.spool import Spool
+from calotype_worker.models import Accelerations, Adapters, AnyModel, Memory, ModelPool, load_model
+from calotype_worker.observability.admin import WorkerAdmin
+from calotype_worker.observability.counters import Counters
+from calotype_worker.observability.report import step_groups
 from calotype_worker.output.encoder import Encoder
-from calotype_worker.output.spool import Spool
-from calotype_worker.places import RESERVED, Places
-from calotype_worker.preemption import Notice, Watcher, notice_source
-from calotype_worker.previews import Previews
-from calotype_worker.reaper import Reaper
-from calotype_worker.report import step_groups
 from calotype_worker.settings import WorkerSettings
-from calotype_worker.tally import Tally
-from calotype_worker.tasks import JobRunner
 from calotype_worker.threads import apart
 
 log = logging.getLogger(__name__)
@@ -64,13 +64,13 @@ def load_models(options: WorkerSettings) -> list[AnyModel]:
         vae_tiling=options.vae_tiling,
         offload=options.offload,
     )
-    lossy = Lossy(
+    accelerations = Accelerations(
         deep_cache=options.deep_cache,
         first_block_cache=options.first_block_cache,
         token_merging=options.token_merging,
-        quantised=options.quantised,
+        quantized=options.quantized,
     )
-    lossy.check(deterministic=options.deterministic, compiled=options.compile != "off")
+    accelerations.check(deterministic=options.deterministic, compiled=options.compile != "off")
     models = []
     for name, source in options.sources.items():
         adapters = Adapters(
@@ -87,7 +87,7 @@ def load_models(options: WorkerSettings) -> list[AnyModel]:
                 dtype=options.dtype,
                 adapters=adapters,
                 memory=memory,
-                lossy=lossy,
+                accelerations=accelerations,
             )
         )
     return models
@@ -106,7 +106,7 @@ def _make_spool(options: WorkerSettings) -> Spool:
 def _make_trace(options: WorkerSettings, *, process: str) -> Tracer:
     """Raises SettingsError."""
     if options.trace is None:
-        return Untraced()
+        return NoopTracer()
     try:
         return Trace(Path(options.trace), process=process)
     except OSError as error:
@@ -130,7 +130,7 @@ class Worker:
     def __init__(self, settings: Settings, options: WorkerSettings) -> None:
         """Raises ModelLoadError before anything is announced."""
         self._options = options
-        self._operating, self._tally = Operating(options), Tally()
+        self._admin, self._counters = WorkerAdmin(options), Counters()
         self._telemetry = make_telemetry(settings, service="calotype-worker")
         self._store = JobStore(
             connect_redis(settings), key_prefix=settings.key_prefix, retention_seconds=settings.retention_seconds
@@ -152,23 +152,23 @@ class Worker:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = options.compile_cache
         previews = Previews(self._store)
         self._trace = _make_trace(options, process=self.name)
-        tracer = self._operating.tracer(self._trace, self._cards)
+        tracer = self._admin.tracer(self._trace, self._cards)
         self._engine = Engine(pool, engine_settings, on_fatal=_leave_for_dead, on_preview=previews.offer, trace=tracer)
         if options.profile_seconds or options.compile != "off":
             for profile in self._engine.profile(seconds=options.profile_seconds):
                 log.info("profiled", extra={"model": profile.model, **_facts(profile)})
         self._draining, self._consuming = threading.Event(), threading.Event()
-        urgent_queues = queue_names(list(self._cards), Lane.INTERACTIVE)
-        places = Places(options.jobs_in_flight)
+        interactive_queues = queue_names(list(self._cards), Lane.INTERACTIVE)
+        slots = ReservedSlots(options.jobs_in_flight)
         self._heartbeat = Heartbeat(
             self._store,
             lease_seconds=options.lease_seconds,
             progress=self._engine.progress,
             stop_request=self._engine.cancel,
             report=self._report,
-            urgent_queues=urgent_queues,
-            on_urgent=places.urgent_arrived,
-            tally=self._tally,
+            interactive_queues=interactive_queues,
+            on_interactive=slots.interactive_arrived,
+            counters=self._counters,
         )
         self._runner = JobRunner(
             self._store,
@@ -178,22 +178,22 @@ class Worker:
             inputs=Inputs(storage),
             storage=storage,
             spool=spool,
-            places=places,
-            affinity=Affinity(
+            slots=slots,
+            affinity=SizeAffinity(
                 options.affinity,
                 budget=self._engine.row_budget,
-                rows=self._engine.rows_of_picture,
-                unmoved=frozenset(urgent_queues),
+                rows=self._engine.rows_of_image,
+                unmoved=frozenset(interactive_queues),
             ),
-            urgent_queues=urgent_queues,
+            interactive_queues=interactive_queues,
             worker=self.name,
             lease_seconds=options.lease_seconds,
             draining=self._draining.is_set,
             trace=tracer,
-            tally=self._tally,
+            counters=self._counters,
             telemetry=self._telemetry,
         )
-        self._operating.watch(
+        self._admin.watch(
             info={
                 "worker": self.name,
                 "model": together(self._cards),
@@ -203,9 +203,9 @@ class Worker:
             device=options.device,
             engine=self._engine,
             heartbeat=self._heartbeat,
-            tally=self._tally,
+            counters=self._counters,
             gauges={
-                names.RUNNING_JOBS: lambda: len(self._heartbeat.held()),
+                names.RUNNING_JOBS: lambda: len(self._heartbeat.running()),
                 names.SPOOL_BYTES: lambda: spool.used,
                 names.SPOOL_LIMIT_BYTES: lambda: spool.max_bytes,
                 names.STORAGE_AWAY: lambda: self._runner.storage_away,
@@ -221,7 +221,7 @@ class Worker:
             worker=self.name,
             queues=self._queues,
             lease_seconds=options.lease_seconds,
-            tally=self._tally,
+            counters=self._counters,
         )
         self._signals = 0
 
@@ -234,7 +234,7 @@ class Worker:
         self._report()
         self._heartbeat.start()
         self._runner.start()
-        self._operating.start()
+        self._admin.start()
         self._reaper.start()
         signals.worker_ready.connect(self._ready, weak=False)
         signals.setup_logging.connect(_keep_our_logging, weak=False)
@@ -248,14 +248,14 @@ class Worker:
             quiet=True,
         )
         consumer.start()  # returns when a warm shutdown is done
-        while self._heartbeat.held():  # pictures that wait for the storage: until the drain hands their jobs back
+        while self._heartbeat.running():  # images that wait for the storage: until the drain hands their jobs back
             time.sleep(0.05)
         self._runner.stop()
         self._heartbeat.stop()
         self._engine.stop()
         if isinstance(self._trace, Trace):
             self._trace.close()
-        self._operating.close()
+        self._admin.close()
         self._telemetry.close()
         try:
             self._store.retire_worker(self.name)
@@ -285,7 +285,7 @@ class Worker:
                 "device": self._options.device,
                 "max_rows": self._options.max_rows,
                 "jobs_in_flight": self._options.jobs_in_flight,
-                **({} if self._operating.port is None else {"metrics_port": self._operating.port}),
+                **({} if self._admin.port is None else {"metrics_port": self._admin.port}),
             },
         )
 
@@ -315,10 +315,10 @@ class Worker:
 
     def _drain(self, reason: str, grace_seconds: float) -> None:
         """Let jobs finish for the grace period, then hand the rest back to the queue."""
-        holding = len(self._heartbeat.held())
+        holding = len(self._heartbeat.running())
         log.info("worker drains", extra={"reason": reason, "jobs": holding, "grace": grace_seconds})
         ends = time.monotonic() + grace_seconds
-        while self._heartbeat.held() and time.monotonic() < ends:
+        while self._heartbeat.running() and time.monotonic() < ends:
             time.sleep(0.05)
         self._heartbeat.release_all()
 
@@ -330,8 +330,8 @@ class Worker:
         os._exit(EXIT_NOW)
 
     def _release_directly(self) -> None:
-        for held in self._heartbeat.held():
-            self._store.release(held.claim)
+        for job in self._heartbeat.running():
+            self._store.release(job.claim)
         self._store.retire_worker(self.name)
 
     def _report(self) -> None:
@@ -346,7 +346,7 @@ class Worker:
             schema_number=self._store.schema,
             left_for_newer=self._reaper.left_for_newer,
             started_at=self._started_at,
-            running_jobs=len(self._heartbeat.held()),
+            running_jobs=len(self._heartbeat.running()),
             draining=self._draining.is_set(),
             forward_passes=stats.forward_passes,
             rows=stats.rows,

@@ -15,14 +15,14 @@ from calotype.batches.plan import batch_folder
 from calotype.batches.record import BatchFormat, BatchRecord
 from calotype.batches.store import BatchStore
 from calotype.resolver import Resolver, Submission, idempotency, storable
-from calotype_shared.config import GenerationConfig
 from calotype_shared.errors import IdempotencyConflict, InvalidRequest, JobNotFound, QueueFull, WaitTimeout
-from calotype_shared.jobs import Lane, new_job_id
+from calotype_shared.queue.job_store import JobStore
+from calotype_shared.queue.submission import Idempotency
+from calotype_shared.schema.config import GenerationConfig
+from calotype_shared.schema.jobs import Lane, new_job_id
 from calotype_shared.settings import Settings
-from calotype_shared.storage import Storage
-from calotype_shared.store import JobStore
-from calotype_shared.streams import ObjectWriter, read_chunks, read_lines
-from calotype_shared.submission import Idempotency
+from calotype_shared.storage.multipart import ObjectWriter, read_chunks, read_lines
+from calotype_shared.storage.s3 import Storage
 
 WINDOW = 2_000  # jobs of a batch in Redis at a time
 POLL_SECONDS = 0.25

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, Self
 from calotype.batches.run import BatchRun
 from calotype.batches.store import BatchStore
 from calotype.resolver import Resolver
-from calotype_shared.connection import connect_redis
 from calotype_shared.errors import BatchNotFound, ServiceUnavailable
+from calotype_shared.queue.connection import connect_redis
+from calotype_shared.queue.job_store import JobStore
 from calotype_shared.settings import Settings
-from calotype_shared.storage import Storage
-from calotype_shared.store import JobStore
+from calotype_shared.storage.s3 import Storage
 
 if TYPE_CHECKING:
     from calotype.webhooks import Deliverer

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, Protocol
 from calotype.batches.record import BatchFormat
 from calotype.openai_images import image_data, read_generation
 from calotype.resolver import with_preset
-from calotype_shared.config import GenerationConfig
 from calotype_shared.errors import CalotypeError, InvalidRequest
+from calotype_shared.schema.config import GenerationConfig
 
 LONGEST_LINE = 2**20  # bytes
 MAX_CUSTOM_ID = 512  # characters

@@ -25,12 +25,12 @@ from calotype.batches.lines import (
 )
 from calotype.batches.record import BatchRecord
 from calotype.resolver import Resolver
-from calotype_shared.config import DRAWN_SEED_BITS
 from calotype_shared.errors import CalotypeError, InvalidRequest
-from calotype_shared.jobs import new_job_id
-from calotype_shared.storage import Storage
-from calotype_shared.streams import Line, read_lines
-from calotype_shared.submission import NewJob
+from calotype_shared.queue.submission import NewJob
+from calotype_shared.schema.config import DRAWN_SEED_BITS
+from calotype_shared.schema.jobs import new_job_id
+from calotype_shared.storage.multipart import Line, read_lines
+from calotype_shared.storage.s3 import Storage
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ class _Reader:
             )
         config = request.config
         open_seed = config.seed is None
-        if open_seed:  # drawn from the line's place, so that validating it twice gives the same picture
+        if open_seed:  # drawn from the line's place, so that validating it twice gives the same image
             drawn = hashlib.sha256(f"{self._batch.id}/{line.number}".encode()).digest()[: DRAWN_SEED_BITS // 8]
             config = config.model_copy(update={"seed": int.from_bytes(drawn)})
         batch = self._batch

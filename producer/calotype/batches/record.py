@@ -9,8 +9,8 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict
 
-from calotype_shared.jobs import JobState, Lane
-from calotype_shared.records import SCHEMA, UnreadableRecord, in_short
+from calotype_shared.queue.records import SCHEMA, UnreadableRecord, in_short
+from calotype_shared.schema.jobs import JobState, Lane
 
 
 class BatchState(StrEnum):

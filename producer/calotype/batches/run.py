@@ -22,10 +22,10 @@ from calotype.batches.record import BatchRecord, BatchState
 from calotype.batches.store import BatchStore, LeadLost
 from calotype.resolver import Resolver
 from calotype_shared.errors import InvalidRequest, JobNotFound, StorageUnavailable
-from calotype_shared.jobs import new_job_id
-from calotype_shared.storage import Storage
-from calotype_shared.store import JobStore
-from calotype_shared.streams import ObjectWriter, read_chunks
+from calotype_shared.queue.job_store import JobStore
+from calotype_shared.schema.jobs import new_job_id
+from calotype_shared.storage.multipart import ObjectWriter, read_chunks
+from calotype_shared.storage.s3 import Storage
 
 LEASE_SECONDS = 20.0
 _CHUNK = 200  # jobs a script call

@@ -11,9 +11,9 @@ from redis import Redis
 
 from calotype.batches.record import BatchRecord, BatchState
 from calotype_shared.errors import BatchNotFound, IdempotencyConflict, QueueFull, no_such_batch
-from calotype_shared.records import UnreadableRecord
-from calotype_shared.scripts import Scripted, said_clearly
-from calotype_shared.submission import Idempotency, NewJob
+from calotype_shared.queue.records import UnreadableRecord
+from calotype_shared.queue.scripts import Scripted, said_clearly
+from calotype_shared.queue.submission import Idempotency, NewJob
 
 log = logging.getLogger(__name__)
 
@@ -161,8 +161,8 @@ class BatchStore(Scripted):
     @said_clearly
     def resign(self, batch_id: str, *, who: str) -> None:
         """Let another dispatcher take over at once."""
-        if self._redis.get(self.keys.lead(batch_id)) == who:
-            self._redis.delete(self.keys.lead(batch_id))
+        if self._redis.get(self.keys.leader(batch_id)) == who:
+            self._redis.delete(self.keys.leader(batch_id))
 
     @said_clearly
     def move(self, batch: BatchRecord, to: BatchState, fields: Mapping[str, str] | None = None) -> None:

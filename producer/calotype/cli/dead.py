@@ -10,7 +10,7 @@ from calotype.cli.jobs import AsJson
 from calotype.cli.output import clock_time, plain, print_json, print_table, record_json, say
 from calotype.client import Client
 from calotype_shared.errors import InvalidRequest, JobNotFound
-from calotype_shared.jobs import JobRecord
+from calotype_shared.schema.jobs import JobRecord
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Jobs that failed for good.")
 

@@ -9,7 +9,7 @@ from calotype.cli.output import say
 from calotype.cli.serve import sigterm_interrupts
 from calotype.gateway.settings import GatewaySettings
 from calotype_shared.errors import ServiceUnavailable
-from calotype_shared.logs import set_up_logging
+from calotype_shared.observability.logs import set_up_logging
 from calotype_shared.settings import Settings
 
 log = logging.getLogger(__name__)

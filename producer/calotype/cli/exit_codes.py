@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-from calotype.gc.bond import GcRefused
+from calotype.gc.bucket_identity import GcRefused
 from calotype_shared.errors import (
     BatchNotFound,
     CalotypeError,

@@ -12,7 +12,7 @@ import typer
 from calotype.cli.output import say
 from calotype.cli.serve import sigterm_interrupts
 from calotype_shared.errors import ServiceUnavailable
-from calotype_shared.logs import set_up_logging
+from calotype_shared.observability.logs import set_up_logging
 from calotype_shared.settings import Settings
 
 log = logging.getLogger(__name__)

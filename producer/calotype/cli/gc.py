@@ -10,10 +10,10 @@ import typer
 from calotype.cli.jobs import AsJson
 from calotype.cli.output import print_json, print_table, say
 from calotype.gc import Collector, Kind, Report
-from calotype_shared.connection import connect_redis
 from calotype_shared.errors import InvalidRequest
+from calotype_shared.queue.connection import connect_redis
 from calotype_shared.settings import Settings
-from calotype_shared.storage import SAFE_SECONDS, Storage
+from calotype_shared.storage.s3 import SAFE_SECONDS, Storage
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3_600.0, "d": 86_400.0}
 _SIZES = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -28,7 +28,7 @@ def gc(
     force: Annotated[bool, typer.Option("--force", help="Although Redis seems to have lost its data.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Remove from storage what no record refers to any more: pictures of jobs and batches that have expired, leftovers
+    """Remove from storage what no record refers to any more: images of jobs and batches that have expired, leftovers
     of attempts, uploads and files that nobody uses; and from Redis what points to records that are gone.
 
     Nothing that is younger than an hour goes, nor an upload that is younger than records are kept. Without --yes it

@@ -12,9 +12,9 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from calotype.cli.exit_codes import ExitCode
 from calotype.cli.output import clock_time, print_json, print_table, record_json, record_line, report, say
 from calotype.client import Client, require_success
-from calotype_shared.config import QUALITY_PRESETS, OutputFormat, SamplerType
 from calotype_shared.errors import InvalidRequest, JobNotFound
-from calotype_shared.jobs import JobState, Lane
+from calotype_shared.schema.config import QUALITY_PRESETS, OutputFormat, SamplerType
+from calotype_shared.schema.jobs import JobState, Lane
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, errors too.")]
 JobId = Annotated[str, typer.Argument(metavar="ID")]
@@ -37,12 +37,12 @@ def _control(entry: str) -> dict[str, Any]:
     if file and scale.replace(".", "", 1).isdigit():
         return {"name": name, "image": Path(file), "scale": scale}
     if not rest:
-        raise InvalidRequest("names no picture", field="--control", value=entry, remedy="write NAME:FILE")
+        raise InvalidRequest("names no image", field="--control", value=entry, remedy="write NAME:FILE")
     return {"name": name, "image": Path(rest)}
 
 
 def submit(  # noqa: PLR0917 - the command's options; Typer passes them by name
-    prompt: Annotated[str, typer.Argument(help="What the picture should show.")],
+    prompt: Annotated[str, typer.Argument(help="What the image should show.")],
     negative: Annotated[str | None, typer.Option(help="What it should not show.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps [50].")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 or less turns guidance off [7.5].")] = None,
@@ -54,26 +54,24 @@ def submit(  # noqa: PLR0917 - the command's options; Typer passes them by name
     quality: Annotated[
         str | None, typer.Option(help=f"Steps and guidance at once: {', '.join(QUALITY_PRESETS)}.")
     ] = None,
-    num_images: Annotated[int | None, typer.Option(help="Pictures, with seeds that count up [1].")] = None,
+    num_images: Annotated[int | None, typer.Option(help="Images, with seeds that count up [1].")] = None,
     output_format: Annotated[str | None, typer.Option("--format", help=f"{', '.join(OutputFormat)} [png].")] = None,
-    init_image: Annotated[Path | None, typer.Option(help="A picture to start from.", dir_okay=False)] = None,
+    init_image: Annotated[Path | None, typer.Option(help="An image to start from.", dir_okay=False)] = None,
     mask: Annotated[Path | None, typer.Option(help="White is painted anew, black is kept.", dir_okay=False)] = None,
-    strength: Annotated[
-        float | None, typer.Option(help="0 keeps the picture, 1 ignores it [0.75; 1 with mask].")
-    ] = None,
+    strength: Annotated[float | None, typer.Option(help="0 keeps the image, 1 ignores it [0.75; 1 with mask].")] = None,
     lora: Annotated[list[str] | None, typer.Option(help="NAME or NAME:WEIGHT; may be repeated.")] = None,
     control: Annotated[
-        list[str] | None, typer.Option(help="NAME:FILE or NAME:FILE:SCALE, a ControlNet and its picture; repeatable.")
+        list[str] | None, typer.Option(help="NAME:FILE or NAME:FILE:SCALE, a ControlNet and its image; repeatable.")
     ] = None,
     refiner: Annotated[str | None, typer.Option(help="NAME or NAME:START, a model that takes over [0.8].")] = None,
-    also: Annotated[list[str] | None, typer.Option(help="A further model to make the same pictures.")] = None,
+    also: Annotated[list[str] | None, typer.Option(help="A further model to make the same images.")] = None,
     preview_every: Annotated[int | None, typer.Option(help="Steps between previews.")] = None,
     frames: Annotated[int | None, typer.Option(help="Of a video.")] = None,
     lane: Annotated[Lane, typer.Option(help="interactive jobs go first.")] = Lane.INTERACTIVE,
     wait: Annotated[bool, typer.Option("--wait", help="Wait until it is done.")] = False,
     timeout: Annotated[float | None, typer.Option(help="Give up waiting after so many seconds.", min=0)] = None,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", file_okay=False, help="Save the pictures in this folder (waits).")
+        Path | None, typer.Option("-o", "--output", file_okay=False, help="Save the images in this folder (waits).")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -117,7 +115,7 @@ def submit(  # noqa: PLR0917 - the command's options; Typer passes them by name
         files = []
         if output is not None:
             output.mkdir(parents=True, exist_ok=True)
-            files = [str(picture.save(output)) for picture in client.images(job.id)]
+            files = [str(image.save(output)) for image in client.images(job.id)]
         urls = client.urls(job.id)
         if as_json:
             print_json({**record_json(record), "files": files, "urls": urls})

@@ -14,9 +14,9 @@ from calotype.api_keys import DEFAULT_SCOPES, ApiKey, ApiKeys, Scope
 from calotype.cli.exit_codes import ExitCode
 from calotype.cli.jobs import AsJson
 from calotype.cli.output import clock_time, print_json, print_table, report, say
-from calotype_shared.connection import connect_redis
 from calotype_shared.errors import InvalidRequest, ServiceUnavailable, SettingsError
-from calotype_shared.records import in_short
+from calotype_shared.queue.connection import connect_redis
+from calotype_shared.queue.records import in_short
 from calotype_shared.settings import Settings
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="API keys of the gateway.")
@@ -35,7 +35,7 @@ def create(  # noqa: PLR0917 - the command's options; Typer passes them by name
     tenant: Annotated[str, typer.Option(help="Whose jobs it sees and submits.")] = "default",
     scope: Annotated[list[Scope] | None, typer.Option(help="May be repeated [all but admin].")] = None,
     requests_per_minute: Annotated[int | None, typer.Option(help="No limit if not given.")] = None,
-    pictures_per_day: Annotated[int | None, typer.Option(help="No limit if not given.")] = None,
+    images_per_day: Annotated[int | None, typer.Option(help="No limit if not given.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a key; prints its token, which is stored nowhere and cannot be shown again."""
@@ -45,7 +45,7 @@ def create(  # noqa: PLR0917 - the command's options; Typer passes them by name
             tenant=tenant,
             scopes=scope or DEFAULT_SCOPES,
             requests_per_minute=requests_per_minute,
-            pictures_per_day=pictures_per_day,
+            images_per_day=images_per_day,
         )
     if as_json:
         print_json({**_json(key), "token": token})
@@ -63,11 +63,11 @@ def list_keys(as_json: AsJson = False) -> None:
         print_json([_json(key) for key in found])
         return
     print_table(
-        ("ID", "NAME", "TENANT", "SCOPES", "REQUESTS/MINUTE", "PICTURES/DAY", "CREATED"),
+        ("ID", "NAME", "TENANT", "SCOPES", "REQUESTS/MINUTE", "IMAGES/DAY", "CREATED"),
         (
             (
                 *(key.id, key.name, key.tenant, " ".join(sorted(key.scopes))),
-                *(key.requests_per_minute or "-", key.pictures_per_day or "-", clock_time(key.created_at)),
+                *(key.requests_per_minute or "-", key.images_per_day or "-", clock_time(key.created_at)),
             )
             for key in found
         ),

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from calotype_shared.errors import CalotypeError, InvalidRequest
-from calotype_shared.jobs import JobRecord
+from calotype_shared.schema.jobs import JobRecord
 
 
 def print_json(value: object) -> None:

@@ -40,7 +40,7 @@ def up(  # noqa: PLR0917 - the command's options; Typer passes them by name
     device: Devices = None,
     workers: WorkerCount = None,
     data_dir: Annotated[
-        Path | None, typer.Option(file_okay=False, help="Where jobs and pictures are kept [~/.local/share/calotype].")
+        Path | None, typer.Option(file_okay=False, help="Where jobs and images are kept [~/.local/share/calotype].")
     ] = None,
     port: Annotated[int, typer.Option(help="Of the gateway; 0 takes a free one.")] = 8000,
     as_json: AsJson = False,
@@ -95,12 +95,12 @@ def demo(
     prompts: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="JSON lines of configs [those that come with it].")
     ] = None,
-    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for the pictures.")] = Path("out"),
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for the images.")] = Path("out"),
     model: Model = "demo",
     device: Devices = None,
     workers: WorkerCount = None,
 ) -> None:
-    """Start everything, make the example pictures, show how it went, stop everything."""
+    """Start everything, make the example images, show how it went, stop everything."""
     require_worker()
     with sigterm_interrupts():
         failed = run_demo(prompts=prompts, out=out, model=model, devices=spread(device or local_devices(), workers))

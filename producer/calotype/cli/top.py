@@ -20,7 +20,7 @@ from calotype.cli.output import clock_time, plain, print_json
 from calotype.client import Client
 from calotype.overview import GroupView, Overview, RowView, WorkerView
 from calotype_shared.errors import ServiceUnavailable
-from calotype_shared.jobs import JobRecord, JobState, Lane
+from calotype_shared.schema.jobs import JobRecord, JobState, Lane
 
 _BAR = 30  # characters
 _PROMPT = 34
@@ -34,7 +34,7 @@ class Look:
 
     overview: Overview
     failures: Sequence[JobRecord]
-    pictures_a_second: float | None = None
+    images_a_second: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         failures = [
@@ -47,7 +47,7 @@ class Look:
         ]
         return {
             **self.overview.model_dump(mode="json"),
-            "pictures_a_second": self.pictures_a_second,
+            "images_a_second": self.images_a_second,
             "failures": failures,
         }
 
@@ -63,14 +63,14 @@ def top(
         looks = _looks(client, interval)
         first = next(looks)  # what is wrong from the start ends the command
         if once:
-            print_json(first.as_json()) if as_json else console.print(picture(first))
+            print_json(first.as_json()) if as_json else console.print(render(first))
             return
         with suppress(KeyboardInterrupt):  # the way out
             if as_json:
                 print_json(first.as_json())
                 for look in looks:
                     print_json(look.as_json())
-            with Live(picture(first), console=console, screen=console.is_terminal, auto_refresh=False) as live:
+            with Live(render(first), console=console, screen=console.is_terminal, auto_refresh=False) as live:
                 _show(client, interval, looks, live)
 
 
@@ -78,7 +78,7 @@ def _show(client: Client, interval: float, looks: Iterator[Look], live: Live) ->
     while True:
         try:
             for look in looks:
-                live.update(picture(look), refresh=True)
+                live.update(render(look), refresh=True)
         except ServiceUnavailable as error:
             live.update(Text(plain(f"{error}\n\nlooking again; Ctrl-C ends"), style="bold"), refresh=True)
             time.sleep(interval)
@@ -89,20 +89,20 @@ def _looks(client: Client, interval: float) -> Iterator[Look]:
     before: Overview | None = None
     while True:
         now = client.overview()
-        yield Look(overview=now, failures=client.dead(limit=_FAILURES), pictures_a_second=_rate(before, now))
+        yield Look(overview=now, failures=client.dead(limit=_FAILURES), images_a_second=_rate(before, now))
         before = now
         time.sleep(interval)
 
 
 def _rate(before: Overview | None, now: Overview) -> float | None:
-    """Pictures a second of the workers that were there before, too."""
+    """Images a second of the workers that were there before, too."""
     if before is None or now.at <= before.at:
         return None
     made = {worker.name: worker.images for worker in before.workers}
     return sum(worker.images - made.get(worker.name, worker.images) for worker in now.workers) / (now.at - before.at)
 
 
-def picture(look: Look) -> RenderableType:
+def render(look: Look) -> RenderableType:
     """Everything, from what matters most down: what does not fit into the window is cut off below."""
     parts: list[RenderableType] = [_summary(look), Text()]
     if not look.overview.workers:
@@ -125,8 +125,8 @@ def _summary(look: Look) -> Text:
         waiting = sum(line.waiting for line in lines)
         text.append(f"  {lane.value} {waiting}" + (f", oldest {_seconds(oldest)}" if waiting else ""))
     text.append(f"  in step batches {running}")
-    if look.pictures_a_second is not None:
-        text.append(f"  {look.pictures_a_second:.2f} pictures/s", "bold")
+    if look.images_a_second is not None:
+        text.append(f"  {look.images_a_second:.2f} images/s", "bold")
     if overview.jobs_a_second is not None:
         text.append(f"  {overview.jobs_a_second:.2f} jobs/s lately")
     if overview.counts is not None:
@@ -137,7 +137,7 @@ def _summary(look: Look) -> Text:
 def _worker_line(worker: WorkerView) -> Text:
     mean = worker.rows / worker.forward_passes if worker.forward_passes else 0.0
     state = "leaving" if worker.draining else "working" if worker.groups else "idle"
-    facts = f"  {worker.device}  {state}  {worker.images} pictures  {mean:.1f} rows a step  {worker.failed} errors"
+    facts = f"  {worker.device}  {state}  {worker.images} images  {mean:.1f} rows a step  {worker.failed} errors"
     return Text.assemble((plain(worker.name), "bold"), facts)
 
 

@@ -13,4 +13,4 @@ from calotype.embedded import require_worker
 def train(context: typer.Context) -> None:
     """Teach a model a style, a word or a kind of control; `calotype train --help` shows how."""
     require_worker()
-    os.execv(sys.executable, [sys.executable, "-m", "calotype_worker.training", *context.args])
+    os.execv(sys.executable, [sys.executable, "-m", "calotype_train", *context.args])

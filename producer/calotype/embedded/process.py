@@ -7,12 +7,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-_GUARD = Path(__file__).with_name("guard.py")
-_GUARD_SLACK_SECONDS = 2.0  # for the guard to kill and reap a child that ignored SIGTERM
+_SUPERVISOR = Path(__file__).with_name("supervisor.py")
+_SUPERVISOR_SLACK_SECONDS = 2.0  # for the supervisor to kill and reap a child that ignored SIGTERM
 
 
 class ChildProcess:
-    """One command under a guard (see `guard.py`), its output in a log file.
+    """One command under a supervisor (see `supervisor.py`), its output in a log file.
 
     `pid` is the command's own. Owned by the code that started it; `stop` may be called from any thread, and twice.
     """
@@ -31,8 +31,8 @@ class ChildProcess:
         self.log = log
         self._grace_seconds = grace_seconds
         with log.open("ab") as output:
-            self._guard = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(_GUARD), str(grace_seconds), *command],
+            self._supervisor = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(_SUPERVISOR), str(grace_seconds), *command],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=output,
@@ -40,41 +40,41 @@ class ChildProcess:
                 env=None if environment is None else dict(environment),
                 start_new_session=True,  # Ctrl-C in a terminal reaches us alone; we stop the children in order
             )
-        assert self._guard.stdout is not None
-        first_line = self._guard.stdout.readline()
+        assert self._supervisor.stdout is not None
+        first_line = self._supervisor.stdout.readline()
         if not first_line:
-            self._guard.wait()
+            self._supervisor.wait()
             raise OSError(f"{command[0]} could not be started: {self.log_tail(3)}")
         self.pid = int(first_line)
 
     @property
     def alive(self) -> bool:
-        return self._guard.poll() is None
+        return self._supervisor.poll() is None
 
     @property
     def exit_code(self) -> int | None:
         """None while it runs; 128 + n when signal n ended it."""
-        return self._guard.poll()
+        return self._supervisor.poll()
 
     def wait(self, timeout: float | None = None) -> int:
-        return self._guard.wait(timeout)
+        return self._supervisor.wait(timeout)
 
     def begin_stop(self) -> None:
-        """Ask it to end and return at once; the guard kills it after its grace period."""
-        assert self._guard.stdin is not None
-        self._guard.stdin.close()
+        """Ask it to end and return at once; the supervisor kills it after its grace period."""
+        assert self._supervisor.stdin is not None
+        self._supervisor.stdin.close()
 
     def stop(self) -> int:
         """SIGTERM, a grace period, SIGKILL. Returns the exit status once the process is gone."""
         self.begin_stop()
         try:
-            return self._guard.wait(self._grace_seconds + _GUARD_SLACK_SECONDS)
-        except subprocess.TimeoutExpired:  # the guard hangs: killing it makes the kernel kill the child
-            self._guard.kill()
-            return self._guard.wait()
+            return self._supervisor.wait(self._grace_seconds + _SUPERVISOR_SLACK_SECONDS)
+        except subprocess.TimeoutExpired:  # the supervisor hangs: killing it makes the kernel kill the child
+            self._supervisor.kill()
+            return self._supervisor.wait()
         finally:
-            if self._guard.stdout is not None:
-                self._guard.stdout.close()
+            if self._supervisor.stdout is not None:
+                self._supervisor.stdout.close()
 
     def log_tail(self, lines: int = 8) -> str:
         """The last lines it wrote, for an error message."""

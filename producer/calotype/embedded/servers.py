@@ -1,4 +1,4 @@
-"""The two servers a fresh machine needs, in one data directory: Valkey for the queue, SeaweedFS for the pictures."""
+"""The two servers a fresh machine needs, in one data directory: Valkey for the queue, SeaweedFS for the images."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _Server = TypeVar("_Server", bound=_Stoppable)
 class EmbeddedServers:
     """Owns both servers and the data directory's lock. A context manager; `stop` may be called twice.
 
-    Both die with this process, even when it is killed: see `guard.py`.
+    Both die with this process, even when it is killed: see `supervisor.py`.
     """
 
     def __init__(

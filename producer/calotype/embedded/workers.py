@@ -15,7 +15,7 @@ from typing import Self
 
 from calotype.embedded.process import ChildProcess
 from calotype_shared.errors import ServiceUnavailable
-from calotype_shared.worker_info import WorkerInfo
+from calotype_shared.schema.worker_info import WorkerInfo
 
 MAX_RESTARTS = 3  # of one worker; then something is wrong that a restart does not cure
 _DEVICES_TIMEOUT_SECONDS = 120.0  # the first import of torch on a cold disk is slow

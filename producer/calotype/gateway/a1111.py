@@ -2,7 +2,7 @@
 
 A request is a job of its own; `progress` and `interrupt` are about all unfinished ones of the caller that came this
 way. Without effect: styles, `eta` and the `s_` parameters, `mask_blur`, `inpainting_fill`, `inpaint_full_res`,
-`resize_mode` and saving on the server's disk. Refused, since the picture would be another: hires fix, tiling, face
+`resize_mode` and saving on the server's disk. Refused, since the image would be another: hires fix, tiling, face
 restoration, variation seeds, scripts.
 """
 
@@ -27,12 +27,12 @@ from calotype.client import require_success
 from calotype.gateway.auth import Caller, Reader, Writer
 from calotype.gateway.errors import documented
 from calotype.gateway.jobs import finished
-from calotype.gateway.state import Services, Using
-from calotype_shared import a1111
-from calotype_shared.config import MAX_IMAGES, OutputFormat
+from calotype.gateway.state import Services, ServicesDep
 from calotype_shared.errors import InvalidRequest
-from calotype_shared.jobs import JobRecord, JobState, Lane
-from calotype_shared.uploads import FORMATS
+from calotype_shared.schema import a1111
+from calotype_shared.schema.config import MAX_IMAGES, OutputFormat
+from calotype_shared.schema.jobs import JobRecord, JobState, Lane
+from calotype_shared.storage.images import FORMATS
 
 router = APIRouter(prefix="/sdapi/v1", tags=["automatic1111"])
 
@@ -77,37 +77,37 @@ class Img2Img(Txt2Img):
     denoising_strength: float | None = 0.75
 
 
-class Pictures(BaseModel):
+class Images(BaseModel):
     images: list[str]
     parameters: dict[str, Any]
     info: str
 
 
 @router.post(
-    "/txt2img", operation_id="sdTxt2Img", response_model=Pictures, responses=documented(404, 409, 422, 504, openai=True)
+    "/txt2img", operation_id="sdTxt2Img", response_model=Images, responses=documented(404, 409, 422, 504, openai=True)
 )
-async def txt2img(wanted: Txt2Img, request: Request, caller: Writer, using: Using) -> Response:
-    """Make pictures from text."""
-    return await _answer(wanted, await _fields(wanted, caller, using), request, caller, using)
+async def txt2img(wanted: Txt2Img, request: Request, caller: Writer, services: ServicesDep) -> Response:
+    """Make images from text."""
+    return await _answer(wanted, await _fields(wanted, caller, services), request, caller, services)
 
 
 @router.post(
-    "/img2img", operation_id="sdImg2Img", response_model=Pictures, responses=documented(404, 409, 422, 504, openai=True)
+    "/img2img", operation_id="sdImg2Img", response_model=Images, responses=documented(404, 409, 422, 504, openai=True)
 )
-async def img2img(wanted: Img2Img, request: Request, caller: Writer, using: Using) -> Response:
-    """Make pictures from a picture, all of it or where the mask is white."""
+async def img2img(wanted: Img2Img, request: Request, caller: Writer, services: ServicesDep) -> Response:
+    """Make images from an image, all of it or where the mask is white."""
     if not wanted.init_images:
-        raise InvalidRequest("is missing", field="init_images", value=[], remedy="give one picture in base64")
-    fields = await _fields(wanted, caller, using)
-    fields["init_image"] = await _upload(using, wanted.init_images[0], "init_images")
+        raise InvalidRequest("is missing", field="init_images", value=[], remedy="give one image in base64")
+    fields = await _fields(wanted, caller, services)
+    fields["init_image"] = await _upload(services, wanted.init_images[0], "init_images")
     fields["strength"] = wanted.denoising_strength
     if wanted.mask:
         invert = bool(wanted.inpainting_mask_invert)
-        fields["mask_image"] = await _upload(using, wanted.mask, "mask", invert=invert)
-    return await _answer(wanted, fields, request, caller, using)
+        fields["mask_image"] = await _upload(services, wanted.mask, "mask", invert=invert)
+    return await _answer(wanted, fields, request, caller, services)
 
 
-async def _fields(wanted: Txt2Img, caller: Caller, using: Services) -> dict[str, Any]:
+async def _fields(wanted: Txt2Img, caller: Caller, services: Services) -> dict[str, Any]:
     """The config that a request means, as fields."""
     for name in _REFUSED:
         if getattr(wanted, name):
@@ -124,7 +124,7 @@ async def _fields(wanted: Txt2Img, caller: Caller, using: Services) -> dict[str,
             "is not available here", field="script_name", value=wanted.script_name, remedy="leave it out"
         )
     chosen = (wanted.override_settings or {}).get("sd_model_checkpoint")
-    model = await chosen_model(using, caller.tenant, chosen)
+    model = await chosen_model(services, caller.tenant, chosen)
     prompt, loras = _loras(wanted.prompt)
     return {
         "model": model,
@@ -140,7 +140,7 @@ async def _fields(wanted: Txt2Img, caller: Caller, using: Services) -> dict[str,
         "seed": None if wanted.seed < 0 else wanted.seed,
         "num_images": wanted.batch_size * wanted.n_iter,
         "loras": loras,
-        "controls": await _controls(wanted.alwayson_scripts or {}, using),
+        "controls": await _controls(wanted.alwayson_scripts or {}, services),
         "preview_every": max(1, wanted.steps // _PREVIEWS),
         "output_format": OutputFormat.PNG,
     }
@@ -152,7 +152,7 @@ def _loras(prompt: str) -> tuple[str, list[dict[str, Any]]]:
     return _LORA.sub("", prompt).strip(), loras
 
 
-async def _controls(scripts: Mapping[str, Any], using: Services) -> list[dict[str, Any]]:
+async def _controls(scripts: Mapping[str, Any], services: Services) -> list[dict[str, Any]]:
     """ControlNet's units; any other script that is switched on is refused."""
     controls = []
     for name, script in scripts.items():
@@ -170,7 +170,7 @@ async def _controls(scripts: Mapping[str, Any], using: Services) -> list[dict[st
                 image = image.get("image")
             if unit.get("module", "none") not in ("none", None) or not isinstance(image, str):
                 raise InvalidRequest(
-                    "needs a control picture that is prepared already",
+                    "needs a control image that is prepared already",
                     field="alwayson_scripts",
                     value=unit.get("module"),
                     remedy="give it as image, with module none",
@@ -178,7 +178,7 @@ async def _controls(scripts: Mapping[str, Any], using: Services) -> list[dict[st
             controls.append(
                 {
                     "name": unit.get("model"),
-                    "image": await _upload(using, image, "alwayson_scripts"),
+                    "image": await _upload(services, image, "alwayson_scripts"),
                     "scale": unit.get("weight", 1.0),
                     "start": unit.get("guidance_start", 0.0),
                     "end": unit.get("guidance_end", 1.0),
@@ -187,15 +187,15 @@ async def _controls(scripts: Mapping[str, Any], using: Services) -> list[dict[st
     return controls
 
 
-async def _upload(using: Services, encoded: str, field: str, *, invert: bool = False) -> str:
+async def _upload(services: Services, encoded: str, field: str, *, invert: bool = False) -> str:
     data = decoded(encoded, field)
     if invert:
         data = await run_in_threadpool(_inverted, data, field)
-    return await run_in_threadpool(using.client.upload, data, field=field)
+    return await run_in_threadpool(services.client.upload, data, field=field)
 
 
 def decoded(encoded: str, field: str) -> bytes:
-    """The bytes of a picture in a request. Raises InvalidRequest."""
+    """The bytes of an image in a request. Raises InvalidRequest."""
     try:
         return base64.b64decode(encoded.partition(",")[2] if encoded.startswith("data:") else encoded, validate=True)
     except (binascii.Error, ValueError):
@@ -205,29 +205,29 @@ def decoded(encoded: str, field: str) -> bytes:
 
 
 def _inverted(data: bytes, field: str) -> bytes:
-    from calotype_shared.uploads import normalise  # noqa: PLC0415
+    from calotype_shared.storage.images import normalize_image  # noqa: PLC0415
 
-    _, plain = normalise(data, field=field)
+    _, plain = normalize_image(data, field=field)
     buffer = io.BytesIO()
-    with PIL.Image.open(io.BytesIO(plain), formats=FORMATS) as picture:
-        picture.convert("L").point([255 - value for value in range(256)]).save(buffer, "PNG")
+    with PIL.Image.open(io.BytesIO(plain), formats=FORMATS) as image:
+        image.convert("L").point([255 - value for value in range(256)]).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 async def _answer(
-    wanted: Txt2Img, fields: dict[str, Any], request: Request, caller: Caller, using: Services
+    wanted: Txt2Img, fields: dict[str, Any], request: Request, caller: Caller, services: Services
 ) -> Response:
-    async with caller.taking(pictures=fields["num_images"]):
+    async with caller.taking(images=fields["num_images"]):
         job = await run_in_threadpool(
-            using.client.submit, fields, lane=Lane.INTERACTIVE, metadata=_VIA, tenant=caller.tenant
+            services.client.submit, fields, lane=Lane.INTERACTIVE, metadata=_VIA, tenant=caller.tenant
         )
-    seconds = using.gateway.max_wait_seconds
-    record = await finished(using, job.id, caller.tenant, seconds=seconds, check=False, abandon=request)
+    seconds = services.gateway.max_wait_seconds
+    record = await finished(services, job.id, caller.tenant, seconds=seconds, check=False, abandon=request)
     if record.state is not JobState.CANCELLED:  # an interrupted request is answered with what there is
         require_success(record)
     images = []
     if wanted.send_images:
-        files = [await run_in_threadpool(using.storage.get, image.key) for image in record.images]
+        files = [await run_in_threadpool(services.storage.get, image.key) for image in record.images]
         images = [base64.b64encode(data).decode() for data in files]
     parameters = wanted.model_dump(exclude={"init_images", "mask"})
     return JSONResponse({"images": images, "parameters": parameters, "info": json.dumps(_info(record))})
@@ -267,11 +267,11 @@ def _info(record: JobRecord) -> dict[str, Any]:
     }
 
 
-async def chosen_model(using: Services, tenant: str, chosen: str | None = None) -> str:
+async def chosen_model(services: Services, tenant: str, chosen: str | None = None) -> str:
     """The checkpoint asked for, or the one chosen before, or the first that is announced."""
-    known = list(await run_in_threadpool(using.client.models))
+    known = list(await run_in_threadpool(services.client.models))
     if chosen is None:
-        chosen = await run_in_threadpool(lambda: using.keys.redis.get(using.keys.keys.options(tenant)))  # type: ignore[arg-type, return-value]
+        chosen = await run_in_threadpool(lambda: services.keys.redis.get(services.keys.keys.options(tenant)))  # type: ignore[arg-type, return-value]
     if chosen is None:
         return known[0] if known else "demo"
     name = str(chosen).split(" ", maxsplit=1)[0]
@@ -282,18 +282,18 @@ async def chosen_model(using: Services, tenant: str, chosen: str | None = None) 
     return name
 
 
-async def _unfinished(using: Services, tenant: str) -> list[JobRecord]:
+async def _unfinished(services: Services, tenant: str) -> list[JobRecord]:
     """The caller's newest jobs that came this way and are not final, the one that is furthest first."""
-    newest = await run_in_threadpool(using.client.jobs, tenant=tenant, limit=100)
+    newest = await run_in_threadpool(services.client.jobs, tenant=tenant, limit=100)
     found = [job for job in newest if not job.state.final and job.metadata == _VIA]
     return sorted(found, key=lambda job: -job.progress)
 
 
 @router.get("/progress", operation_id="sdProgress", responses=documented(openai=True))
-async def progress(caller: Reader, using: Using, skip_current_image: bool = False) -> dict[str, Any]:
+async def progress(caller: Reader, services: ServicesDep, skip_current_image: bool = False) -> dict[str, Any]:
     """How far the caller's requests are."""
-    jobs = await _unfinished(using, caller.tenant)
-    share, left, step, steps, picture = 0.0, 0.0, 0, 0, None
+    jobs = await _unfinished(services, caller.tenant)
+    share, left, step, steps, image = 0.0, 0.0, 0, 0, None
     if jobs:
         first = jobs[0]
         share, step, steps = first.progress, first.step, first.total_steps
@@ -301,8 +301,8 @@ async def progress(caller: Reader, using: Using, skip_current_image: bool = Fals
             spent = max(0.0, time.time() - first.started_at)
             left = spent / share - spent
         if not skip_current_image:
-            previews = await run_in_threadpool(using.client.previews, first.id)
-            picture = previews[0].image if previews else None
+            previews = await run_in_threadpool(services.client.previews, first.id)
+            image = previews[0].image if previews else None
     state = {
         "skipped": False,
         "interrupted": False,
@@ -313,13 +313,13 @@ async def progress(caller: Reader, using: Using, skip_current_image: bool = Fals
         "sampling_step": step,
         "sampling_steps": steps,
     }
-    return {"progress": share, "eta_relative": left, "state": state, "current_image": picture, "textinfo": None}
+    return {"progress": share, "eta_relative": left, "state": state, "current_image": image, "textinfo": None}
 
 
 @router.post("/interrupt", operation_id="sdInterrupt", responses=documented(openai=True))
 @router.post("/skip", operation_id="sdSkip", responses=documented(openai=True))
-async def interrupt(caller: Writer, using: Using) -> dict[str, Any]:
-    """End the caller's requests; they are answered at once, without pictures."""
-    for job in await _unfinished(using, caller.tenant):
-        await run_in_threadpool(using.client.cancel, job.id)
+async def interrupt(caller: Writer, services: ServicesDep) -> dict[str, Any]:
+    """End the caller's requests; they are answered at once, without images."""
+    for job in await _unfinished(services, caller.tenant):
+        await run_in_threadpool(services.client.cancel, job.id)
     return {}

@@ -1,4 +1,4 @@
-"""AUTOMATIC1111's web API: the lists and options that its clients ask for beside pictures."""
+"""AUTOMATIC1111's web API: the lists and options that its clients ask for beside images."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from starlette.concurrency import run_in_threadpool
 from calotype.gateway.a1111 import chosen_model, decoded
 from calotype.gateway.auth import Reader, Writer
 from calotype.gateway.errors import documented
-from calotype.gateway.state import Using
-from calotype_shared import a1111
+from calotype.gateway.state import ServicesDep
 from calotype_shared.errors import InvalidRequest
-from calotype_shared.uploads import FORMATS
+from calotype_shared.schema import a1111
+from calotype_shared.storage.images import FORMATS
 
 router = APIRouter(prefix="/sdapi/v1", tags=["automatic1111"])
 
 
 @router.get("/options", operation_id="sdGetOptions", responses=documented(openai=True))
-async def get_options(caller: Reader, using: Using) -> dict[str, Any]:
+async def get_options(caller: Reader, services: ServicesDep) -> dict[str, Any]:
     """The checkpoint that requests use."""
-    name = await chosen_model(using, caller.tenant)
+    name = await chosen_model(services, caller.tenant)
     return {
         "sd_model_checkpoint": name,
         "sd_checkpoint_hash": "",
@@ -34,18 +34,18 @@ async def get_options(caller: Reader, using: Using) -> dict[str, Any]:
 
 
 @router.post("/options", operation_id="sdSetOptions", responses=documented(openai=True))
-async def set_options(options: Annotated[dict[str, Any], Body()], caller: Writer, using: Using) -> None:
+async def set_options(options: Annotated[dict[str, Any], Body()], caller: Writer, services: ServicesDep) -> None:
     """Choose the checkpoint, `sd_model_checkpoint`; other options have no effect."""
     chosen = options.get("sd_model_checkpoint")
     if chosen is not None:
-        name = await chosen_model(using, caller.tenant, str(chosen))
-        await run_in_threadpool(using.keys.redis.set, using.keys.keys.options(caller.tenant), name)
+        name = await chosen_model(services, caller.tenant, str(chosen))
+        await run_in_threadpool(services.keys.redis.set, services.keys.keys.options(caller.tenant), name)
 
 
 @router.get("/sd-models", operation_id="sdModels", responses=documented(openai=True))
-async def sd_models(caller: Reader, using: Using) -> list[dict[str, Any]]:
+async def sd_models(caller: Reader, services: ServicesDep) -> list[dict[str, Any]]:
     """The models that workers have announced."""
-    cards = await run_in_threadpool(using.client.models)
+    cards = await run_in_threadpool(services.client.models)
     return [
         {
             "title": name,
@@ -75,16 +75,16 @@ async def schedulers(caller: Reader) -> list[dict[str, Any]]:
 
 
 @router.get("/loras", operation_id="sdLoras", responses=documented(openai=True))
-async def loras(caller: Reader, using: Using) -> list[dict[str, Any]]:
+async def loras(caller: Reader, services: ServicesDep) -> list[dict[str, Any]]:
     """LoRAs of all models, to be written into prompts as `<lora:name:weight>`."""
-    names = {name for card in (await run_in_threadpool(using.client.models)).values() for name in card.loras}
+    names = {name for card in (await run_in_threadpool(services.client.models)).values() for name in card.loras}
     return [{"name": name, "alias": name, "path": name, "metadata": {}} for name in sorted(names)]
 
 
 @router.get("/embeddings", operation_id="sdEmbeddings", responses=documented(openai=True))
-async def embeddings(caller: Reader, using: Using) -> dict[str, Any]:
+async def embeddings(caller: Reader, services: ServicesDep) -> dict[str, Any]:
     """Learned words of all models."""
-    words = {word for card in (await run_in_threadpool(using.client.models)).values() for word in card.embeddings}
+    words = {word for card in (await run_in_threadpool(services.client.models)).values() for word in card.embeddings}
     return {"loaded": {word: {"step": None, "shape": 0, "vectors": 1} for word in sorted(words)}, "skipped": {}}
 
 
@@ -128,13 +128,13 @@ class PngInfo(BaseModel):
 
 @router.post("/png-info", operation_id="sdPngInfo", responses=documented(openai=True))
 async def png_info(wanted: PngInfo, caller: Reader) -> dict[str, Any]:
-    """What a picture says of how it was made."""
+    """What an image says of how it was made."""
     data = decoded(wanted.image, "image")
     try:
-        with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-            texts = {name: text for name, text in picture.info.items() if isinstance(text, str)}
+        with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            texts = {name: text for name, text in image.info.items() if isinstance(text, str)}
     except Exception as error:  # Pillow's plugins raise almost anything for a broken file
         raise InvalidRequest(
-            "is no readable picture", field="image", value=f"{len(data)} bytes", remedy="give a PNG, JPEG or WebP file"
+            "is no readable image", field="image", value=f"{len(data)} bytes", remedy="give a PNG, JPEG or WebP file"
         ) from error
     return {"info": texts.get("parameters", ""), "items": texts, "parameters": {}}

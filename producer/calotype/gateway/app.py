@@ -18,15 +18,15 @@ from calotype.gateway import (
     openai_batches,
     openai_files,
     openai_images,
-    page,
     uploads,
+    web_ui,
 )
-from calotype.gateway.limits import BodyLimit, WaitLimit
+from calotype.gateway.limits import BodyLimit, ConcurrencyLimit
+from calotype.gateway.request_metrics import RequestMetricsMiddleware
 from calotype.gateway.settings import GatewaySettings
-from calotype.gateway.state import Services, Using, lifespan
-from calotype.gateway.watched import Watched
+from calotype.gateway.state import Services, ServicesDep, lifespan
+from calotype_shared.observability.tracing import NOOP_TELEMETRY
 from calotype_shared.settings import Settings
-from calotype_shared.telemetry import SILENT
 
 ROUTERS: tuple[APIRouter, ...] = tuple(
     module.router for module in (jobs, fleet, uploads, openai_images, openai_files, openai_batches, a1111, a1111_lists)
@@ -42,10 +42,10 @@ async def alive() -> dict[str, str]:
 
 
 @health.get("/readyz", operation_id="isReady", responses={503: {"description": "Redis or the storage is away."}})
-async def ready(using: Using) -> Response:
+async def ready(services: ServicesDep) -> Response:
     """Redis and the storage answer too."""
-    await run_in_threadpool(using.client.counts)
-    await run_in_threadpool(using.storage.check)
+    await run_in_threadpool(services.client.counts)
+    await run_in_threadpool(services.storage.check)
     return JSONResponse({"status": "ok"})
 
 
@@ -68,10 +68,10 @@ def create_app(settings: Settings, gateway: GatewaySettings) -> FastAPI:
     )
     services = app.state.services = Services(settings, gateway)
     errors.install(app)
-    for router in (health, page.router, *ROUTERS):
+    for router in (health, web_ui.router, *ROUTERS):
         app.include_router(router)
-    app.add_middleware(WaitLimit, most=gateway.max_waiting)
+    app.add_middleware(ConcurrencyLimit, most=gateway.max_waiting)
     app.add_middleware(BodyLimit, settings=gateway)
-    if services.metrics is not None or services.telemetry is not SILENT:
-        app.add_middleware(Watched, observer=services.metrics, telemetry=services.telemetry)
+    if services.metrics is not None or services.telemetry is not NOOP_TELEMETRY:
+        app.add_middleware(RequestMetricsMiddleware, observer=services.metrics, telemetry=services.telemetry)
     return app

@@ -14,7 +14,7 @@ from fastapi import Depends, Request
 from starlette.concurrency import run_in_threadpool
 
 from calotype.api_keys import ApiKey, ApiKeys, Forbidden, Scope, Unauthorized
-from calotype.gateway.state import services
+from calotype.gateway.state import services_of
 from calotype_shared.errors import CalotypeError
 
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
@@ -32,29 +32,29 @@ class Caller:
         return self.key is None or scope in self.key.scopes
 
     @asynccontextmanager
-    async def taking(self, *, pictures: int) -> AsyncIterator[None]:
-        """Count pictures against the key's limit, but for those of a submission that is then refused.
+    async def taking(self, *, images: int) -> AsyncIterator[None]:
+        """Count images against the key's limit, but for those of a submission that is then refused.
 
         Raises:
             TooManyRequests: it has not so many left today.
         """
-        if self.key is None or self.key.pictures_per_day is None:
+        if self.key is None or self.key.images_per_day is None:
             yield
             return
         # The request itself was counted already.
         without_rate = self.key.model_copy(update={"requests_per_minute": None})
-        await run_in_threadpool(self.keys.allow, without_rate, pictures=pictures)
+        await run_in_threadpool(self.keys.allow, without_rate, images=images)
         try:
             yield
         except CalotypeError:
-            await run_in_threadpool(self.keys.allow, without_rate, pictures=-pictures)
+            await run_in_threadpool(self.keys.allow, without_rate, images=-images)
             raise
 
     def require_no_quota(self) -> None:
-        """A batch's pictures are counted only when it is validated, which is too late for a quota. Raises Forbidden."""
-        if self.key is not None and self.key.pictures_per_day is not None:
+        """A batch's images are counted only when it is validated, which is too late for a quota. Raises Forbidden."""
+        if self.key is not None and self.key.images_per_day is not None:
             raise Forbidden(
-                "this key has a quota of pictures a day, and a batch may have any number; use a key without a quota"
+                "this key has a quota of images a day, and a batch may have any number; use a key without a quota"
             )
 
 
@@ -62,11 +62,11 @@ def caller(scope: Scope) -> Callable[..., Awaitable[Caller]]:
     """A dependency: whoever asks, if they may do this. Raises Unauthorized, Forbidden, TooManyRequests."""
 
     async def find(request: Request) -> Caller:
-        using = await services(request)
-        keys = using.keys
-        if not using.gateway.needs_key:
-            _from_this_machine(request, {*_LOOPBACK, *using.gateway.allowed_hosts})
-            return Caller(using.settings.tenant, None, keys)
+        services = await services_of(request)
+        keys = services.keys
+        if not services.gateway.needs_key:
+            _from_this_machine(request, {*_LOOPBACK, *services.gateway.allowed_hosts})
+            return Caller(services.settings.tenant, None, keys)
         key = await run_in_threadpool(_admit, keys, _token(request), scope)
         return Caller(key.tenant, key, keys)
 

@@ -18,7 +18,6 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from calotype.api_keys import Forbidden, Unauthorized
-from calotype_shared.config import explained
 from calotype_shared.errors import (
     BatchNotFound,
     CalotypeError,
@@ -33,6 +32,7 @@ from calotype_shared.errors import (
     WaitTimeout,
     shown,
 )
+from calotype_shared.schema.config import explained
 
 log = logging.getLogger(__name__)
 

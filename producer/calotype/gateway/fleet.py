@@ -1,4 +1,4 @@
-"""Calotype's own API for people who watch it: the fleet, dead jobs, and where a picture comes from."""
+"""Calotype's own API for people who watch it: the fleet, dead jobs, and where an image comes from."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from calotype.api_keys import Scope
 from calotype.gateway.auth import Reader, Writer
 from calotype.gateway.errors import NotFound, documented
 from calotype.gateway.jobs import JobId, JobView, view
-from calotype.gateway.state import Using
+from calotype.gateway.state import ServicesDep
 from calotype.overview import Overview
 from calotype_shared.errors import ObjectMissing
-from calotype_shared.storage import sidecar_of
+from calotype_shared.storage.s3 import sidecar_of
 
 router = APIRouter(prefix="/v1")
 
 
 @router.get("/fleet", operation_id="getFleet", tags=["operating"], response_model=Overview, responses=documented())
-async def get_fleet(caller: Reader, using: Using) -> Response:
+async def get_fleet(caller: Reader, services: ServicesDep) -> Response:
     """The queues, the workers, and each row of their step batches. Another tenant's rows have no id and no prompt."""
-    overview = await run_in_threadpool(using.client.overview, tenant=caller.tenant)
+    overview = await run_in_threadpool(services.client.overview, tenant=caller.tenant)
     if not caller.may(Scope.ADMIN):
         overview = overview.model_copy(update={"counts": None})
     return JSONResponse(overview.model_dump(mode="json"))
@@ -51,10 +51,10 @@ class Dropped(BaseModel):
 
 
 @router.get("/dead", operation_id="listDead", tags=["jobs"], response_model=DeadList, responses=documented())
-async def list_dead(caller: Reader, using: Using, limit: Annotated[int, Query(ge=1, le=100)] = 20) -> Response:
+async def list_dead(caller: Reader, services: ServicesDep, limit: Annotated[int, Query(ge=1, le=100)] = 20) -> Response:
     """Jobs that failed for good, each with the history of its attempts."""
-    found = await run_in_threadpool(using.client.dead, limit=limit + 1, tenant=caller.tenant)
-    data = [await view(record, using) for record in found[:limit]]
+    found = await run_in_threadpool(services.client.dead, limit=limit + 1, tenant=caller.tenant)
+    data = [await view(record, services) for record in found[:limit]]
     return JSONResponse({"data": data, "has_more": len(found) > limit})
 
 
@@ -65,26 +65,26 @@ async def list_dead(caller: Reader, using: Using, limit: Annotated[int, Query(ge
     response_model=Retried,
     responses=documented(404, 409),
 )
-async def retry_dead(job_id: JobId, caller: Writer, using: Using) -> Response:
+async def retry_dead(job_id: JobId, caller: Writer, services: ServicesDep) -> Response:
     """Submit its config once more, as a new job, and take the old one off the list."""
-    record = await using.job(job_id, caller.tenant)
-    async with caller.taking(pictures=record.config.picture_count):
-        handle = await run_in_threadpool(using.client.retry_dead, job_id)
+    record = await services.job(job_id, caller.tenant)
+    async with caller.taking(images=record.config.image_count):
+        handle = await run_in_threadpool(services.client.retry_dead, job_id)
     return JSONResponse({"id": handle.id, "retry_of": job_id})
 
 
 @router.delete(
     "/dead/{job_id}", operation_id="dropDead", tags=["jobs"], response_model=Dropped, responses=documented(404)
 )
-async def drop_dead(job_id: JobId, caller: Writer, using: Using) -> Response:
+async def drop_dead(job_id: JobId, caller: Writer, services: ServicesDep) -> Response:
     """Take it off the list; its record stays for its time."""
-    await using.job(job_id, caller.tenant)
-    await run_in_threadpool(using.client.drop_dead, job_id)
+    await services.job(job_id, caller.tenant)
+    await run_in_threadpool(services.client.drop_dead, job_id)
     return JSONResponse({"id": job_id, "dropped": True})
 
 
 class Provenance(BaseModel):
-    """All that made a picture: its `config` makes this very one again."""
+    """All that made an image: its `config` makes this very one again."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -108,15 +108,15 @@ class Provenance(BaseModel):
     responses=documented(404),
 )
 async def get_provenance(
-    job_id: JobId, index: Annotated[int, Path(ge=0, le=10_000)], caller: Reader, using: Using
+    job_id: JobId, index: Annotated[int, Path(ge=0, le=10_000)], caller: Reader, services: ServicesDep
 ) -> Response:
-    """Where one of a job's pictures comes from, as it is also written into the picture's file."""
-    record = await using.job(job_id, caller.tenant)
-    missing = f"job {job_id} is {record.state.value} and there is no picture {index} of it in the storage"
+    """Where one of a job's images comes from, as it is also written into the image's file."""
+    record = await services.job(job_id, caller.tenant)
+    missing = f"job {job_id} is {record.state.value} and there is no image {index} of it in the storage"
     if index >= len(record.images):
         raise NotFound(missing)
     try:
-        found = await run_in_threadpool(using.storage.get, sidecar_of(record.images[index].key))
+        found = await run_in_threadpool(services.storage.get, sidecar_of(record.images[index].key))
     except ObjectMissing:
         raise NotFound(missing) from None
     return JSONResponse(json.loads(found))

@@ -16,10 +16,10 @@ from starlette.concurrency import run_in_threadpool
 from calotype.client import require_success
 from calotype.gateway.auth import Admin, Reader, Writer
 from calotype.gateway.errors import NotFound, documented
-from calotype.gateway.state import Services, Using
-from calotype_shared.config import GenerationConfig
+from calotype.gateway.state import Services, ServicesDep
 from calotype_shared.errors import WaitTimeout
-from calotype_shared.jobs import JobRecord, JobState, Lane
+from calotype_shared.schema.config import GenerationConfig
+from calotype_shared.schema.jobs import JobRecord, JobState, Lane
 
 router = APIRouter(prefix="/v1", tags=["jobs"])
 
@@ -48,7 +48,7 @@ class JobView(JobRecord):
 
     # By another name inside, for the record has a property of this one.
     done: float = Field(serialization_alias="progress", description="Done share, 0 to 1.")
-    urls: list[str] = Field(default=[], description="Links to its pictures, which work without keys for a while.")
+    urls: list[str] = Field(default=[], description="Links to its images, which work without keys for a while.")
 
 
 class JobList(BaseModel):
@@ -66,11 +66,11 @@ class Cancelled(BaseModel):
     state: JobState
 
 
-async def view(record: JobRecord, using: Services) -> dict[str, Any]:
+async def view(record: JobRecord, services: Services) -> dict[str, Any]:
     """A job as answers show it."""
     shown = record.model_dump(mode="json")
     shown["progress"] = round(record.progress, 4)
-    shown["urls"] = await using.links([image.key for image in record.images])
+    shown["urls"] = await services.links([image.key for image in record.images])
     return shown
 
 
@@ -84,7 +84,7 @@ async def view(record: JobRecord, using: Services) -> dict[str, Any]:
 async def create_job(  # noqa: PLR0917 - FastAPI passes them by name
     job: JobRequest,
     caller: Writer,
-    using: Using,
+    services: ServicesDep,
     response: Response,
     idempotency_key: Annotated[str | None, Header(description="The same key gives the same job.")] = None,
     prefer: Annotated[
@@ -93,9 +93,9 @@ async def create_job(  # noqa: PLR0917 - FastAPI passes them by name
 ) -> Response:
     """Queue a job."""
     fields = job.model_dump(exclude_unset=True, exclude={"lane", "metadata", "webhook_url"})
-    async with caller.taking(pictures=job.picture_count):
+    async with caller.taking(images=job.image_count):
         handle = await run_in_threadpool(
-            using.client.submit,
+            services.client.submit,
             fields,
             lane=job.lane,
             metadata=job.metadata,
@@ -104,27 +104,27 @@ async def create_job(  # noqa: PLR0917 - FastAPI passes them by name
             webhook_url=job.webhook_url,
         )
     found = _PREFER_WAIT.search(prefer or "")
-    record = await finished(using, handle.id, caller.tenant, seconds=int(found[1]) if found else 0, check=False)
+    record = await finished(services, handle.id, caller.tenant, seconds=int(found[1]) if found else 0, check=False)
     status = 200 if record.state.final else 202
-    return JSONResponse(await view(record, using), status, headers={"Location": f"/v1/jobs/{record.id}"})
+    return JSONResponse(await view(record, services), status, headers={"Location": f"/v1/jobs/{record.id}"})
 
 
 async def finished(
-    using: Services, job_id: str, tenant: str, *, seconds: float, check: bool = True, abandon: Request | None = None
+    services: Services, job_id: str, tenant: str, *, seconds: float, check: bool = True, abandon: Request | None = None
 ) -> JobRecord:
     """The job once it is final. With `check`, raises if that is not in time, or if it did not succeed.
 
     It is cancelled when whoever sent the request `abandon` has hung up.
     """
-    ends = asyncio.get_running_loop().time() + min(seconds, using.gateway.max_wait_seconds)
+    ends = asyncio.get_running_loop().time() + min(seconds, services.gateway.max_wait_seconds)
     pause = _SHORTEST_PAUSE
-    with using.client.notices.watch_async() as watch:
+    with services.client.job_changes.watch_async() as watch:
         while True:
-            record = await using.job(job_id, tenant)
+            record = await services.job(job_id, tenant)
             if record.state.final or asyncio.get_running_loop().time() >= ends:
                 break
             if abandon is not None and await abandon.is_disconnected():
-                await run_in_threadpool(using.client.cancel, job_id)
+                await run_in_threadpool(services.client.cancel, job_id)
             if not watch.channels:
                 await run_in_threadpool(watch.set_jobs, [job_id])
             pause = _LONGEST_PAUSE if watch.live else min(_LONGEST_PAUSE, pause * 1.3)
@@ -139,7 +139,7 @@ async def finished(
 @router.get("/jobs", operation_id="listJobs", response_model=JobList, responses=documented())
 async def list_jobs(
     caller: Reader,
-    using: Using,
+    services: ServicesDep,
     state: Annotated[JobState | None, Query(description="Only those in this state.")] = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     after: Annotated[
@@ -147,23 +147,25 @@ async def list_jobs(
     ] = None,
 ) -> Response:
     """List jobs outside batches, newest first."""
-    found = await run_in_threadpool(using.client.jobs, state=state, limit=limit + 1, tenant=caller.tenant, after=after)
+    found = await run_in_threadpool(
+        services.client.jobs, state=state, limit=limit + 1, tenant=caller.tenant, after=after
+    )
     page, more = found[:limit], len(found) > limit
-    data = [await view(record, using) for record in page]
+    data = [await view(record, services) for record in page]
     return JSONResponse({"data": data, "has_more": more, "next": page[-1].id if more else None})
 
 
 @router.get("/jobs/{job_id}", operation_id="getJob", response_model=JobView, responses=documented(404))
-async def get_job(job_id: JobId, caller: Reader, using: Using) -> Response:
+async def get_job(job_id: JobId, caller: Reader, services: ServicesDep) -> Response:
     """A job as it is now."""
-    return JSONResponse(await view(await using.job(job_id, caller.tenant), using))
+    return JSONResponse(await view(await services.job(job_id, caller.tenant), services))
 
 
 @router.post("/jobs/{job_id}/cancel", operation_id="cancelJob", response_model=Cancelled, responses=documented(404))
-async def cancel_job(job_id: JobId, caller: Writer, using: Using) -> Response:
+async def cancel_job(job_id: JobId, caller: Writer, services: ServicesDep) -> Response:
     """End a job at once, queued or running. A final one stays as it is."""
-    await using.job(job_id, caller.tenant)
-    state = await run_in_threadpool(using.client.cancel, job_id)
+    await services.job(job_id, caller.tenant)
+    state = await run_in_threadpool(services.client.cancel, job_id)
     return JSONResponse({"id": job_id, "state": state.value})
 
 
@@ -172,18 +174,18 @@ async def cancel_job(job_id: JobId, caller: Writer, using: Using) -> Response:
     operation_id="getJobImage",
     status_code=307,
     response_class=RedirectResponse,
-    responses={307: {"description": "Where the picture is, for a while."}, **documented(404)},
+    responses={307: {"description": "Where the image is, for a while."}, **documented(404)},
 )
 async def get_image(
-    job_id: JobId, index: Annotated[int, Path(ge=0, le=10_000)], caller: Reader, using: Using
+    job_id: JobId, index: Annotated[int, Path(ge=0, le=10_000)], caller: Reader, services: ServicesDep
 ) -> Response:
-    """One of a finished job's pictures."""
-    record = await using.job(job_id, caller.tenant)
+    """One of a finished job's images."""
+    record = await services.job(job_id, caller.tenant)
     if index >= len(record.images):
         raise NotFound(
-            f"job {job_id} is {record.state.value} and has {len(record.images)} picture(s); none is number {index}"
+            f"job {job_id} is {record.state.value} and has {len(record.images)} image(s); none is number {index}"
         )
-    [link] = await using.links([record.images[index].key])
+    [link] = await services.links([record.images[index].key])
     return RedirectResponse(link)
 
 
@@ -196,21 +198,21 @@ async def get_image(
         **documented(404),
     },
 )
-async def follow_job(job_id: JobId, caller: Reader, using: Using) -> Response:
+async def follow_job(job_id: JobId, caller: Reader, services: ServicesDep) -> Response:
     """Server-sent events until the job is final. A stream that broke may simply be opened again."""
-    await using.job(job_id, caller.tenant)
+    await services.job(job_id, caller.tenant)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return StreamingResponse(_events(using, job_id, caller.tenant), media_type="text/event-stream", headers=headers)
+    return StreamingResponse(_events(services, job_id, caller.tenant), media_type="text/event-stream", headers=headers)
 
 
-async def _events(using: Services, job_id: str, tenant: str) -> AsyncIterator[str]:
+async def _events(services: Services, job_id: str, tenant: str) -> AsyncIterator[str]:
     clock = asyncio.get_running_loop().time
     last: JobRecord | None = None
     shown: dict[int, tuple[int, int]] = {}
     said = clock()
-    with using.client.notices.watch_async() as watch:
+    with services.client.job_changes.watch_async() as watch:
         while True:
-            record = await using.job(job_id, tenant)
+            record = await services.job(job_id, tenant)
             if last is None or (record.state, record.attempt) != (last.state, last.attempt):
                 yield _event("state", {"id": job_id, "state": record.state.value, "attempt": record.attempt})
                 said = clock()
@@ -221,13 +223,13 @@ async def _events(using: Services, job_id: str, tenant: str) -> AsyncIterator[st
                 )
                 said = clock()
             if record.config.preview_every:
-                for preview in await run_in_threadpool(using.client.previews, job_id):
+                for preview in await run_in_threadpool(services.client.previews, job_id):
                     if shown.get(preview.index) != (preview.attempt, preview.step):
                         shown[preview.index] = (preview.attempt, preview.step)
                         yield _event("preview", preview.model_dump())
                         said = clock()
             if record.state.final:
-                yield _event("done", await view(record, using))
+                yield _event("done", await view(record, services))
                 return
             if clock() - said >= _HEARTBEAT_SECONDS:
                 yield ": still here\n\n"
@@ -250,15 +252,15 @@ class Queues(BaseModel):
 
 
 @router.get("/queues", operation_id="getQueues", tags=["operating"], response_model=Queues, responses=documented())
-async def get_queues(caller: Admin, using: Using) -> Response:
+async def get_queues(caller: Admin, services: ServicesDep) -> Response:
     """How much is queued, running and done."""
-    counts = await run_in_threadpool(using.client.counts)
-    depths = await run_in_threadpool(using.client.depths)
+    counts = await run_in_threadpool(services.client.counts)
+    depths = await run_in_threadpool(services.client.depths)
     return JSONResponse({"counts": {state.value: count for state, count in counts.items()}, "depths": depths})
 
 
 @router.get("/workers", operation_id="listWorkers", tags=["operating"], responses=documented())
-async def list_workers(caller: Admin, using: Using) -> list[dict[str, Any]]:
+async def list_workers(caller: Admin, services: ServicesDep) -> list[dict[str, Any]]:
     """The workers alive now. What each works on is told at /v1/fleet, to each tenant as much as it may know."""
-    workers = await run_in_threadpool(using.client.workers)
+    workers = await run_in_threadpool(services.client.workers)
     return [worker.model_dump(mode="json", exclude={"groups"}) for worker in workers]

@@ -1,4 +1,4 @@
-"""What bounds the gateway itself: `BodyLimit` the size of requests, `WaitLimit` how many wait for pictures."""
+"""What bounds the gateway itself: `BodyLimit` the size of requests, `ConcurrencyLimit` how many wait for images."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ class BodyLimit:
         await respond(Request(scope), problem_of(error), {"Connection": "close"})(scope, receive, send)
 
 
-class WaitLimit:
-    """ASGI middleware. Requests that are answered with finished pictures, or with events, are open for long.
+class ConcurrencyLimit:
+    """ASGI middleware. Requests that are answered with finished images, or with events, are open for long.
 
     Beyond `most` of them the next is refused before it has queued anything; whoever only polls is not held up.
     """
@@ -80,7 +80,7 @@ class WaitLimit:
             return
         if self._open >= self._most:
             error = TooBusy(
-                f"{self._most} requests wait for pictures already; come again in {_RETRY_SECONDS:g} s, poll a job "
+                f"{self._most} requests wait for images already; come again in {_RETRY_SECONDS:g} s, poll a job "
                 "instead (/v1/jobs), start another gateway, or raise CALOTYPE_GATEWAY_MAX_WAITING",
                 _RETRY_SECONDS,
             )

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterable
 from prometheus_client.registry import Collector
 
 from calotype.gateway.settings import GatewaySettings
-from calotype_shared import metric_names as names
-from calotype_shared.census import Census, Censuses
-from calotype_shared.connection import connect_redis
 from calotype_shared.errors import ServiceUnavailable
-from calotype_shared.jobs import JobState
-from calotype_shared.metrics import Family, counter, family, histogram, new_registry, scraped
-from calotype_shared.operator_server import Answer, Asked, OperatorServer, probed
+from calotype_shared.observability import metric_names as names
+from calotype_shared.observability.admin_server import AdminRequest, AdminResponse, AdminServer, probed
+from calotype_shared.observability.metrics import Family, counter, family, histogram, new_registry, scraped
+from calotype_shared.queue.connection import connect_redis
+from calotype_shared.queue.fleet_stats import FleetStats, FleetStatsReader
+from calotype_shared.schema.jobs import JobState
 from calotype_shared.settings import Settings
 
 _REMEMBERED_SECONDS = 1.0
@@ -37,7 +37,7 @@ class GatewayMetrics:
         self._seconds = histogram(names.HTTP_REQUEST_SECONDS, registry)
         self._webhooks = counter(names.WEBHOOKS, registry)
         self._redis = connect_redis(settings)
-        self._recent = RecentCensus(Censuses(self._redis, key_prefix=settings.key_prefix).take)
+        self._recent = RecentFleetStats(FleetStatsReader(self._redis, key_prefix=settings.key_prefix).take)
         registry.register(FleetCollector(self._recent))
         routes = {
             "/metrics": lambda asked: scraped(registry, asked),
@@ -45,7 +45,7 @@ class GatewayMetrics:
             "/healthz": lambda _: probed(None),
             "/readyz": lambda _: probed(self._recent.problem()),
         }
-        self._server = OperatorServer(
+        self._server = AdminServer(
             options.metrics_host, options.metrics_port, routes, setting="CALOTYPE_GATEWAY_METRICS_PORT"
         )
 
@@ -69,38 +69,38 @@ class GatewayMetrics:
     def webhook(self, outcome: str) -> None:
         self._webhooks.labels(outcome).inc()
 
-    def _backlog(self, asked: Asked) -> Answer:
+    def _backlog(self, asked: AdminRequest) -> AdminResponse:
         """For autoscalers that read JSON: `?model=NAME` gives one object, without it there is one a model."""
         try:
-            census = self._recent.get()
+            stats = self._recent.get()
         except ServiceUnavailable as error:
-            return Answer.of({"error": str(error)}, status=503)
+            return AdminResponse.of({"error": str(error)}, status=503)
         found = {
             model: {"queued": queued, "running": running, "backlog": queued + running}
-            for model, (queued, running) in census.backlog.items()
+            for model, (queued, running) in stats.backlog.items()
         }
         model = asked.query.get("model")
         if model is None:
-            return Answer.of({"models": found})
-        return Answer.of(found.get(model, {"queued": 0, "running": 0, "backlog": 0}))
+            return AdminResponse.of({"models": found})
+        return AdminResponse.of(found.get(model, {"queued": 0, "running": 0, "backlog": 0}))
 
 
-class RecentCensus:
-    """The newest census, taken again when it is older than a second. For any thread: one asks, others wait for it."""
+class RecentFleetStats:
+    """The newest stats, taken again when it is older than a second. For any thread: one asks, others wait for it."""
 
-    def __init__(self, take: Callable[[], Census], *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, take: Callable[[], FleetStats], *, clock: Callable[[], float] = time.monotonic) -> None:
         self._take = take
         self._clock = clock
         self._lock = threading.Lock()
-        self._taken: tuple[float, Census] | None = None
+        self._taken: tuple[float, FleetStats] | None = None
 
-    def get(self) -> Census:
+    def get(self) -> FleetStats:
         """Raises RedisUnavailable."""
         with self._lock:
             if self._taken is None or self._clock() - self._taken[0] >= _REMEMBERED_SECONDS:
                 self._taken = None
-                census = self._take()
-                self._taken = (self._clock(), census)
+                stats = self._take()
+                self._taken = (self._clock(), stats)
             return self._taken[1]
 
     def problem(self) -> str | None:
@@ -115,7 +115,7 @@ class RecentCensus:
 class FleetCollector(Collector):
     """Counts the fleet when it is scraped. While Redis is away only that is said: old numbers would lie."""
 
-    def __init__(self, recent: RecentCensus) -> None:
+    def __init__(self, recent: RecentFleetStats) -> None:
         self._recent = recent
 
     def describe(self) -> Iterable[Family]:
@@ -124,19 +124,19 @@ class FleetCollector(Collector):
 
     def collect(self) -> Iterable[Family]:
         try:
-            census = self._recent.get()
+            stats = self._recent.get()
         except ServiceUnavailable:
             yield family(names.REDIS_UP, 0)
             return
-        queues = {(queue.lane, queue.model): queue for queue in census.queues}
-        backlog = dict.fromkeys(census.workers, (0, 0)) | census.backlog
+        queues = {(queue.lane, queue.model): queue for queue in stats.queues}
+        backlog = dict.fromkeys(stats.workers, (0, 0)) | stats.backlog
         yield family(names.REDIS_UP, 1)
         yield family(names.QUEUE_DEPTH, {labels: queue.waiting for labels, queue in queues.items()})
         yield family(names.OLDEST_JOB_AGE_SECONDS, {labels: queue.oldest_seconds for labels, queue in queues.items()})
         yield family(names.BACKLOG_JOBS, {(model,): sum(jobs) for model, jobs in backlog.items()})
-        yield family(names.WORKERS, {(model,): count for model, count in census.workers.items()})
+        yield family(names.WORKERS, {(model,): count for model, count in stats.workers.items()})
         for metric in (names.UNFINISHED_JOBS, names.JOBS):
-            yield family(metric, {(state,): census.counts[JobState(state)] for state in metric.values})
-        yield family(names.DEAD_JOBS, census.dead)
-        yield family(names.OPEN_BATCHES, census.open_batches)
-        yield family(names.WEBHOOKS_WAITING, census.webhooks_waiting)
+            yield family(metric, {(state,): stats.counts[JobState(state)] for state in metric.values})
+        yield family(names.DEAD_JOBS, stats.dead)
+        yield family(names.OPEN_BATCHES, stats.open_batches)
+        yield family(names.WEBHOOKS_WAITING, stats.webhooks_waiting)

@@ -17,9 +17,9 @@ from calotype.batches.record import BatchFormat, BatchRecord, BatchState
 from calotype.gateway.auth import Batcher
 from calotype.gateway.errors import documented
 from calotype.gateway.openai_files import RESULT, After, find_file
-from calotype.gateway.state import Using
+from calotype.gateway.state import ServicesDep
 from calotype_shared.errors import InvalidRequest
-from calotype_shared.jobs import Lane
+from calotype_shared.schema.jobs import Lane
 
 router = APIRouter(prefix="/v1", tags=["batches"])
 
@@ -129,12 +129,12 @@ def _shown(batch: BatchRecord) -> dict[str, Any]:
 async def create_batch(
     wanted: BatchRequest,
     caller: Batcher,
-    using: Using,
+    services: ServicesDep,
     idempotency_key: Annotated[str | None, Header(description="The same key gives the same batch.")] = None,
 ) -> Response:
     """Submit an uploaded file as a batch."""
     caller.require_no_quota()
-    file = await find_file(using, wanted.input_file_id, caller.tenant)
+    file = await find_file(services, wanted.input_file_id, caller.tenant)
     if RESULT.fullmatch(file.id):
         raise InvalidRequest(
             "is no input file", field="input_file_id", value=file.id, remedy="upload one: POST /v1/files"
@@ -151,19 +151,19 @@ async def create_batch(
         "expires_in": hours * 3600,
     }
     handle = await run_in_threadpool(
-        using.client.submit_batch_file,
-        using.files.key(caller.tenant, file.id),
+        services.client.submit_batch_file,
+        services.files.key(caller.tenant, file.id),
         input_file=file.id,
         idempotency_key=idempotency_key,
         **options,
     )
-    return JSONResponse(_shown(await using.batch(handle.id, caller.tenant)))
+    return JSONResponse(_shown(await services.batch(handle.id, caller.tenant)))
 
 
 @router.get("/batches", operation_id="openaiListBatches", response_model=BatchList, responses=documented(openai=True))
-async def list_batches(caller: Batcher, using: Using, limit: Limit = 20, after: After = None) -> Response:
+async def list_batches(caller: Batcher, services: ServicesDep, limit: Limit = 20, after: After = None) -> Response:
     """Batches, newest first."""
-    found = await run_in_threadpool(using.client.batches, tenant=caller.tenant, limit=limit + 1, after=after)
+    found = await run_in_threadpool(services.client.batches, tenant=caller.tenant, limit=limit + 1, after=after)
     page = [_shown(batch) for batch in found[:limit]]
     ends = {"first_id": page[0]["id"] if page else None, "last_id": page[-1]["id"] if page else None}
     return JSONResponse({"object": "list", "data": page, **ends, "has_more": len(found) > limit})
@@ -175,9 +175,9 @@ async def list_batches(caller: Batcher, using: Using, limit: Limit = 20, after: 
     response_model=BatchObject,
     responses=documented(404, openai=True),
 )
-async def get_batch(batch_id: BatchId, caller: Batcher, using: Using) -> Response:
+async def get_batch(batch_id: BatchId, caller: Batcher, services: ServicesDep) -> Response:
     """A batch as it is now."""
-    return JSONResponse(_shown(await using.batch(batch_id, caller.tenant)))
+    return JSONResponse(_shown(await services.batch(batch_id, caller.tenant)))
 
 
 @router.post(
@@ -186,36 +186,36 @@ async def get_batch(batch_id: BatchId, caller: Batcher, using: Using) -> Respons
     response_model=BatchObject,
     responses=documented(404, openai=True),
 )
-async def cancel_batch(batch_id: BatchId, caller: Batcher, using: Using) -> Response:
+async def cancel_batch(batch_id: BatchId, caller: Batcher, services: ServicesDep) -> Response:
     """Nothing new of it starts, and its running jobs stop within a step."""
-    await using.batch(batch_id, caller.tenant)
-    return JSONResponse(_shown(await run_in_threadpool(using.client.cancel_batch, batch_id)))
+    await services.batch(batch_id, caller.tenant)
+    return JSONResponse(_shown(await run_in_threadpool(services.client.cancel_batch, batch_id)))
 
 
-class BatchPicture(BaseModel):
-    """A finished picture. `url` works without keys, for a while."""
+class BatchImage(BaseModel):
+    """A finished image. `url` works without keys, for a while."""
 
     custom_id: str
     seed: int
     url: str
 
 
-class BatchPictures(BaseModel):
-    data: list[BatchPicture]
+class BatchImages(BaseModel):
+    data: list[BatchImage]
 
 
 @router.get(
-    "/batches/{batch_id}/pictures",
-    operation_id="listBatchPictures",
-    response_model=BatchPictures,
+    "/batches/{batch_id}/images",
+    operation_id="listBatchImages",
+    response_model=BatchImages,
     responses=documented(404, openai=True),
 )
-async def list_pictures(batch_id: BatchId, caller: Batcher, using: Using, limit: Limit = 20) -> Response:
-    """Ours besides: the first pictures in a batch's output, to look at; while it runs, too."""
-    await using.batch(batch_id, caller.tenant)
-    lines = await run_in_threadpool(lambda: list(itertools.islice(using.client.batch_results(batch_id), limit)))
-    found = [(line["custom_id"], image) for line in lines for image in _pictures_of(line)][:limit]
-    links = iter(await using.links([image["key"] for _, image in found if "key" in image]))
+async def list_images(batch_id: BatchId, caller: Batcher, services: ServicesDep, limit: Limit = 20) -> Response:
+    """Ours besides: the first images in a batch's output, to look at; while it runs, too."""
+    await services.batch(batch_id, caller.tenant)
+    lines = await run_in_threadpool(lambda: list(itertools.islice(services.client.batch_results(batch_id), limit)))
+    found = [(line["custom_id"], image) for line in lines for image in _images_of(line)][:limit]
+    links = iter(await services.links([image["key"] for _, image in found if "key" in image]))
     data = [
         {"custom_id": custom_id, "seed": image["seed"], "url": image.get("url") or next(links)}
         for custom_id, image in found
@@ -223,10 +223,10 @@ async def list_pictures(batch_id: BatchId, caller: Batcher, using: Using, limit:
     return JSONResponse({"data": data})
 
 
-def _pictures_of(line: dict[str, Any]) -> list[dict[str, Any]]:
+def _images_of(line: dict[str, Any]) -> list[dict[str, Any]]:
     """Of a line of our own results, with their keys, or of OpenAI's, with links."""
-    pictures: list[dict[str, Any]] = line["response"]["body"]["data"] if "response" in line else line["images"]
-    return pictures
+    images: list[dict[str, Any]] = line["response"]["body"]["data"] if "response" in line else line["images"]
+    return images
 
 
 @router.post(
@@ -236,14 +236,14 @@ def _pictures_of(line: dict[str, Any]) -> list[dict[str, Any]]:
     responses=documented(404, openai=True),
 )
 async def steer_batch(
-    batch_id: BatchId, verb: Literal["pause", "resume", "retry"], caller: Batcher, using: Using
+    batch_id: BatchId, verb: Literal["pause", "resume", "retry"], caller: Batcher, services: ServicesDep
 ) -> Response:
     """Ours besides: pause it, go on with it, or submit what failed as a new batch (which is the answer then)."""
     caller.require_no_quota()
-    await using.batch(batch_id, caller.tenant)
+    await services.batch(batch_id, caller.tenant)
     if verb == "retry":
-        batch_id = (await run_in_threadpool(using.client.retry_batch, batch_id)).id
+        batch_id = (await run_in_threadpool(services.client.retry_batch, batch_id)).id
     else:
-        steer = using.client.pause_batch if verb == "pause" else using.client.resume_batch
+        steer = services.client.pause_batch if verb == "pause" else services.client.resume_batch
         await run_in_threadpool(steer, batch_id)
-    return JSONResponse(_shown(await using.batch(batch_id, caller.tenant)))
+    return JSONResponse(_shown(await services.batch(batch_id, caller.tenant)))

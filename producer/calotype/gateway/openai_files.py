@@ -14,7 +14,7 @@ from starlette.concurrency import run_in_threadpool
 from calotype.files import StoredFile
 from calotype.gateway.auth import Batcher
 from calotype.gateway.errors import NotFound, documented
-from calotype.gateway.state import Services, Using
+from calotype.gateway.state import Services, ServicesDep
 from calotype_shared.errors import InvalidRequest
 
 router = APIRouter(prefix="/v1", tags=["batches"])
@@ -56,13 +56,13 @@ def _file(stored: StoredFile) -> dict[str, Any]:
 @router.post("/files", operation_id="openaiCreateFile", response_model=FileObject, responses=documented(openai=True))
 async def create_file(
     caller: Batcher,
-    using: Using,
+    services: ServicesDep,
     file: Annotated[UploadFile, File()],
     purpose: Annotated[Literal["batch", "vision", "user_data"], Form()] = "batch",
 ) -> Response:
     """Store a file: for `batch`, a request a line, up to a million of them."""
     stored = await run_in_threadpool(
-        using.files.add,
+        services.files.add,
         file.file,
         tenant=caller.tenant,
         filename=(file.filename or "file.jsonl")[:200],
@@ -74,13 +74,15 @@ async def create_file(
 @router.get("/files", operation_id="openaiListFiles", response_model=FileList, responses=documented(openai=True))
 async def list_files(
     caller: Batcher,
-    using: Using,
+    services: ServicesDep,
     purpose: Annotated[str | None, Query(max_length=50)] = None,
     limit: Annotated[int, Query(ge=1, le=10_000)] = 100,
     after: After = None,
 ) -> Response:
     """Files that were uploaded, newest first."""
-    files = [f for f in await run_in_threadpool(using.files.all, tenant=caller.tenant) if purpose in (None, f.purpose)]
+    files = [
+        f for f in await run_in_threadpool(services.files.all, tenant=caller.tenant) if purpose in (None, f.purpose)
+    ]
     ids = [file.id for file in files]
     start = ids.index(after) + 1 if after in ids else 0
     page = files[start : start + limit]
@@ -91,9 +93,9 @@ async def list_files(
 @router.get(
     "/files/{file_id}", operation_id="openaiGetFile", response_model=FileObject, responses=documented(404, openai=True)
 )
-async def get_file(file_id: FileId, caller: Batcher, using: Using) -> Response:
+async def get_file(file_id: FileId, caller: Batcher, services: ServicesDep) -> Response:
     """One file."""
-    return JSONResponse(_file(await find_file(using, file_id, caller.tenant)))
+    return JSONResponse(_file(await find_file(services, file_id, caller.tenant)))
 
 
 @router.get(
@@ -105,40 +107,40 @@ async def get_file(file_id: FileId, caller: Batcher, using: Using) -> Response:
         **documented(404, openai=True),
     },
 )
-async def get_content(file_id: FileId, caller: Batcher, using: Using) -> Response:
+async def get_content(file_id: FileId, caller: Batcher, services: ServicesDep) -> Response:
     """A file's bytes. Those of a batch's results can be read while it runs."""
-    await find_file(using, file_id, caller.tenant)
+    await find_file(services, file_id, caller.tenant)
     chunks: Iterator[bytes]
     if result := RESULT.fullmatch(file_id):
-        chunks = using.client.batch_result_chunks(result[1], errors=result[2] == "errors")
+        chunks = services.client.batch_result_chunks(result[1], errors=result[2] == "errors")
     else:
-        chunks = using.files.read(file_id, tenant=caller.tenant)
+        chunks = services.files.read(file_id, tenant=caller.tenant)
     return StreamingResponse(chunks, media_type="application/jsonl")
 
 
 @router.delete(
     "/files/{file_id}", operation_id="openaiDeleteFile", response_model=Deleted, responses=documented(404, openai=True)
 )
-async def delete_file(file_id: FileId, caller: Batcher, using: Using) -> Response:
+async def delete_file(file_id: FileId, caller: Batcher, services: ServicesDep) -> Response:
     """Remove a file. A batch that is not validated yet needs its input."""
     if RESULT.fullmatch(file_id):
         raise InvalidRequest(
             "belongs to its batch", field="file_id", value=file_id, remedy="it goes when the batch's record expires"
         )
-    await find_file(using, file_id, caller.tenant)
-    await run_in_threadpool(using.files.remove, file_id, tenant=caller.tenant)
+    await find_file(services, file_id, caller.tenant)
+    await run_in_threadpool(services.files.remove, file_id, tenant=caller.tenant)
     return JSONResponse({"id": file_id, "object": "file", "deleted": True})
 
 
-async def find_file(using: Services, file_id: str, tenant: str) -> StoredFile:
+async def find_file(services: Services, file_id: str, tenant: str) -> StoredFile:
     """A tenant's file. Raises NotFound, BatchNotFound."""
     if result := RESULT.fullmatch(file_id):
-        batch = await using.batch(result[1], tenant)
+        batch = await services.batch(result[1], tenant)
         key = batch.errors if result[2] == "errors" else batch.output
-        size = await run_in_threadpool(using.storage.size, key) if key else 0
+        size = await run_in_threadpool(services.storage.size, key) if key else 0
         name = f"{batch.id}_{result[2]}.jsonl"
         return StoredFile(id=file_id, filename=name, purpose="batch_output", bytes=size, created_at=batch.created_at)
-    stored = await run_in_threadpool(using.files.get, file_id, tenant=tenant)
+    stored = await run_in_threadpool(services.files.get, file_id, tenant=tenant)
     if stored is None:
         raise NotFound(f"there is no file {file_id!r}; see GET /v1/files")
     return stored

@@ -18,19 +18,17 @@ from calotype.client import require_success
 from calotype.gateway.auth import Caller, Reader, Writer
 from calotype.gateway.errors import documented, problem_of
 from calotype.gateway.jobs import finished
-from calotype.gateway.state import Services, Using
+from calotype.gateway.state import Services, ServicesDep
 from calotype.openai_images import Generation, image_data, inverted_mask, read_generation
 from calotype_shared.errors import CalotypeError, InvalidRequest, UnknownModel
-from calotype_shared.jobs import JobRecord, Lane
+from calotype_shared.schema.jobs import JobRecord, Lane
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 
 _POLL_SECONDS = 0.1
 _EXAMPLE = {"model": "demo", "prompt": "a red circle on a blue background", "size": "128x128"}
 _IMAGES = {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {"schema": {"type": "string"}}}
-_ANSWER: dict[int | str, dict[str, Any]] = {
-    200: {"description": "The pictures, or events of them.", "content": _IMAGES}
-}
+_ANSWER: dict[int | str, dict[str, Any]] = {200: {"description": "The images, or events of them.", "content": _IMAGES}}
 
 
 @router.post(
@@ -42,10 +40,10 @@ async def generate(
     body: Annotated[dict[str, Any], Body(openapi_examples={"plain": {"value": _EXAMPLE}})],
     request: Request,
     caller: Writer,
-    using: Using,
+    services: ServicesDep,
 ) -> Response:
-    """Make pictures and answer with them. Every field of a config may stand beside OpenAI's own."""
-    return await _answer(read_generation(body), request, caller, using, kind="image_generation")
+    """Make images and answer with them. Every field of a config may stand beside OpenAI's own."""
+    return await _answer(read_generation(body), request, caller, services, kind="image_generation")
 
 
 @router.post(
@@ -71,8 +69,8 @@ async def generate(
         }
     },
 )
-async def edit(request: Request, caller: Writer, using: Using) -> Response:
-    """Repaint a picture: all of it, or where the mask is transparent."""
+async def edit(request: Request, caller: Writer, services: ServicesDep) -> Response:
+    """Repaint an image: all of it, or where the mask is transparent."""
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise InvalidRequest(
             "must be a form",
@@ -82,22 +80,22 @@ async def edit(request: Request, caller: Writer, using: Using) -> Response:
         )
     async with request.form(max_files=20, max_fields=100) as form:
         fields = _form_fields(form)
-        pictures = await _pictures(form)
-    if not pictures.get("image"):
-        raise InvalidRequest("is missing", field="image", value=None, remedy="send the picture to edit as a file")
-    if len(pictures["image"]) > 1:
+        images = await _images(form)
+    if not images.get("image"):
+        raise InvalidRequest("is missing", field="image", value=None, remedy="send the image to edit as a file")
+    if len(images["image"]) > 1:
         raise InvalidRequest(
             "is more than one",
             field="image",
-            value=len(pictures["image"]),
-            remedy="send one picture; others have no use",
+            value=len(images["image"]),
+            remedy="send one image; others have no use",
         )
-    uploaded = await run_in_threadpool(using.client.upload, pictures["image"][0])
+    uploaded = await run_in_threadpool(services.client.upload, images["image"][0])
     fields["init_image"] = uploaded
-    if pictures.get("mask"):
-        white_where_painted = await run_in_threadpool(inverted_mask, pictures["mask"][0])
-        fields["mask_image"] = await run_in_threadpool(using.client.upload, white_where_painted, field="mask")
-    return await _answer(read_generation(fields), request, caller, using, kind="image_edit")
+    if images.get("mask"):
+        white_where_painted = await run_in_threadpool(inverted_mask, images["mask"][0])
+        fields["mask_image"] = await run_in_threadpool(services.client.upload, white_where_painted, field="mask")
+    return await _answer(read_generation(fields), request, caller, services, kind="image_edit")
 
 
 def _form_fields(form: FormData) -> dict[str, Any]:
@@ -116,7 +114,7 @@ def _form_fields(form: FormData) -> dict[str, Any]:
     return fields
 
 
-async def _pictures(form: FormData) -> dict[str, list[bytes]]:
+async def _images(form: FormData) -> dict[str, list[bytes]]:
     found: dict[str, list[bytes]] = {}
     for name, value in form.multi_items():
         if isinstance(value, UploadFile):
@@ -124,52 +122,52 @@ async def _pictures(form: FormData) -> dict[str, list[bytes]]:
     return found
 
 
-async def _answer(wanted: Generation, request: Request, caller: Caller, using: Services, *, kind: str) -> Response:
+async def _answer(wanted: Generation, request: Request, caller: Caller, services: Services, *, kind: str) -> Response:
     config = wanted.config
     if wanted.stream and wanted.partial_images:
         every = max(1, config.num_inference_steps // (wanted.partial_images + 1))
         config = config.model_copy(update={"preview_every": config.preview_every or every})
-    async with caller.taking(pictures=config.picture_count):
+    async with caller.taking(images=config.image_count):
         job = await run_in_threadpool(
-            using.client.submit,
+            services.client.submit,
             config,
             lane=Lane.INTERACTIVE,
             tenant=caller.tenant,
             idempotency_key=request.headers.get("idempotency-key"),
         )
     if wanted.stream:
-        events = _stream(using, job.id, caller.tenant, wanted, kind)
+        events = _stream(services, job.id, caller.tenant, wanted, kind)
         return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-    seconds = using.gateway.max_wait_seconds
-    record = await finished(using, job.id, caller.tenant, seconds=seconds, abandon=request)
-    data = await _data(using, record, wanted)
+    seconds = services.gateway.max_wait_seconds
+    record = await finished(services, job.id, caller.tenant, seconds=seconds, abandon=request)
+    data = await _data(services, record, wanted)
     return JSONResponse({"created": int(record.finished_at or 0), "data": data, **_shown(record)})
 
 
-async def _data(using: Services, record: JobRecord, wanted: Generation) -> list[dict[str, Any]]:
+async def _data(services: Services, record: JobRecord, wanted: Generation) -> list[dict[str, Any]]:
     images = [image.model_dump() for image in record.images]
     if wanted.as_url:
-        links = await using.links([image.key for image in record.images])
+        links = await services.links([image.key for image in record.images])
         return [image_data(image, url=link) for image, link in zip(images, links, strict=True)]
-    files = [await run_in_threadpool(using.storage.get, image.key) for image in record.images]
+    files = [await run_in_threadpool(services.storage.get, image.key) for image in record.images]
     return [image_data(image, b64=base64.b64encode(file).decode()) for image, file in zip(images, files, strict=True)]
 
 
 def _shown(record: JobRecord) -> dict[str, Any]:
-    """What answers and events say of all pictures."""
+    """What answers and events say of all images."""
     config = record.config
     size = f"{config.width}x{config.height}"
     return {"size": size, "quality": "auto", "background": "opaque", "output_format": config.output_format.value}
 
 
-async def _stream(using: Services, job_id: str, tenant: str, wanted: Generation, kind: str) -> AsyncIterator[str]:
-    """The previews as partial pictures, then the pictures. Who stops listening stops the job."""
+async def _stream(services: Services, job_id: str, tenant: str, wanted: Generation, kind: str) -> AsyncIterator[str]:
+    """The previews as partial images, then the images. Who stops listening stops the job."""
     sent, shown, done = 0, set(), False
     try:
         while True:
-            record = await using.job(job_id, tenant)
+            record = await services.job(job_id, tenant)
             if sent < wanted.partial_images and not record.state.final:
-                for preview in await run_in_threadpool(using.client.previews, job_id):
+                for preview in await run_in_threadpool(services.client.previews, job_id):
                     if (preview.index, preview.step) in shown or sent >= wanted.partial_images:
                         continue
                     shown.add((preview.index, preview.step))
@@ -181,7 +179,7 @@ async def _stream(using: Services, job_id: str, tenant: str, wanted: Generation,
                 break
             await asyncio.sleep(_POLL_SECONDS)
         require_success(record)
-        for item in await _data(using, record, wanted._replace(as_url=False)):
+        for item in await _data(services, record, wanted._replace(as_url=False)):
             yield _event(f"{kind}.completed", {**item, **_shown(record), "usage": _NO_USAGE})
     except CalotypeError as error:
         problem = problem_of(error)
@@ -189,7 +187,7 @@ async def _stream(using: Services, job_id: str, tenant: str, wanted: Generation,
         yield f"event: error\ndata: {json.dumps({'type': 'error', 'error': told})}\n\n"
     finally:
         if not done:
-            await asyncio.shield(run_in_threadpool(using.client.cancel, job_id))
+            await asyncio.shield(run_in_threadpool(services.client.cancel, job_id))
 
 
 # Their SDK wants it in this event; there are no tokens to count here.
@@ -207,16 +205,18 @@ def _event(kind: str, data: Mapping[str, Any]) -> str:
 
 
 @router.get("/models", operation_id="openaiListModels", responses=documented(openai=True))
-async def list_models(caller: Reader, using: Using) -> dict[str, Any]:
+async def list_models(caller: Reader, services: ServicesDep) -> dict[str, Any]:
     """The models that workers have announced, each with what it can do."""
-    cards = await run_in_threadpool(using.client.models)
+    cards = await run_in_threadpool(services.client.models)
     return {"object": "list", "data": [_model(name, card.model_dump(mode="json")) for name, card in cards.items()]}
 
 
 @router.get("/models/{model}", operation_id="openaiGetModel", responses=documented(404, openai=True))
-async def get_model(model: Annotated[str, Path(max_length=64)], caller: Reader, using: Using) -> dict[str, Any]:
+async def get_model(
+    model: Annotated[str, Path(max_length=64)], caller: Reader, services: ServicesDep
+) -> dict[str, Any]:
     """One model."""
-    cards = await run_in_threadpool(using.client.models)
+    cards = await run_in_threadpool(services.client.models)
     if model not in cards:
         raise UnknownModel(
             "no worker has announced this model", field="model", value=model, remedy=f"use one of: {', '.join(cards)}"

@@ -29,7 +29,7 @@ class GatewaySettings(StrictSettings):
     max_file_bytes: Annotated[int, Field(ge=1_024)] = 4 * 2**30
     """Of a file for batches."""
     max_wait_seconds: Annotated[float, Field(gt=0)] = 600.0
-    """Of requests that answer with the finished picture."""
+    """Of requests that answer with the finished image."""
     max_waiting: Annotated[int, Field(ge=1)] = 256
     """Such requests, and streams of events, at a time."""
     dispatch: bool = True

@@ -21,14 +21,14 @@ from calotype.client import Client
 from calotype.files import FileStore
 from calotype.gateway.metrics import GatewayMetrics
 from calotype.gateway.settings import GatewaySettings
-from calotype_shared.connection import connect_redis, connection_options, is_outage, sentinel_options, unavailable
 from calotype_shared.errors import no_such_batch, no_such_job
-from calotype_shared.jobs import JobRecord
-from calotype_shared.keys import Keys
-from calotype_shared.records import read_record
+from calotype_shared.observability.tracing import make_telemetry
+from calotype_shared.queue.connection import connect_redis, connection_options, is_outage, sentinel_options, unavailable
+from calotype_shared.queue.keys import Keys
+from calotype_shared.queue.records import read_record
+from calotype_shared.schema.jobs import JobRecord
 from calotype_shared.settings import Settings
-from calotype_shared.storage import Storage
-from calotype_shared.telemetry import make_telemetry
+from calotype_shared.storage.s3 import Storage
 
 _LINKS = 10_000  # remembered
 _CONNECTIONS = 256
@@ -120,9 +120,9 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
 
 
-async def services(request: Request) -> Services:
+async def services_of(request: Request) -> Services:
     """A dependency; async, since FastAPI calls others in a thread each time."""
     return cast(Services, request.app.state.services)
 
 
-Using = Annotated[Services, Depends(services)]
+ServicesDep = Annotated[Services, Depends(services_of)]

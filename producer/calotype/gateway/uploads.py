@@ -1,4 +1,4 @@
-"""Pictures that go in: sent through the gateway, or put straight into storage by a presigned link."""
+"""Images that go in: sent through the gateway, or put straight into storage by a presigned link."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from starlette.datastructures import UploadFile
 
 from calotype.gateway.auth import Writer
 from calotype.gateway.errors import NotFound, documented
-from calotype.gateway.state import Using
+from calotype.gateway.state import ServicesDep
 from calotype_shared.errors import InvalidRequest
-from calotype_shared.storage import Storage
-from calotype_shared.uploads import MAX_BYTES, normalise, upload_key
+from calotype_shared.storage.images import MAX_BYTES, normalize_image, upload_key
+from calotype_shared.storage.s3 import Storage
 
 router = APIRouter(prefix="/v1/uploads", tags=["uploads"])
 
@@ -26,7 +26,7 @@ _LINK_SECONDS = 900
 
 
 class Upload(BaseModel):
-    """A stored picture, of so many pixels: name it by its id in `init_image`, `mask_image` or a control."""
+    """A stored image, of so many pixels: name it by its id in `init_image`, `mask_image` or a control."""
 
     id: str
     width: int
@@ -34,7 +34,7 @@ class Upload(BaseModel):
 
 
 class Link(BaseModel):
-    """Where to put a picture: `PUT` its bytes to `url`, then complete it with the token."""
+    """Where to put an image: `PUT` its bytes to `url`, then complete it with the token."""
 
     url: str
     method: str = "PUT"
@@ -47,7 +47,7 @@ class Token(BaseModel):
     token: Annotated[str, Field(pattern="^[A-Za-z0-9_-]{43}$")]
 
 
-_PICTURE = {"schema": {"type": "string", "format": "binary"}}
+_IMAGE = {"schema": {"type": "string", "format": "binary"}}
 
 
 @router.post(
@@ -60,35 +60,35 @@ _PICTURE = {"schema": {"type": "string", "format": "binary"}}
         "requestBody": {
             "required": True,
             "content": {
-                **{f"image/{kind}": _PICTURE for kind in ("png", "jpeg", "webp")},
+                **{f"image/{kind}": _IMAGE for kind in ("png", "jpeg", "webp")},
                 "multipart/form-data": {
-                    "schema": {"type": "object", "required": ["image"], "properties": {"image": _PICTURE["schema"]}}
+                    "schema": {"type": "object", "required": ["image"], "properties": {"image": _IMAGE["schema"]}}
                 },
             },
         }
     },
 )
-async def upload(request: Request, caller: Writer, using: Using) -> Response:
-    """Store a picture: a PNG, JPEG or WebP file as the body, or as `image` of a form."""
+async def upload(request: Request, caller: Writer, services: ServicesDep) -> Response:
+    """Store an image: a PNG, JPEG or WebP file as the body, or as `image` of a form."""
     form = request.headers.get("content-type", "").startswith("multipart/form-data")
     data = await _from_form(request) if form else await request.body()
-    return JSONResponse(await run_in_threadpool(_store, using.storage, data), 201)
+    return JSONResponse(await run_in_threadpool(_store, services.storage, data), 201)
 
 
 async def _from_form(request: Request) -> bytes:
     async with request.form(max_files=1, max_fields=0) as form:
-        picture = form.get("image")
-        if not isinstance(picture, UploadFile):
-            raise InvalidRequest("is missing", field="image", value=None, remedy="send the picture as the file `image`")
-        return await picture.read()
+        image = form.get("image")
+        if not isinstance(image, UploadFile):
+            raise InvalidRequest("is missing", field="image", value=None, remedy="send the image as the file `image`")
+        return await image.read()
 
 
 @router.post("/presigned", operation_id="createUploadLink", response_model=Link, responses=documented())
-async def presign(caller: Writer, using: Using) -> Response:
-    """A link to put a picture straight into storage, without passing through the gateway."""
+async def presign(caller: Writer, services: ServicesDep) -> Response:
+    """A link to put an image straight into storage, without passing through the gateway."""
     token = secrets.token_urlsafe(32)
     url = await run_in_threadpool(
-        using.storage.presigned_put, _incoming(caller.tenant, token), expires_seconds=_LINK_SECONDS
+        services.storage.presigned_put, _incoming(caller.tenant, token), expires_seconds=_LINK_SECONDS
     )
     return JSONResponse(
         {
@@ -104,17 +104,17 @@ async def presign(caller: Writer, using: Using) -> Response:
 @router.post(
     "/complete", operation_id="completeUpload", status_code=201, response_model=Upload, responses=documented(404)
 )
-async def complete(done: Token, caller: Writer, using: Using) -> Response:
-    """Check the picture that was put there, and store it."""
+async def complete(done: Token, caller: Writer, services: ServicesDep) -> Response:
+    """Check the image that was put there, and store it."""
     key = _incoming(caller.tenant, done.token)
-    if not await run_in_threadpool(using.storage.exists, key):
-        raise NotFound("nothing was put there; PUT the picture to the link first, or ask for a new link")
+    if not await run_in_threadpool(services.storage.exists, key):
+        raise NotFound("nothing was put there; PUT the image to the link first, or ask for a new link")
     # One byte more than is allowed tells that it is too large, without fetching all of it.
-    data = await run_in_threadpool(using.storage.get_range, key, 0, MAX_BYTES + 1)
+    data = await run_in_threadpool(services.storage.get_range, key, 0, MAX_BYTES + 1)
     try:
-        return JSONResponse(await run_in_threadpool(_store, using.storage, data), 201)
+        return JSONResponse(await run_in_threadpool(_store, services.storage, data), 201)
     finally:
-        await run_in_threadpool(using.storage.delete, key)
+        await run_in_threadpool(services.storage.delete, key)
 
 
 def _incoming(tenant: str, token: str) -> str:
@@ -123,7 +123,7 @@ def _incoming(tenant: str, token: str) -> str:
 
 def _store(storage: Storage, data: bytes) -> dict[str, Any]:
     """As `Client.upload` does, with the size. Raises InvalidRequest."""
-    upload_id, stored = normalise(data)
+    upload_id, stored = normalize_image(data)
     storage.put(upload_key(upload_id), stored, "image/png")
     width, height = struct.unpack(">II", stored[16:24])  # where every PNG has them
     return {"id": upload_id, "width": width, "height": height}

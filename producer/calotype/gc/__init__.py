@@ -1,6 +1,6 @@
 """What `calotype gc` does: removes from the bucket, and from indexes in Redis, what no record refers to any more."""
 
-from calotype.gc.bond import GcRefused
+from calotype.gc.bucket_identity import GcRefused
 from calotype.gc.collector import Collector
 from calotype.gc.report import Kind, Report
 

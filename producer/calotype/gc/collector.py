@@ -14,12 +14,12 @@ from typing import Any
 from redis import Redis
 
 from calotype.batches.record import BatchState
-from calotype.gc.bond import BOND_KEY, Bond, GcRefused
+from calotype.gc.bucket_identity import IDENTITY_KEY, BucketIdentity, GcRefused
 from calotype.gc.references import References
 from calotype.gc.report import Kind, Report
-from calotype_shared.jobs import JobState
-from calotype_shared.scripts import Scripted, said_clearly
-from calotype_shared.storage import SAFE_SECONDS, Storage, StoredObject
+from calotype_shared.queue.scripts import Scripted, said_clearly
+from calotype_shared.schema.jobs import JobState
+from calotype_shared.storage.s3 import SAFE_SECONDS, Storage, StoredObject
 
 _DAY = 86_400.0  # an upload in parts that is older than this is taken for dead
 # A state that this version does not know is not final: then nothing is removed.
@@ -33,7 +33,7 @@ _UPLOAD = re.compile(r"uploads/(?P<upload>[0-9a-f]{64})\.png")
 _FILE = re.compile(r"files/(?P<tenant>[^/]+)/(?P<file>file-[0-9a-f]+)")
 _INCOMING = re.compile(r"incoming/[^/]+/[A-Za-z0-9_-]{43}")
 _KINDS = {
-    Kind.PICTURES: _JOB,
+    Kind.IMAGES: _JOB,
     Kind.BATCHES: _BATCH,
     Kind.UPLOADS: _UPLOAD,
     Kind.FILES: _FILE,
@@ -61,7 +61,7 @@ class Collector(Scripted):
         """
         super().__init__(redis, key_prefix=key_prefix)
         self._storage = storage
-        self._bond = Bond(redis, self.keys, storage, bucket=bucket)
+        self._identity = BucketIdentity(redis, self.keys, storage, bucket=bucket)
         self._age = max(safe_seconds, older_than_seconds or 0.0)
         self._upload_age = max(self._age, retention_seconds)
         self._doomed: list[str] = []
@@ -75,13 +75,13 @@ class Collector(Scripted):
         """
         began = time.monotonic()
         report = self._report = Report(dry_run=dry_run)
-        tied_before = force or dry_run or self._bond.made()
+        tied_before = force or dry_run or self._identity.verify()
         now = self._storage.now()
         self._before, self._uploads_before = now - self._age, now - self._upload_age
         self._references = References(self._redis, self.keys, self._storage)
         self._trusted = tied_before or self._references.records > 0
         if self._trusted and not dry_run:
-            self._bond.tie()
+            self._identity.record()
         for page in self._storage.pages():
             self._look(page)
         self._flush()
@@ -100,10 +100,10 @@ class Collector(Scripted):
                     found[kind].append((item, match))
                     break
             else:
-                if item.key != BOND_KEY:
+                if item.key != IDENTITY_KEY:
                     self._report[Kind.FOREIGN].kept += 1
         judges: dict[Kind, Callable[[list[re.Match[str]]], Iterable[bool]]] = {
-            Kind.PICTURES: self._pictures_wanted,
+            Kind.IMAGES: self._images_wanted,
             Kind.BATCHES: self._batches_wanted,
             Kind.FILES: self._files_wanted,
             Kind.UPLOADS: lambda matches: (self._references.has_upload(match["upload"]) for match in matches),
@@ -120,7 +120,7 @@ class Collector(Scripted):
                 else:
                     self._remove(kind, item)
 
-    def _pictures_wanted(self, matches: list[re.Match[str]]) -> Iterator[bool]:
+    def _images_wanted(self, matches: list[re.Match[str]]) -> Iterator[bool]:
         """Those of a job that is not done; of a done one's winning attempt; and what somebody else refers to."""
         ids = sorted({match["job"] for match in matches})
         pipeline = self._redis.pipeline(transaction=False)
@@ -154,7 +154,7 @@ class Collector(Scripted):
         self._check_trust()
         tally = self._report[kind]
         if kind is Kind.UPLOADS and not self._report.dry_run:
-            # The same picture may be uploaded anew at any time, under the same key: only what is still old goes.
+            # The same image may be uploaded anew at any time, under the same key: only what is still old goes.
             age = self._storage.age(item.key)
             if age is None:
                 return

@@ -1,7 +1,7 @@
 """`References`: everything in storage that a record or a batch's results refer to beyond what a look-up would find.
 
-A picture may be another job's too: equal jobs share them, and results of batches name those of jobs whose records are
-gone. References are only ever copied in one direction (a finished job's pictures for equal ones to come, then a record,
+An image may be another job's too: equal jobs share them, and results of batches name those of jobs whose records are
+gone. References are only ever copied in one direction (a finished job's images for equal ones to come, then a record,
 then a batch's results), and are read in that order: one that moves meanwhile is met where it goes.
 """
 
@@ -17,10 +17,10 @@ from calotype.batches.lines import LONGEST_LINE
 from calotype.batches.record import BatchState
 from calotype.gc.bloom import BloomFilter
 from calotype_shared.errors import ObjectMissing
-from calotype_shared.jobs import JobState
-from calotype_shared.keys import Keys
-from calotype_shared.storage import Storage, attempt_folder
-from calotype_shared.streams import read_lines
+from calotype_shared.queue.keys import Keys
+from calotype_shared.schema.jobs import JobState
+from calotype_shared.storage.multipart import read_lines
+from calotype_shared.storage.s3 import Storage, attempt_folder
 
 _FINAL = {state.value for state in BatchState if state.final}
 _STEP = 500  # keys asked for at a time
@@ -41,7 +41,7 @@ class References:
         self._storage = storage
         self._folders, self._uploads = BloomFilter(), BloomFilter()
         self.records = 0  # of jobs and batches
-        for made in self._scan(keys.made("*")):
+        for made in self._scan(keys.finished("*")):
             pipeline = redis.pipeline(transaction=False)
             for key in made:
                 pipeline.get(key)
@@ -83,7 +83,7 @@ class References:
             self._note(self._uploads, _UPLOAD, [config])
             self._note(self._folders, _FOLDER, [images])
             if state == JobState.RUNNING.value:
-                # It may be done, and its record gone, before its pictures are looked at.
+                # It may be done, and its record gone, before its images are looked at.
                 self._folders.add(attempt_folder(key.removeprefix(self._keys.job("")), int(attempt), token))
 
     def _read_batch(self, key: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 class Kind(StrEnum):
     """What there is in a bucket, and in Redis' indexes."""
 
-    PICTURES = "pictures"  # of jobs, with their provenance
+    IMAGES = "images"  # of jobs, with their provenance
     UPLOADS = "uploads"
     INCOMING = "incoming"  # put there by a link and never completed
     FILES = "files"  # that came in by HTTP
@@ -21,7 +21,7 @@ class Kind(StrEnum):
 
 
 @dataclass
-class Tally:
+class KindCount:
     """Objects of a kind: removed, or to be removed in a dry run; too young to be judged; and kept."""
 
     removed: int = 0
@@ -35,10 +35,10 @@ class Report:
     """Owned by the one thread that collects."""
 
     dry_run: bool
-    by_kind: dict[Kind, Tally] = field(default_factory=lambda: {kind: Tally() for kind in Kind})
+    by_kind: dict[Kind, KindCount] = field(default_factory=lambda: {kind: KindCount() for kind in Kind})
     seconds: float = 0.0
 
-    def __getitem__(self, kind: Kind) -> Tally:
+    def __getitem__(self, kind: Kind) -> KindCount:
         return self.by_kind[kind]
 
     @property

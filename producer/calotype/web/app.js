@@ -38,7 +38,7 @@ const themeNow = () => document.documentElement.dataset.theme ?? "auto";
 function sayTheme() {
   const button = find("#theme-button");
   button.textContent = { auto: "◑ Auto", light: "○ Light", dark: "● Dark" }[themeNow()];
-  button.setAttribute("aria-label", `Colours: ${themeNow()}. Change`);
+  button.setAttribute("aria-label", `Colors: ${themeNow()}. Change`);
 }
 
 function nextTheme() {

@@ -6,7 +6,7 @@ import { bytes, count, duration, plural, rate, shorten, time } from "./format.js
 
 const PAGE = 10;
 const SHOWN_ERRORS = 20;
-const SHOWN_PICTURES = 24;
+const SHOWN_IMAGES = 24;
 const FINAL = ["completed", "failed", "expired", "cancelled"];
 const WORDS = {
   validating: "reading the file", in_progress: "running", finalizing: "writing the results", cancelling: "cancelling",
@@ -137,7 +137,7 @@ function update(card, batch) {
   }
   if (!final && status !== "cancelling") offers.push(["Cancel", () => steer(batch, "cancel")]);
   if (batch.output_file_id) {
-    offers.push(["Show pictures", () => showPictures(card, batch)]);
+    offers.push(["Show images", () => showImages(card, batch)]);
     offers.push(["Output file", () => save(batch.output_file_id, `${batch.id}_output.jsonl`)]);
   }
   if (batch.error_file_id) {
@@ -200,9 +200,9 @@ async function showErrors(card, batch) {
   }
 }
 
-async function showPictures(card, batch) {
+async function showImages(card, batch) {
   try {
-    const { data } = await call(`v1/batches/${batch.id}/pictures?limit=${SHOWN_PICTURES}`);
+    const { data } = await call(`v1/batches/${batch.id}/images?limit=${SHOWN_IMAGES}`);
     const tiles = data.map(({ custom_id: id, seed, url }) =>
       element("li", { class: "tile" },
         element("a", { href: url, target: "_blank", rel: "noopener noreferrer", class: "tile-link" },

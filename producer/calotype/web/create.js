@@ -117,7 +117,7 @@ function described() {
 
 /** What can be said without asking the gateway. */
 function refused(fields) {
-  if (!fields.prompt.trim()) return { field: "prompt", detail: "Say what the picture should show." };
+  if (!fields.prompt.trim()) return { field: "prompt", detail: "Say what the image should show." };
   if (fields.seed !== undefined && !/^\d{1,16}$/.test(find("#seed").value.trim())) {
     return { field: "seed", detail: "A seed is a whole number; leave it empty to have one drawn." };
   }
@@ -170,7 +170,7 @@ function clearProblem(input) {
   find(`#${id}`)?.remove();
 }
 
-/** Fill the form with a job's config; the seed of one of its pictures, if one is given. */
+/** Fill the form with a job's config; the seed of one of its images, if one is given. */
 export async function again(config, { seed } = {}) {
   location.hash = "#/create";
   await load();

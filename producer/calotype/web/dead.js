@@ -3,7 +3,7 @@
 import { call, wordsOf } from "./api.js";
 import { announce, element, find, keyed, notify, poll } from "./dom.js";
 import { plural, shorten, time } from "./format.js";
-import { openPicture } from "./picture.js";
+import { openImage } from "./viewer.js";
 
 const PAGE = 20;
 
@@ -30,7 +30,7 @@ function createDead(job) {
   return element(
     "li",
     { class: "panel dead" },
-    element("button", { type: "button", class: "row-name", on: { click: () => openPicture(job, 0) } }, shorten(job.config.prompt, 120) || job.id),
+    element("button", { type: "button", class: "row-name", on: { click: () => openImage(job, 0) } }, shorten(job.config.prompt, 120) || job.id),
     element("p", { class: "problem" }, job.error ? `${job.error.code}: ${shorten(job.error.message, 220)}` : "No reason was recorded."),
     element("p", { class: "hint" }, `${time(job.finished_at)} · ${plural(job.attempt, "attempt")} · ${plural(job.crashes, "worker")} lost`),
     element(

@@ -4,7 +4,7 @@ import { call, wordsOf } from "./api.js";
 import { deadInWords, startDead } from "./dead.js";
 import { element, find, keyed, notify, poll, setText } from "./dom.js";
 import { count, duration, plural, rate } from "./format.js";
-import { openPicture } from "./picture.js";
+import { openImage } from "./viewer.js";
 
 const REMEMBERED = 60; // seconds
 const SVG = "http://www.w3.org/2000/svg";
@@ -73,7 +73,7 @@ function showFigures(fleet) {
     ["Interactive", count(lanes.interactive.waiting), said(lanes.interactive)],
     ["Bulk", count(lanes.bulk.waiting), said(lanes.bulk)],
     ["In step batches", count(sum(groups.map((group) => group.running))), waits(sum(groups.map((group) => group.waiting)))],
-    ["Pictures a second", rate(images), fleet.jobs_a_second === null ? "over 15 s" : `${rate(fleet.jobs_a_second)} jobs/s lately`],
+    ["Images a second", rate(images), fleet.jobs_a_second === null ? "over 15 s" : `${rate(fleet.jobs_a_second)} jobs/s lately`],
     ["Errors", count(sum(fleet.workers.map((worker) => worker.failed))), [deadInWords(), memory && `${plural(memory, "time")} out of memory`].filter(Boolean).join(", ")],
   ];
   keyed(find("#figures"), figures, ([label]) => label,
@@ -110,7 +110,7 @@ function updateWorker(card, worker, at) {
   const lately = pace(worker.name, 15);
   setText(find(".state", card), worker.draining ? "leaving" : worker.groups.length ? "working" : "idle");
   setText(find(".worker-words", card), [
-    worker.device, `up for ${duration(at - worker.started_at)}`, plural(worker.images, "picture"),
+    worker.device, `up for ${duration(at - worker.started_at)}`, plural(worker.images, "image"),
     `${rate(lately.passes)} steps/s`, plural(worker.failed, "error"),
   ].join(" · "));
   draw(find(".spark", card), worker.name);
@@ -154,12 +154,12 @@ function createGroup(group) {
 
 function updateGroup(box, group) {
   const rows = sum(group.rows.map((row) => (row.guided ? 2 : 1)));
-  const words = [`${rows} of ${plural(group.budget, "row")}`, plural(group.running, "picture")];
+  const words = [`${rows} of ${plural(group.budget, "row")}`, plural(group.running, "image")];
   if (group.waiting) words.push(`${count(group.waiting)} waiting`);
   if (group.decoding) words.push(`${count(group.decoding)} being decoded`);
   if (group.running > group.rows.length) words.push(`the first ${group.rows.length} are shown`);
   setText(find(".hint", box), words.join(" · "));
-  keyed(find(".rows", box), group.rows, (row) => (row.job ? `${row.job}/${row.picture}` : `other ${row.guided}`), createRow, updateRow);
+  keyed(find(".rows", box), group.rows, (row) => (row.job ? `${row.job}/${row.image}` : `other ${row.guided}`), createRow, updateRow);
 }
 
 function createRow(row) {
@@ -189,7 +189,7 @@ function updateRow(line, row) {
 
 async function openJob(id) {
   try {
-    openPicture(await call(`v1/jobs/${id}`), 0);
+    openImage(await call(`v1/jobs/${id}`), 0);
   } catch (problem) {
     notify(wordsOf(problem), problem.detail);
   }

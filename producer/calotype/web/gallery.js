@@ -1,16 +1,16 @@
-// Jobs of late, a page at a time, and pictures side by side.
+// Jobs of late, a page at a time, and images side by side.
 
 import { call, wordsOf } from "./api.js";
 import { element, find, notify } from "./dom.js";
 import { STATES, plural, shorten, time } from "./format.js";
-import { facts, openPicture, showMedia } from "./picture.js";
+import { facts, openImage, showMedia } from "./viewer.js";
 
 const PAGE = 24; // jobs
-const MOST = 6; // pictures side by side
+const MOST = 6; // images side by side
 
 let next = null;
 let turn = 0; // answers to questions that are no longer asked are dropped
-const chosen = new Map(); // by job and picture
+const chosen = new Map(); // by job and image
 
 export function startGallery() {
   find("#gallery-state").addEventListener("change", () => load({ fresh: true }));
@@ -48,11 +48,11 @@ async function load({ fresh }) {
 }
 
 function tilesOf(job) {
-  if (!job.images.length) return [unpictured(job)];
-  return job.images.map((_, index) => pictured(job, index));
+  if (!job.images.length) return [unimaged(job)];
+  return job.images.map((_, index) => imaged(job, index));
 }
 
-function pictured(job, index) {
+function imaged(job, index) {
   const id = `${job.id}-${index}`;
   const choose = element("input", {
     type: "checkbox", class: "choose", "aria-label": `Compare ${shorten(job.config.prompt, 60)}, seed ${job.images[index].seed}`,
@@ -65,7 +65,7 @@ function pictured(job, index) {
     element(
       "button",
       { type: "button", class: "tile-button", "aria-label": `Details of ${shorten(job.config.prompt, 100)}, seed ${job.images[index].seed}`,
-        on: { click: () => openPicture(job, index) } },
+        on: { click: () => openImage(job, index) } },
       showMedia(job, index, { alt: "" }),
     ),
     element("div", { class: "tile-words" }, element("span", { class: "tile-prompt" }, job.config.prompt),
@@ -74,14 +74,14 @@ function pictured(job, index) {
   );
 }
 
-function unpictured(job) {
+function unimaged(job) {
   const { mark, label } = STATES[job.state];
   return element(
     "li",
     { class: "tile bare" },
     element(
       "button",
-      { type: "button", class: "tile-button", on: { click: () => openPicture(job, 0) } },
+      { type: "button", class: "tile-button", on: { click: () => openImage(job, 0) } },
       element("span", { class: `state ${job.state}` }, element("span", { "aria-hidden": "true" }, mark), ` ${label}`),
       element("span", { class: "tile-prompt" }, shorten(job.config.prompt, 90)),
       job.error && element("span", { class: "problem" }, shorten(job.error.message, 120)),
@@ -93,7 +93,7 @@ function unpictured(job) {
 function pick(id, job, index, box) {
   if (box.checked && chosen.size >= MOST) {
     box.checked = false;
-    return notify("Enough to compare", `At most ${MOST} pictures fit side by side; take one out first.`);
+    return notify("Enough to compare", `At most ${MOST} images fit side by side; take one out first.`);
   }
   if (box.checked) chosen.set(id, { job, index });
   else chosen.delete(id);
@@ -109,14 +109,14 @@ function clear() {
 
 function showTray() {
   find("#tray").hidden = chosen.size === 0;
-  find("#tray-text").textContent = `${plural(chosen.size, "picture")} chosen`;
+  find("#tray-text").textContent = `${plural(chosen.size, "image")} chosen`;
   find("#tray-compare").disabled = chosen.size < 2;
 }
 
-/** A table: a column a picture, a row a setting; rows that differ say so. */
+/** A table: a column an image, a row a setting; rows that differ say so. */
 function compare() {
-  const pictures = [...chosen.values()];
-  const told = pictures.map(({ job, index }) => new Map(facts(job, index)));
+  const images = [...chosen.values()];
+  const told = images.map(({ job, index }) => new Map(facts(job, index)));
   const labels = [...new Set(told.flatMap((own) => [...own.keys()]))];
   const rows = labels.map((label) => {
     const values = told.map((own) => String(own.get(label) ?? "–"));
@@ -128,8 +128,8 @@ function compare() {
       values.map((value) => element("td", {}, value)),
     );
   });
-  const heads = pictures.map(({ job, index }, number) =>
-    element("th", { scope: "col" }, element("span", { class: "visually-hidden" }, `Picture ${number + 1}`), showMedia(job, index)),
+  const heads = images.map(({ job, index }, number) =>
+    element("th", { scope: "col" }, element("span", { class: "visually-hidden" }, `Image ${number + 1}`), showMedia(job, index)),
   );
   const table = element(
     "table",
@@ -137,7 +137,7 @@ function compare() {
     element("thead", {}, element("tr", {}, element("td", {}), heads)),
     element("tbody", {}, rows),
   );
-  table.style.setProperty("--pictures", pictures.length);
+  table.style.setProperty("--images", images.length);
   find("#compare-body").replaceChildren(table);
   find("#compare").showModal();
   find("#compare-title").focus();

@@ -1,10 +1,10 @@
-// A job as it is being made: previews, progress, and its pictures in the end.
+// A job as it is being made: previews, progress, and its images in the end.
 
 import { call, events, wordsOf } from "./api.js";
 import { again } from "./create.js";
 import { announce, element, find, notify, setText } from "./dom.js";
 import { STATES, duration, plural, shorten } from "./format.js";
-import { openPicture, showMedia } from "./picture.js";
+import { openImage, showMedia } from "./viewer.js";
 
 const STREAMS = 3; // at a time: a browser opens six connections to one address, and others are needed too
 const KEPT = 20; // cards
@@ -94,13 +94,13 @@ const pause = (seconds) => new Promise((resolve) => setTimeout(resolve, seconds 
 function showPreview(card, preview) {
   const place = find(".frames", card).children[preview.index];
   if (!place) return;
-  let picture = find("img", place);
-  if (!picture) {
-    picture = element("img", { class: "preview", alt: "Preview" });
-    place.replaceChildren(picture);
+  let image = find("img", place);
+  if (!image) {
+    image = element("img", { class: "preview", alt: "Preview" });
+    place.replaceChildren(image);
   }
-  picture.src = `data:image/jpeg;base64,${preview.image}`;
-  picture.alt = `Preview after step ${preview.step}`;
+  image.src = `data:image/jpeg;base64,${preview.image}`;
+  image.alt = `Preview after step ${preview.step}`;
 }
 
 function update(card, job) {
@@ -120,16 +120,16 @@ function finish(card, job) {
   if (job.state === "cancelled") return fail(card, "Cancelled.", job);
   const frames = [...find(".frames", card).children];
   job.images.forEach((image, index) => {
-    const label = `Picture ${index + 1} of ${job.images.length}, seed ${image.seed}. Details`;
+    const label = `Image ${index + 1} of ${job.images.length}, seed ${image.seed}. Details`;
     const opening = element(
       "button",
-      { type: "button", class: "frame-button", "aria-label": label, on: { click: () => openPicture(job, index) } },
+      { type: "button", class: "frame-button", "aria-label": label, on: { click: () => openImage(job, index) } },
       showMedia(job, index),
     );
     frames[index]?.replaceChildren(opening);
   });
   const seconds = job.finished_at - job.created_at;
-  const words = `${plural(job.images.length, "picture")} in ${duration(seconds)}, seed ${job.images[0]?.seed}`;
+  const words = `${plural(job.images.length, "image")} in ${duration(seconds)}, seed ${job.images[0]?.seed}`;
   tell(card, words, job);
   announce(`Done: ${words}.`);
 }

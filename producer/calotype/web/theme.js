@@ -1,4 +1,4 @@
-// Runs before the page is drawn, so that it never shows in the wrong colours.
+// Runs before the page is drawn, so that it never shows in the wrong colors.
 {
   const chosen = (() => {
     try {

@@ -6,8 +6,8 @@ only ever read the job, so whatever becomes of a delivery, the job is none the w
 
 from calotype.webhooks.addresses import check_webhook_url
 from calotype.webhooks.deliverer import Deliverer
-from calotype.webhooks.describing import Describe, describe_job
-from calotype.webhooks.hooks import Hooks
+from calotype.webhooks.deliveries import Hooks
+from calotype.webhooks.payload import Describe, describe_job
 from calotype.webhooks.signing import tenant_secret
 
 __all__ = ["Deliverer", "Describe", "Hooks", "check_webhook_url", "describe_job", "tenant_secret"]

@@ -16,9 +16,9 @@ from typing import Any
 from redis.exceptions import RedisError
 
 from calotype.webhooks.addresses import Resolver, resolve_host, without_secrets
-from calotype.webhooks.describing import Describe
-from calotype.webhooks.hooks import Hook, Hooks
-from calotype.webhooks.sending import Answer, Sender
+from calotype.webhooks.deliveries import Hook, Hooks
+from calotype.webhooks.payload import Describe
+from calotype.webhooks.sender import Response, Sender
 from calotype.webhooks.signing import signed_headers, tenant_secret
 from calotype_shared.errors import CalotypeError, InvalidRequest
 
@@ -140,7 +140,7 @@ class Deliverer:
         else:
             self._settle(hook, answer)
 
-    def _post(self, hook: Hook, data: dict[str, Any]) -> Answer:
+    def _post(self, hook: Hook, data: dict[str, Any]) -> Response:
         at = datetime.fromtimestamp(hook.at, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         body = json.dumps({"type": hook.type, "timestamp": at, "data": data}, separators=(",", ":")).encode()
         signature = signed_headers(
@@ -152,7 +152,7 @@ class Deliverer:
         headers = {"content-type": "application/json", "user-agent": "Calotype-Webhook", **signature}
         return self._sender.post(hook.url, headers=headers, body=body)
 
-    def _settle(self, hook: Hook, answer: Answer) -> None:
+    def _settle(self, hook: Hook, answer: Response) -> None:
         if answer.delivered:
             log.info("webhook delivered", extra={"job_id": hook.id, "attempt": hook.attempt})
             self._on_outcome("delivered")

@@ -1,4 +1,4 @@
-"""`Admission`: what a request needs of the device before its first step: its text and its source picture encoded."""
+"""`Admission`: what a request needs of the device before its first step: its text and its source image encoded."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from calotype_worker.engine.batch_row import InpaintBlend
 from calotype_worker.engine.conditioning import ConditioningCache
-from calotype_worker.engine.slot import Kept
-from calotype_worker.engine.split import is_fatal
-from calotype_worker.engine.ticket import Stage
+from calotype_worker.engine.failure_isolation import is_fatal
+from calotype_worker.engine.request_state import Stage
 from calotype_worker.models.base import Conditioning, StepModel
 
 
@@ -21,7 +21,7 @@ class Admission:
         self._conditioning = ConditioningCache(capacity=cache_capacity, together=together)
 
     def admit(self, model: StepModel, stages: Sequence[Stage]) -> list[Exception | None]:
-        """Fill in the slots' conditioning and latents. For each, None or what went wrong with it alone."""
+        """Fill in the members' conditioning and latents. For each, None or what went wrong with it alone."""
         encoded = self._conditioning.encode(model, {text for stage in stages for text in stage.texts})
         outcomes: list[Exception | None] = []
         for stage in stages:
@@ -38,14 +38,14 @@ class Admission:
         return outcomes
 
     def _fill(self, model: StepModel, stage: Stage, texts: Sequence[Conditioning]) -> None:
-        slot, request = stage.slot, stage.slot.request
+        row, request = stage.row, stage.row.request
         shared: Conditioning = {}
         if stage.source is not None:
             shared = _start(model, stage)
-        slot.conditioning = {**texts[0], **model.row_inputs(request, negative=False), **shared}
-        if slot.guided:
-            slot.negative = {**texts[1], **model.row_inputs(request, negative=True), **shared}
-        slot.controls = [
+        row.conditioning = {**texts[0], **model.row_inputs(request, negative=False), **shared}
+        if row.guided:
+            row.negative = {**texts[1], **model.row_inputs(request, negative=True), **shared}
+        row.controls = [
             (control, torch.from_numpy(control.image).to(model.device).permute(2, 0, 1).float() / 255)
             for control in request.controls
         ]
@@ -53,17 +53,17 @@ class Admission:
 
 def _start(model: StepModel, stage: Stage) -> Conditioning:
     """The latents an image-to-image or inpainting request starts from; returns the network's further inputs."""
-    source, slot, request = stage.source, stage.slot, stage.slot.request
+    source, row, request = stage.source, stage.row, stage.row.request
     assert source is not None
     assert request.init_image is not None
     pixels = (
         torch.from_numpy(np.ascontiguousarray(request.init_image)).permute(2, 0, 1).unsqueeze(0).float() / 127.5 - 1
     )
     image = None if source.encoding is None else _sample(model, pixels, source.encoding)
-    if slot.latents is None:
+    if row.latents is None:
         assert image is not None
         image_share, noise_share = source.noising[0].tolist()
-        slot.latents = image_share * image + noise_share * source.noise
+        row.latents = image_share * image + noise_share * source.noise
     if request.mask is None:
         return {}
     painted = torch.from_numpy(request.mask).float().reshape(1, 1, *request.mask.shape)
@@ -73,7 +73,7 @@ def _start(model: StepModel, stage: Stage) -> Conditioning:
         masked = _sample(model, pixels * (painted < 0.5), source.masked_encoding)
         return {"inpainting": torch.cat([mask[0], masked[0]])}
     assert image is not None
-    slot.kept = Kept(
+    row.kept = InpaintBlend(
         mask=mask[0].to(model.device),
         image=image[0].to(model.device),
         noise=source.noise[0].to(model.device),
@@ -83,6 +83,6 @@ def _start(model: StepModel, stage: Stage) -> Conditioning:
 
 
 def _sample(model: StepModel, pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Latents of a picture (1, 3, H, W) in -1..1, drawn with the request's own noise: (1, C, h, w) on the CPU."""
+    """Latents of an image (1, 3, H, W) in -1..1, drawn with the request's own noise: (1, C, h, w) on the CPU."""
     mean, deviation = model.encode_images(pixels)
     return mean.cpu() + deviation.cpu() * noise

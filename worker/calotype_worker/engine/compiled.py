@@ -2,7 +2,7 @@
 
 Only the model's native sizes are compiled, which the start-up's profile does: a graph takes up to a minute, in which
 nobody's steps are run. Other sizes go the eager way, and so do rows with LoRAs, ControlNets or masked text, and
-everything after a compilation that failed: a compiler's bug costs speed and never a picture.
+everything after a compilation that failed: a compiler's bug costs speed and never an image.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Literal
 
 import torch
 
+from calotype_worker.engine.batch_row import Layout
+from calotype_worker.engine.failure_isolation import is_fatal
 from calotype_worker.engine.memory_limit import is_out_of_memory
-from calotype_worker.engine.slot import Layout
-from calotype_worker.engine.split import is_fatal
 from calotype_worker.models.base import Conditioning, StepModel
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def buckets_up_to(rows: int) -> tuple[int, ...]:
 
 
 def product(matrices: torch.Tensor, stacked: torch.Tensor) -> torch.Tensor:
-    """Each slot's matrix times its column of tensors: (n, K+1, K+3) x (n, K+3, L) -> (n, K+1, L).
+    """Each row's matrix times its column of tensors: (n, K+1, K+3) x (n, K+3, L) -> (n, K+1, L).
 
     Written as sums of products, column by column: a batched matrix product picks its kernel, and so the order of its
     sums, by n and K, and a row's last bits would depend on its neighbours. Here adding zeros for a larger K is exact.
@@ -100,12 +100,12 @@ class CompiledStep:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """New state (n, K+1, L), guided model output and scaled inputs, both (n, C, h, w); or None where it failed.
 
-        All but `rows` is of the n slots, each at its own step; `noise` is (n, 1, L).
+        All but `rows` is of the n members, each at its own step; `noise` is (n, 1, L).
         """
         count, padded = len(state), len(rows.owners)
 
         def pad(tensor: torch.Tensor) -> torch.Tensor:
-            """A row for every row of the forward pass: those without a slot of their own repeat the first one."""
+            """A row for every row of the forward pass: those without a row of their own repeat the first one."""
             grown = torch.cat([tensor, tensor[:1].expand(padded - count, *tensor.shape[1:])])
             if not self.static:
                 torch._dynamo.mark_dynamic(grown, 0)

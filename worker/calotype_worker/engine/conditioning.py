@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 
-from calotype_worker.engine.split import run_splitting
+from calotype_worker.engine.failure_isolation import run_isolating_failures
 from calotype_worker.models.base import Conditioning, StepModel, Text
 
 
@@ -30,7 +30,7 @@ class ConditioningCache:
         }
         chunks = [missing] if self._together else [[text] for text in missing]
         for chunk in filter(None, chunks):
-            found |= dict(zip(chunk, run_splitting(chunk, model.encode), strict=True))
+            found |= dict(zip(chunk, run_isolating_failures(chunk, model.encode), strict=True))
         for text, conditioning in found.items():
             if not isinstance(conditioning, Exception):
                 self._cache[name, text] = conditioning

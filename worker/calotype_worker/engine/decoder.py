@@ -1,4 +1,4 @@
-"""`Decoder`: finished latents wait here for company, and become pictures a few at a time between steps."""
+"""`Decoder`: holds finished latents for a few steps so that several can be decoded in one VAE call."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from calotype_shared.errors import GenerationFailed
+from calotype_worker.engine.failure_isolation import run_isolating_failures
 from calotype_worker.engine.memory_limit import MemoryLimit
-from calotype_worker.engine.split import run_splitting
 from calotype_worker.models.base import StepModel
 from calotype_worker.models.pool import ModelPool
 
@@ -26,11 +26,11 @@ class Finished:
 
 
 class Decoder:
-    """Owned by the engine's thread. Decodes `batch` latents of one model and shape together, and fewer rather than let
-    one wait for more than `patience` turns of the loop, or for company that is not about to come.
+    """Decodes finished latents, up to `batch` of one model and shape per VAE call. Owned by the engine's thread.
 
-    `steps_to_next(model, shape)` is after how many steps the next one is finished; `limits(kind)` how many of them fit
-    into memory.
+    A latent waits at most `max_wait_steps` turns of the loop, and only while another one is about to finish.
+    `steps_until_next(model, shape)` is the number of steps until the next latent is finished; `limits(kind, batch)`
+    gives the memory limit of that kind of decode.
     """
 
     def __init__(
@@ -38,15 +38,15 @@ class Decoder:
         pool: ModelPool,
         *,
         batch: int,
-        patience: int,
+        max_wait_steps: int,
         limits: Callable[[Hashable, int], MemoryLimit],
-        steps_to_next: Callable[[str, torch.Size], float],
+        steps_until_next: Callable[[str, torch.Size], float],
     ) -> None:
         self._pool = pool
         self._batch = batch
-        self._patience = patience
+        self._max_wait_steps = max_wait_steps
         self._limits = limits
-        self._steps_to_next = steps_to_next
+        self._steps_until_next = steps_until_next
         self._pending: dict[tuple[str, torch.Size], list[Finished]] = {}
 
     def __len__(self) -> int:
@@ -66,11 +66,11 @@ class Decoder:
         for kind, line in list(self._pending.items()):
             for finished in line:
                 finished.turns += 1
-            wait = self._steps_to_next(*kind)
-            while line and (flush or len(line) >= self._batch or line[0].turns - 1 + wait > self._patience):
+            wait = self._steps_until_next(*kind)
+            while line and (flush or len(line) >= self._batch or line[0].turns - 1 + wait > self._max_wait_steps):
                 chosen, line[:] = line[: self._batch], line[self._batch :]
                 limit = self._limits(("decode", *kind), self._batch)
-                images = run_splitting(chosen, functools.partial(self._decode_within, limit))
+                images = run_isolating_failures(chosen, functools.partial(self._decode_within, limit))
                 results += zip([f.request_id for f in chosen], images, strict=True)
             if not line:
                 del self._pending[kind]

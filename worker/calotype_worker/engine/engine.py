@@ -22,22 +22,22 @@ from calotype_shared.errors import CalotypeError, GenerationFailed, InvalidReque
 from calotype_worker.engine.admission import Admission
 from calotype_worker.engine.compiled import CompiledStep, buckets_up_to
 from calotype_worker.engine.decoder import Decoder, Finished
+from calotype_worker.engine.failure_isolation import is_fatal, run_isolating_failures
 from calotype_worker.engine.memory_limit import MemoryLimit, is_out_of_memory
-from calotype_worker.engine.pace import Pace, events_of, work_on
 from calotype_worker.engine.profile import Profile, sizes_up_to
 from calotype_worker.engine.profiler import profile_models
-from calotype_worker.engine.request import Generated, GenerationRequest, GroupKey
+from calotype_worker.engine.request_state import RequestState, prepare
 from calotype_worker.engine.row_budget import RowBudgets
 from calotype_worker.engine.running import RunningGroup, running_groups
 from calotype_worker.engine.scheduler import Plan, Scheduler
 from calotype_worker.engine.settings import EngineSettings
-from calotype_worker.engine.split import is_fatal, run_splitting
 from calotype_worker.engine.stats import Counters, EngineStats
 from calotype_worker.engine.step_batch import StepBatch
-from calotype_worker.engine.ticket import Ticket, prepare
-from calotype_worker.engine.trace import Tracer, Untraced
+from calotype_worker.engine.step_pacer import StepPacer, events_of, work_on
+from calotype_worker.engine.trace import NoopTracer, Tracer
 from calotype_worker.models.base import OpaqueModel, StepModel
 from calotype_worker.models.pool import AnyModel, ModelPool
+from calotype_worker.request import Generated, GenerationRequest, GroupKey
 from calotype_worker.sampling.table import TableCache
 from calotype_worker.threads import alone_meanwhile, compute_with
 
@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 class Engine:
     """Start it, submit requests from any thread, stop it. `on_fatal` is called once if the device is lost.
 
-    `on_preview(request_id, step, picture)` gets rough pictures, uint8 (h, w, 3), in the engine's thread: it must not
+    `on_preview(request_id, step, image)` gets rough images, uint8 (h, w, 3), in the engine's thread: it must not
     wait.
     """
 
@@ -67,12 +67,12 @@ class Engine:
         self._on_fatal = on_fatal
         self._on_preview = on_preview
         self._tables = tables or TableCache()
-        self._trace = trace or Untraced()
+        self._trace = trace or NoopTracer()
         self._wake = threading.Condition()  # guards the five below
         self._errands: deque[tuple[Callable[[], None], Future[None]]] = deque()
-        self._inbox: deque[Ticket] = deque()
+        self._inbox: deque[RequestState] = deque()
         self._cancelled: set[str] = set()
-        self._tickets: dict[str, Ticket] = {}  # every request not yet resolved
+        self._states: dict[str, RequestState] = {}  # every request not yet resolved
         self._stop_at: float | None = None
         # From here on the engine's thread alone.
         self._counters = Counters()
@@ -83,12 +83,12 @@ class Engine:
             on_out_of_memory=self._counters.count_out_of_memory,
         )
         self._device = self.models.first.device  # one for all of them
-        self._pace: Pace[GroupKey] = Pace(events_of(self._device))
+        self._pacer: StepPacer[GroupKey] = StepPacer(events_of(self._device))
         self._scheduler: Scheduler[GroupKey] = Scheduler(
-            self._budgets.now,
-            step_cost=self._pace.cost,
-            at_hand=lambda group: group.model in self.models.resident,
-            patience=self.settings.model_patience,
+            self._budgets.current,
+            step_cost=self._pacer.cost,
+            resident=lambda group: group.model in self.models.resident,
+            switch_delay_steps=self.settings.model_switch_delay_steps,
         )
         self._batches: dict[GroupKey, StepBatch] = {}
         self._graphs: dict[str, CompiledStep] = {}  # by model
@@ -98,9 +98,9 @@ class Engine:
         self._decoder = Decoder(
             self.models,
             batch=1 if self.settings.deterministic else self.settings.decode_batch,
-            patience=self.settings.decode_patience,
+            max_wait_steps=self.settings.decode_max_wait_steps,
             limits=self._budgets.limit,
-            steps_to_next=self._steps_to_next,
+            steps_until_next=self._steps_until_next,
         )
         self._threads = torch.get_num_threads()  # of the engine's own operators; others' threads may choose fewer
         self._thread = threading.Thread(target=self._main, name="calotype-engine", daemon=True)
@@ -118,7 +118,7 @@ class Engine:
             self._thread.start()
 
     def submit(self, request: GenerationRequest) -> Future[Generated]:
-        """Queue one picture.
+        """Queue one image.
 
         The future gives a `Generated`, or raises GenerationFailed, InvalidRequest, or CancelledError after `cancel`.
 
@@ -127,26 +127,26 @@ class Engine:
             GenerationFailed: the engine is stopping or its device is lost.
         """
         with alone_meanwhile():
-            ticket = prepare(request, self.models, self._tables, exact=self.settings.deterministic)
-        if ticket.total_steps == 0 and request.init_image is not None:
-            ticket.resolve(ticket.generated(request.init_image, ticket.submitted))  # strength 0: the source itself
-            return ticket.future
+            state = prepare(request, self.models, self._tables, exact=self.settings.deterministic)
+        if state.total_steps == 0 and request.init_image is not None:
+            state.resolve(state.generated(request.init_image, state.submitted))  # strength 0: the source itself
+            return state.future
         with self._wake:
             if self._stop_at is not None or not self.alive:
                 raise GenerationFailed(f"request {request.request_id!r}: the engine is not running; try another worker")
-            if request.request_id in self._tickets:
+            if request.request_id in self._states:
                 raise InvalidRequest(
                     "is already in the engine", field="request_id", value=request.request_id, remedy="use a unique id"
                 )
-            self._tickets[request.request_id] = ticket
-            self._inbox.append(ticket)
+            self._states[request.request_id] = state
+            self._inbox.append(state)
             self._wake.notify()
-        return ticket.future
+        return state.future
 
     def cancel(self, request_id: str) -> bool:
         """Take a request out before the next step. False if the engine does not have it (any more)."""
         with self._wake:
-            if request_id not in self._tickets:
+            if request_id not in self._states:
                 return False
             self._cancelled.add(request_id)
             self._wake.notify()
@@ -154,22 +154,22 @@ class Engine:
 
     def progress(self, request_id: str) -> tuple[int, int] | None:
         """(network evaluations done, evaluations in total), or None if the engine does not have the request."""
-        ticket = self._tickets.get(request_id)
-        return (ticket.steps_done, ticket.total_steps) if ticket else None
+        state = self._states.get(request_id)
+        return (state.steps_done, state.total_steps) if state else None
 
     def stats(self) -> EngineStats:
         with self._wake:
-            in_flight = len(self._tickets)
+            in_flight = len(self._states)
         return self._counters.snapshot(in_flight=in_flight)
 
     def running(self) -> list[RunningGroup]:
         """The step batches of this moment, row by row. The step loop is not held up."""
         with self._wake:
-            tickets = list(self._tickets.values())
-        return running_groups(tickets, self._batches.copy(), self._budgets.now)
+            states = list(self._states.values())
+        return running_groups(states, self._batches.copy(), self._budgets.current)
 
     def row_budget(self, model: str, width: int, height: int) -> int:
-        """Rows that may run together, of pictures of a size.
+        """Rows that may run together, of images of a size.
 
         Raises:
             InvalidRequest: the model is not here, or cannot make them.
@@ -177,10 +177,10 @@ class Engine:
         found = self.models.get(model)
         found.card.check_size(width, height)
         shape = () if isinstance(found, OpaqueModel) else found.latent_shape(width, height)
-        return self._budgets.now(GroupKey(model=found.card.name, latent_shape=shape))
+        return self._budgets.current(GroupKey(model=found.card.name, latent_shape=shape))
 
-    def rows_of_picture(self, model: str, guided: bool) -> int:
-        """Rows that one picture takes."""
+    def rows_of_image(self, model: str, guided: bool) -> int:
+        """Rows that one image takes."""
         found = self.models.get(model)
         return 1 if isinstance(found, OpaqueModel) or not guided or found.embedded_guidance else 2
 
@@ -239,7 +239,9 @@ class Engine:
         """Raises InvalidRequest: a model's accelerations do not go with the settings."""
         for model in map(self.models.get, self.models.names):
             if not isinstance(model, OpaqueModel):
-                model.lossy.check(deterministic=self.settings.deterministic, compiled=self.settings.compile != "off")
+                model.accelerations.check(
+                    deterministic=self.settings.deterministic, compiled=self.settings.compile != "off"
+                )
 
     # ---- the engine's thread
 
@@ -276,12 +278,12 @@ class Engine:
             return False
         while self._errands:
             _run_errand(*self._errands.popleft())
-        for ticket in fresh:
-            self._scheduler.add(ticket.id, ticket.group, ticket.rows, urgent=ticket.request.urgent)
+        for state in fresh:
+            self._scheduler.add(state.id, state.group, state.rows, interactive=state.request.interactive)
         self._drop(cancelled)
         plan = self._scheduler.plan()
         if plan is not None:
-            admitted = [self._tickets[request_id] for request_id in plan.admitted]
+            admitted = [self._states[request_id] for request_id in plan.admitted]
             model = self.models.use(plan.group.model)
             if isinstance(model, OpaqueModel):
                 self._run(model, plan.group, admitted)
@@ -293,18 +295,18 @@ class Engine:
     def _drop(self, cancelled: set[str]) -> None:
         """Free the rows of requests that were cancelled, here or through their future."""
         with self._wake:
-            cancelled |= {request_id for request_id, ticket in self._tickets.items() if ticket.future.cancelled()}
+            cancelled |= {request_id for request_id, state in self._states.items() if state.future.cancelled()}
         for request_id in cancelled:
-            ticket = self._tickets.get(request_id)
-            if ticket is None:
+            state = self._states.get(request_id)
+            if state is None:
                 continue  # finished meanwhile
             self._decoder.discard(request_id)
-            self._leave(ticket)
-            ticket.future.cancel()
-            self._forget(ticket)
+            self._leave(state)
+            state.future.cancel()
+            self._forget(state)
             self._counters.cancelled += 1
 
-    def _step(self, model: StepModel, plan: Plan[GroupKey], admitted: list[Ticket]) -> None:
+    def _step(self, model: StepModel, plan: Plan[GroupKey], admitted: list[RequestState]) -> None:
         """Admit, then run one denoising step of a group."""
         group = plan.group
         self._admit(model, group, admitted)
@@ -312,7 +314,7 @@ class Engine:
         if batch is None:
             return
         began = time.monotonic()
-        report = self._pace.step(group, batch.step)
+        report = self._pacer.step(group, batch.step)
         now = time.monotonic()
         self._counters.count_step(report, now - began)
         self._trace.span(
@@ -323,7 +325,7 @@ class Engine:
             model=group.model,
             rows=report.rows,
             padding=report.padding_rows,
-            budget=self._budgets.now(group),
+            budget=self._budgets.current(group),
             joined=len(admitted),
             finished=len(report.finished),
             waiting=self._scheduler.waiting(),
@@ -331,50 +333,50 @@ class Engine:
             compiled=report.compiled,
         )
         if self._on_preview is not None:
-            for slot, picture in report.previews:
-                ticket = self._tickets[slot.request.request_id]
-                self._on_preview(ticket.id, ticket.steps_done, picture)
-        for slot, error in report.failed:
-            self._fail(self._tickets[slot.request.request_id], error)
-        for slot, latents in report.finished:
-            ticket = self._tickets[slot.request.request_id]
-            self._scheduler.remove(ticket.id)
-            if ticket.next_stage(latents):
-                self._scheduler.add(ticket.id, ticket.group, ticket.rows, urgent=ticket.request.urgent)
+            for row, image in report.previews:
+                state = self._states[row.request.request_id]
+                self._on_preview(state.id, state.steps_done, image)
+        for row, error in report.failed:
+            self._fail(self._states[row.request.request_id], error)
+        for row, latents in report.finished:
+            state = self._states[row.request.request_id]
+            self._scheduler.remove(state.id)
+            if state.next_stage(latents):
+                self._scheduler.add(state.id, state.group, state.rows, interactive=state.request.interactive)
                 continue
-            ticket.denoised = now
-            self._decoder.add(Finished(request_id=ticket.id, model=group.model, latents=latents))
-        if not batch.slots:
+            state.denoised = now
+            self._decoder.add(Finished(request_id=state.id, model=group.model, latents=latents))
+        if not batch.members:
             del self._batches[group]
 
-    def _admit(self, model: StepModel, group: GroupKey, tickets: list[Ticket]) -> None:
-        if not tickets:
+    def _admit(self, model: StepModel, group: GroupKey, states: list[RequestState]) -> None:
+        if not states:
             return
         began = time.monotonic()
-        outcomes = self._admission.admit(model, [ticket.stages[0] for ticket in tickets])
+        outcomes = self._admission.admit(model, [state.stages[0] for state in states])
         ended = time.monotonic()
         seconds = ended - began
         self._counters.encode_seconds += seconds
-        self._trace.span("engine", "encode", began, ended, requests=len(tickets))
+        self._trace.span("engine", "encode", began, ended, requests=len(states))
         ready = []
-        for ticket, error in zip(tickets, outcomes, strict=True):
+        for state, error in zip(states, outcomes, strict=True):
             if error is not None:
-                self._fail(ticket, error)
+                self._fail(state, error)
                 continue
-            ticket.admitted = ticket.admitted or began
-            self._counters.wait_seconds += began - ticket.submitted
-            self._trace.wait("waiting for a place", ticket.id, ticket.submitted, began)
-            ticket.encode_seconds += seconds
-            ready.append(ticket.slot)
+            state.admitted = state.admitted or began
+            self._counters.wait_seconds += began - state.submitted
+            self._trace.wait("waiting for a place", state.id, state.submitted, began)
+            state.encode_seconds += seconds
+            ready.append(state.row)
         if not ready:
             return
         if group not in self._batches:
-            self._batches[group] = self._make_batch(model, group, self._budgets.limit(group, self._budgets.most(group)))
+            self._batches[group] = self._make_batch(model, group, self._budgets.limit(group, self._budgets.max(group)))
         self._batches[group].join(ready)
 
     def _make_batch(self, model: StepModel, group: GroupKey, limit: MemoryLimit) -> StepBatch:
         graph = self._graph(model)
-        most = self._budgets.most(group)
+        most = self._budgets.max(group)
         buckets = self.settings.row_buckets
         if self.settings.deterministic:
             buckets = (most,)
@@ -397,7 +399,7 @@ class Engine:
             self._graphs[name] = CompiledStep(model, self.settings.compile)
         return self._graphs[name]
 
-    def _run(self, model: OpaqueModel, group: GroupKey, tickets: list[Ticket]) -> None:
+    def _run(self, model: OpaqueModel, group: GroupKey, states: list[RequestState]) -> None:
         """A whole run of a pipeline that cannot be stepped."""
         began = time.monotonic()
 
@@ -405,45 +407,45 @@ class Engine:
             with self._wake:
                 leaving = self._stop_at is not None and time.monotonic() >= self._stop_at
                 cancelled = set(self._cancelled)
-            for ticket in tickets:
-                ticket.steps_before = steps_done
-            return frozenset(t.id for t in tickets if leaving or t.id in cancelled or t.future.cancelled())
+            for state in states:
+                state.steps_before = steps_done
+            return frozenset(t.id for t in states if leaving or t.id in cancelled or t.future.cancelled())
 
-        for ticket in tickets:
-            ticket.admitted = began
-        limit = self._budgets.limit(group, self._budgets.most(group))
+        for state in states:
+            state.admitted = began
+        limit = self._budgets.limit(group, self._budgets.max(group))
 
-        def run(chosen: Sequence[Ticket]) -> list[Generated | None]:
-            parts = limit.run(chosen, lambda part: model.run([ticket.request for ticket in part], watch))
+        def run(chosen: Sequence[RequestState]) -> list[Generated | None]:
+            parts = limit.run(chosen, lambda part: model.run([state.request for state in part], watch))
             return [generated for part in parts for generated in part]
 
-        results = run_splitting(tickets, run)
+        results = run_isolating_failures(states, run)
         now = time.monotonic()
         self._counters.step_seconds += now - began
-        self._trace.span("engine", f"run {group.model}", began, now, model=group.model, requests=len(tickets))
-        for ticket, result in zip(tickets, results, strict=True):
+        self._trace.span("engine", f"run {group.model}", began, now, model=group.model, requests=len(states))
+        for state, result in zip(states, results, strict=True):
             if isinstance(result, Exception):
-                self._fail(ticket, result)
+                self._fail(state, result)
                 continue
-            self._leave(ticket)
-            self._forget(ticket)
+            self._leave(state)
+            self._forget(state)
             if result is None:
-                ticket.future.cancel()
+                state.future.cancel()
                 self._counters.cancelled += 1
                 continue
             self._counters.images += 1
-            timings = {"wait": began - ticket.submitted, "denoise": now - began}
-            ticket.resolve(dataclasses.replace(result, timings=timings))
+            timings = {"wait": began - state.submitted, "denoise": now - began}
+            state.resolve(dataclasses.replace(result, timings=timings))
 
-    def _steps_to_next(self, model: str, shape: torch.Size) -> float:
+    def _steps_until_next(self, model: str, shape: torch.Size) -> float:
         """After how many steps of theirs the next latents of a shape are finished; infinity where none will be."""
         running = [
-            slot
+            row
             for group, batch in self._batches.items()
             if group.model == model and group.step_shape == tuple(shape)
-            for slot in batch.slots
+            for row in batch.members
         ]
-        return min((slot.total_steps - slot.step for slot in running), default=math.inf)
+        return min((row.total_steps - row.step for row in running), default=math.inf)
 
     def _decode(self) -> None:
         """Decode what is due: a full small batch, what nobody joins in time, or all when nothing else can run."""
@@ -453,56 +455,56 @@ class Engine:
             return
         now = time.monotonic()
         self._counters.decode_seconds += now - began
-        self._trace.span("engine", "decode", began, now, pictures=len(results))
+        self._trace.span("engine", "decode", began, now, images=len(results))
         for request_id, image in results:
-            ticket = self._tickets[request_id]
+            state = self._states[request_id]
             if isinstance(image, Exception):
-                self._fail(ticket, image)
+                self._fail(state, image)
                 continue
             self._counters.images += 1
-            self._forget(ticket)
-            ticket.resolve(ticket.generated(image, now))
+            self._forget(state)
+            state.resolve(state.generated(image, now))
 
-    def _fail(self, ticket: Ticket, error: Exception) -> None:
+    def _fail(self, state: RequestState, error: Exception) -> None:
         """One request fails; the others never notice."""
         self._counters.failed += 1
-        self._leave(ticket)
-        self._forget(ticket)
+        self._leave(state)
+        self._forget(state)
         if not isinstance(error, CalotypeError):
-            log.error("request failed", extra={"request_id": ticket.id}, exc_info=error)
-            failure = GenerationFailed(f"request {ticket.id!r}: {_said(error, ticket.request)}")
+            log.error("request failed", extra={"request_id": state.id}, exc_info=error)
+            failure = GenerationFailed(f"request {state.id!r}: {_said(error, state.request)}")
             failure.__cause__ = error
             error = failure
-        ticket.resolve(error)
+        state.resolve(error)
 
-    def _leave(self, ticket: Ticket) -> None:
+    def _leave(self, state: RequestState) -> None:
         """Out of the scheduler and its step batch, wherever it stands."""
-        if self._scheduler.has(ticket.id):
-            self._scheduler.remove(ticket.id)
-        batch = self._batches.get(ticket.group) if ticket.stages else None
-        if batch is not None and any(slot is ticket.slot for slot in batch.slots):
-            batch.leave([ticket.slot])
-            if not batch.slots:
-                del self._batches[ticket.group]
+        if self._scheduler.has(state.id):
+            self._scheduler.remove(state.id)
+        batch = self._batches.get(state.group) if state.stages else None
+        if batch is not None and any(row is state.row for row in batch.members):
+            batch.leave([state.row])
+            if not batch.members:
+                del self._batches[state.group]
 
-    def _forget(self, ticket: Ticket) -> None:
+    def _forget(self, state: RequestState) -> None:
         with self._wake:
-            self._tickets.pop(ticket.id, None)
+            self._states.pop(state.id, None)
 
     def _abandon(self, error: Exception | None) -> None:
         """End every request that is left: with `error`, or as cancelled."""
         with self._wake:
             self._stop_at = self._stop_at or 0.0
-            tickets, self._tickets = list(self._tickets.values()), {}
+            states, self._states = list(self._states.values()), {}
             errands, self._errands = self._errands, deque()
             self._inbox.clear()
         for _, done in errands:
             done.set_exception(error or GenerationFailed("the engine has stopped"))
-        for ticket in tickets:
+        for state in states:
             if error is None:
-                ticket.future.cancel()
+                state.future.cancel()
             else:
-                ticket.resolve(error)
+                state.resolve(error)
 
 
 def _run_errand(work: Callable[[], None], done: Future[None]) -> None:
@@ -521,7 +523,7 @@ def _said(error: Exception, request: GenerationRequest) -> str:
     if not is_out_of_memory(error):
         return f"{type(error).__name__}: {error}"
     return (
-        f"the device has too little memory for one picture of {request.width}x{request.height} ({error}); ask for a "
+        f"the device has too little memory for one image of {request.width}x{request.height} ({error}); ask for a "
         "smaller width and height, or start the worker with --attention-slicing, --vae-tiling, --offload model, or on "
         "a larger device"
     )

@@ -25,7 +25,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def let_go(error: BaseException) -> None:
+def free_failed_pass(error: BaseException) -> None:
     """Free what a pass that failed still holds: its frames keep their tensors as long as its exception lives."""
     seen: BaseException | None = error
     while seen is not None:
@@ -69,7 +69,7 @@ class MemoryLimit:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                let_go(error)
+                free_failed_pass(error)
                 if len(part) == 1:
                     self._on_lower(1, 1)
                     raise

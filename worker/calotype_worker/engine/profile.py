@@ -1,7 +1,7 @@
 """`profile`: how long a step takes over its number of rows, and the knee beyond which more rows bring nothing.
 
 Up to the knee a row more is nearly free, for the device waits for memory and kernel launches; beyond it a step takes
-longer in proportion, so that pictures only wait for each other. The knee depends on model, size and device, so it is
+longer in proportion, so that images only wait for each other. The knee depends on model, size and device, so it is
 measured.
 
 A worker keeps its knee for life, and may start on a machine that is busy with other things. What disturbs a measurement
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from calotype_worker.engine.memory_limit import is_out_of_memory, let_go
+from calotype_worker.engine.memory_limit import free_failed_pass, is_out_of_memory
 
 _TOLERANCE = 0.05  # of the best throughput: what is given up for shorter steps
 _STEPS = 5  # timed of each size, where there is time for them
@@ -99,7 +99,7 @@ def measure(
         except Exception as error:
             if not steps or not is_out_of_memory(error):
                 raise
-            let_go(error)
+            free_failed_pass(error)
             break
         steps[rows], least[rows] = step, took
         if took > _LONGEST:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 
-from calotype_shared.config import SamplerType
+from calotype_shared.schema.config import SamplerType
 from calotype_worker.engine.admission import Admission
 from calotype_worker.engine.memory_limit import MemoryLimit
 from calotype_worker.engine.profile import Profile, measure
-from calotype_worker.engine.request import GenerationRequest, GroupKey
+from calotype_worker.engine.request_state import prepare
 from calotype_worker.engine.row_budget import RowBudgets
 from calotype_worker.engine.step_batch import StepBatch
-from calotype_worker.engine.ticket import prepare
 from calotype_worker.models.base import OpaqueModel, StepModel
 from calotype_worker.models.pool import ModelPool
+from calotype_worker.request import GenerationRequest, GroupKey
 from calotype_worker.sampling.table import TableCache
 
 log = logging.getLogger(__name__)
@@ -45,15 +45,15 @@ def profile_models(
         group = GroupKey(model=model.card.name, latent_shape=shape)
 
         def make_step(rows: int) -> Callable[[], object]:
-            tickets = [prepare(_request(model, width, height, number), models, tables) for number in range(rows)]
-            for error in admission.admit(model, [ticket.stages[0] for ticket in tickets]):
+            states = [prepare(_request(model, width, height, number), models, tables) for number in range(rows)]
+            for error in admission.admit(model, [state.stages[0] for state in states]):
                 if error is not None:
                     raise error
-            batch = make_batch(model, tickets[0].group, MemoryLimit(rows, on_lower=lambda *_: None))
-            batch.join([ticket.slot for ticket in tickets])
+            batch = make_batch(model, states[0].group, MemoryLimit(rows, on_lower=lambda *_: None))
+            batch.join([state.row for state in states])
             return batch.step
 
-        points = measure(sizes(budgets.most(group)), make_step, seconds=share, device=model.device)
+        points = measure(sizes(budgets.max(group)), make_step, seconds=share, device=model.device)
         shared = model.device.type == "cpu"
         profile = Profile(model=model.card.name, width=width, height=height, points=points, shared=shared)
         if profile.disturbed:
@@ -64,7 +64,7 @@ def profile_models(
 
     for model in steppable:
         models.use(model.card.name)
-        budgets.keep(model.card.name, [profile_one(model, *size) for size in model.card.native_sizes])
+        budgets.set_profiles(model.card.name, [profile_one(model, *size) for size in model.card.native_sizes])
 
 
 def _request(model: StepModel, width: int, height: int, number: int) -> GenerationRequest:

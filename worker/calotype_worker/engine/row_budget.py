@@ -8,9 +8,9 @@ from collections.abc import Callable, Hashable, Sequence
 
 from calotype_worker.engine.memory_limit import MemoryLimit
 from calotype_worker.engine.profile import Profile
-from calotype_worker.engine.request import GroupKey
 from calotype_worker.models.base import OpaqueModel
 from calotype_worker.models.pool import ModelPool
+from calotype_worker.request import GroupKey
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ _REMEMBERED_LIMITS = 128
 class RowBudgets:
     """`on_out_of_memory` is called each time a limit is lowered. Read from any thread; the engine's changes it.
 
-    `max_rows` is for pictures of a model's native area and shrinks as the area grows. With `powers_of_two` a row's bits
+    `max_rows` is for images of a model's native area and shrinks as the area grows. With `powers_of_two` a row's bits
     do not depend on its position: measured, with 6 rows on two threads they do, with 4 or 8 they do not.
     """
 
@@ -38,17 +38,17 @@ class RowBudgets:
     def profiles(self) -> list[Profile]:
         return [profile for known in self._profiles.values() for profile in known.values()]
 
-    def keep(self, model: str, profiles: Sequence[tuple[tuple[int, int], Profile]]) -> None:
+    def set_profiles(self, model: str, profiles: Sequence[tuple[tuple[int, int], Profile]]) -> None:
         """From now on at the knees of a model's profiles, each with the (h, w) of its latents."""
         self._profiles[model] = dict(profiles)
 
-    def now(self, group: GroupKey) -> int:
+    def current(self, group: GroupKey) -> int:
         """At least two: a guided request needs them, one after the other if it must be."""
-        most = self.most(group)
+        most = self.max(group)
         limit = self._limits.get(group)
         return most if limit is None else max(min(2, most), min(most, limit.current))
 
-    def most(self, group: GroupKey) -> int:
+    def max(self, group: GroupKey) -> int:
         """While there is memory enough."""
         model = self._models.get(group.model)
         if isinstance(model, OpaqueModel):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from calotype_worker.engine.request import GroupKey
+from calotype_worker.engine.request_state import RequestState
 from calotype_worker.engine.step_batch import StepBatch
-from calotype_worker.engine.ticket import Ticket
+from calotype_worker.request import GroupKey
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,24 +34,24 @@ class RunningGroup:
 
 
 def running_groups(
-    tickets: Iterable[Ticket], batches: Mapping[GroupKey, StepBatch], budget: Callable[[GroupKey], int]
+    states: Iterable[RequestState], batches: Mapping[GroupKey, StepBatch], budget: Callable[[GroupKey], int]
 ) -> list[RunningGroup]:
     """For any thread. The engine's own goes on meanwhile, so two numbers may be a step apart.
 
-    `tickets` and `batches` are the caller's own copies.
+    `states` and `batches` are the caller's own copies.
     """
-    groups: dict[GroupKey, list[Ticket]] = {}
-    for ticket in tickets:
-        groups.setdefault(ticket.group, []).append(ticket)
+    groups: dict[GroupKey, list[RequestState]] = {}
+    for state in states:
+        groups.setdefault(state.group, []).append(state)
     return [_group(key, members, batches.get(key), budget(key)) for key, members in groups.items()]
 
 
-def _group(key: GroupKey, members: list[Ticket], batch: StepBatch | None, budget: int) -> RunningGroup:
-    left = {ticket.id: ticket for ticket in members}
-    placed = [slot.request.request_id for slot in tuple(batch.slots)] if batch else []
-    placed += [ticket.id for ticket in members if not ticket.stages and ticket.admitted]  # a whole run of a pipeline
+def _group(key: GroupKey, members: list[RequestState], batch: StepBatch | None, budget: int) -> RunningGroup:
+    left = {state.id: state for state in members}
+    placed = [row.request.request_id for row in tuple(batch.members)] if batch else []
+    placed += [state.id for state in members if not state.stages and state.admitted]  # a whole run of a pipeline
     rows = [_row(left.pop(request_id)) for request_id in placed if request_id in left]
-    decoding = sum(1 for ticket in left.values() if ticket.denoised)
+    decoding = sum(1 for state in left.values() if state.denoised)
     size = members[0].request
     return RunningGroup(
         model=key.model,
@@ -64,10 +64,10 @@ def _group(key: GroupKey, members: list[Ticket], batch: StepBatch | None, budget
     )
 
 
-def _row(ticket: Ticket) -> RunningRow:
+def _row(state: RequestState) -> RunningRow:
     return RunningRow(
-        request_id=ticket.id,
-        step=ticket.steps_done,
-        total_steps=ticket.total_steps,
-        guided=bool(ticket.stages) and ticket.slot.guided,
+        request_id=state.id,
+        step=state.steps_done,
+        total_steps=state.total_steps,
+        guided=bool(state.stages) and state.row.guided,
     )

@@ -1,12 +1,13 @@
 """`Scheduler`: which group of requests runs the next step, and who joins it. Pure bookkeeping; imports no torch.
 
 Always holds: nobody joins a group whose running rows would then exceed its budget, which may change between steps;
-requests of one group are admitted in the order they came, urgent ones before the others. Groups share the device's
+requests of one group are admitted in the order they came, interactive ones before the others. Groups share the device's
 time by deficit round robin (Shreedhar & Varghese 1995): in a round each has as much as the dearest step takes, so
-groups of small pictures run several steps where one of large pictures runs one, and what is left over is kept for the
-next round. Groups with urgent requests go first, but for every ninth step. So a group with anything to run waits for a
-bounded time: for each other group at most twice the dearest step; if those have urgent requests, for eight steps of
-theirs before each of its own; and, if it is not at hand (its model is not on the device), for `patience` steps more.
+groups of small images run several steps where one of large images runs one, and what is left over is kept for the
+next round. Groups with interactive requests go first, except at every ninth step. So a group with anything to run waits
+for a bounded time: for each other group at most twice the most expensive step; if those have interactive requests, for
+eight steps of theirs before each of its own; and, if its model is not on the device, for `switch_delay_steps` steps
+more.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from typing import Generic, Literal, TypeVar
 Key = TypeVar("Key", bound=Hashable)
 
 
-# Why a group was chosen: it has urgent requests, its model is on the device and that of the first in line is not, or
-# it was simply its turn.
-Reason = Literal["urgent", "at hand", "turn"]
+# Why a group was chosen: it has interactive requests; its model is on the device while that of the first group in the
+# queue is not; or it was its turn.
+Reason = Literal["interactive", "resident", "turn"]
 
-_URGENT_STREAK = 8  # steps of groups with urgent requests while others wait
+_INTERACTIVE_STREAK = 8  # steps of groups with interactive requests while others wait
 _LEAST_COST = 1e-6  # seconds
 
 
@@ -41,8 +42,8 @@ class _Group:
     budget: int  # rows
     allowed: int = 0  # rows that may be running: more than the budget only where that was larger before
     used: int = 0  # rows of the running requests
-    urgent: deque[str] = field(default_factory=deque)
-    patient: deque[str] = field(default_factory=deque)
+    interactive: deque[str] = field(default_factory=deque)
+    bulk: deque[str] = field(default_factory=deque)
     running: dict[str, None] = field(default_factory=dict)  # an ordered set
     urgent_running: set[str] = field(default_factory=set)
     passed_over: int = 0  # turns it gave to groups at hand
@@ -51,12 +52,12 @@ class _Group:
 
     @property
     def is_urgent(self) -> bool:
-        return bool(self.urgent or self.urgent_running)
+        return bool(self.interactive or self.urgent_running)
 
     @property
     def line(self) -> deque[str]:
-        """Whose turn it is to be admitted: patient requests only where no urgent one waits."""
-        return self.urgent or self.patient
+        """Whose turn it is to be admitted: bulk requests only where no interactive one waits."""
+        return self.interactive or self.bulk
 
 
 class Scheduler(Generic[Key]):
@@ -65,7 +66,7 @@ class Scheduler(Generic[Key]):
     It is asked before each step, so that it may follow what is learned about the device; so is `step_cost(group)`, the
     seconds that a group's next step will take.
 
-    `at_hand(group)` says whether it could run at once; others give way for up to `patience` turns.
+    `resident(group)` says whether it could run at once; others give way for up to `switch_delay_steps` turns.
     """
 
     def __init__(
@@ -73,15 +74,15 @@ class Scheduler(Generic[Key]):
         row_budget: Callable[[Key], int],
         *,
         step_cost: Callable[[Key], float] = lambda _: 1.0,
-        at_hand: Callable[[Key], bool] = lambda _: True,
-        patience: int = 0,
+        resident: Callable[[Key], bool] = lambda _: True,
+        switch_delay_steps: int = 0,
     ) -> None:
         self._row_budget = row_budget
         self._step_cost = step_cost
-        self._at_hand = at_hand
-        self._patience = patience
+        self._resident = resident
+        self._switch_delay_steps = switch_delay_steps
         self._groups: OrderedDict[Key, _Group] = OrderedDict()  # first: whose turn it is
-        self._streak = 0  # steps that groups with urgent requests have had while others waited
+        self._streak = 0  # steps that groups with interactive requests have had while others waited
         self._place: dict[str, tuple[Key, int]] = {}  # request -> its group and rows
 
     def __len__(self) -> int:
@@ -92,8 +93,8 @@ class Scheduler(Generic[Key]):
         """Whether a request is waiting or running here."""
         return request_id in self._place
 
-    def add(self, request_id: str, group: Key, rows: int, *, urgent: bool = False) -> None:
-        """Put a request at the end of its group's line, of the urgent ones or of the others.
+    def add(self, request_id: str, group: Key, rows: int, *, interactive: bool = False) -> None:
+        """Put a request at the end of its group's line, of the interactive ones or of the others.
 
         Raises:
             ValueError: the id is already here, or the request could never fit its group's budget.
@@ -104,7 +105,7 @@ class Scheduler(Generic[Key]):
         if rows > budget:
             raise ValueError(f"request {request_id!r} needs {rows} rows but its group's budget is {budget}")
         found = self._groups.setdefault(group, _Group(budget=budget, allowed=budget))
-        (found.urgent if urgent else found.patient).append(request_id)
+        (found.interactive if interactive else found.bulk).append(request_id)
         self._place[request_id] = (group, rows)
 
     def remove(self, request_id: str) -> None:
@@ -116,7 +117,7 @@ class Scheduler(Generic[Key]):
             group.urgent_running.discard(request_id)
             group.used -= rows
         else:
-            (group.urgent if request_id in group.urgent else group.patient).remove(request_id)
+            (group.interactive if request_id in group.interactive else group.bulk).remove(request_id)
         if not group.running and not group.line:
             del self._groups[group_key]
 
@@ -132,8 +133,8 @@ class Scheduler(Generic[Key]):
         admitted = []
         # Strictly in order: letting a one-row request past a two-row one could keep the latter out for ever.
         while group.line and group.used + self._place[group.line[0]][1] <= group.budget:
-            if group.urgent:
-                group.urgent_running.add(group.urgent[0])
+            if group.interactive:
+                group.urgent_running.add(group.interactive[0])
             request_id = group.line.popleft()
             group.running[request_id] = None
             group.used += self._place[request_id][1]
@@ -142,20 +143,20 @@ class Scheduler(Generic[Key]):
 
     def _next(self) -> tuple[Key, Reason]:
         """The group to run, paid for, and why."""
-        urgent = [key for key, group in self._groups.items() if group.is_urgent]
+        interactive = [key for key, group in self._groups.items() if group.is_urgent]
         others = [key for key, group in self._groups.items() if not group.is_urgent]
-        first_urgent = bool(urgent) and (not others or self._streak < _URGENT_STREAK)
+        first_urgent = bool(interactive) and (not others or self._streak < _INTERACTIVE_STREAK)
         self._streak = self._streak + 1 if first_urgent and others else 0
-        key = self._turn(urgent if first_urgent else others)
+        key = self._turn(interactive if first_urgent else others)
         group = self._groups[key]
-        if not self._at_hand(key) and group.passed_over < self._patience:
-            other = next((other for other in self._groups if self._at_hand(other)), None)
+        if not self._resident(key) and group.passed_over < self._switch_delay_steps:
+            other = next((other for other in self._groups if self._resident(other)), None)
             if other is not None:
                 group.passed_over += 1
                 self._pay(other)
-                return other, "at hand"
+                return other, "resident"
         self._pay(key)
-        return key, "urgent" if first_urgent and others else "turn"
+        return key, "interactive" if first_urgent and others else "turn"
 
     def _turn(self, keys: list[Key]) -> Key:
         """Which of these groups' turn it is, by deficit round robin in their order."""
@@ -186,7 +187,7 @@ class Scheduler(Generic[Key]):
 
     def waiting(self) -> int:
         """Requests not yet admitted, over all groups."""
-        return sum(len(group.urgent) + len(group.patient) for group in self._groups.values())
+        return sum(len(group.interactive) + len(group.bulk) for group in self._groups.values())
 
     def check_integrity(self) -> None:
         """Raise AssertionError if the bookkeeping contradicts itself. For tests and idle moments."""
@@ -195,8 +196,8 @@ class Scheduler(Generic[Key]):
             assert group.running or group.line, f"{key} is empty"
             assert group.used == sum(self._place[r][1] for r in group.running), f"{key} miscounts its rows"
             assert group.used <= group.allowed, f"{key} is over its budget"
-            assert group.urgent_running <= set(group.running), f"{key} has urgent requests that do not run"
-            for request_id in (*group.running, *group.urgent, *group.patient):
+            assert group.urgent_running <= set(group.running), f"{key} has interactive requests that do not run"
+            for request_id in (*group.running, *group.interactive, *group.bulk):
                 assert self._place[request_id][0] == key, f"{request_id} is in the wrong group"
                 assert request_id not in seen, f"{request_id} is in two places"
                 seen.add(request_id)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from calotype_worker.engine.batch_row import BatchRow, Layout, layout
 from calotype_worker.engine.compiled import REMEMBERED, CompiledStep, product
-from calotype_worker.engine.memory_limit import MemoryLimit, is_out_of_memory, let_go
-from calotype_worker.engine.slot import Layout, Slot, layout
-from calotype_worker.engine.split import is_fatal, run_splitting
+from calotype_worker.engine.failure_isolation import is_fatal, run_isolating_failures
+from calotype_worker.engine.memory_limit import MemoryLimit, free_failed_pass, is_out_of_memory
 from calotype_worker.models.base import Rows, StepModel
 from calotype_worker.sampling.row_scheduler import RowScheduler
 from calotype_worker.sampling.table import SamplerTable
@@ -19,11 +19,11 @@ from calotype_worker.sampling.table import SamplerTable
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """What one step did. `failed` pairs slots with what they raised; they have left the batch."""
+    """What one step did. `failed` pairs members with what they raised; they have left the batch."""
 
-    finished: Sequence[tuple[Slot, torch.Tensor]]  # with their latents, (C, h, w) float32
-    failed: Sequence[tuple[Slot, Exception]]
-    previews: Sequence[tuple[Slot, np.ndarray]]  # uint8 (h, w, 3); the slot's step is the preview's
+    finished: Sequence[tuple[BatchRow, torch.Tensor]]  # with their latents, (C, h, w) float32
+    failed: Sequence[tuple[BatchRow, Exception]]
+    previews: Sequence[tuple[BatchRow, np.ndarray]]  # uint8 (h, w, 3); the row's step is the preview's
     rows: int
     padding_rows: int
     fallback_steps: int
@@ -49,42 +49,42 @@ class StepBatch:
         self._buckets = sorted(buckets)  # a forward pass is padded to the next of these; none: no padding
         self._exact = exact  # the same bits in any company
         self._compiled = compiled
-        self.slots: list[Slot] = []
-        # S = [x, s_1 … s_K] of each slot, flattened: (slots, K+1, C*h*w) float32.
+        self.members: list[BatchRow] = []
+        # S = [x, s_1 … s_K] of each row, flattened: (members, K+1, C*h*w) float32.
         self._state = torch.zeros(0, 1, shape[0] * shape[1] * shape[2], device=model.device)
         self._layout: Layout | None = None  # rebuilt when membership changes
-        # All slots' tables laid end to end, and where each slot stands in them.
+        # All members' tables laid end to end, and where each row stands in them.
         self._matrices = self._input_scale = self._timesteps = self._position = torch.empty(0)
 
-    def join(self, slots: Sequence[Slot]) -> None:
-        """Take slots in at their first step. Their latents and conditioning must be set."""
-        starts = [slot.latents for slot in slots if slot.latents is not None]
+    def join(self, members: Sequence[BatchRow]) -> None:
+        """Take members in at their first step. Their latents and conditioning must be set."""
+        starts = [row.latents for row in members if row.latents is not None]
         # Those that another model hands over are on the device already, fresh ones are not.
         fresh = torch.cat([latents.reshape(1, 1, -1).to(self._model.device) for latents in starts])
-        self.slots += slots
+        self.members += members
         self._lay_out(torch.cat([self._state, _widen(fresh, self._state.shape[1])]))
 
-    def leave(self, slots: Sequence[Slot]) -> None:
-        """Drop slots, finished or not. The others' states are untouched."""
-        gone = {id(slot) for slot in slots}
-        for slot in slots:
-            slot.forget()
-        kept = [index for index, slot in enumerate(self.slots) if id(slot) not in gone]
-        self.slots = [self.slots[index] for index in kept]
+    def leave(self, members: Sequence[BatchRow]) -> None:
+        """Drop members, finished or not. The others' states are untouched."""
+        gone = {id(row) for row in members}
+        for row in members:
+            row.forget()
+        kept = [index for index, row in enumerate(self.members) if id(row) not in gone]
+        self.members = [self.members[index] for index in kept]
         self._lay_out(self._state[torch.tensor(kept, dtype=torch.long, device=self._state.device)])
 
     def step(self) -> StepReport:
-        """One denoising step of every slot; finished and failed ones leave."""
-        failed: list[tuple[Slot, Exception]] = []
-        self._layout = self._layout or self._lay_out_rows(self.slots)
-        useful = len(self.slots) + len(self._layout.guided)
+        """One denoising step of every row; finished and failed ones leave."""
+        failed: list[tuple[BatchRow, Exception]] = []
+        self._layout = self._layout or self._lay_out_rows(self.members)
+        useful = len(self.members) + len(self._layout.guided)
         padding = len(self._layout.owners) - useful
         noise = self._noise()
         graph = self._run_compiled(self._layout, noise)
         if graph is None:
             inputs, timesteps = self._inputs()
             try:
-                outputs = self._forward(self._layout, self.slots, inputs, timesteps)
+                outputs = self._forward(self._layout, self.members, inputs, timesteps)
             except Exception as error:
                 if is_fatal(error):
                     raise
@@ -94,16 +94,16 @@ class StepBatch:
         else:
             new_state, outputs, inputs = graph
             timesteps = self._timesteps[self._position]
-        bad = {id(slot) for slot, _ in failed}
+        bad = {id(row) for row, _ in failed}
         previews = self._previews(inputs, outputs, timesteps, bad)
         fallback_steps = self._advance(outputs, new_state)
         done = [
-            (slot, self._state[index, 0].reshape(self._shape).clone())
-            for index, slot in enumerate(self.slots)
-            if slot.step == slot.total_steps and id(slot) not in bad
+            (row, self._state[index, 0].reshape(self._shape).clone())
+            for index, row in enumerate(self.members)
+            if row.step == row.total_steps and id(row) not in bad
         ]
         if done or failed:
-            self.leave([slot for slot, _ in (*done, *failed)])
+            self.leave([row for row, _ in (*done, *failed)])
         return StepReport(
             finished=done,
             failed=failed,
@@ -122,7 +122,7 @@ class StepBatch:
             return None
         if len(rows.owners) > self._limit.current:
             return None
-        if any(isinstance(slot.sampler, RowScheduler) for slot in self.slots):
+        if any(isinstance(row.sampler, RowScheduler) for row in self.members):
             return None
         try:
             return self._compiled(
@@ -137,37 +137,37 @@ class StepBatch:
         except Exception as error:
             if is_fatal(error) or not is_out_of_memory(error):
                 raise
-            let_go(error)
+            free_failed_pass(error)
             return None  # the eager way finds out what fits
 
     def _inputs(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scaled network inputs (slots, C, h, w) and each slot's own timestep (slots,)."""
+        """Scaled network inputs (members, C, h, w) and each row's own timestep (members,)."""
         sample = self._state[:, 0].reshape(-1, *self._shape)
         inputs = sample * self._input_scale[self._position].reshape(-1, 1, 1, 1)
         timesteps = self._timesteps[self._position]
-        for index, slot in enumerate(self.slots):
-            if isinstance(slot.sampler, RowScheduler):
-                inputs[index] = slot.sampler.model_input(sample[index : index + 1])[0]
-                timesteps[index] = slot.sampler.timestep
+        for index, row in enumerate(self.members):
+            if isinstance(row.sampler, RowScheduler):
+                inputs[index] = row.sampler.model_input(sample[index : index + 1])[0]
+                timesteps[index] = row.sampler.timestep
         return inputs, timesteps
 
     def _forward(
-        self, rows: Layout, slots: Sequence[Slot], inputs: torch.Tensor, timesteps: torch.Tensor
+        self, rows: Layout, members: Sequence[BatchRow], inputs: torch.Tensor, timesteps: torch.Tensor
     ) -> torch.Tensor:
-        """Guided model output of the slots, (slots, C, h, w) float32.
+        """Guided model output of the members, (members, C, h, w) float32.
 
         Classifier-free guidance (Ho & Salimans 2022): m = m_u + g * (m_c - m_u), on guided rows only.
         """
-        count, guided_count = len(slots), len(rows.guided)
+        count, guided_count = len(members), len(rows.guided)
         wanted = Rows(
             latents=inputs[rows.source],
             timesteps=timesteps[rows.source],
             conditioning=rows.conditioning,
             lengths=rows.lengths,
             loras=rows.loras,
-            controls=rows.controls(slots),
+            controls=rows.controls(members),
             exact=self._exact,
-            memories=rows.memories(slots),
+            memories=rows.memories(members),
         )
         outputs = self._predict(wanted, useful=count + guided_count)
         if not guided_count:
@@ -192,86 +192,86 @@ class StepBatch:
 
     def _forward_apart(
         self, inputs: torch.Tensor, timesteps: torch.Tensor
-    ) -> tuple[torch.Tensor, list[tuple[Slot, Exception]]]:
+    ) -> tuple[torch.Tensor, list[tuple[BatchRow, Exception]]]:
         """After a forward pass raised: smaller passes, to find who is to blame. The blameless get their outputs."""
 
         def run(indices: Sequence[int]) -> list[torch.Tensor]:
             chosen = torch.tensor(indices, device=inputs.device)
-            slots = [self.slots[index] for index in indices]
-            return list(self._forward(self._lay_out_rows(slots), slots, inputs[chosen], timesteps[chosen]))
+            members = [self.members[index] for index in indices]
+            return list(self._forward(self._lay_out_rows(members), members, inputs[chosen], timesteps[chosen]))
 
         outputs = torch.zeros_like(inputs)
         failed = []
-        for index, result in enumerate(run_splitting(range(len(self.slots)), run)):
+        for index, result in enumerate(run_isolating_failures(range(len(self.members)), run)):
             if isinstance(result, Exception):
-                failed.append((self.slots[index], result))
+                failed.append((self.members[index], result))
             else:
                 outputs[index] = result
         return outputs, failed
 
     def _previews(
         self, inputs: torch.Tensor, outputs: torch.Tensor, timesteps: torch.Tensor, bad: set[int]
-    ) -> list[tuple[Slot, np.ndarray]]:
-        """Rough pictures of where slots are heading, for those that want one after this step."""
+    ) -> list[tuple[BatchRow, np.ndarray]]:
+        """Rough images of where members are heading, for those that want one after this step."""
         due = [
             index
-            for index, slot in enumerate(self.slots)
-            if slot.request.preview_every
-            and (slot.step + 1) % slot.request.preview_every == 0
-            and slot.step + 1 < slot.total_steps
-            and id(slot) not in bad
+            for index, row in enumerate(self.members)
+            if row.request.preview_every
+            and (row.step + 1) % row.request.preview_every == 0
+            and row.step + 1 < row.total_steps
+            and id(row) not in bad
         ]
         if not due:
             return []
         chosen = torch.tensor(due, device=inputs.device)
         clean = self._model.predicted_original(inputs[chosen], outputs[chosen], timesteps[chosen])
-        return [(self.slots[index], self._model.preview(own)) for index, own in zip(due, clean, strict=True)]
+        return [(self.members[index], self._model.preview(own)) for index, own in zip(due, clean, strict=True)]
 
     def _noise(self) -> torch.Tensor:
-        """Each slot's fresh noise, zero where its sampler wants none in this step: (slots, 1, L)."""
+        """Each row's fresh noise, zero where its sampler wants none in this step: (members, 1, L)."""
         device = self._state.device
-        noise = torch.zeros(len(self.slots), 1, self._state.shape[2], pin_memory=device.type == "cuda")
-        for index, slot in enumerate(self.slots):
-            if isinstance(slot.sampler, SamplerTable) and slot.sampler.draws_noise[slot.step]:
-                noise[index, 0] = slot.noise(self._shape).flatten()
+        noise = torch.zeros(len(self.members), 1, self._state.shape[2], pin_memory=device.type == "cuda")
+        for index, row in enumerate(self.members):
+            if isinstance(row.sampler, SamplerTable) and row.sampler.draws_noise[row.step]:
+                noise[index, 0] = row.noise(self._shape).flatten()
         return noise.to(device, non_blocking=True)
 
     def _advance(self, outputs: torch.Tensor, new_state: torch.Tensor) -> int:
-        """To S' = M_i · [S; m; n] of every slot at its own i. Returns how many slots went the slow way instead."""
+        """To S' = M_i · [S; m; n] of every row at its own i. Returns how many members went the slow way instead."""
         fallback_steps = 0
-        for index, slot in enumerate(self.slots):
-            if isinstance(slot.sampler, RowScheduler):
+        for index, row in enumerate(self.members):
+            if isinstance(row.sampler, RowScheduler):
                 sample = self._state[index, 0].reshape(1, *self._shape)
-                new_state[index, 0] = slot.sampler.advance(sample, outputs[index : index + 1]).flatten()
+                new_state[index, 0] = row.sampler.advance(sample, outputs[index : index + 1]).flatten()
                 fallback_steps += 1
-            slot.step += 1
-            if slot.kept is not None:
-                new_state[index, 0] = slot.kept.blend(new_state[index, 0].reshape(self._shape), slot.step).flatten()
+            row.step += 1
+            if row.kept is not None:
+                new_state[index, 0] = row.kept.blend(new_state[index, 0].reshape(self._shape), row.step).flatten()
         self._state = new_state
         self._position = self._position + 1
         return fallback_steps
 
-    def _lay_out_rows(self, slots: Sequence[Slot]) -> Layout:
-        return layout(slots, buckets=self._buckets, device=self._model.device)
+    def _lay_out_rows(self, members: Sequence[BatchRow]) -> Layout:
+        return layout(members, buckets=self._buckets, device=self._model.device)
 
     def _lay_out(self, state: torch.Tensor) -> None:
-        """Fit state and tables to the present slots. K is the largest any of them needs."""
+        """Fit state and tables to the present members. K is the largest any of them needs."""
         self._layout = None
-        remembered = max((s.sampler.remembered for s in self.slots if isinstance(s.sampler, SamplerTable)), default=0)
-        if self._compiled is not None and self.slots:
+        remembered = max((s.sampler.remembered for s in self.members if isinstance(s.sampler, SamplerTable)), default=0)
+        if self._compiled is not None and self.members:
             remembered = max(remembered, REMEMBERED)
         self._state = _widen(state, remembered + 1) if remembered + 1 >= state.shape[1] else state[:, : remembered + 1]
         matrices, scales, timesteps, positions = [], [], [], []
         offset = 0
-        for slot in self.slots:
-            table = slot.sampler if isinstance(slot.sampler, SamplerTable) else _standstill(slot.total_steps)
+        for row in self.members:
+            table = row.sampler if isinstance(row.sampler, SamplerTable) else _standstill(row.total_steps)
             matrices.append(table.widened(remembered))
             scales.append(table.input_scale)
             timesteps.append(table.timesteps)
-            # A slot that just finished points one past its own table; it leaves before the next look-up.
-            positions.append(offset + slot.step)
+            # A row that just finished points one past its own table; it leaves before the next look-up.
+            positions.append(offset + row.step)
             offset += len(table)
-        if not self.slots:
+        if not self.members:
             return
         device = self._model.device
         self._matrices = torch.cat(matrices).to(device)
@@ -287,7 +287,7 @@ def _widen(state: torch.Tensor, height: int) -> torch.Tensor:
 
 
 def _standstill(steps: int) -> SamplerTable:
-    """A table that changes nothing, for slots whose scheduler object does the stepping."""
+    """A table that changes nothing, for members whose scheduler object does the stepping."""
     keep = torch.zeros(steps, 1, 3)
     keep[:, 0, 0] = 1
     return SamplerTable(

@@ -35,7 +35,7 @@ class Tracer(Protocol):
         ...
 
 
-class Untraced:
+class NoopTracer:
     """Drops all."""
 
     def span(self, track: str, name: str, began: float, ended: float, **facts: Any) -> None:

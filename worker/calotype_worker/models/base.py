@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 import torch
 
-from calotype_shared.model_card import ModelCard
-from calotype_worker.models.lossy import Lossy
+from calotype_shared.schema.model_card import ModelCard
+from calotype_worker.models.accelerations import Accelerations
 
 if TYPE_CHECKING:
-    from calotype_worker.engine.request import Generated, GenerationRequest
+    from calotype_worker.request import Generated, GenerationRequest
 
 # Per-row inputs of a network by name: text embeddings, added conditioning, extra channels. A family chooses the names;
 # the engine stacks what has the same name, and where first dimensions differ pads with zeros and adds `{name}_mask`.
@@ -42,10 +42,10 @@ class ControlRows:
 class RowMemory:
     """What a model that caches keeps of one row from step to step. The engine's thread alone uses it.
 
-    The row's slot owns it, so that no neighbour can touch it and it goes when the slot leaves.
+    The row's row owns it, so that no neighbour can touch it and it goes when the row leaves.
     """
 
-    step: int = 0  # the slot's present step
+    step: int = 0  # the row's present step
     kept: dict[str, torch.Tensor] = field(default_factory=dict)  # without a batch dimension
 
 
@@ -91,12 +91,12 @@ class StepModel(Protocol):
     card: ModelCard
     device: torch.device
     dtype: torch.dtype
-    mask_channels: int  # extra input channels, for mask and masked picture; 0: inpainting by blending
+    mask_channels: int  # extra input channels, for mask and masked image; 0: inpainting by blending
     embedded_guidance: bool  # the network reads the guidance scale itself, so no row is doubled for it
-    lossy: Lossy  # what it gives up likeness for
+    accelerations: Accelerations  # what it gives up likeness for
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
-        """(C, h, w) for a picture of that size in pixels. Any thread."""
+        """(C, h, w) for an image of that size in pixels. Any thread."""
         ...
 
     def make_scheduler(self, request: GenerationRequest) -> Any:
@@ -144,16 +144,16 @@ class StepModel(Protocol):
         ...
 
     def encode_images(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation of the latents of pictures (B, 3, H, W) in -1..1: each (B, C, h, w) float32,
+        """Mean and standard deviation of the latents of images (B, 3, H, W) in -1..1: each (B, C, h, w) float32,
         scaled like the latents that the sampler works on."""
         ...
 
     def decode(self, latents: torch.Tensor) -> np.ndarray:
-        """Pictures of finished latents (B, C, h, w) float32: uint8 (B, H, W, 3)."""
+        """Images of finished latents (B, C, h, w) float32: uint8 (B, H, W, 3)."""
         ...
 
     def preview(self, latents: torch.Tensor) -> np.ndarray:
-        """A rough picture of latents (C, h, w) for next to nothing: uint8 (h, w, 3), one pixel a latent cell."""
+        """A rough image of latents (C, h, w) for next to nothing: uint8 (h, w, 3), one pixel a latent cell."""
         ...
 
     def to(self, device: torch.device) -> None:

@@ -2,7 +2,7 @@
 
 Weights and long prompts are compel's (https://github.com/damian0815/compel): it scales a token's distance from the
 empty prompt, blends fragments below 1 with the prompt that lacks them, and splits long prompts at sentences into
-windows. Only its embedding provider is used, on fragments from `calotype_shared.prompt`.
+windows. Only its embedding provider is used, on fragments from `calotype_shared.schema.prompt`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from compel.embeddings_provider import EmbeddingsProvider, ReturnedEmbeddingsTyp
 from diffusers.loaders import TextualInversionLoaderMixin
 
 from calotype_shared.errors import InvalidRequest
-from calotype_shared.prompt import parse_weights
+from calotype_shared.schema.prompt import parse_weights
 
 MAX_WINDOWS = 8
 

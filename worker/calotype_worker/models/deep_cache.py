@@ -3,7 +3,7 @@
 Neighbouring steps differ little in a U-Net's deep, coarse features. So the feature that enters the last up block is
 kept in the row's own memory, and in the steps between only the outermost blocks run, which see the new latents and
 timestep. diffusers' caches keep one state a batch; here rows of one pass are at different steps, so the outer blocks
-run for all of them together and the inner ones for those whose turn it is. A row's picture depends on its own steps
+run for all of them together and the inner ones for those whose turn it is. A row's image depends on its own steps
 alone.
 """
 

@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from calotype_shared.config import Feature
 from calotype_shared.errors import InvalidRequest, ModelLoadError
+from calotype_shared.schema.config import Feature
 from calotype_worker.models.base import Conditioning, Rows, Text
 from calotype_worker.models.latent import Adapters, LatentModel, Setup
 from calotype_worker.sampling.samplers import FLOW_SAMPLERS
 
 
 class FlowModel(LatentModel):
-    """Networks that predict the velocity from picture to noise, with prompts read as they are written."""
+    """Networks that predict the velocity from image to noise, with prompts read as they are written."""
 
     samplers = FLOW_SAMPLERS
     size_factor = 2  # the network reads patches of 2x2 latent cells
@@ -71,7 +71,7 @@ class FlowModel(LatentModel):
         return latents - (timesteps / 1000).reshape(-1, 1, 1, 1) * outputs
 
     def _shift(self, width: int, height: int, *, default_max: float) -> float:
-        """mu, by which larger pictures keep more noise for longer; linear in the number of patches."""
+        """mu, by which larger images keep more noise for longer; linear in the number of patches."""
         _, h, w = self.latent_shape(width, height)
         config = self.scheduler_config
         least, most = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)

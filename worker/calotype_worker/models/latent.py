@@ -12,16 +12,16 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch
 
-from calotype_shared.config import Feature
-from calotype_shared.model_card import ModelCard
-from calotype_worker.engine.request import GenerationRequest
+from calotype_shared.schema.config import Feature
+from calotype_shared.schema.model_card import ModelCard
+from calotype_worker.models.accelerations import EXACT, Accelerations
 from calotype_worker.models.base import Conditioning, Rows, Text
 from calotype_worker.models.deep_cache import DeepCache
 from calotype_worker.models.first_block_cache import FirstBlockCache
 from calotype_worker.models.lora import LoraBank
-from calotype_worker.models.lossy import EXACT, Lossy
-from calotype_worker.models.quantised import quantise, weight_bytes
+from calotype_worker.models.quantized import quantize, weight_bytes
 from calotype_worker.models.token_merging import merge_tokens
+from calotype_worker.request import GenerationRequest
 from calotype_worker.sampling.samplers import SAMPLERS, Sampler, make_scheduler
 
 T = TypeVar("T")
@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """What to give up for less memory. None of it changes pictures by more than rounding, but for VAE tiling.
+    """What to give up for less memory. None of it changes images by more than rounding, but for VAE tiling.
 
     `offload`: "model" keeps on the device only the part at work (text encoder, network or autoencoder),
     "sequential" only the layer at work, which is far slower.
@@ -60,7 +60,7 @@ class Setup:
     dtype: torch.dtype
     adapters: Adapters = field(default_factory=Adapters)
     memory: Memory = field(default_factory=Memory)
-    lossy: Lossy = EXACT
+    accelerations: Accelerations = EXACT
 
 
 class LatentModel:
@@ -68,7 +68,7 @@ class LatentModel:
 
     samplers: Mapping[Any, Sampler] = SAMPLERS
     embedded_guidance = False
-    mask_channels = 0  # extra input channels of the network: mask and masked picture
+    mask_channels = 0  # extra input channels of the network: mask and masked image
     size_factor = 1  # what a side of the latents must be a multiple of
 
     @classmethod
@@ -110,7 +110,7 @@ class LatentModel:
         }
         self._controls = {name: net.to(setup.device) for name, net in (controls or {}).items()}
         self._memory = setup.memory
-        self._settle(setup.memory)
+        self._place_weights(setup.memory)
         component = "transformer" if hasattr(pipeline, "transformer") else "unet"
         self.loras = LoraBank(
             pipeline,
@@ -118,21 +118,21 @@ class LatentModel:
             setup.adapters.loras,
             capacity=setup.adapters.lora_capacity,
         )
-        self.lossy = setup.lossy
-        self._step_cache = self._accelerate(setup.lossy)
+        self.accelerations = setup.accelerations
+        self._step_cache = self._accelerate(setup.accelerations)
 
     # ---- accelerations that cost likeness
 
-    def _accelerate(self, lossy: Lossy) -> DeepCache | FirstBlockCache | None:
+    def _accelerate(self, accelerations: Accelerations) -> DeepCache | FirstBlockCache | None:
         network, name = self._denoiser, self.card.name
-        if lossy.token_merging:
-            merge_tokens(network, ratio=lossy.token_merging, name=name)
-        if lossy.quantised != "off":
-            quantise(network, lossy.quantised, device=self.device, offload=self._memory.offload, name=name)
-        if lossy.deep_cache > 1:
-            return DeepCache(network, every=lossy.deep_cache, loras=self.loras, name=name)
-        if lossy.first_block_cache:
-            return FirstBlockCache(network, threshold=lossy.first_block_cache, loras=self.loras, name=name)
+        if accelerations.token_merging:
+            merge_tokens(network, ratio=accelerations.token_merging, name=name)
+        if accelerations.quantized != "off":
+            quantize(network, accelerations.quantized, device=self.device, offload=self._memory.offload, name=name)
+        if accelerations.deep_cache > 1:
+            return DeepCache(network, every=accelerations.deep_cache, loras=self.loras, name=name)
+        if accelerations.first_block_cache:
+            return FirstBlockCache(network, threshold=accelerations.first_block_cache, loras=self.loras, name=name)
         return None
 
     def _network(self, rows: Rows) -> Any:
@@ -141,7 +141,7 @@ class LatentModel:
 
     # ---- where the weights live
 
-    def _settle(self, memory: Memory) -> None:
+    def _place_weights(self, memory: Memory) -> None:
         denoiser: Any = self._denoiser
         if memory.attention_slicing and hasattr(denoiser, "set_attention_slice"):
             denoiser.set_attention_slice("auto")
@@ -239,17 +239,17 @@ class LatentModel:
 
     @functools.cached_property
     def _preview_weights(self) -> torch.Tensor:
-        """(C + 1, 3): the least-squares map from a latent cell to its pixels' mean colour, for any autoencoder.
+        """(C + 1, 3): the least-squares map from a latent cell to its pixels' mean color, for any autoencoder.
 
-        Fitted once on pictures of smooth colours put through the autoencoder's own encoder.
+        Fitted once on images of smooth colors put through the autoencoder's own encoder.
         """
         generator = torch.Generator().manual_seed(0)
         side = 16 * self._vae_factor
         coarse = torch.rand((8, 3, 4, 4), generator=generator)
-        pictures = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bilinear", align_corners=True)
-        mean, _ = self.encode_images(pictures * 2 - 1)
+        images = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bilinear", align_corners=True)
+        mean, _ = self.encode_images(images * 2 - 1)
         cells = mean.permute(0, 2, 3, 1).flatten(0, 2)
-        colors = torch.nn.functional.avg_pool2d(pictures, self._vae_factor).permute(0, 2, 3, 1).flatten(0, 2)
+        colors = torch.nn.functional.avg_pool2d(images, self._vae_factor).permute(0, 2, 3, 1).flatten(0, 2)
         inputs = torch.cat([cells, torch.ones_like(cells[:, :1])], dim=1).cpu()
         return torch.linalg.lstsq(inputs, colors).solution.to(self.device)
 

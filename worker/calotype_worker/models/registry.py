@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from calotype_shared.errors import ModelLoadError
-from calotype_shared.model_card import ModelCard
+from calotype_shared.schema.model_card import ModelCard
+from calotype_worker.models.accelerations import EXACT, Accelerations
 from calotype_worker.models.flux import Flux
 from calotype_worker.models.latent import Adapters, LatentModel, Memory, Setup
-from calotype_worker.models.lossy import EXACT, Lossy
 from calotype_worker.models.opaque import OPAQUE, opaque_card
 from calotype_worker.models.pool import AnyModel
 from calotype_worker.models.sd import StableDiffusion
@@ -38,7 +38,7 @@ FAMILIES: dict[str, tuple[str, type[LatentModel]]] = {
     "FluxPipeline": ("flux", Flux),
 }
 
-# Pictures above this many times the native area are refused: memory and quality both give way.
+# Images above this many times the native area are refused: memory and quality both give way.
 _AREA_LIMIT = 4
 
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -86,7 +86,7 @@ def resolve_source(name: str, source: str | None) -> str:
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """float32 on a CPU, where pictures are then those of plain diffusers; bfloat16 on a GPU that has it."""
+    """float32 on a CPU, where images are then those of plain diffusers; bfloat16 on a GPU that has it."""
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
@@ -100,7 +100,7 @@ def load_model(
     dtype: str | None = None,
     adapters: Adapters | None = None,
     memory: Memory | None = None,
-    lossy: Lossy = EXACT,
+    accelerations: Accelerations = EXACT,
 ) -> AnyModel:
     """Load a model onto a device, with the LoRAs, textual inversions and ControlNets that were registered for it.
 
@@ -125,7 +125,7 @@ def load_model(
     notes, version = _notes(folder), _version(folder, location)
     class_name = type(pipeline).__name__
     if class_name in OPAQUE:
-        if adapters != Adapters() or memory != Memory() or lossy != EXACT:
+        if adapters != Adapters() or memory != Memory() or accelerations != EXACT:
             raise ModelLoadError(
                 f"model {name!r}: {class_name} runs as a whole, without adapters, savings of memory or "
                 "accelerations; leave out --lora, --embedding, --control, --offload, --deep-cache and the like, or "
@@ -140,7 +140,14 @@ def load_model(
     build: Any = adapter  # each family finds its network and encoders in the pipeline
     model: AnyModel = build(
         pipeline,
-        Setup(card=card, device=torch_device, dtype=torch_dtype, adapters=adapters, memory=memory, lossy=lossy),
+        Setup(
+            card=card,
+            device=torch_device,
+            dtype=torch_dtype,
+            adapters=adapters,
+            memory=memory,
+            accelerations=accelerations,
+        ),
     )
     return model
 

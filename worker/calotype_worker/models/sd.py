@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from calotype_shared.config import Feature
 from calotype_shared.errors import ModelLoadError
+from calotype_shared.schema.config import Feature
 from calotype_worker.models.base import Conditioning, Text
 from calotype_worker.models.clip_text import ClipText
 from calotype_worker.models.latent import Adapters, Setup
 from calotype_worker.models.unet import UNetModel
 
 _LATENT_CHANNELS = 4
-_INPAINTING_CHANNELS = 9  # latents, mask, and the latents of the masked picture
+_INPAINTING_CHANNELS = 9  # latents, mask, and the latents of the masked image
 
 
 class StableDiffusion(UNetModel):
@@ -73,7 +73,7 @@ def load_embeddings(pipeline: Any, files: dict[str, Path] | Any) -> None:
 
 
 def _refuse_other_inputs(config: Any, name: str) -> None:
-    """A U-Net that wants more than this gives it would run and give wrong pictures: refuse it."""
+    """A U-Net that wants more than this gives it would run and give wrong images: refuse it."""
     wants = {
         f"{config.in_channels} input channels": config.in_channels not in (_LATENT_CHANNELS, _INPAINTING_CHANNELS),
         f"class labels ({config.class_embed_type})": config.class_embed_type is not None,

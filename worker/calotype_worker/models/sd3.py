@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from calotype_shared.config import SamplerType
-from calotype_worker.engine.request import GenerationRequest
+from calotype_shared.schema.config import SamplerType
 from calotype_worker.models.base import Conditioning, Text
 from calotype_worker.models.flow import FlowModel, PlainText
 from calotype_worker.models.latent import Setup
+from calotype_worker.request import GenerationRequest
 from calotype_worker.sampling.samplers import Sampler
 
 T5_TOKENS = 256  # as diffusers' pipeline reads by default

@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from calotype_shared.config import Feature
 from calotype_shared.errors import ModelLoadError
-from calotype_worker.engine.request import GenerationRequest
+from calotype_shared.schema.config import Feature
 from calotype_worker.models.base import Conditioning, Text
 from calotype_worker.models.clip_text import ClipText
 from calotype_worker.models.latent import Adapters, Setup
 from calotype_worker.models.unet import UNetModel
+from calotype_worker.request import GenerationRequest
 
-# What diffusers' refiner pipeline says of a picture and of what to avoid, on the scale of LAION's aesthetic predictor.
+# What diffusers' refiner pipeline says of an image and of what to avoid, on the scale of LAION's aesthetic predictor.
 _AESTHETIC_SCORE, _NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
 
 

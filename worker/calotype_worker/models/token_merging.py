@@ -3,7 +3,7 @@
 Attention costs the square of the number of tokens, most of all at the highest resolution, where neighbours are alike.
 One token of each 2x2 square, the first, is a destination; of the others those most like a destination, by cosine, are
 averaged into it, and take its result as theirs afterwards. Every row finds its own matches, and nothing is drawn: the
-paper's random destinations would tie a row's picture to the draws of the batch.
+paper's random destinations would tie a row's image to the draws of the batch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Matches:
     def __init__(self, tokens: torch.Tensor, height: int, width: int, ratio: float) -> None:
         """`tokens` (R, height * width, features); `ratio` of them are merged, at most all but the destinations."""
         # A compiler cannot look into the cache, and needs none.
-        find = _places.__wrapped__ if torch.compiler.is_compiling() else _places
+        find = _slots.__wrapped__ if torch.compiler.is_compiling() else _slots
         self._kept, self._others = find(height, width, tokens.device)
         count = min(int(ratio * height * width), len(self._others))
         unit = torch.nn.functional.normalize(tokens.float(), dim=-1)
@@ -61,7 +61,7 @@ class MergingProcessor:
         self._size = (native_side, native_side)
 
     def look(self, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        """A hook before the module that turns a picture (R, C, h, w) into tokens: says what shape they had."""
+        """A hook before the module that turns an image (R, C, h, w) into tokens: says what shape they had."""
         height, width = inputs[0].shape[-2:]
         self._size = (height, width)
 
@@ -86,14 +86,14 @@ def merge_tokens(unet: Any, *, ratio: float, name: str) -> None:
     """
     downs, ups = list(getattr(unet, "down_blocks", ())), list(getattr(unet, "up_blocks", ()))[::-1]
     for level, pair in enumerate(zip(downs, ups, strict=True)):
-        pictures = [attention for block in pair for attention in getattr(block, "attentions", ())]
-        for picture in pictures:
-            for block in picture.transformer_blocks:
+        images = [attention for block in pair for attention in getattr(block, "attentions", ())]
+        for image in images:
+            for block in image.transformer_blocks:
                 side = int(unet.config.sample_size) >> level
                 processor = MergingProcessor(block.attn1.processor, ratio, native_side=side)
                 block.attn1.set_processor(processor)
-                picture.register_forward_pre_hook(processor.look)
-        if pictures:
+                image.register_forward_pre_hook(processor.look)
+        if images:
             return
     raise ModelLoadError(
         f"model {name!r}: token_merging={ratio:g} is for U-Nets with attention, and this one has a "
@@ -102,7 +102,7 @@ def merge_tokens(unet: Any, *, ratio: float, name: str) -> None:
 
 
 @functools.lru_cache(maxsize=64)
-def _places(height: int, width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _slots(height: int, width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Numbers of the tokens that are destinations, and of the others. No masks: a device would be waited for."""
     kept = [row * width + column for row in range(0, height, 2) for column in range(0, width, 2)]
     others = sorted(set(range(height * width)) - set(kept))

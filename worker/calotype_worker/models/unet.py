@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from calotype_worker.engine.request import GenerationRequest
 from calotype_worker.models.base import Conditioning, Rows
 from calotype_worker.models.controlnet import Residuals, control_residuals, load_controlnets
 from calotype_worker.models.latent import LatentModel, Setup
+from calotype_worker.request import GenerationRequest
 
 
 class UNetModel(LatentModel):

@@ -1,1 +1,1 @@
-"""From finished pixels to stored pictures: encoding with provenance, and upload."""
+"""From finished pixels to stored images: encoding with provenance, and upload."""

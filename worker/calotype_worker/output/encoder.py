@@ -1,4 +1,4 @@
-"""`Encoder`: makes a file of a generated picture, and a JSON with its provenance to go beside it."""
+"""`Encoder`: makes a file of a generated image, and a JSON with its provenance to go beside it."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from calotype_shared.config import OutputFormat
-from calotype_shared.jobs import ImageRef
-from calotype_shared.model_card import ModelCard
-from calotype_shared.storage import image_key, sidecar_key
-from calotype_shared.store import Claim
+from calotype_shared.queue.job_store import Claim
+from calotype_shared.schema.config import OutputFormat
+from calotype_shared.schema.jobs import ImageRef
+from calotype_shared.schema.model_card import ModelCard
+from calotype_shared.storage.s3 import image_key, sidecar_key
 from calotype_worker.engine import Generated
+from calotype_worker.jobs.delivery import File
 from calotype_worker.output.image import encode_image, parameters_line
 from calotype_worker.output.mesh import encode_ply
-from calotype_worker.output.outbox import File
 from calotype_worker.output.video import FRAMES_PER_SECOND, encode_gif, encode_mp4
 
 
@@ -42,7 +42,7 @@ class Encoder:
         self._version = version  # of Calotype
 
     def encode(self, claim: Claim, index: int, generated: Generated) -> tuple[list[File], ImageRef]:
-        """A picture's files, to be stored under its attempt's own folder, and what the record will say of it.
+        """An image's files, to be stored under its attempt's own folder, and what the record will say of it.
 
         Raises:
             GenerationFailed: as `encode`.
@@ -75,7 +75,7 @@ class Encoder:
         single = config.model_copy(update=alone)
         return {
             "calotype": self._version,
-            "config": json.loads(single.canonical_json()),  # makes this very picture again
+            "config": json.loads(single.canonical_json()),  # makes this very image again
             "digest": single.digest(),
             "job_id": claim.job_id,
             "index": index,
@@ -83,6 +83,8 @@ class Encoder:
             "model": card.name,
             "model_version": card.version,
             "steps_taken": generated.steps_taken,
-            **({"lossy": list(generated.lossy)} if generated.lossy else {}),  # an exact picture has no such entry
+            **(
+                {"accelerations": list(generated.accelerations)} if generated.accelerations else {}
+            ),  # an exact image has no such entry
             "parameters": parameters_line(single, seed=generated.seed, steps=config.num_inference_steps),
         }

@@ -1,4 +1,4 @@
-"""Encodes pictures with their provenance inside, so that a file found anywhere says how to make it again.
+"""Encodes images with their provenance inside, so that a file found anywhere says how to make it again.
 
 PNG carries text chunks: `calotype` (JSON, everything) and `parameters` (the line that AUTOMATIC1111's web UI writes
 and many tools read). WebP and JPEG carry the JSON as the EXIF ImageDescription.
@@ -15,16 +15,16 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from calotype_shared import a1111
-from calotype_shared.config import GenerationConfig, OutputFormat
+from calotype_shared.schema import a1111
+from calotype_shared.schema.config import GenerationConfig, OutputFormat
 
 QUALITY = 92  # of WebP and JPEG
 _IMAGE_DESCRIPTION = 0x010E  # EXIF tag
 
 
 def encode_image(pixels: np.ndarray, output_format: OutputFormat, provenance: Mapping[str, Any]) -> bytes:
-    """A picture file of `pixels`, uint8 (H, W, 3), with `provenance` inside."""
-    picture = Image.fromarray(pixels)
+    """An image file of `pixels`, uint8 (H, W, 3), with `provenance` inside."""
+    image = Image.fromarray(pixels)
     text = json.dumps(provenance, sort_keys=True)
     buffer = io.BytesIO()
     if output_format is OutputFormat.PNG:
@@ -32,18 +32,18 @@ def encode_image(pixels: np.ndarray, output_format: OutputFormat, provenance: Ma
         chunks.add_itxt("calotype", text)
         if "parameters" in provenance:
             chunks.add_itxt("parameters", str(provenance["parameters"]))
-        picture.save(buffer, "PNG", pnginfo=chunks, compress_level=4)
+        image.save(buffer, "PNG", pnginfo=chunks, compress_level=4)
     else:
         exif = Image.Exif()
         exif[_IMAGE_DESCRIPTION] = text
-        picture.save(buffer, output_format.value.upper(), quality=QUALITY, exif=exif)
+        image.save(buffer, output_format.value.upper(), quality=QUALITY, exif=exif)
     return buffer.getvalue()
 
 
 def read_provenance(data: bytes) -> dict[str, Any]:
-    """What `encode_image` put into a file. Empty for a picture that is not ours."""
-    with Image.open(io.BytesIO(data)) as picture:
-        text = getattr(picture, "text", {}).get("calotype") or picture.getexif().get(_IMAGE_DESCRIPTION)
+    """What `encode_image` put into a file. Empty for an image that is not ours."""
+    with Image.open(io.BytesIO(data)) as image:
+        text = getattr(image, "text", {}).get("calotype") or image.getexif().get(_IMAGE_DESCRIPTION)
     if not text:
         return {}
     found: dict[str, Any] = json.loads(text)
@@ -51,7 +51,7 @@ def read_provenance(data: bytes) -> dict[str, Any]:
 
 
 def parameters_line(config: GenerationConfig, *, seed: int, steps: int) -> str:
-    """The settings as AUTOMATIC1111's web UI writes them into its pictures."""
+    """The settings as AUTOMATIC1111's web UI writes them into its images."""
     lines = [config.prompt]
     if config.negative_prompt:
         lines.append(f"Negative prompt: {config.negative_prompt}")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from calotype_shared.errors import GenerationFailed
-from calotype_worker.engine.request import Mesh
+from calotype_worker.request import Mesh
 
 _TAG = "calotype "  # begins the comment lines that hold the JSON, in order
 _PIECE = 200  # characters of JSON a line: some readers refuse lines that are longer than their buffer
@@ -18,7 +18,7 @@ _FACE = np.dtype([("corners", "u1"), ("vertices", "<i4", 3)])
 
 
 def encode_ply(mesh: Mesh | None, provenance: Mapping[str, Any]) -> bytes:
-    """A binary little-endian PLY of triangles with a colour at each vertex.
+    """A binary little-endian PLY of triangles with a color at each vertex.
 
     Raises:
         GenerationFailed: there is no mesh: the model made an object without a surface.

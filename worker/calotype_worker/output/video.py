@@ -22,7 +22,7 @@ _GIF_CLOCK = 100  # a GIF counts delays in hundredths of a second,
 _SHORTEST_DELAY = 2  # and browsers slow down what asks for less than two
 _ENCODERS = ("libx264", "libopenh264", "mpeg4")  # the first that this build of FFmpeg has
 _X264_OPTIONS = {"crf": "17", "preset": "medium"}  # visually lossless
-_BT709 = 1  # in FFmpeg's enumerations of colour spaces, primaries and transfers
+_BT709 = 1  # in FFmpeg's enumerations of color spaces, primaries and transfers
 _LIMITED_RANGE = 1
 
 
@@ -36,7 +36,7 @@ class Video:
 
 
 def encode_gif(frames: np.ndarray, fps: float, provenance: Mapping[str, Any]) -> bytes:
-    """An endless GIF of `frames`, uint8 (F, H, W, 3), with up to 256 colours a frame.
+    """An endless GIF of `frames`, uint8 (F, H, W, 3), with up to 256 colors a frame.
 
     Equal frames in a row become one that is shown longer. Above 50 frames a second it plays slower than asked.
 
@@ -47,13 +47,13 @@ def encode_gif(frames: np.ndarray, fps: float, provenance: Mapping[str, Any]) ->
     # Each frame lasts until the next is due, so that rounding to the clock never adds up.
     due = [round(index * _GIF_CLOCK / fps) for index in range(len(frames) + 1)]
     delays = [10 * max(_SHORTEST_DELAY, after - before) for before, after in itertools.pairwise(due)]  # ms
-    pictures = [_paletted(Image.fromarray(frame)) for frame in frames]
+    images = [_paletted(Image.fromarray(frame)) for frame in frames]
     buffer = io.BytesIO()
-    pictures[0].save(
+    images[0].save(
         buffer,
         "GIF",
         save_all=True,
-        append_images=pictures[1:],
+        append_images=images[1:],
         duration=delays,
         loop=0,
         comment=json.dumps(provenance, sort_keys=True).encode("ascii"),
@@ -63,11 +63,10 @@ def encode_gif(frames: np.ndarray, fps: float, provenance: Mapping[str, Any]) ->
 
 def read_gif(data: bytes) -> Video:
     """What a GIF file shows, and what `encode_gif` put beside it."""
-    with Image.open(io.BytesIO(data)) as picture:
-        comment = picture.info.get("comment", b"")
+    with Image.open(io.BytesIO(data)) as image:
+        comment = image.info.get("comment", b"")
         shown = [
-            (np.asarray(frame.convert("RGB")), frame.info.get("duration", 0))
-            for frame in ImageSequence.Iterator(picture)
+            (np.asarray(frame.convert("RGB")), frame.info.get("duration", 0)) for frame in ImageSequence.Iterator(image)
         ]
     return Video(
         frames=np.stack([frame for frame, _ in shown]),
@@ -80,7 +79,7 @@ def encode_mp4(frames: np.ndarray, fps: float, provenance: Mapping[str, Any]) ->
     """An MP4 of `frames`, uint8 (F, H, W, 3): H.264 with 4:2:0 chroma in BT.709, which every browser plays.
 
     Odd sides are made even by repeating the last row or column. A build of FFmpeg without an H.264 encoder falls back
-    to MPEG-4 part 2. The picture is lossy, and x264 now and then encodes the same frames by a few levels differently.
+    to MPEG-4 part 2. H.264 is lossy, and x264 now and then encodes the same frames by a few levels differently.
 
     Raises:
         ValueError: no frames, or not of that shape and type.
@@ -122,13 +121,13 @@ def read_mp4(data: bytes) -> Video:
     )
 
 
-def _paletted(picture: Image.Image) -> Image.Image:
-    """In 256 colours of its own, dithered: smooth areas keep their mean colour where the nearest colour would band.
+def _paletted(image: Image.Image) -> Image.Image:
+    """In 256 colors of its own, dithered: smooth areas keep their mean color where the nearest color would band.
 
     Octree palettes are as good as median cut once dithered, and many times faster.
     """
-    palette = picture.quantize(256, method=Image.Quantize.FASTOCTREE)
-    return picture.quantize(256, palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
+    palette = image.quantize(256, method=Image.Quantize.FASTOCTREE)
+    return image.quantize(256, palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
 
 
 def _check(frames: np.ndarray, fps: float) -> None:

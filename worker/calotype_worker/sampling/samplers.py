@@ -8,8 +8,8 @@ from typing import Any
 
 import diffusers
 
-from calotype_shared.config import SamplerType
 from calotype_shared.errors import InvalidRequest
+from calotype_shared.schema.config import SamplerType
 
 
 @dataclass(frozen=True, kw_only=True)

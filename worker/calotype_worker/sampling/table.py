@@ -179,7 +179,7 @@ class TableCache:
         return table
 
     def noising(self, key: Hashable, make_trajectory: Callable[[], Trajectory]) -> torch.Tensor:
-        """How a clean picture is noised along that trajectory: `probe_noising`, remembered alike."""
+        """How a clean image is noised along that trajectory: `probe_noising`, remembered alike."""
         with self._lock:
             if key in self._noisings:
                 self._noisings.move_to_end(key)

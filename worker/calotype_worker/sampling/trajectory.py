@@ -56,14 +56,14 @@ class Trajectory:
 
 
 def probe_noising(trajectory: Trajectory) -> torch.Tensor:
-    """How a clean picture is noised at each of a trajectory's N steps: (N + 1, 2) float32.
+    """How a clean image is noised at each of a trajectory's N steps: (N + 1, 2) float32.
 
-    Row i is (p, q) of `p · picture + q · noise` at the noise level before step i; the last row is (1, 0). Some
+    Row i is (p, q) of `p · image + q · noise` at the noise level before step i; the last row is (1, 0). Some
     schedulers look this up by how far they have stepped, so a copy is stepped along.
     """
     scheduler = copy.deepcopy(trajectory.scheduler)
     shape = (1, 1, 1, 2)
-    picture = torch.tensor([1.0, 0.0]).reshape(shape)
+    image = torch.tensor([1.0, 0.0]).reshape(shape)
     noise = torch.tensor([0.0, 1.0]).reshape(shape)
     sample = torch.zeros(shape)
     arguments = step_arguments(scheduler, torch.Generator())
@@ -71,9 +71,9 @@ def probe_noising(trajectory: Trajectory) -> torch.Tensor:
     for timestep in trajectory.timesteps:
         at = timestep.reshape(1)
         if hasattr(scheduler, "scale_noise"):  # flow matching
-            noised = scheduler.scale_noise(picture, at, noise)
+            noised = scheduler.scale_noise(image, at, noise)
         else:
-            noised = scheduler.add_noise(picture, noise, at)
+            noised = scheduler.add_noise(image, noise, at)
         rows.append(noised.flatten().float())
         scaled_input(scheduler, sample, timestep)
         sample = scheduler.step(sample, timestep, sample, **arguments)[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from calotype_shared.model_card import ModelCard
+from calotype_shared.schema.model_card import ModelCard
 from calotype_worker.models.opaque.animatediff import AnimateDiff
 from calotype_worker.models.opaque.shap_e import ShapE
 from calotype_worker.models.opaque.whole_pipeline import WholePipeline

@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from calotype_shared.config import Feature, OutputFormat
 from calotype_shared.errors import GenerationFailed, InvalidRequest
-from calotype_shared.model_card import ModelCard
-from calotype_worker.engine.request import Generated, GenerationRequest
+from calotype_shared.schema.config import Feature, OutputFormat
+from calotype_shared.schema.model_card import ModelCard
 from calotype_worker.models.base import Watch
 from calotype_worker.models.opaque.whole_pipeline import WholePipeline, own_generators, samplers_of, sizes_of
+from calotype_worker.request import Generated, GenerationRequest
 from calotype_worker.sampling.samplers import SAMPLERS, Sampler
 
 DEFAULT_FRAMES = 16  # what the published motion modules are trained on
@@ -71,7 +71,7 @@ class AnimateDiff(WholePipeline):
         return request.sampler, request.num_inference_steps, request.width, request.height, frames, guidance
 
     def run(self, requests: Sequence[GenerationRequest], watch: Watch) -> Sequence[Generated | None]:
-        """Videos of (F, H, W, 3) frames, each with its middle frame as the picture.
+        """Videos of (F, H, W, 3) frames, each with its middle frame as the image.
 
         Raises:
             GenerationFailed: a video holds numbers that are not finite.

@@ -1,5 +1,5 @@
 """Shap-E (Jun & Nichol 2023): 3D objects. A prior denoises latents that are the weights of a small network, which says
-for every point in space its density, its signed distance to the surface and its colour."""
+for every point in space its density, its signed distance to the surface and its color."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from diffusers import HeunDiscreteScheduler
 
-from calotype_shared.config import Feature, OutputFormat, SamplerType
 from calotype_shared.errors import GenerationFailed, InvalidRequest
-from calotype_shared.model_card import ModelCard
-from calotype_worker.engine.request import Generated, GenerationRequest, Mesh
+from calotype_shared.schema.config import Feature, OutputFormat, SamplerType
+from calotype_shared.schema.model_card import ModelCard
 from calotype_worker.models.base import Watch
 from calotype_worker.models.opaque.whole_pipeline import WholePipeline, own_generators, samplers_of, sizes_of
+from calotype_worker.request import Generated, GenerationRequest, Mesh
 from calotype_worker.sampling.samplers import Sampler
 
 # diffusers renders 20 views in batches of 4096 rays and drops what is left over: 20 · side² must be a multiple.
@@ -86,7 +86,7 @@ class ShapE(WholePipeline):
         return request.num_inference_steps, request.guidance_scale if request.guided else 1.0
 
     def run(self, requests: Sequence[GenerationRequest], watch: Watch) -> Sequence[Generated | None]:
-        """Objects, each as a mesh and as the frames (F, H, W, 3) of one turn, the first of them as the picture.
+        """Objects, each as a mesh and as the frames (F, H, W, 3) of one turn, the first of them as the image.
 
         A request that will be written as PLY gets no frames, and one written as GIF no mesh.
         The mesh is also None where the object has no surface: its turntable may still show something.
@@ -168,7 +168,7 @@ class _AllCancelled(Exception):
 
 
 class _EmptyMesh(Exception):
-    """The decoder found no surface; the renderer would go on to colour it and fail."""
+    """The decoder found no surface; the renderer would go on to color it and fail."""
 
 
 def _watch_steps(scheduler: Any, ids: Sequence[str], watch: Watch) -> None:
@@ -193,15 +193,15 @@ def _refuse_empty(module: torch.nn.Module, inputs: Any, surface: Any) -> None:
 
 def _drawn(mesh: Mesh | None, side: int) -> np.ndarray:
     """A mesh's vertices seen from the front, the nearest on top: uint8 (side, side, 3)."""
-    picture = np.full((side, side, 3), 255, dtype=np.uint8)
+    image = np.full((side, side, 3), 255, dtype=np.uint8)
     if mesh is not None:
         order = np.argsort(-mesh.vertices[:, 1])
         places = ((mesh.vertices[order][:, [2, 0]] * (-1, 1) + 1) / 2 * side).astype(int).clip(0, side - 1)
-        picture[places[:, 0], places[:, 1]] = mesh.colors[order]
-    return picture
+        image[places[:, 0], places[:, 1]] = mesh.colors[order]
+    return image
 
 
 def _srgb(linear: torch.Tensor) -> torch.Tensor:
-    """Linear light to sRGB (IEC 61966-2-1), both 0..1. The renderer gives a mesh's colours in linear light, which
+    """Linear light to sRGB (IEC 61966-2-1), both 0..1. The renderer gives a mesh's colors in linear light, which
     programs that open a PLY would show too dark."""
     return torch.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear.clamp(min=0.0031308) ** (1 / 2.4) - 0.055)

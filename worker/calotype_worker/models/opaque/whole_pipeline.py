@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 import torch
 
 from calotype_shared.errors import InvalidRequest
-from calotype_shared.model_card import ModelCard
-from calotype_worker.engine.request import Generated, GenerationRequest
+from calotype_shared.schema.model_card import ModelCard
 from calotype_worker.models.base import Watch
+from calotype_worker.request import Generated, GenerationRequest
 from calotype_worker.sampling.samplers import Sampler, make_scheduler, sampler_of
 
 
@@ -81,7 +81,7 @@ class WholePipeline(ABC):
         """Refuse what no whole pipeline here can do; without this a request would be made without it.
 
         Raises:
-            InvalidRequest: it asks for a source picture, adapters or previews, for a sampler or a number of steps
+            InvalidRequest: it asks for a source image, adapters or previews, for a sampler or a number of steps
                 that this model lacks, or its prompt is longer than the text encoder reads.
         """
         for field, value in (

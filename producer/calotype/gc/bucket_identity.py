@@ -1,0 +1,82 @@
+"""`BucketIdentity`: that a bucket and a Redis belong together, and that neither has gone back in time.
+
+A collection removes what Redis does not know. So with a Redis that has lost its data, an older copy of it, or that of
+another deployment, it would remove everything. Both sides keep a name and the number of collections so far.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+
+from redis import Redis
+
+from calotype_shared.errors import CalotypeError, ObjectMissing
+from calotype_shared.queue.keys import Keys
+from calotype_shared.storage.s3 import Storage
+
+IDENTITY_KEY = "calotype-gc.json"  # the bucket's side
+
+
+class GcRefused(CalotypeError):
+    """Something is wrong with what a collection would go by. Nothing was removed."""
+
+    code = "gc_refused"
+
+
+class BucketIdentity:
+    """Between one bucket and one key prefix."""
+
+    def __init__(self, redis: Redis, keys: Keys, storage: Storage, *, bucket: str) -> None:
+        self._redis = redis
+        self._key = keys.gc
+        self._prefix = keys.prefix
+        self._storage = storage
+        self._bucket = bucket
+
+    def verify(self) -> bool:
+        """Whether there was a collection before. Raises GcRefused where the two sides disagree about it."""
+        here: dict[str, str] = self._redis.hgetall(self._key)  # type: ignore[assignment]
+        there = self._read()
+        runs = int(here.get("runs", 0))
+        if (bucket := here.get("bucket", self._bucket)) != self._bucket:
+            raise self._refused(f"it was last collected for the bucket {bucket!r}")
+        if not there:
+            if runs > 1:  # else the very first was cut short
+                raise self._refused("the bucket has forgotten the collections that it remembers")
+            return False
+        if not here:
+            problem = "it knows nothing of the collections that the bucket remembers: its data is lost, or another's"
+            raise self._refused(problem)
+        if here["name"] != there["name"]:
+            raise self._refused("the bucket belongs to another one")
+        if runs < int(there["runs"]):
+            raise self._refused(f"it remembers {runs} collections and the bucket {there['runs']}: it is an older copy")
+        return True
+
+    def record(self) -> None:
+        """Note on both sides that there is a collection. Several at once count up; the bucket is never ahead."""
+        there = self._read()
+        self._redis.hsetnx(self._key, "name", there.get("name") or secrets.token_hex(8))
+        self._redis.hset(self._key, "bucket", self._bucket)
+        runs = self._redis.hincrby(self._key, "runs", 1)
+        if runs <= int(there.get("runs", 0)):  # forced, after Redis was restored
+            runs = int(there["runs"]) + 1
+            self._redis.hset(self._key, "runs", str(runs))
+        name = self._redis.hget(self._key, "name")
+        side = {"name": name, "runs": runs, "key_prefix": self._prefix}
+        self._storage.put(IDENTITY_KEY, json.dumps(side).encode(), "application/json")
+
+    def _read(self) -> dict[str, str]:
+        try:
+            found: dict[str, str] = json.loads(self._storage.get(IDENTITY_KEY))
+        except ObjectMissing:
+            return {}
+        return found
+
+    def _refused(self, problem: str) -> GcRefused:
+        return GcRefused(
+            f"Redis (prefix {self._prefix!r}) is not to be trusted with the bucket {self._bucket!r}: {problem}. "
+            "What it does not know would be removed. Check CALOTYPE_REDIS_URL, CALOTYPE_KEY_PREFIX and "
+            "CALOTYPE_S3_BUCKET, look at --dry-run, and give --force if it is right"
+        )

@@ -1,0 +1,1 @@
+"""Metrics, traces, logs and the admin port, shared by all processes."""

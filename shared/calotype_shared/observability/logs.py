@@ -1,0 +1,57 @@
+"""Log lines: an event verb, then `key=value` pairs; or one JSON object a line. Prompts and secrets are never logged."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from types import MappingProxyType
+
+_STANDARD = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+_DECORATION = {"color_message"}  # of uvicorn: the message again, for terminals
+# Libraries tell of warnings only: what they say below may hold addresses with signatures, or what was sent.
+_OURS = ("calotype", "calotype_worker", "calotype_train", "calotype_shared")
+
+_about: ContextVar[Mapping[str, str]] = ContextVar("about", default=MappingProxyType({}))
+
+
+@contextmanager
+def about(**known: str | None) -> Iterator[None]:
+    """Every line that this thread or task logs within the block says so too: `job_id`, `trace_id`."""
+    token = _about.set({**_about.get(), **{name: value for name, value in known.items() if value}})
+    try:
+        yield
+    finally:
+        _about.reset(token)
+
+
+class _Formatter(logging.Formatter):
+    def __init__(self, *, as_json: bool) -> None:
+        super().__init__()
+        self._as_json = as_json
+
+    def format(self, record: logging.LogRecord) -> str:
+        when = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        extra = {n: value for n, value in vars(record).items() if n not in _STANDARD and n not in _DECORATION}
+        extra |= {name: value for name, value in _about.get().items() if name not in extra}
+        trace = self.formatException(record.exc_info) if record.exc_info else ""
+        if self._as_json:
+            fields = {"time": when, "level": record.levelname.lower(), "event": record.getMessage(), **extra}
+            return json.dumps(fields | ({"trace": trace} if trace else {}), default=str)
+        pairs = "".join(f" {name}={value}" for name, value in extra.items())
+        return f"{when} {record.levelname.lower():7} {record.getMessage()}{pairs}" + (f"\n{trace}" if trace else "")
+
+
+def set_up_logging(*, log_format: str, level: str) -> None:
+    """Everything to standard error; libraries only from warnings on."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter(as_json=log_format == "json"))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(max(logging.WARNING, logging.getLevelNamesMapping()[level.upper()]))
+    for name in _OURS:
+        logging.getLogger(name).setLevel(level.upper())

@@ -1,0 +1,1 @@
+"""Jobs in Redis: keys, atomic scripts, and the classes that call them."""

@@ -1,0 +1,76 @@
+"""`FleetStats`: what is queued, running and alive at one moment, for those who watch or scale; and who takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from calotype_shared.queue.fleet import Fleet
+from calotype_shared.queue.scripts import said_clearly
+from calotype_shared.schema.jobs import JobState
+
+# A tenant's jobs stand in line by age, and every tenant's first is near the front: fair share lets none run ahead.
+_FRONT = 64  # jobs of each line
+_LEASES = 1_000  # of more running jobs, so many stand for all
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueueCount:
+    """One queue: a lane of a model, or of several joined by + that its jobs need together."""
+
+    model: str
+    lane: str
+    waiting: int
+    running: int
+    oldest_seconds: float  # since the job that waits longest, of those near the front, was queued; 0 if none waits
+
+
+@dataclass(frozen=True, kw_only=True)
+class FleetStats:
+    """All of it at once. `workers` are the live ones that take jobs, by model or models that they could serve."""
+
+    queues: tuple[QueueCount, ...]
+    workers: Mapping[str, int]
+    counts: Mapping[JobState, int]
+    dead: int
+    open_batches: int
+    webhooks_waiting: int
+
+    @property
+    def backlog(self) -> dict[str, tuple[int, int]]:
+        """(queued, running) by model."""
+        found: dict[str, tuple[int, int]] = {}
+        for queue in self.queues:
+            queued, running = found.get(queue.model, (0, 0))
+            found[queue.model] = (queued + queue.waiting, running + queue.running)
+        return found
+
+
+class FleetStatsReader(Fleet):
+    """Takes a stats in three round trips, whose cost does not grow with what waits."""
+
+    @said_clearly
+    def take(self) -> FleetStats:
+        """Raises RedisUnavailable."""
+        queues, counts, dead, open_batches, webhooks = self._run("fleet_stats", [_FRONT, _LEASES])
+        lines = [
+            QueueCount(
+                model=name.rpartition(".")[0],
+                lane=name.rpartition(".")[2],
+                waiting=waiting,
+                running=running,
+                oldest_seconds=int(longest) / 1e6,
+            )
+            for name, waiting, running, longest in sorted(queues)
+        ]
+        serving = [set(worker.models) for worker in self.workers() if not worker.draining]
+        asked = {line.model for line in lines}.union(*serving)
+        by_state = dict(zip(counts[::2], map(int, counts[1::2]), strict=True))
+        return FleetStats(
+            queues=tuple(lines),
+            workers={model: sum(set(model.split("+")) <= own for own in serving) for model in sorted(asked)},
+            counts={state: by_state.get(state.value, 0) for state in JobState},
+            dead=dead,
+            open_batches=open_batches,
+            webhooks_waiting=webhooks,
+        )

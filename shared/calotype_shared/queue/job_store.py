@@ -1,0 +1,318 @@
+"""`JobStore`: jobs in Redis. Every change of a job is one atomic script, and all time is the server's."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from redis import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from calotype_shared.errors import IdempotencyConflict, no_such_job
+from calotype_shared.queue.job_reader import JobReader
+from calotype_shared.queue.records import UnreadableRecord, read_record
+from calotype_shared.queue.scripts import said_clearly
+from calotype_shared.queue.submission import Idempotency, NewJob, queue_full
+from calotype_shared.schema.config import GenerationConfig
+from calotype_shared.schema.jobs import ImageRef, JobError, JobRecord, JobState, Lane, Preview
+from calotype_shared.storage.s3 import attempt_folder
+
+log = logging.getLogger(__name__)
+
+_CHUNK = 200  # jobs a script call: long enough to save round trips, short enough not to hold the server up
+_PREVIEW_SECONDS = 60
+_REAP_LOCK_MS = 1_000
+_REAP_AT_MOST = 500
+MAX_CRASHES = 5  # attempts at a job that may end with their worker
+QUARANTINE_CRASHES = 2  # crashes from which on a worker takes one such job at a time
+# Reapers look every few seconds. Where none has for so long, Redis was away, and leases could not be renewed.
+_SILENCE_MS, _GRACE_MS = 20_000, 10_000
+_LOST = JobError(
+    code="worker_lost",
+    message=f"{MAX_CRASHES} workers stopped without a word while they worked on this job; "
+    "look into it with: calotype dead show ID",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A worker's right to a job. `attempt` and `token` are its fence: writes with any but the newest are refused."""
+
+    job_id: str
+    attempt: int
+    token: str
+    record: JobRecord
+
+    @property
+    def folder(self) -> str:
+        """Where in storage this attempt puts its images; no other ever has the same."""
+        return attempt_folder(self.job_id, self.attempt, self.token)
+
+    @property
+    def config(self) -> GenerationConfig:
+        return self.record.config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reaped:
+    """What a reaping did: jobs queued again, jobs given up, and how many messages it found lost and sent anew."""
+
+    requeued: tuple[str, ...] = ()
+    failed: tuple[str, ...] = ()
+    republished: int = 0
+
+
+class News(NamedTuple):
+    """`about` is the cancelled job's id, or the name of the queue that a job has come into."""
+
+    kind: Literal["cancelled", "arrived"]
+    about: str
+
+
+class JobStore(JobReader):
+    """All operations on jobs.
+
+    Every method raises RedisUnavailable when Redis cannot be reached; then nothing was done, or a commit-like call
+    may have been done unseen, which its fence makes safe to repeat.
+    """
+
+    def __init__(
+        self,
+        redis: Redis,
+        *,
+        key_prefix: str = "calotype:",
+        retention_seconds: float = 7 * 86_400.0,
+        gap_seconds: float = 10.0,
+        max_queued: int | None = None,
+        max_queued_per_tenant: int | None = None,
+    ) -> None:
+        super().__init__(redis, key_prefix=key_prefix)
+        self._limits = {"max_queued": max_queued, "max_queued_per_tenant": max_queued_per_tenant}
+        self._retention = str(retention_seconds)
+        self._gap_ms = str(int(gap_seconds * 1000))
+
+    @said_clearly
+    def put_preview(self, job_id: str, preview: Preview) -> None:
+        """Keep an image's newest preview, for a minute. An attempt that lost its job may still write one."""
+        pipeline = self._redis.pipeline()
+        pipeline.hset(self.keys.preview(job_id), str(preview.index), preview.model_dump_json())
+        pipeline.expire(self.keys.preview(job_id), _PREVIEW_SECONDS)
+        pipeline.publish(self.keys.changed(job_id), "preview")
+        pipeline.execute()
+
+    # ---- submitting
+
+    @said_clearly
+    def create(
+        self,
+        jobs: Iterable[GenerationConfig | NewJob],
+        *,
+        lane: Lane = Lane.BULK,
+        tenant: str = "default",
+        max_failures: int = 3,
+        metadata: Mapping[str, Any] | None = None,
+        webhook: str | None = None,
+        reuse: bool = False,
+        idempotency: Idempotency | None = None,
+        traceparent: str | None = None,
+    ) -> list[str]:
+        """Accept jobs: each record is written and its message pushed in one step. Ids in the order of the jobs.
+
+        Several are accepted in steps of two hundred, and the first of them only if there is room for all.
+
+        With `reuse`, a job may get the images of an equal one that has finished. `idempotency` is for one job:
+        if its key was used before, that submission's id is returned and nothing is queued.
+
+        Raises:
+            InvalidRequest: a config is not resolved (`GenerationConfig.resolved`).
+            IdempotencyConflict: the key was used before, for another request.
+            QueueFull: with the ids that were accepted, if others have taken the room since the first step.
+        """
+        common: dict[str, Any] = {
+            **self._limits,
+            "lane": lane.value,
+            "tenant": tenant,
+            "max_failures": str(max_failures),
+            "metadata": json.dumps(dict(metadata or {})),
+            "retention": self._retention,
+            "webhook": webhook,
+            "traceparent": traceparent,
+            "reuse": reuse,
+        }
+        if idempotency is not None:
+            common |= {"idempotency_key": idempotency.key, "request": idempotency.request}
+        # The script tells what is missing from what is null.
+        common = {name: value for name, value in common.items() if value is not None}
+        ids: list[str] = []
+        new = [job if isinstance(job, NewJob) else NewJob.of(job, lane=lane) for job in jobs]
+        for start in range(0, len(new), _CHUNK):
+            chunk = new[start : start + _CHUNK]
+            shared = json.dumps(common if start else {**common, "to_come": len(new)})
+            answer = self._run("create", [shared, *itertools.chain.from_iterable(chunk)])
+            if answer[0] == "full":
+                raise queue_full(answer, coming=len(new) - start, accepted=ids)
+            ids += [job.id for job in chunk] if answer[0] == "made" else [_accepted_before(answer, idempotency)]
+        return ids
+
+    @said_clearly
+    def cancel(self, job_id: str) -> JobState:
+        """End a job at once unless it is final already; returns the state it has then.
+
+        Raises:
+            JobNotFound: there is no such job.
+        """
+        state = self._run("cancel", [job_id, self._retention])
+        if state is None:
+            raise no_such_job(job_id)
+        return JobState(state)
+
+    # ---- working
+
+    @said_clearly
+    def claim(
+        self,
+        *queues: str,
+        worker: str,
+        lease_seconds: float,
+        leave_quarantined: bool = False,
+        look: int = 0,
+        shapes: Iterable[str] = (),
+    ) -> Claim | None:
+        """Take the job that is next by fair share, of the first of these queues in which one waits; else None.
+
+        Rather one of these shapes ("WxH", in pixels), if there is one among the first `look` in line and nobody before
+        it has been passed over `look` times already.
+
+        A job whose record cannot be read fails for good. With `leave_quarantined`, jobs on which `QUARANTINE_CRASHES`
+        workers have died stay in the queue.
+        """
+        most = QUARANTINE_CRASHES if leave_quarantined else MAX_CRASHES
+        wanted = ",".join(shapes)
+        while True:
+            token = secrets.token_hex(4)
+            arguments = [worker, int(lease_seconds * 1000), token, most, look if wanted else 0, wanted]
+            found = self._run("claim", [*arguments, *queues])
+            if found is None:
+                return None
+            job_id, values = found
+            fields = dict(zip(values[::2], values[1::2], strict=True))
+            try:
+                record = read_record(job_id, fields, schema=self.schema)
+            except UnreadableRecord as error:
+                problem = JobError(code=error.code, message=str(error))
+                log.warning("job cannot be read", extra={"job_id": job_id, "reason": str(error)})
+                self._run("fail", [job_id, fields["attempt"], token, problem.model_dump_json(), 0, self._retention])
+                continue
+            return Claim(job_id=job_id, attempt=record.attempt, token=token, record=record)
+
+    @said_clearly
+    def push_message(self, queue: str) -> None:
+        """Give a message back that this worker has no place for, unless there are enough."""
+        self._run("push_messages", [queue])
+
+    @said_clearly
+    def renew(self, claims: Iterable[Claim], *, lease_seconds: float) -> set[str]:
+        """Lengthen leases; returns the ids that were lost: cancelled, reaped, or finished by another attempt."""
+        lost: set[str] = set()
+        rest = iter(claims)
+        while chunk := list(itertools.islice(rest, _CHUNK)):
+            held = [value for claim in chunk for value in (claim.job_id, claim.attempt, claim.token)]
+            lost |= set(self._run("renew", [int(lease_seconds * 1000), *held]))
+        return lost
+
+    @said_clearly
+    def progress(self, updates: Iterable[tuple[Claim, int, int]]) -> None:
+        """Note (claim, steps done, steps in total). Claims that were lost write nothing."""
+        values = [value for claim, *steps in updates for value in (claim.job_id, claim.attempt, claim.token, *steps)]
+        if values:
+            self._run("progress", values)
+
+    @said_clearly
+    def commit(self, claim: Claim, *, images: Sequence[ImageRef], timings: Mapping[str, float]) -> bool:
+        """The job succeeded with these images. False if the claim was lost: then they are nobody's."""
+        shown = json.dumps([image.model_dump() for image in images])
+        times = json.dumps({name: round(seconds, 6) for name, seconds in timings.items()})
+        return bool(self._run("commit", [claim.job_id, claim.attempt, claim.token, shown, times, self._retention]))
+
+    @said_clearly
+    def fail(self, claim: Claim, error: JobError, *, retry: bool) -> JobState | None:
+        """The attempt failed. QUEUED if another follows (`retry` and failures left), FAILED if not, None if lost."""
+        problem = error.model_dump_json()
+        state = self._run("fail", [claim.job_id, claim.attempt, claim.token, problem, int(retry), self._retention])
+        return JobState(state) if state else None
+
+    @said_clearly
+    def release(self, claim: Claim) -> bool:
+        """Hand a job back unfinished, to its place in line, without counting a failure."""
+        return bool(self._run("release", [claim.job_id, claim.attempt, claim.token]))
+
+    @said_clearly
+    def reap(self, *, who: str = "") -> Reaped | None:
+        """Re-queue jobs whose lease ended and replace lost messages; None while another worker does it."""
+        problem = _LOST.model_dump_json()
+        arguments = [who, _REAP_LOCK_MS, self._gap_ms, self._retention, problem, _REAP_AT_MOST]
+        found = self._run("reap", [*arguments, MAX_CRASHES, _SILENCE_MS, _GRACE_MS])
+        if found is None:
+            return None
+        requeued, failed, republished = found
+        return Reaped(requeued=tuple(requeued), failed=tuple(failed), republished=republished)
+
+    @said_clearly
+    def swept(self, folders: Sequence[str]) -> None:
+        """Nothing is left in these."""
+        if folders:
+            self._redis.zrem(self.keys.orphans, *folders)
+
+    @said_clearly
+    def forget_dead(self, job_id: str) -> bool:
+        """Take a job off the list of dead ones; its record stays for its time. False if it was not there."""
+        return bool(self._redis.zrem(self.keys.dead, job_id))
+
+    @contextmanager
+    def news(self, *queues: str) -> Iterator[Callable[[float], News | None]]:
+        """A subscription to what workers should hear at once: call it with seconds to wait.
+
+        Jobs cancelled while running; and these queues, of the interactive lane, as jobs come into them.
+        """
+        subscription = self._redis.pubsub(ignore_subscribe_messages=True)  # type: ignore[no-untyped-call]
+        try:
+            subscription.subscribe(self.keys.cancelled, *map(self.keys.arrived, queues))
+
+            def wait(seconds: float) -> News | None:
+                deadline = time.monotonic() + seconds
+                while True:
+                    # Also returns early, with None, on the confirmation of the subscription itself.
+                    message = subscription.get_message(timeout=max(0.0, deadline - time.monotonic()))
+                    if message:
+                        cancelled = message["channel"] == self.keys.cancelled
+                        return News("cancelled" if cancelled else "arrived", str(message["data"]))
+                    if time.monotonic() >= deadline:
+                        return None
+
+            yield wait
+        except (RedisConnectionError, RedisTimeoutError) as error:
+            raise self.unavailable(error) from error
+        finally:
+            subscription.close()
+
+
+def _accepted_before(answer: Sequence[str], idempotency: Idempotency | None) -> str:
+    """The id that an idempotency key got when it was first used."""
+    assert idempotency is not None
+    _, job_id, request = answer
+    if request != idempotency.request:
+        raise IdempotencyConflict(
+            "was used before, for another request",
+            field="idempotency_key",
+            value=idempotency.key,
+            remedy="use a new key for a new request",
+        )
+    return job_id

@@ -1,0 +1,228 @@
+"""Every Redis key of Calotype, documented once. All of them begin with the setting `key_prefix`.
+
+| key | type | holds | lives |
+|---|---|---|---|
+| `job:{id}` | hash | the job's record: the truth about it (`jobs.py`) | while live; `retention_seconds` once final |
+| `{models}.{lane}` | list | Celery messages, one a waiting job; Celery pops from the right | until popped |
+| `messages` | string | messages pushed so far: each gets a number | tiny |
+| `waiting:{queue}` | zset | ids queued there, by their place in line (decision 10) | until claimed or cancelled |
+| `tenant_tags:{queue}` | hash | tenant -> the place in line of its newest job there | tiny |
+| `queue_state:{queue}` | hash | `virtual`: the last tag claimed; other fields belong to claims and reapers | tiny |
+| `queues` | set | names of queues that ever had a job | tiny |
+| `in_flight:{identity}` | string | the live job that equal jobs wait for | until that job is final |
+| `followers:{id}` | list | equal jobs that wait for this one's outcome | the same |
+| `finished:{identity}` | string | images of a finished job, as JSON, for equal jobs to come | `retention_seconds` |
+| `idempotency:{tenant}:{key}` | hash | `id` it was given, `request`: a hash of what was asked | `retention_seconds` |
+| `leases` | zset | ids being worked on, by the millisecond their lease ends | until finished, released or reaped |
+| `orphans` | zset | `{id}/{attempt}-{token}`: folders of attempts that ended without a commit, by when | until swept |
+| `dead` | zset | ids of jobs that failed for good, by when | until dropped or their records go |
+| `counts` | hash | jobs by state: now for queued and running, ever for the final ones | for ever |
+| `pending` | hash | tenant -> its queued jobs outside batches; `*`: those of all | for ever |
+| `pace` | hash | `per_second`: how fast jobs ended lately; `at`, `ended`: the reaper's notes | tiny |
+| `recent:{tenant}` | zset | ids of jobs outside batches by creation time | until their records go (the reaper trims) |
+| `tenants` | set | every tenant that ever submitted | tiny |
+| `batch:{id}` | hash | a batch's record (`batches.py`) | `retention_seconds` once final |
+| `open_batches` | zset | ids of batches that are not final, by creation time | until they are |
+| `batches:{tenant}` | zset | ids of batches by creation time | until their records go |
+| `leader:{batch}` | string | which dispatcher leads the batch | seconds; renewed |
+| `live:{batch}` | set | ids of its jobs that are not final | until they are |
+| `done:{batch}` | list | ids of its final jobs whose results are not written down yet | until they are |
+| `parts:{batch}` | list | storage keys of its results so far | with the batch |
+| `models` | hash | model name -> its card as JSON | for ever: jobs may be queued while no worker runs |
+| `together` | set | names of models that one worker serves, joined by `+`: what an ensemble can be made of | tiny |
+| `preview:{id}` | hash | image number -> its newest preview as JSON | a minute |
+| `worker:{name}` | string | a worker's own report as JSON | seconds; renewed by the worker |
+| `workers` | set | names of workers that reported | trimmed when read |
+| `reaper` | string | who is reaping now | a second or two |
+| `reaped_at` | string | when it was last done | tiny |
+| `api_keys` | hash | API key id -> the key as JSON, its secret only as a hash | until revoked |
+| `files:{tenant}` | hash | file id -> its name and size as JSON; the bytes are in storage | until deleted |
+| `options:{tenant}` | string | the checkpoint that clients of AUTOMATIC1111's API have chosen | until changed |
+| `rate_limit:{key}` | hash | what an API key has left of its limits | a day after its last use |
+| `hooks` | zset | deliveries of webhooks, by the millisecond they are due | until delivered or given up |
+| `hook:{id}` | hash | one delivery: where to, of which job or batch, attempts so far | three days at most |
+| `gc` | hash | `name`, `bucket` and `runs` of collections: that Redis and bucket belong together | for ever |
+| `cancelled` | channel | ids of jobs as they are cancelled while running | – |
+| `arrived:{queue}` | channel | that queue's name, as messages come into it; of interactive ones only | – |
+| `changed:{id}` | channel | that job's state whenever its record has changed, or it has a new preview | – |
+
+Celery's Redis transport keeps its own keys under the same prefix: `unacked`, `unacked_index`, `unacked_mutex`,
+`_kombu.binding*`. They are Celery's and nothing here reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from calotype_shared.schema.jobs import Lane
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Names of keys under one prefix."""
+
+    prefix: str
+
+    def job(self, job_id: str) -> str:
+        return f"{self.prefix}job:{job_id}"
+
+    def messages(self, queue: str) -> str:
+        return f"{self.prefix}{queue}"
+
+    def waiting(self, queue: str) -> str:
+        return f"{self.prefix}waiting:{queue}"
+
+    def queue_state(self, queue: str) -> str:
+        return f"{self.prefix}queue_state:{queue}"
+
+    def tenant_tags(self, queue: str) -> str:
+        return f"{self.prefix}tenant_tags:{queue}"
+
+    def in_flight(self, identity: str) -> str:
+        return f"{self.prefix}in_flight:{identity}"
+
+    def followers(self, job_id: str) -> str:
+        return f"{self.prefix}followers:{job_id}"
+
+    def finished(self, identity: str) -> str:
+        return f"{self.prefix}finished:{identity}"
+
+    def idempotency(self, tenant: str, key: str) -> str:
+        return f"{self.prefix}idempotency:{tenant}:{key}"
+
+    def batch(self, batch_id: str) -> str:
+        return f"{self.prefix}batch:{batch_id}"
+
+    def batches(self, tenant: str) -> str:
+        return f"{self.prefix}batches:{tenant}"
+
+    def leader(self, batch_id: str) -> str:
+        return f"{self.prefix}leader:{batch_id}"
+
+    def live(self, batch_id: str) -> str:
+        return f"{self.prefix}live:{batch_id}"
+
+    def done(self, batch_id: str) -> str:
+        return f"{self.prefix}done:{batch_id}"
+
+    def parts(self, batch_id: str) -> str:
+        return f"{self.prefix}parts:{batch_id}"
+
+    def worker(self, name: str) -> str:
+        return f"{self.prefix}worker:{name}"
+
+    def preview(self, job_id: str) -> str:
+        return f"{self.prefix}preview:{job_id}"
+
+    def rate_limit(self, key_id: str) -> str:
+        return f"{self.prefix}rate_limit:{key_id}"
+
+    def files(self, tenant: str) -> str:
+        return f"{self.prefix}files:{tenant}"
+
+    def options(self, tenant: str) -> str:
+        return f"{self.prefix}options:{tenant}"
+
+    def arrived(self, queue: str) -> str:
+        return f"{self.prefix}arrived:{queue}"
+
+    def changed(self, job_id: str) -> str:
+        return f"{self.prefix}changed:{job_id}"
+
+    def hook(self, about: str) -> str:
+        return f"{self.prefix}hook:{about}"
+
+    @property
+    def api_keys(self) -> str:
+        return f"{self.prefix}api_keys"
+
+    @property
+    def hooks(self) -> str:
+        return f"{self.prefix}hooks"
+
+    @property
+    def together(self) -> str:
+        return f"{self.prefix}together"
+
+    @property
+    def open_batches(self) -> str:
+        return f"{self.prefix}open_batches"
+
+    @property
+    def message_number(self) -> str:
+        return f"{self.prefix}messages"
+
+    @property
+    def queues(self) -> str:
+        return f"{self.prefix}queues"
+
+    @property
+    def leases(self) -> str:
+        return f"{self.prefix}leases"
+
+    @property
+    def orphans(self) -> str:
+        return f"{self.prefix}orphans"
+
+    @property
+    def dead(self) -> str:
+        return f"{self.prefix}dead"
+
+    @property
+    def reaped_at(self) -> str:
+        return f"{self.prefix}reaped_at"
+
+    @property
+    def counts(self) -> str:
+        return f"{self.prefix}counts"
+
+    @property
+    def pending(self) -> str:
+        return f"{self.prefix}pending"
+
+    @property
+    def pace(self) -> str:
+        return f"{self.prefix}pace"
+
+    def recent(self, tenant: str) -> str:
+        return f"{self.prefix}recent:{tenant}"
+
+    @property
+    def tenants(self) -> str:
+        return f"{self.prefix}tenants"
+
+    @property
+    def models(self) -> str:
+        return f"{self.prefix}models"
+
+    @property
+    def workers(self) -> str:
+        return f"{self.prefix}workers"
+
+    @property
+    def reaper(self) -> str:
+        return f"{self.prefix}reaper"
+
+    @property
+    def gc(self) -> str:
+        return f"{self.prefix}gc"
+
+    @property
+    def cancelled(self) -> str:
+        return f"{self.prefix}cancelled"
+
+
+def queue_name(models: Iterable[str], lane: Lane) -> str:
+    """The Celery queue of jobs that need these models at hand, in a lane."""
+    return f"{together(models)}.{lane.value}"
+
+
+def models_of(queue: str) -> list[str]:
+    """The models that jobs of a queue need."""
+    return queue.rpartition(".")[0].split("+")
+
+
+def together(models: Iterable[str]) -> str:
+    """One name for a set of models."""
+    return "+".join(sorted(set(models)))

@@ -1,0 +1,11 @@
+-- Ends a job that is not final yet, at once. ARGV: id, retention in seconds.
+-- Returns the state it has then, or nothing if there is no such job.
+local id = ARGV[1]
+local state = redis.call('HGET', job_key(id), 'state')
+if not state then return false end
+if state ~= 'queued' and state ~= 'running' then return state end
+local now = now_us()
+if state == 'running' then record_failed_attempt(id, 'cancelled', nil, now) end
+finish(id, 'cancelled', now, ARGV[2])
+if state == 'running' then redis.call('PUBLISH', PREFIX .. 'cancelled', id) end
+return 'cancelled'

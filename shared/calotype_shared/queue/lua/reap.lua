@@ -1,0 +1,73 @@
+-- Takes jobs back from workers that are gone, and invites again where invitations were lost on the way.
+-- ARGV: who, lock in ms, gap in ms, retention in seconds, error for jobs out of attempts, most jobs of a kind, crashes
+-- after which a job is given up, and in ms: a silence of all reapers, and the time that holders of leases get after it.
+-- Returns nothing while another worker reaps; else {requeued ids, failed ids, number of new invitations}.
+local who, lock, gap = ARGV[1], ARGV[2], tonumber(ARGV[3]) * 1000
+local retention, problem, most = ARGV[4], ARGV[5], tonumber(ARGV[6])
+if not redis.call('SET', PREFIX .. 'reaper', who, 'NX', 'PX', lock) then return false end
+local most_crashes, silence, grace = tonumber(ARGV[7]), tonumber(ARGV[8]) * 1000, tonumber(ARGV[9])
+local now = now_us()
+local requeued, failed, invited = {}, {}, 0
+
+-- 1. Expired leases. Where nobody has reaped for long, Redis was away, and those who could not renew may do so now.
+local last = tonumber(redis.call('GET', PREFIX .. 'reaped_at') or whole(now))
+redis.call('SET', PREFIX .. 'reaped_at', whole(now))
+for _, id in ipairs(redis.call('ZRANGEBYSCORE', PREFIX .. 'leases', '-inf', whole(now / 1000), 'LIMIT', 0, most)) do
+  local job = job_key(id)
+  if now - last > silence then
+    redis.call('ZADD', PREFIX .. 'leases', whole(now / 1000 + grace), id)
+  elseif redis.call('HGET', job, 'state') ~= 'running' then
+    redis.call('ZREM', PREFIX .. 'leases', id)
+  else
+    record_failed_attempt(id, 'lost', nil, now)
+    if redis.call('HINCRBY', job, 'crashes', 1) >= most_crashes then
+      redis.call('HSET', job, 'error', problem)
+      mark_dead(id, now)
+      finish(id, 'failed', now, retention)
+      failed[#failed + 1] = id
+    else
+      move(id, 'queued')
+      redis.call('ZREM', PREFIX .. 'leases', id)
+      requeue(id, now)
+      requeued[#requeued + 1] = id
+    end
+  end
+end
+
+-- 2. Messages lost between the list and a worker. Each waiting job has one; the few that a worker has just taken and
+-- not yet claimed by are back in balance a moment later, so what lacks at two looks a gap apart is lost.
+for _, queue in ipairs(redis.call('SMEMBERS', PREFIX .. 'queues')) do
+  local queue_state = PREFIX .. 'queue_state:' .. queue
+  local found = redis.call('HMGET', queue_state, 'lacking', 'looked_at')
+  if not found[2] or now - tonumber(found[2]) >= gap then
+    local lacking = redis.call('ZCARD', PREFIX .. 'waiting:' .. queue) - redis.call('LLEN', PREFIX .. queue)
+    local lost = math.min(lacking, tonumber(found[1] or '0'), most)
+    if lost > 0 then push_messages(queue, lost) end
+    invited = invited + math.max(0, lost)
+    redis.call('HSET', queue_state, 'lacking', whole(lacking - math.max(0, lost)), 'looked_at', whole(now))
+  end
+end
+
+-- 3. The lists of recent and of dead jobs forget those whose records have expired.
+for _, id in ipairs(redis.call('ZRANGEBYSCORE', PREFIX .. 'dead', '-inf', whole(now / 1000 - tonumber(retention) * 1000), 'LIMIT', 0, most)) do
+  if redis.call('EXISTS', job_key(id)) == 0 then redis.call('ZREM', PREFIX .. 'dead', id) end
+end
+for _, tenant in ipairs(redis.call('SMEMBERS', PREFIX .. 'tenants')) do
+  local recent = PREFIX .. 'recent:' .. tenant
+  local before = whole(now - tonumber(retention) * 1000000)
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', recent, '-inf', before, 'LIMIT', 0, most)) do
+    if redis.call('EXISTS', job_key(id)) == 0 then redis.call('ZREM', recent, id) end
+  end
+end
+
+-- 4. How fast jobs end, for those who are told to come again.
+local pace, ended = redis.call('HMGET', PREFIX .. 'pace', 'at', 'ended'), 0
+for _, count in ipairs(redis.call('HMGET', PREFIX .. 'counts', 'succeeded', 'failed', 'cancelled')) do
+  ended = ended + tonumber(count or '0')
+end
+local passed = now - tonumber(pace[1] or '0')
+if passed >= 15000000 then
+  local rate = pace[1] and string.format('%.4f', math.max(0, ended - tonumber(pace[2])) * 1e6 / passed) or ''
+  redis.call('HSET', PREFIX .. 'pace', 'at', whole(now), 'ended', whole(ended), 'per_second', rate)
+end
+return {requeued, failed, invited}

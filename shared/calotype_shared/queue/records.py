@@ -1,0 +1,88 @@
+"""How a job's record is written in Redis: a hash of strings. Reads it back as a `JobRecord`.
+
+A record says by the number of its schema who may work on it: whoever knows that number. Anybody may look at it, and
+sees what it understands (docs/how-to/upgrade.md, decision 21).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from calotype_shared.errors import CalotypeError
+from calotype_shared.schema.config import GenerationConfig
+from calotype_shared.schema.jobs import JobRecord
+
+SCHEMA = 1  # goes up when older workers could not do what a record asks, and not otherwise
+OLDEST = 1  # that there may still be
+_TIMES = ("created_at", "queued_at", "started_at", "finished_at")  # microseconds of the server's clock
+_JSON = ("config", "error", "images", "timings", "metadata", "history")
+_PLAIN = (
+    *(
+        "state",
+        "lane",
+        "tenant",
+        "digest",
+        "attempt",
+        "failures",
+        "max_failures",
+        "crashes",
+        "worker",
+        "step",
+        "total_steps",
+    ),
+    *("leader", "batch", "custom_id", "traceparent"),
+)
+
+
+class UnreadableRecord(CalotypeError):
+    """A record that this version cannot read: written by a newer one, or damaged."""
+
+    code = "unreadable_record"
+
+
+def read_record(job_id: str, fields: Mapping[str, str], *, schema: int = SCHEMA) -> JobRecord:
+    """The record of a job from its hash. That of a newer schema than this is shown as far as it is understood.
+
+    Raises:
+        UnreadableRecord: fields that make no sense.
+    """
+    number = fields.get("schema", "")
+    newer = number.isdecimal() and int(number) > schema
+    try:
+        values: dict[str, Any] = {name: json.loads(fields[name]) for name in _JSON if fields.get(name)}
+        values |= {name: int(fields[name]) / 1e6 for name in _TIMES if name in fields}
+        values |= {name: fields[name] for name in _PLAIN if name in fields}
+        if newer:
+            values["config"] = _understood(values["config"])
+        return JobRecord.model_validate({"id": job_id, "schema_number": number, "newer": newer, **values})
+    except (KeyError, ValueError) as error:
+        problem, remedy = "is damaged", "cancel or delete it"
+        if newer:
+            problem, remedy = "is not understood", f"this version knows up to {schema}: upgrade this process"
+        raise UnreadableRecord(
+            f"job {job_id}: its record, of schema {number!r}, {problem} ({in_short(error)}); {remedy}"
+        ) from error
+
+
+def in_short(error: Exception) -> str:
+    """One line, where pydantic has several."""
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False)[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return f"{type(error).__name__}: {error}"
+
+
+def _understood(config: dict[str, Any]) -> GenerationConfig:
+    """What of a newer config has a meaning here. Good for showing, and for nothing else."""
+    while True:
+        try:
+            return GenerationConfig.model_validate(config)
+        except ValidationError as error:
+            strange = {str(problem["loc"][0]) for problem in error.errors() if problem["loc"]} & config.keys()
+            if not strange:
+                raise
+            config = {name: value for name, value in config.items() if name not in strange}

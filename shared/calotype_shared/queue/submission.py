@@ -1,0 +1,69 @@
+"""What is handed to the script that accepts jobs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, Self
+
+from calotype_shared.errors import InvalidRequest, QueueFull
+from calotype_shared.queue.keys import queue_name
+from calotype_shared.schema.config import GenerationConfig, digest_of
+from calotype_shared.schema.jobs import Lane, new_job_id
+
+_UNKNOWN_SECONDS = 10.0  # to wait where nobody knows how fast the queue moves
+_SLOWEST_SECONDS = 60.0
+
+
+class NewJob(NamedTuple):
+    """One job as `create.lua` takes it, field by field."""
+
+    id: str
+    queue: str
+    config: str  # canonical JSON of a resolved config
+    digest: str
+    cost: int
+    identity: str = ""  # equal jobs in flight with the same one share their outcome; empty: never
+    custom_id: str = ""  # in a batch
+
+    @classmethod
+    def of(cls, config: GenerationConfig, *, lane: Lane, job_id: str = "", identity: str = "") -> Self:
+        """A job for a resolved config.
+
+        Raises:
+            InvalidRequest: it is not resolved (`GenerationConfig.resolved`).
+        """
+        if config.seed is None or config.width is None or config.height is None:
+            raise InvalidRequest(
+                "seed, width or height is still open",
+                field="config",
+                value=config,
+                remedy="resolve it against the model's card first",
+            )
+        text = config.canonical_json()
+        queue = queue_name(config.models, lane)
+        return cls(job_id or new_job_id(), queue, text, digest_of(text), config.cost, identity)
+
+
+def queue_full(answer: Sequence[str], *, coming: int, accepted: Sequence[str]) -> QueueFull:
+    """What to raise where `create.lua` has found the queue full."""
+    _, whose, pending, most, pace = answer
+    setting = "CALOTYPE_MAX_QUEUED_PER_TENANT" if whose == "tenant" else "CALOTYPE_MAX_QUEUED"
+    those = "this tenant's jobs" if whose == "tenant" else "jobs"
+    if coming > int(most):
+        remedy = f"submit them as a batch, which may have any number, or raise {setting}"
+        return QueueFull(f"{coming} jobs at once are more than the {most} that may wait; {remedy}", _SLOWEST_SECONDS)
+    # Until as many are done as are to come, if jobs end as fast as they did lately.
+    seconds = coming / float(pace) if pace and float(pace) else _UNKNOWN_SECONDS
+    seconds = min(max(seconds, 1.0), _SLOWEST_SECONDS)
+    remedy = f"come again in {math.ceil(seconds)} s, submit a batch, start workers, or raise {setting}"
+    before = f" after {len(accepted)} of these were accepted" if accepted else ""
+    problem = f"the queue is full{before}: {pending} of {those} wait, and {most} may"
+    return QueueFull(f"{problem}; {remedy}", seconds, accepted=accepted)
+
+
+class Idempotency(NamedTuple):
+    """A key that its submitter never uses for two requests, and a hash of the request as it was written."""
+
+    key: str
+    request: str

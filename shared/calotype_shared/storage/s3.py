@@ -1,0 +1,350 @@
+"""Images in S3-compatible storage. Any endpoint that boto3 can talk to will do.
+
+Layout: `{job}/{attempt}-{token}/{index}.png` and, beside each image, `….json` with its provenance.
+Images that go in are `uploads/{sha256}.png` (`uploads.py`), until `calotype gc` finds them unused and old.
+Batches have `batches/{id}/` and files that came in by HTTP `files/{tenant}/`.
+Attempts never share a key, so a late upload by a worker that lost its job harms nobody: the job's record names the
+winning attempt's keys, and only those are anyone's images.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, TypeVar
+
+from calotype_shared.errors import ObjectMissing, StorageUnavailable
+from calotype_shared.schema.config import OutputFormat
+
+if TYPE_CHECKING:
+    from calotype_shared.settings import Settings
+
+ATTEMPTS = 5
+SAFE_SECONDS = 3_600.0  # an object that is younger may be about to be used: no clean-up touches it
+_BACKOFF_BASE, _BACKOFF_CAP = 0.2, 5.0  # seconds; full jitter
+_REFUSED = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "403", "401", "InvalidToken"}
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def attempt_folder(job_id: str, attempt: int, token: str) -> str:
+    return f"{job_id}/{attempt}-{token}"
+
+
+def image_key(folder: str, index: int, output_format: OutputFormat) -> str:
+    return f"{folder}/{index}.{output_format.value}"
+
+
+def sidecar_key(folder: str, index: int) -> str:
+    return f"{folder}/{index}.json"
+
+
+def sidecar_of(key: str) -> str:
+    """The provenance beside an image."""
+    return f"{key.rpartition('.')[0]}.json"
+
+
+def _retried(method: Callable[Concatenate[Storage, P], R]) -> Callable[Concatenate[Storage, P], R]:
+    """Repeats a call over passing trouble, and turns the rest into StorageUnavailable with a remedy."""
+
+    @functools.wraps(method)
+    def wrapped(self: Storage, *args: P.args, **kwargs: P.kwargs) -> R:
+        from botocore.exceptions import BotoCoreError, ClientError  # noqa: PLC0415 - slow, and producers may not need it
+
+        for attempt in range(1, self._attempts + 1):
+            try:
+                return method(self, *args, **kwargs)
+            except (BotoCoreError, ClientError) as error:
+                if attempt == self._attempts or not _passing(error):
+                    raise self._unavailable(error) from error
+                time.sleep(random.uniform(0, min(_BACKOFF_CAP, _BACKOFF_BASE * 2**attempt)))
+        raise AssertionError("unreachable")
+
+    return wrapped  # type: ignore[return-value]  # mypy names the first argument, nothing else differs
+
+
+class StoredObject(NamedTuple):
+    """An object as it is listed. Times are the storage's, in seconds since the epoch."""
+
+    key: str
+    bytes: int
+    modified: float
+
+
+class UnfinishedUpload(NamedTuple):
+    """An object that comes in parts and is not there yet."""
+
+    key: str
+    id: str
+    begun: float
+
+
+class Storage:
+    """One bucket. Thread-safe; connects at the first call."""
+
+    def __init__(self, settings: Settings, *, attempts: int = ATTEMPTS) -> None:
+        """`attempts` at each call, before it raises over passing trouble."""
+        self._settings = settings
+        self._attempts = attempts
+        self._bucket = settings.s3_bucket
+        self._lock = threading.Lock()
+        self._clients: dict[str | None, Any] = {}
+
+    def check(self, *, create: bool = False) -> None:
+        """Make sure that the bucket is there and may be used; with `create`, make it when missing.
+
+        Raises:
+            StorageUnavailable: unreachable, refused, or no such bucket: which, and what to do.
+        """
+        from botocore.exceptions import BotoCoreError, ClientError  # noqa: PLC0415
+
+        client = self._client()
+        try:
+            try:
+                client.head_bucket(Bucket=self._bucket)
+            except ClientError as error:
+                if _code(error) not in ("404", "NoSuchBucket") or not create:
+                    raise
+                client.create_bucket(Bucket=self._bucket, **self._location())
+        except (BotoCoreError, ClientError) as error:
+            if _code(error) in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
+                return  # another worker was faster
+            raise self._unavailable(error) from error
+
+    @_retried
+    def put(self, key: str, data: bytes, content_type: str) -> None:
+        self._client().put_object(Bucket=self._bucket, Key=key, Body=data, ContentType=content_type)
+
+    @_retried
+    def get(self, key: str) -> bytes:
+        data: bytes = self._client().get_object(Bucket=self._bucket, Key=key)["Body"].read()
+        return data
+
+    @_retried
+    def get_range(self, key: str, start: int, size: int) -> bytes:
+        """At most `size` bytes from `start` on; fewer at the object's end, none behind it."""
+        from botocore.exceptions import ClientError  # noqa: PLC0415
+
+        try:
+            window = f"bytes={start}-{start + size - 1}"
+            data: bytes = self._client().get_object(Bucket=self._bucket, Key=key, Range=window)["Body"].read()
+        except ClientError as error:
+            if _code(error) in ("InvalidRange", "416"):
+                return b""
+            raise
+        return data
+
+    @_retried
+    def size(self, key: str) -> int:
+        """Bytes of an object."""
+        return int(self._client().head_object(Bucket=self._bucket, Key=key)["ContentLength"])
+
+    @_retried
+    def content_type(self, key: str) -> str:
+        return str(self._client().head_object(Bucket=self._bucket, Key=key)["ContentType"])
+
+    @_retried
+    def exists(self, key: str) -> bool:
+        from botocore.exceptions import ClientError  # noqa: PLC0415
+
+        try:
+            self._client().head_object(Bucket=self._bucket, Key=key)
+        except ClientError as error:
+            if _code(error) in ("404", "NoSuchKey"):
+                return False
+            raise
+        return True
+
+    @_retried
+    def now(self) -> float:
+        """The storage's clock, to the second."""
+        return _date(self._client().head_bucket(Bucket=self._bucket))
+
+    @_retried
+    def age(self, key: str) -> float | None:
+        """Seconds since an object was written, by the storage's clock; None if there is none."""
+        from botocore.exceptions import ClientError  # noqa: PLC0415
+
+        try:
+            answer = self._client().head_object(Bucket=self._bucket, Key=key)
+        except ClientError as error:
+            if _code(error) in ("404", "NoSuchKey"):
+                return None
+            raise
+        return _date(answer) - float(answer["LastModified"].timestamp())
+
+    @_retried
+    def delete(self, key: str) -> None:
+        """Remove an object; none there is fine."""
+        self._client().delete_object(Bucket=self._bucket, Key=key)
+
+    @_retried
+    def delete_many(self, keys: Sequence[str]) -> None:
+        """Remove up to a thousand objects in one call; those that are not there are fine."""
+        if not keys:
+            return
+        objects = [{"Key": key} for key in keys]
+        answer = self._client().delete_objects(Bucket=self._bucket, Delete={"Objects": objects, "Quiet": True})
+        for problem in answer.get("Errors", ()):
+            raise StorageUnavailable(
+                f"storage: {problem.get('Key')} could not be removed: {problem.get('Code')} {problem.get('Message')}; "
+                "check that the key may delete objects of this bucket"
+            )
+
+    @_retried
+    def begin_upload(self, key: str, content_type: str) -> str:
+        """Start an object that comes in parts; returns the upload's id."""
+        answer = self._client().create_multipart_upload(Bucket=self._bucket, Key=key, ContentType=content_type)
+        return str(answer["UploadId"])
+
+    @_retried
+    def upload_part(self, key: str, upload: str, number: int, data: bytes) -> str:
+        """One part, from number 1 on, at least 5 MiB unless it is the last; returns its tag."""
+        part = {"Bucket": self._bucket, "Key": key, "UploadId": upload, "PartNumber": number, "Body": data}
+        return str(self._client().upload_part(**part)["ETag"])
+
+    @_retried
+    def complete_upload(self, key: str, upload: str, tags: Sequence[str]) -> None:
+        parts = {"Parts": [{"ETag": tag, "PartNumber": number} for number, tag in enumerate(tags, 1)]}
+        self._client().complete_multipart_upload(Bucket=self._bucket, Key=key, UploadId=upload, MultipartUpload=parts)
+
+    @_retried
+    def abort_upload(self, key: str, upload: str) -> None:
+        self._client().abort_multipart_upload(Bucket=self._bucket, Key=key, UploadId=upload)
+
+    def unfinished_uploads(self) -> Iterator[UnfinishedUpload]:
+        """Objects that come in parts and have not been completed."""
+        marker: Mapping[str, str] = {}
+        while True:
+            page = self._uploads_page(marker)
+            for item in page.get("Uploads", ()):
+                yield UnfinishedUpload(item["Key"], item["UploadId"], item["Initiated"].timestamp())
+            if not page.get("IsTruncated"):
+                return
+            marker = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page.get("NextUploadIdMarker", "")}
+
+    @_retried
+    def _uploads_page(self, marker: Mapping[str, str]) -> Any:
+        return self._client().list_multipart_uploads(Bucket=self._bucket, **marker)
+
+    def list(self, prefix: str = "") -> Iterator[str]:
+        """Keys that begin with `prefix`, in order."""
+        for page in self.pages(prefix):
+            yield from (item.key for item in page)
+
+    def pages(self, prefix: str = "") -> Iterator[Sequence[StoredObject]]:
+        """Objects whose keys begin with `prefix`, in order, up to a thousand at a time."""
+        token: Mapping[str, str] = {}
+        while True:
+            page = self._list_page(prefix, token)
+            yield [
+                StoredObject(item["Key"], int(item["Size"]), item["LastModified"].timestamp())
+                for item in page.get("Contents", ())
+            ]
+            if not page.get("IsTruncated"):
+                return
+            token = {"ContinuationToken": page["NextContinuationToken"]}
+
+    @_retried
+    def _list_page(self, prefix: str, token: Mapping[str, str]) -> Any:
+        return self._client().list_objects_v2(Bucket=self._bucket, Prefix=prefix, **token)
+
+    def presigned_url(self, key: str, *, expires_seconds: int | None = None) -> str:
+        """A link that lets anyone fetch one object for a while. Made here, without asking the server."""
+        endpoint = self._settings.s3_public_endpoint_url or self._settings.s3_endpoint_url
+        expires = expires_seconds or self._settings.url_expires_seconds
+        parameters = {"Bucket": self._bucket, "Key": key}
+        return str(self._client(endpoint).generate_presigned_url("get_object", Params=parameters, ExpiresIn=expires))
+
+    def presigned_put(self, key: str, *, expires_seconds: int) -> str:
+        """A link that lets anyone write one object for a while."""
+        endpoint = self._settings.s3_public_endpoint_url or self._settings.s3_endpoint_url
+        parameters = {"Bucket": self._bucket, "Key": key}
+        client = self._client(endpoint)
+        return str(client.generate_presigned_url("put_object", Params=parameters, ExpiresIn=expires_seconds))
+
+    def longest_url(self, key: str) -> str:
+        """A link that works for as long as S3 allows: a week."""
+        return self.presigned_url(key, expires_seconds=604_800)
+
+    # ----
+
+    def _client(self, endpoint: str | None = None) -> Any:
+        endpoint = endpoint or self._settings.s3_endpoint_url
+        with self._lock:
+            if endpoint not in self._clients:
+                self._clients[endpoint] = self._connect(endpoint)
+            return self._clients[endpoint]
+
+    def _connect(self, endpoint: str | None) -> Any:
+        # A tenth of a second to import, which a process that only submits never pays.
+        import boto3  # noqa: PLC0415
+        from botocore.config import Config  # noqa: PLC0415
+
+        secret = self._settings.s3_secret_access_key
+        return boto3.session.Session().client(
+            "s3",
+            endpoint_url=endpoint,
+            region_name=self._settings.s3_region,
+            aws_access_key_id=self._settings.s3_access_key_id,
+            aws_secret_access_key=secret.get_secret_value() if secret else None,
+            config=Config(
+                connect_timeout=5,
+                read_timeout=30,
+                retries={"total_max_attempts": 1},  # ours are jittered and say what failed
+                max_pool_connections=32,
+                signature_version="s3v4",
+                # Virtual-host addressing needs a DNS name a bucket, which self-hosted servers do not have.
+                s3={"addressing_style": "path" if endpoint else "auto"},
+                # Checksum trailers, new in boto3 1.36, are refused by several S3-compatible servers.
+                request_checksum_calculation="when_required",
+                response_checksum_validation="when_required",
+            ),
+        )
+
+    def _location(self) -> dict[str, Any]:
+        if self._settings.s3_region == "us-east-1":
+            return {}
+        return {"CreateBucketConfiguration": {"LocationConstraint": self._settings.s3_region}}
+
+    def _unavailable(self, error: Exception) -> StorageUnavailable:
+        where = self._settings.s3_endpoint_url or "Amazon S3"
+        code = _code(error)
+        if type(error).__name__ == "NoCredentialsError":
+            problem, remedy = "no keys are set", "set CALOTYPE_S3_ACCESS_KEY_ID and CALOTYPE_S3_SECRET_ACCESS_KEY"
+        elif code in _REFUSED:
+            problem = f"the keys were refused ({code})"
+            remedy = "check CALOTYPE_S3_ACCESS_KEY_ID and CALOTYPE_S3_SECRET_ACCESS_KEY, and the key's rights"
+        elif code == "NoSuchKey":
+            return ObjectMissing(f"storage at {where}: there is no such object; it was deleted, or never written")
+        elif code in ("404", "NoSuchBucket"):
+            problem = f"bucket {self._bucket!r} does not exist"
+            remedy = "create it, or point CALOTYPE_S3_BUCKET at one that does"
+        else:
+            problem, remedy = f"{error}", "check CALOTYPE_S3_ENDPOINT_URL and that the server runs"
+        return StorageUnavailable(f"storage at {where}: {problem}; {remedy}")
+
+
+def _date(answer: Any) -> float:
+    """When the server answered, by its own clock."""
+    return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"]).timestamp()
+
+
+def _code(error: Exception) -> str:
+    """S3's word for what went wrong, or nothing where no answer came."""
+    response = getattr(error, "response", None)
+    return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
+
+
+def _passing(error: Exception) -> bool:
+    """Whether the same call may well succeed a little later: no answer came, or the server said it was busy."""
+    response = getattr(error, "response", None)
+    if not isinstance(response, dict):
+        return type(error).__name__ not in ("NoCredentialsError", "ParamValidationError", "InvalidEndpoint")
+    status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    return status >= 500 or status == 429 or _code(error) in ("SlowDown", "RequestTimeout", "RequestTimeTooSkewed")

@@ -1,0 +1,205 @@
+"""Tables of what the benchmarks measured, between `<!-- results NAME -->` and `<!-- end of results -->` in a page."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tools.reference.markdown import table
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+BLOCK = re.compile(r"(<!-- results ([a-z-]+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+
+WAYS = {
+    "sequential": "plain diffusers, one call a request",
+    "static_padded": "plain diffusers, static batches of what is alike, padded to the longest",
+    "celery_batches": "celery-batches, the same by a Celery worker",
+    "litserve": "LitServe, dynamic batches",
+}
+
+
+def filled(page: str) -> Callable[[], str]:
+    """Makes a page of the repository with its blocks as the results are now."""
+
+    def make() -> str:
+        def block(found: re.Match[str]) -> str:
+            return f"{found[1]}\n{TABLES[found[2]]().strip()}\n\n{found[3]}"
+
+        return BLOCK.sub(block, (ROOT / page).read_text())
+
+    return make
+
+
+def read(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return found
+
+
+def provenance(result: dict[str, Any]) -> str:
+    """What was run, and where."""
+    hardware = result["hardware"]
+    where = hardware.get("gpu") or f"{hardware['cores']} cores of an {hardware['processor']}"
+    return f"`{result['command']}` on {where}, {result['date']}, torch {result['versions']['torch']}."
+
+
+def throughput() -> str:
+    result = read("latest")
+    requests = int(re.findall(r"--requests (\d+)", result["command"])[0])
+    seconds: dict[str, list[float]] = result["seconds"]
+    rate = {way: f"{requests / statistics.median(values):.2f}" for way, values in seconds.items()}
+    rows = []
+    for way, text in WAYS.items():
+        ratios = [theirs / ours for theirs, ours in zip(seconds[way], seconds["calotype"], strict=True)]
+        middle = f"{result['throughput_ratio'][way]:.2f}× as fast"
+        rows.append([text, rate[way], middle, f"{min(ratios):.2f} to {max(ratios):.2f}"])
+    rows.append(["**Calotype**: queue, worker, PNG, S3, commit", f"**{rate['calotype']}**", "", ""])
+    return table([f"{requests} requests at once", "images/s", "Calotype is", "in single rounds"], rows)
+
+
+def throughput_alone() -> str:
+    result = read("latest")
+    ratios = result["engine_ratio"]
+    return (
+        f"The engine alone, in process, is {ratios['sequential']:.2f}, {ratios['static_padded']:.2f}, "
+        f"{ratios['celery_batches']:.2f} and {ratios['litserve']:.2f} times as fast as these. " + provenance(result)
+    )
+
+
+def efficiency() -> str:
+    result = read("efficiency")
+    shares = result["shares"]
+    rows = [
+        [
+            "efficiency: the network's and the decoder's own time, at the knee, of the wall time",
+            percent(result["efficiency"]),
+        ],
+        ["steps: network, guidance, sampler, noise", percent(shares["steps"])],
+        ["decoding", percent(shares["decode"])],
+        ["text", percent(shares["text"])],
+        ["idle", percent(shares["idle"])],
+        ["rows a step, of a knee of " + str(result["knee_rows"]), f"{result['mean_rows']:.1f}"],
+        ["deterministic mode's rows a second, of the normal mode's", percent(result["deterministic_ratio"])],
+    ]
+    return table(["the engine under standing load", "share"], rows) + "\n" + provenance(result)
+
+
+def latency() -> str:
+    result = read("latency")
+    rows = []
+    for load in result["seconds"]:
+        for way, text in (
+            ("sequential", "plain diffusers, first in first out"),
+            ("dynamic", "dynamic static batches of up to 8"),
+            ("engine", "**Calotype's engine**"),
+        ):
+            figures = load[way]
+            rows.append([f"{load['load_that_came_of_it']:g}", text, f"{figures['mean']:.2f}", f"{figures['p95']:.2f}"])
+        rows[-1] += [f"{load['p95_of_engine_over_best_other']:.2f}"]
+    rows = [row if len(row) == 5 else [*row, ""] for row in rows]
+    head = ["load, of sequential capacity", "", "mean, s", "p95, s", "p95, of the best other"]
+    return table(head, rows) + "\n" + provenance(result)
+
+
+def queue_overhead() -> str:
+    result = read("queue-overhead")
+    room, full = result["redis_commands_with_room"], result["redis_commands_when_full"]
+    rows = [
+        [text, f"{result[name]['median']:g}", f"{result[name]['p95']:g}"]
+        for name, text in (
+            ("latency_ms", "one image of 4 steps on an idle system, from `submit` to a signed URL"),
+            ("device_ms", "of that, on the device"),
+            ("bare_celery_ms", "a bare Celery task and its result, on the same Redis"),
+            ("added_over_celery_ms", "**what the queue adds to that**: claim, lease, PNG, S3, commit, URL"),
+        )
+    ]
+    idle = result["redis_commands_a_second_idle"]
+    commands = (
+        f"Redis commands a job: {room['a_job']:.0f} where a worker has room for it, and {full['a_job']:.0f} where it "
+        f"is full, at {full['jobs_a_second']:.1f} jobs a second. An idle worker and client make {idle:.0f} "
+        "a second. "
+    )
+    return table(["milliseconds", "median", "p95"], rows) + "\n" + commands + provenance(result)
+
+
+def queue_length() -> str:
+    result = read("queue-length")
+    names = ("submit", "claim", "commit", "status", "depths")
+    rows = [
+        [
+            f"{row['waiting']:,}",
+            *(f"{row[name]['median_ms']:.2f}" for name in names),
+            f"{row['bytes_a_job']:,}" if row["waiting"] >= 1000 else "",
+        ]
+        for row in result["table"]
+    ]
+    return table(["jobs waiting", *names, "bytes a job"], rows) + "\nMilliseconds, medians. " + provenance(result)
+
+
+def scale_out() -> str:
+    result = read("scale-out")
+    rows = [
+        [
+            f"{row['workers']:g}",
+            f"{row['linear']:.1f}",
+            f"{row['rate']:.1f}",
+            percent(row["share"]),
+            percent(row["redis_cpu"]),
+        ]
+        for row in result["table"]
+    ]
+    head = ["workers", "linear, jobs/s", "measured", "of linear", "Redis, of a core"]
+    return table(head, rows) + "\n" + provenance(result)
+
+
+def jitter() -> str:
+    result = read("jitter")
+    rows = [
+        [
+            row["beside"],
+            f"{row['threads']:g}" if row["threads"] else "",
+            f"{row['median_ms']:.1f}",
+            f"{row['p95_ms']:.1f}",
+            f"{row['slowdown']:.2f}×",
+            f"{row['done_a_second']:.0f}" if row["threads"] else "",
+        ]
+        for row in result["table"]
+    ]
+    head = ["beside the steps", "threads", "step, ms", "p95, ms", "of alone", "done a second"]
+    return table(head, rows) + f"\nA image is {result['image']}. " + provenance(result)
+
+
+def growth() -> str:
+    result = read("growth")
+    rows = {int(jobs): (worker, redis) for jobs, worker, redis in result["table"]}
+    last = max(rows)
+    wanted = sorted({min(rows), last // 2, last * 7 // 10, last} & rows.keys())
+    return (
+        table(
+            ["jobs made", "worker, MiB resident", "Redis, MiB"],
+            [[f"{jobs:,}", f"{rows[jobs][0]:,.0f}", f"{rows[jobs][1]:.1f}"] for jobs in wanted],
+        )
+        + "\n"
+        + provenance(result)
+    )
+
+
+def percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.1 or share == 0 else f"{share:.1%}"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "throughput": throughput,
+    "throughput-alone": throughput_alone,
+    "efficiency": efficiency,
+    "latency": latency,
+    "queue-overhead": queue_overhead,
+    "queue-length": queue_length,
+    "scale-out": scale_out,
+    "jitter": jitter,
+    "growth": growth,
+}

@@ -1,0 +1,92 @@
+"""The page of settings: every variable that a process reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from calotype.gateway.settings import GatewaySettings
+from calotype_shared.settings import Settings, StrictSettings
+from calotype_worker.settings import WorkerSettings
+from tools.reference.markdown import code, generated, table
+
+GROUPS: tuple[tuple[str, str, type[StrictSettings]], ...] = (
+    ("Every process", "Producers, workers and gateways read these.", Settings),
+    ("Workers", "Read by `calotype worker`, whose options override them.", WorkerSettings),
+    ("The gateway", "Read by `calotype gateway`, and by `calotype up` for the gateway it starts.", GatewaySettings),
+)
+
+_LONGEST_PATTERN = 60  # characters that say more than the description does
+
+_INTRODUCTION = """
+Variables of the environment, read once at start. An unknown or malformed one stops the process and is named.
+"""
+
+
+def page() -> str:
+    parts = [generated("Settings", "the settings classes"), _INTRODUCTION]
+    for title, sentence, settings in GROUPS:
+        prefix = str(settings.model_config["env_prefix"])
+        schema = settings.model_json_schema()["properties"]
+        rows = [
+            (
+                code(f"{prefix}{name.upper()}"),
+                "; ".join(filter(None, (kind(schema[name]), constraints(schema[name])))),
+                default(field.default),
+                field.description or "",
+            )
+            for name, field in settings.model_fields.items()
+        ]
+        parts.append(f"\n## {title}\n\n{sentence}\n")
+        parts.append(table(("variable", "type, allowed", "default", "what it says"), rows))
+    return "\n".join(parts)
+
+
+def _arms(schema: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a value may be, but for absent."""
+    return [arm for arm in schema.get("anyOf", [schema]) if arm.get("type") != "null"]
+
+
+def kind(schema: dict[str, Any]) -> str:
+    """A word for the type."""
+    names = []
+    for arm in _arms(schema):
+        if arm.get("format") == "password":
+            names.append("secret")
+        elif arm.get("type") == "array":
+            names.append("list, with commas")
+        else:
+            words = {"string": "text", "integer": "integer", "number": "number", "boolean": "true or false"}
+            names.append(words[arm["type"]])
+    return " or ".join(names)
+
+
+def default(value: object) -> str:
+    if value is None or value in ("", frozenset()):
+        return "none"
+    if isinstance(value, bool):
+        return code(str(value).lower())
+    return code(_number(value) if isinstance(value, float) else value)
+
+
+def constraints(schema: dict[str, Any], *, words: bool = True) -> str:
+    """What a value must keep to, beyond its type. Without `words` of numbers alone."""
+    found = []
+    for arm in _arms(schema):
+        if words and "enum" in arm:
+            found.append(", ".join(code(value) for value in arm["enum"]))
+        low, high = arm.get("minimum"), arm.get("maximum")
+        if low is not None and high is not None:
+            found.append(f"{_number(low)} to {_number(high)}")
+        elif low is not None:
+            found.append(f"at least {_number(low)}")
+        if "exclusiveMinimum" in arm:
+            found.append(f"above {_number(arm['exclusiveMinimum'])}")
+        if "exclusiveMaximum" in arm:
+            found.append(f"below {_number(arm['exclusiveMaximum'])}")
+        if words and len(arm.get("pattern", "")) in range(1, _LONGEST_PATTERN):
+            found.append(code(arm["pattern"]))
+    return "; ".join(found)
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if value == int(value) else str(value)

@@ -1,0 +1,295 @@
+"""`RequestState`: a request's way through the engine; and `prepare`, which makes one beside the step loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from calotype_shared.errors import InvalidRequest
+from calotype_worker.engine.batch_row import BatchRow
+from calotype_worker.models.base import OpaqueModel, StepModel, Text
+from calotype_worker.models.pool import ModelPool
+from calotype_worker.request import Generated, GenerationRequest, GroupKey
+from calotype_worker.sampling.row_scheduler import RowScheduler
+from calotype_worker.sampling.table import SamplerTable, TableCache
+from calotype_worker.sampling.trajectory import Trajectory
+
+
+@dataclass(kw_only=True, eq=False)
+class Source:
+    """An image to start from. All noise it needs is drawn beforehand, in the order of diffusers' pipelines."""
+
+    encoding: torch.Tensor | None  # (1, C, h, w) for the autoencoder's sample; None: the image is not looked at
+    noise: torch.Tensor  # (1, C, h, w)
+    masked_encoding: torch.Tensor | None = None  # the same for the masked image
+    noising: torch.Tensor  # (N + 1, 2), see `probe_noising`
+
+
+@dataclass(kw_only=True, eq=False)
+class Stage:
+    """One model's part of the work: one for most requests, two where a refiner takes over."""
+
+    group: GroupKey
+    row: BatchRow
+    texts: tuple[Text, ...]  # the prompt, and for guided requests the negative one
+    source: Source | None = None
+
+
+@dataclass(kw_only=True, eq=False)
+class RequestState:
+    """Made in the submitter's thread; from then on the engine's thread owns it. Times are `time.monotonic()`."""
+
+    request: GenerationRequest
+    group: GroupKey
+    rows: int
+    stages: list[Stage]  # the present one first; none for an opaque model
+    total_steps: int
+    future: Future[Generated] = field(default_factory=Future)
+    submitted: float = field(default_factory=time.monotonic)
+    admitted: float = 0.0
+    encode_seconds: float = 0.0
+    denoised: float = 0.0
+    accelerations: tuple[str, ...] = ()
+    steps_before: int = 0  # evaluations of earlier stages, or of an opaque run so far
+
+    @property
+    def id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def row(self) -> BatchRow:
+        return self.stages[0].row
+
+    @property
+    def steps_done(self) -> int:
+        return self.steps_before + (self.stages[0].row.step if self.stages else 0)
+
+    def next_stage(self, latents: torch.Tensor) -> bool:
+        """Hand unfinished latents (C, h, w) to the next model; False if there is none and they are finished."""
+        if len(self.stages) < 2:
+            return False
+        self.steps_before += self.stages.pop(0).row.total_steps
+        self.row.latents = latents.unsqueeze(0)
+        self.group, self.rows = self.stages[0].group, self.row.rows
+        return True
+
+    def generated(self, image: np.ndarray, now: float) -> Generated:
+        """The finished image, and where its time went."""
+        return Generated(
+            request_id=self.id,
+            image=_with_kept_pixels(self.request, image),
+            seed=self.request.seed,
+            steps_taken=self.total_steps,
+            model=self.request.model,
+            accelerations=self.accelerations,
+            timings={
+                "wait": self.admitted - self.submitted,
+                "encode": self.encode_seconds,
+                "denoise": self.denoised - self.admitted - self.encode_seconds,
+                "decode": now - self.denoised,
+            },
+        )
+
+    def resolve(self, outcome: Generated | Exception) -> None:
+        """Set the future's outcome; dropped if the caller cancelled it in the same moment."""
+        try:
+            if isinstance(outcome, Exception):
+                self.future.set_exception(outcome)
+            else:
+                self.future.set_result(outcome)
+        except InvalidStateError:
+            return
+
+
+def prepare(request: GenerationRequest, pool: ModelPool, tables: TableCache, *, exact: bool = False) -> RequestState:
+    """Checks, sampler tables and starting noise: all that needs no device. For any thread.
+
+    `exact` groups requests so that none can change another's bits.
+
+    Raises:
+        InvalidRequest: the model, or the sampler, cannot do this.
+    """
+    model = pool.get(request.model)
+    model.card.check_size(request.width, request.height)
+    if isinstance(model, OpaqueModel):
+        return RequestState(
+            request=request,
+            group=GroupKey(model=model.card.name, latent_shape=model.batch_key(request)),
+            rows=1,
+            stages=[],
+            total_steps=model.total_steps(request),
+        )
+    _check_inputs(request, model)
+    generator = torch.Generator().manual_seed(request.seed)
+    refiner = pool.steppable(request.refiner) if request.refiner else None
+    cut = None if refiner is None else Trajectory.stopping_early
+    stages = [_stage(request, model, tables, generator, cut=cut, first=True, exact=exact)]
+    if refiner is not None:
+        stages.append(_stage(request, refiner, tables, generator, cut=Trajectory.taking_over, first=False, exact=exact))
+        if not all(stage.row.total_steps for stage in stages):
+            raise InvalidRequest(
+                f"leaves no step to {'it' if stages[0].row.total_steps else 'the model before it'}",
+                field="refiner.start",
+                value=request.refiner_start,
+                remedy="use a start nearer the middle, or more steps",
+            )
+        if stages[0].group.latent_shape != stages[1].group.latent_shape:
+            raise InvalidRequest(
+                f"its latents are {stages[1].group.latent_shape} and those of {model.card.name!r} "
+                f"{stages[0].group.latent_shape}",
+                field="refiner",
+                value=request.refiner,
+                remedy="use a refiner made for that model",
+            )
+    for stage in stages:
+        if isinstance(stage.row.sampler, RowScheduler):
+            break  # it draws as it steps, from the same generator: nothing after it may be drawn before
+        stage.row.draw_ahead(stage.group.step_shape)
+    return RequestState(
+        request=request,
+        group=stages[0].group,
+        rows=stages[0].row.rows,
+        stages=stages,
+        total_steps=sum(stage.row.total_steps for stage in stages),
+        accelerations=tuple(
+            dict.fromkeys(name for own in (model, refiner) if own for name in own.accelerations.used_for(request))
+        ),
+    )
+
+
+def _stage(
+    request: GenerationRequest,
+    model: StepModel,
+    tables: TableCache,
+    generator: torch.Generator,
+    *,
+    cut: Callable[[Trajectory, float], Trajectory] | None,
+    first: bool,
+    exact: bool,
+) -> Stage:
+    """One model's part. `cut` shortens the trajectory to its side of the refiner's start."""
+    strength = request.strength if request.init_image is not None and first else 1.0
+
+    def trajectory() -> Trajectory:
+        made = Trajectory.whole(model.make_scheduler(request))
+        if strength < 1.0:
+            made = made.starting_late(strength, request.num_inference_steps)
+        return made if cut is None else cut(made, request.refiner_start)
+
+    # The size is in the key because some families shift their noise levels with it.
+    part = (strength, cut.__name__, request.refiner_start) if cut is not None else strength
+    size = (request.width, request.height)
+    key = (request.sampler, request.num_inference_steps, *size, part, model.card.name)
+    table = tables.get(key, trajectory)
+    sampler: SamplerTable | RowScheduler
+    if table is not None:
+        sampler, total_steps, sigma = table, len(table), table.initial_sigma
+    else:
+        own = trajectory()
+        sampler = RowScheduler(own, generator)
+        total_steps, sigma = len(own.timesteps), float(getattr(own.scheduler, "init_noise_sigma", 1.0))
+    guided = request.guided and not model.embedded_guidance
+    row = BatchRow(request=request, generator=generator, sampler=sampler, total_steps=total_steps, guided=guided)
+    shape = model.latent_shape(*size)
+    source = None
+    if first:
+        source = _source(request, model, generator, lambda: tables.noising(key, trajectory))
+        if source is None:
+            row.latents = torch.randn((1, *shape), generator=generator) * sigma
+        elif request.strength >= 1.0:
+            row.latents = source.noise * sigma
+    texts = _texts(request, model, guided=guided, first=first)
+    return Stage(
+        group=GroupKey(model=model.card.name, latent_shape=shape, windows=texts[0].windows if exact else 0),
+        row=row,
+        texts=texts,
+        source=source,
+    )
+
+
+def _source(
+    request: GenerationRequest,
+    model: StepModel,
+    generator: torch.Generator,
+    noising: Callable[[], torch.Tensor],
+) -> Source | None:
+    """The source image's noise. At full strength without a mask the image is ignored: this is text-to-image."""
+    if request.init_image is None or (request.mask is None and request.strength >= 1.0):
+        return None
+
+    shape = (1, *model.latent_shape(request.width, request.height))
+
+    def draw() -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    # A network that sees the masked image as input needs the whole one only to start from.
+    encoding = draw() if request.strength < 1.0 or not model.mask_channels else None
+    noise = draw()
+    return Source(
+        encoding=encoding,
+        noise=noise,
+        masked_encoding=draw() if request.mask is not None else None,
+        noising=noising(),
+    )
+
+
+def _texts(request: GenerationRequest, model: StepModel, *, guided: bool, first: bool) -> tuple[Text, ...]:
+    """What is to be encoded; both prompts to the same number of windows."""
+    names = [name for name, _ in request.loras] if first else []
+    touching = model.text_loras(names)
+    loras = tuple(pair for pair in request.loras if pair[0] in touching) if first else ()
+    windows = model.text_windows("prompt", request.prompt)
+    if guided:
+        windows = max(windows, model.text_windows("negative_prompt", request.negative_prompt))
+    prompt = Text(prompt=request.prompt, loras=loras, windows=windows)
+    negative = Text(prompt=request.negative_prompt, negative=True, loras=loras, windows=windows)
+    return (prompt, negative) if guided else (prompt,)
+
+
+def _check_inputs(request: GenerationRequest, model: StepModel) -> None:
+    """What a card's check has seen already for jobs from the queue, and in-process callers are told here."""
+    wanted: dict[str, Hashable] = {
+        "image_to_image": request.init_image is not None and request.mask is None,
+        "inpainting": request.mask is not None,
+        "controlnet": bool(request.controls),
+    }
+    missing = [feature for feature, asked in wanted.items() if asked and feature not in model.card.features]
+    if request.init_image is None and "text_to_image" not in model.card.features:
+        missing.append("text_to_image")
+    if missing:
+        raise InvalidRequest(
+            f"model {model.card.name!r} cannot do that",
+            field="config",
+            value=missing[0],
+            remedy=f"it can do {', '.join(sorted(model.card.features))}",
+        )
+    for control in request.controls:
+        if control.name not in model.card.controls:
+            raise InvalidRequest(
+                "no ControlNet of that name",
+                field="controls",
+                value=control.name,
+                remedy=f"use one of: {', '.join(model.card.controls) or 'none registered'}",
+            )
+    images = {"init_image": request.init_image, "mask": request.mask}
+    images |= {f"controls.{control.name}": control.image for control in request.controls}
+    for name, image in images.items():
+        if image is not None and image.shape[:2] != (request.height, request.width):
+            raise InvalidRequest(
+                f"is {image.shape[1]}x{image.shape[0]} pixels and the request {request.width}x{request.height}",
+                field=name,
+                value=image.shape,
+                remedy="fit it to the request's size first",
+            )
+
+
+def _with_kept_pixels(request: GenerationRequest, image: np.ndarray) -> np.ndarray:
+    """Inpainting puts the source's own pixels back where the mask keeps them: the autoencoder would blur them."""
+    if request.mask is None or request.init_image is None:
+        return image
+    return np.where(request.mask[:, :, None], image, request.init_image)

@@ -1,0 +1,1 @@
+"""The engine without a queue: the classes of the founding document."""

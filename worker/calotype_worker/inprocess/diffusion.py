@@ -1,0 +1,380 @@
+"""The engine in one's own process, without a queue: the classes of the project's founding document.
+
+```python
+from calotype_worker import DiffusionModel, GenerationConfig
+
+model = DiffusionModel()
+result = model.generate(GenerationConfig(prompt="a red circle on a blue background", seed=42))
+result.save("circle.png")
+```
+
+They run on the very engine that workers run: images made together share step batches, and an image made here is
+the one that a job with the same config gives.
+"""
+
+from __future__ import annotations
+
+import io
+import threading
+import uuid
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import ConfigDict, ValidationError
+
+from calotype_shared.errors import InvalidRequest
+from calotype_shared.schema import config as shared
+from calotype_shared.schema.config import invalid_request, quality_preset
+from calotype_shared.schema.model_card import ModelCard
+from calotype_shared.storage.images import fitted, normalize_image, open_upload
+from calotype_worker.engine import Engine, EngineSettings, Generated, GenerationRequest
+from calotype_worker.models import Accelerations, Adapters, Memory, ModelPool, StepModel, load_model
+from calotype_worker.request import Mesh
+from calotype_worker.threads import apart
+
+ImageInput = np.ndarray | Image.Image | str | Path | bytes  # uint8 (H, W, 3), or an image file or its bytes
+KEPT_UPLOADS = 256
+
+
+class GenerationConfig(shared.GenerationConfig):
+    """`calotype_shared`'s config, which may be changed here; every change is checked like the first values.
+
+    Raises:
+        InvalidRequest: from the constructor and from an assignment, naming field, value and remedy.
+    """
+
+    model_config = ConfigDict(frozen=False, validate_assignment=True)
+
+    __hash__ = None  # type: ignore[assignment]  # what changes has no lasting hash
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise invalid_request(error) from error
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        try:
+            super().__setattr__(name, value)
+        except ValidationError as error:
+            raise invalid_request(error) from error
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GeneratedImage:
+    """A finished image with what it was made from."""
+
+    image_data: np.ndarray  # uint8 (H, W, 3)
+    prompt: str
+    config: GenerationConfig  # complete: makes this very image again
+    generation_time: float  # seconds from its start to its end, shared with those beside it
+    steps_taken: int  # network evaluations
+    frames: np.ndarray | None = None  # of a video: uint8 (F, H, W, 3)
+    mesh: Mesh | None = None
+    accelerations: tuple[str, ...] = ()  # accelerations that were used; none: an exact image
+
+    @property
+    def image(self) -> Image.Image:
+        """The image for Pillow."""
+        return Image.fromarray(self.image_data)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the image in the format of the path's suffix; returns the path."""
+        self.image.save(path)
+        return Path(path)
+
+
+class DiffusionModel:
+    """A model and the engine that runs it. Loads at first use; safe to share between threads."""
+
+    def __init__(
+        self,
+        model: str = "demo",
+        *,
+        source: str | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+        adapters: Adapters | None = None,
+        memory: Memory | None = None,
+        accelerations: Accelerations | None = None,
+        settings: EngineSettings | None = None,
+    ) -> None:
+        """`source` is a diffusers folder, a hub id or a .safetensors file; None for the bundled model.
+
+        `device` is the GPU where there is one, and `dtype` what suits the device, unless given.
+        """
+        self._name, self._source = model, source
+        self._device = device or ("cuda:0" if torch.cuda.is_available() else "cpu")
+        self._dtype = dtype
+        self._adapters = adapters
+        self._memory = memory or Memory()
+        self._lossy = accelerations or Accelerations()
+        self._settings = settings
+        self._lock = threading.Lock()
+        self._engine: Engine | None = None
+        self._uploads: OrderedDict[str, Image.Image] = OrderedDict()
+
+    # ---- images
+
+    def generate(self, config: shared.GenerationConfig) -> GeneratedImage:
+        """One image.
+
+        Raises:
+            InvalidRequest: the model cannot do this, or the config asks for several images.
+            GenerationFailed: something went wrong while making it.
+        """
+        if config.image_count != 1:
+            raise InvalidRequest(
+                "asks for several images",
+                field="num_images",
+                value=config.image_count,
+                remedy="use generate_batch, or DiffusionPipeline.text_to_image",
+            )
+        return self.generate_batch([config])[0]
+
+    def generate_batch(self, prompts: Sequence[str | shared.GenerationConfig], **fields: Any) -> list[GeneratedImage]:
+        """All images of these prompts or configs, in order, made together. `fields` go with bare prompts.
+
+        Raises:
+            InvalidRequest, GenerationFailed: as `generate`, for the first that cannot be made.
+        """
+        configs = [GenerationConfig(prompt=p, **fields) if isinstance(p, str) else p for p in prompts]
+        return self._make(configs)
+
+    def image_to_image(
+        self, prompt: str, init_image: ImageInput, strength: float = shared.DEFAULT_STRENGTH, **fields: Any
+    ) -> GeneratedImage:
+        """Transform an image: at strength 0 it comes back as it is, at 1 it is ignored.
+
+        The result has the image's size, to the next size below that the model can make. `fields` are any of
+        `GenerationConfig`'s.
+        """
+        return self._from_image(prompt, init_image, None, strength=strength, **fields)
+
+    def inpaint(
+        self, prompt: str, image: ImageInput, mask: ImageInput, strength: float = 1.0, **fields: Any
+    ) -> GeneratedImage:
+        """Paint anew where the mask is 1 (or white), and keep what is 0 (or black) exactly."""
+        return self._from_image(prompt, image, mask, strength=strength, **fields)
+
+    def _from_image(self, prompt: str, image: ImageInput, mask: ImageInput | None, **fields: Any) -> GeneratedImage:
+        fields["init_image"] = self.upload(image, field="init_image")
+        width, height = self._uploads[fields["init_image"]].size
+        if mask is not None:
+            fields["mask_image"] = self._keep(_mask_pixels(mask), "mask_image")
+        multiple = self.card.size_multiple
+        fields.setdefault("width", max(multiple, width // multiple * multiple))
+        fields.setdefault("height", max(multiple, height // multiple * multiple))
+        return self._make([GenerationConfig(prompt=prompt, **fields)])[0]
+
+    def upload(self, image: ImageInput, *, field: str = "image") -> str:
+        """Keep an image for configs that name it (`init_image`, `mask_image`, a control's `image`); returns its id.
+
+        The same id that `Client.upload` gives. The last `KEPT_UPLOADS` are remembered.
+
+        Raises:
+            InvalidRequest: it is no image, or too large.
+        """
+        return self._keep(_pixels(image), field)
+
+    def _keep(self, data: bytes, field: str) -> str:
+        upload_id, stored = normalize_image(data, field=field)
+        with self._lock:
+            self._uploads[upload_id] = open_upload(stored, upload_id)
+            self._uploads.move_to_end(upload_id)
+            while len(self._uploads) > KEPT_UPLOADS:
+                self._uploads.popitem(last=False)
+        return upload_id
+
+    def _make(self, configs: Sequence[shared.GenerationConfig]) -> list[GeneratedImage]:
+        engine = self._running()
+        futures: list[tuple[shared.GenerationConfig, Future[Generated]]] = []
+        try:
+            for config in [self._resolved(config) for config in configs]:
+                images = self._fitted_uploads(config)
+                for index in range(config.num_images):
+                    request = GenerationRequest.from_config(
+                        config, index=index, request_id=uuid.uuid4().hex, images=images
+                    )
+                    futures.append((config, engine.submit(replace(request, model=""))))
+            return [_generated(config, future.result()) for config, future in futures]
+        finally:
+            for _, future in futures:
+                future.cancel()  # only those still to come, after one failed
+
+    def _fitted_uploads(self, config: shared.GenerationConfig) -> dict[str, np.ndarray]:
+        assert config.width is not None
+        assert config.height is not None
+        found = {}
+        for upload in config.uploads:
+            if upload not in self._uploads:
+                raise InvalidRequest(
+                    "no such upload", field="upload", value=upload, remedy="give the image to DiffusionModel.upload"
+                )
+            is_mask = upload == config.mask_image and upload != config.init_image
+            found[upload] = np.array(fitted(self._uploads[upload], config.width, config.height, mask=is_mask))
+        return found
+
+    def _resolved(self, config: shared.GenerationConfig) -> shared.GenerationConfig:
+        """Complete and checked; the model is this one, whatever name the config gives."""
+        return config.model_copy(update={"model": self._name}).resolved(self.card)
+
+    # ---- the parts
+
+    @property
+    def card(self) -> ModelCard:
+        """What the model can do."""
+        return self._running().models.first.card
+
+    @property
+    def step_model(self) -> StepModel:
+        """The loaded model itself. Not to be called while images are made in another thread."""
+        return self._running().models.steppable("")
+
+    def to(self, device: str) -> Self:
+        """Move to a device: "cpu", "cuda" or "cuda:1". Waits for what is being made."""
+        self.close()
+        self._device = "cuda:0" if device == "cuda" else device
+        return self
+
+    def close(self) -> None:
+        """Stop the engine and free the model; the next use loads it again."""
+        with self._lock:
+            engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.stop(drain_seconds=3600.0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def set_adapters(self, adapters: Adapters) -> None:
+        """Register these LoRAs, textual inversions and ControlNets in place of the present ones; loads anew."""
+        self.close()
+        self._adapters = adapters
+
+    def set_memory(self, **changes: Any) -> None:
+        """Change fields of `Memory`; loads anew."""
+        self.close()
+        self._memory = replace(self._memory, **changes)
+
+    def _running(self) -> Engine:
+        with self._lock:
+            if self._engine is None or not self._engine.alive:
+                model = apart(
+                    lambda: load_model(
+                        self._name,
+                        source=self._source,
+                        device=self._device,
+                        dtype=self._dtype,
+                        adapters=self._adapters,
+                        memory=self._memory,
+                        accelerations=self._lossy,
+                    )
+                )
+                self._engine = Engine(ModelPool([model]), self._settings)
+                self._engine.start()
+            return self._engine
+
+
+class DiffusionPipeline:
+    """The common tasks in one call each."""
+
+    def __init__(self, model: DiffusionModel | str = "demo", **options: Any) -> None:
+        """`options` are `DiffusionModel`'s where a name is given."""
+        self.model = DiffusionModel(model, **options) if isinstance(model, str) else model
+
+    def text_to_image(self, prompt: str, num_images: int = 1, **fields: Any) -> list[GeneratedImage]:
+        """`num_images` images of a prompt, made together; image i has the seed plus i.
+
+        `fields` are any of `GenerationConfig`'s. Raises InvalidRequest, GenerationFailed.
+        """
+        return self.model.generate_batch([GenerationConfig(prompt=prompt, num_images=num_images, **fields)])
+
+    def get_optimal_config(self, quality: str = "balanced") -> GenerationConfig:
+        """The steps and guidance of "fast", "balanced" or "high"; give it a prompt before use."""
+        return GenerationConfig(prompt="", **quality_preset(quality))
+
+    def to(self, device: str) -> Self:
+        self.model.to(device)
+        return self
+
+    def enable_attention_slicing(self) -> None:
+        """Attention in parts: slower, with less memory."""
+        self.model.set_memory(attention_slicing=True)
+
+    def enable_vae_slicing(self) -> None:
+        """Images of a batch are decoded one by one."""
+        self.model.set_memory(vae_slicing=True)
+
+    def enable_vae_tiling(self) -> None:
+        """Large images are decoded in overlapping tiles, which can show."""
+        self.model.set_memory(vae_tiling=True)
+
+    def enable_model_cpu_offload(self) -> None:
+        """Only the part at work is on the GPU."""
+        self.model.set_memory(offload="model")
+
+    def enable_sequential_cpu_offload(self) -> None:
+        """Only the layer at work is on the GPU: the least memory, and by far the slowest."""
+        self.model.set_memory(offload="sequential")
+
+
+# ---- images that go in
+
+
+def _pixels(image: ImageInput) -> bytes:
+    """An image as the bytes of a file."""
+    if isinstance(image, bytes):
+        return image
+    if isinstance(image, (str, Path)):
+        return Path(image).read_bytes()
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim not in (2, 3):
+            raise InvalidRequest(
+                f"is {image.dtype} {image.shape}",
+                field="image",
+                value="an array",
+                remedy="give uint8 (H, W, 3), 0 to 255",
+            )
+        image = Image.fromarray(image)
+    return _png(image)
+
+
+def _mask_pixels(mask: ImageInput) -> bytes:
+    """A mask as the bytes of a file: an array of 0 and 1 (or booleans) counts as black and white."""
+    if not isinstance(mask, np.ndarray):
+        return _pixels(mask)
+    flat = mask[..., 0] if mask.ndim == 3 else mask
+    if mask.dtype == np.bool_ or flat.max(initial=0) <= 1:
+        flat = np.asarray(flat, dtype=np.float64).clip(0, 1) * 255
+    return _pixels(np.asarray(flat).round().astype(np.uint8))
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _generated(config: shared.GenerationConfig, made: Generated) -> GeneratedImage:
+    values = config.model_dump() | {"seed": made.seed, "num_images": 1}
+    return GeneratedImage(
+        image_data=made.image,
+        prompt=config.prompt,
+        config=GenerationConfig(**values),
+        generation_time=sum(made.timings.values()),
+        steps_taken=made.steps_taken,
+        frames=made.frames,
+        mesh=made.mesh,
+        accelerations=made.accelerations,
+    )

@@ -1,0 +1,189 @@
+"""`PendingResult`: the files of one attempt at a job; `UploadQueue`: delivers them to storage, also after an outage."""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import CancelledError
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import Empty, Full, Queue
+
+from calotype_shared.errors import StorageUnavailable
+from calotype_shared.observability.tracing import NOOP_SPAN, Span
+from calotype_shared.schema.jobs import ImageRef
+from calotype_shared.storage.s3 import Storage
+from calotype_worker.jobs.heartbeat import RunningJob
+from calotype_worker.jobs.spool import Spool
+
+log = logging.getLogger(__name__)
+
+_THREADS = 4
+_MAX_PENDING = 1_000
+_AWAY_SECONDS = 10.0  # after a failure files go to the spool for so long without trying
+_BACKOFF_SECONDS = (0.5, 15.0)
+_LOOK_SECONDS = 0.2
+
+
+@dataclass(kw_only=True, eq=False)
+class File:
+    """One object for storage; its bytes are in `data`, or wait in `path`."""
+
+    key: str
+    content_type: str
+    data: bytes | None
+    path: Path | None = None
+    tried: bool = False  # so something may be there
+    stored: bool = False
+
+
+@dataclass(kw_only=True, eq=False)
+class PendingResult:
+    """Owned by one thread at a time."""
+
+    job: RunningJob
+    span: Span = NOOP_SPAN  # of the attempt
+    files: list[File] = field(default_factory=list)
+    images: list[ImageRef] = field(default_factory=list)
+    timings: dict[str, float] = field(default_factory=dict)  # seconds by phase
+
+    @property
+    def stored(self) -> bool:
+        return all(file.stored for file in self.files)
+
+
+class UploadQueue:
+    """While storage is available, job threads upload their own files and this queue stays empty.
+
+    While storage is unavailable, results wait here with their files on disk, and the job threads go on with other jobs.
+    When the spool is full, the job threads block, so the worker stops claiming jobs. The upload threads call
+    `finish(result)`, which calls `deliver`.
+    """
+
+    def __init__(self, storage: Storage, spool: Spool, *, finish: Callable[[PendingResult], None]) -> None:
+        self._storage = storage
+        self._spool = spool
+        self._finish = finish
+        self._waiting: Queue[PendingResult] = Queue(maxsize=_MAX_PENDING)
+        self._away_until = 0.0
+        self._stopped = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._work, name=f"calotype-outbox-{number}", daemon=True)
+            for number in range(_THREADS)
+        ]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Call it when no pending is left."""
+        self._stopped.set()
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join()
+        self._spool.close()
+
+    @property
+    def away(self) -> bool:
+        """Whether the storage is known to be away."""
+        return time.monotonic() < self._away_until
+
+    def try_store(self, pending: PendingResult, files: Iterable[File]) -> bool:
+        """Store files now, unless the storage is known to be away. Whether all are stored.
+
+        Raises:
+            CancelledError: the claim is lost, or to be handed back.
+        """
+        if self.away:
+            return False
+        try:
+            for file in files:
+                self._store(pending, file)
+        except StorageUnavailable as error:
+            self._gone(error)
+            return False
+        return True
+
+    def leave(self, pending: PendingResult) -> bool:
+        """Hand a pending over, if there is room for what is not stored yet. If not, it stays as it is."""
+        try:
+            for file in pending.files:
+                if not file.stored and file.path is None:
+                    assert file.data is not None
+                    file.path = self._spool.put(file.data)
+                    file.data = None
+            self._waiting.put_nowait(pending)
+        except (OSError, Full) as error:
+            log.warning("no room to spool", extra={"job_id": pending.job.claim.job_id, "reason": str(error)})
+            return False
+        log.info("images spooled", extra={"job_id": pending.job.claim.job_id, "bytes": self._spool.used})
+        return True
+
+    def deliver(self, pending: PendingResult) -> None:
+        """Store what is not stored yet, trying again until the storage takes it.
+
+        Raises:
+            CancelledError: the claim is lost, or to be handed back.
+        """
+        pause, longest = _BACKOFF_SECONDS
+        while True:
+            try:
+                for file in pending.files:
+                    if not file.stored:
+                        self._store(pending, file)
+            except StorageUnavailable as error:
+                self._gone(error)
+            else:
+                return
+            ends = time.monotonic() + random.uniform(0, pause)
+            while time.monotonic() < ends and not pending.job.given_up:
+                time.sleep(_LOOK_SECONDS)
+            pause = min(longest, pause * 2)
+
+    def discard(self, pending: PendingResult) -> None:
+        """Remove the pending's files from disk and, as nothing refers to them, from storage; there as far as it works.
+
+        What is left behind is swept later: the attempt is among the orphans.
+        """
+        self.forget(pending)
+        try:
+            self._storage.delete_many([file.key for file in pending.files if file.tried])
+        except StorageUnavailable as error:
+            log.warning("orphans left", extra={"job_id": pending.job.claim.job_id, "reason": str(error)})
+
+    def forget(self, pending: PendingResult) -> None:
+        """Remove the pending's files from disk."""
+        for file in pending.files:
+            if file.path is not None:
+                self._spool.remove(file.path)
+                file.path = None
+
+    def _store(self, pending: PendingResult, file: File) -> None:
+        if pending.job.given_up:
+            raise CancelledError
+        data = file.path.read_bytes() if file.path is not None else file.data
+        assert data is not None
+        file.tried = True
+        self._storage.put(file.key, data, file.content_type)
+        file.stored, file.data = True, None
+        self._away_until = 0.0
+
+    def _gone(self, error: StorageUnavailable) -> None:
+        if self._away_until == 0.0:
+            log.warning("storage is away", extra={"reason": str(error)})
+        self._away_until = time.monotonic() + _AWAY_SECONDS
+
+    def _work(self) -> None:
+        while not self._stopped.is_set():
+            try:
+                pending = self._waiting.get(timeout=_LOOK_SECONDS)
+            except Empty:
+                continue
+            try:
+                self._finish(pending)
+            except Exception:  # this thread must not die
+                log.exception("the outbox met a bug")

@@ -1,0 +1,95 @@
+"""`SizeAffinity`: what a worker runs, by model and shape, and so which jobs join a step batch rather than begin one.
+
+Rows count from the claim, not from when the engine has them: of forty jobs claimed in one moment each must know of
+those before.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+
+from calotype_shared.errors import InvalidRequest
+from calotype_shared.queue.job_store import Claim
+from calotype_shared.queue.keys import models_of
+
+_MOST_SHAPES = 16  # that a claim names
+_TURN_SECONDS = 0.1  # to wait for other claims: where Redis hangs, they would add up
+
+
+class SizeAffinity:
+    """For any thread. `budget(model, width, height)` is how many rows may run together, `rows(model, guided)` how many
+    an image takes.
+
+    Queues that are `unmoved`, the urgent ones, are claimed strictly in order; what is claimed there counts as running.
+    """
+
+    def __init__(
+        self,
+        lookahead: int,
+        *,
+        budget: Callable[[str, int, int], int],
+        rows: Callable[[str, bool], int],
+        unmoved: frozenset[str] = frozenset(),
+    ) -> None:
+        self.lookahead = lookahead  # jobs of a line; 0: always the first
+        self._budget = budget
+        self._rows = rows
+        self._unmoved = unmoved
+        self._turn = threading.Lock()  # held by who claims, so that the next one knows of it
+        self._lock = threading.Lock()  # guards the two below
+        self._running: dict[tuple[str, int, int], int] = {}  # rows by model, width and height; the newest last
+        self._claims: dict[str, dict[tuple[str, int, int], int]] = {}  # by folder, which no other attempt has
+
+    @contextmanager
+    def preferred_shapes(self, *queues: str) -> Iterator[list[str]]:
+        """Around a claim, and `claimed` after it: the shapes that it should rather get."""
+        if not self.lookahead or not self._unmoved.isdisjoint(queues):
+            yield []
+            return
+        mine = self._turn.acquire(timeout=_TURN_SECONDS)
+        try:
+            yield self.wanted(*queues)
+        finally:
+            if mine:
+                self._turn.release()
+
+    def wanted(self, *queues: str) -> list[str]:
+        """Shapes that run here with room for more, of models whose queues these are."""
+        models = {model for queue in queues for model in models_of(queue)}
+        with self._lock:
+            running = list(reversed(self._running.items()))
+        found = (
+            f"{width}x{height}"
+            for (model, width, height), rows in running
+            if model in models and rows < self._budget(model, width, height)
+        )
+        return list(islice(dict.fromkeys(found), _MOST_SHAPES))
+
+    def claimed(self, claim: Claim) -> None:
+        """Its rows are as good as running."""
+        config = claim.config
+        if config.width is None or config.height is None:
+            return
+        own: dict[tuple[str, int, int], int] = {}
+        try:
+            for model in (config.model, *config.ensemble):
+                key = (model, config.width, config.height)
+                self._budget(*key)
+                own[key] = own.get(key, 0) + config.num_images * self._rows(model, config.guided)
+        except InvalidRequest:
+            return  # it fails where it is submitted, with more words
+        with self._lock:
+            self._claims[claim.folder] = own
+            for key, rows in own.items():
+                self._running[key] = self._running.get(key, 0) + rows
+
+    def released(self, claim: Claim) -> None:
+        """Its images are made, or never will be. May be said twice."""
+        with self._lock:
+            for key, rows in self._claims.pop(claim.folder, {}).items():
+                self._running[key] -= rows
+                if not self._running[key]:
+                    del self._running[key]

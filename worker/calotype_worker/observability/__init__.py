@@ -1,0 +1,1 @@
+"""What a worker reports: metrics, counters, the admin port, the live view."""

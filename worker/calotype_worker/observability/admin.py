@@ -1,0 +1,95 @@
+"""`WorkerAdmin`: what a worker tells at its metrics port, where it has one: metrics, and whether it lives and is ready.
+
+Nothing of prometheus-client is imported unless that port is set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+
+from calotype_shared.observability import metric_names as names
+from calotype_shared.observability.admin_server import AdminServer, probed
+from calotype_worker.engine import Engine
+from calotype_worker.engine.trace import Tracer, Tracers
+from calotype_worker.jobs.heartbeat import Heartbeat
+from calotype_worker.observability.counters import Counters
+from calotype_worker.settings import WorkerSettings
+
+_SILENCE_SECONDS = 60.0  # of the heartbeat's thread; it goes on while Redis is away
+
+
+class WorkerAdmin:
+    """Made before the model is loaded, so that a port that is taken is told at once; answers from `start` on."""
+
+    def __init__(self, options: WorkerSettings) -> None:
+        """Raises SettingsError if the port cannot be had."""
+        self._server: AdminServer | None = None
+        self._not_alive: Callable[[], str | None] = lambda: "starting"
+        self._not_ready: Callable[[], str | None] = lambda: "starting"
+        if options.metrics_port is None:
+            return
+        from calotype_shared.observability.metrics import new_registry, scraped  # noqa: PLC0415
+
+        registry = self._registry = new_registry()
+        routes = {
+            "/metrics": lambda asked: scraped(registry, asked),
+            "/healthz": lambda _: probed(self._not_alive()),
+            "/readyz": lambda _: probed(self._not_ready()),
+        }
+        self._server = AdminServer(
+            options.metrics_host, options.metrics_port, routes, setting="CALOTYPE_WORKER_METRICS_PORT"
+        )
+
+    def tracer(self, trace: Tracer, models: Iterable[str]) -> Tracer:
+        """`trace`, and beside it what makes metrics of the same spans."""
+        if self._server is None:
+            return trace
+        from calotype_worker.observability.metrics import SpanMeters  # noqa: PLC0415
+
+        return Tracers([trace, SpanMeters(self._registry, models)])
+
+    def watch(
+        self,
+        *,
+        info: Mapping[str, str],
+        device: str,
+        engine: Engine,
+        heartbeat: Heartbeat,
+        counters: Counters,
+        gauges: Mapping[names.Metric, Callable[[], float]],
+        not_ready: Callable[[], str | None],
+    ) -> None:
+        """Tell of these from now on. `not_ready` says why no jobs are taken, if they are not."""
+
+        def not_alive() -> str | None:
+            if not engine.alive:
+                return "the engine's thread has ended"
+            if heartbeat.silent_seconds > _SILENCE_SECONDS:
+                return f"the heartbeat's thread has been stuck for {heartbeat.silent_seconds:.0f} s"
+            return None
+
+        self._not_alive = not_alive
+        self._not_ready = lambda: not_alive() or not_ready()
+        if self._server is None:
+            return
+        from calotype_worker.observability.metrics import WorkerCollector  # noqa: PLC0415
+
+        self._registry.register(
+            WorkerCollector(
+                info=info, device=torch.device(device), stats=engine.stats, counters=counters, gauges=gauges
+            )
+        )
+
+    @property
+    def port(self) -> int | None:
+        return self._server.port if self._server else None
+
+    def start(self) -> None:
+        if self._server is not None:
+            self._server.start()
+
+    def close(self) -> None:
+        if self._server is not None:
+            self._server.close()

@@ -1,0 +1,160 @@
+"""`GenerationRequest`: one image for the engine to make, and `Generated`: the image."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple, Self, cast
+
+from calotype_shared.errors import InvalidRequest
+from calotype_shared.schema.config import GenerationConfig, OutputFormat, SamplerType
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class GroupKey(NamedTuple):
+    """What rows must share to go through one forward pass. Everything else is each row's own."""
+
+    model: str
+    latent_shape: tuple[Hashable, ...]  # (C, h, w); for an opaque model, all that a run's requests must share
+
+    windows: int = 0  # of the text encoder; only where bits must not depend on a neighbour's longer prompt
+
+    @property
+    def step_shape(self) -> tuple[int, int, int]:
+        """The latent shape (C, h, w) of a group that is stepped."""
+        return cast("tuple[int, int, int]", self.latent_shape)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ControlInput:
+    """A ControlNet by its registered name, and the image that it follows."""
+
+    name: str
+    image: np.ndarray  # uint8 (H, W, 3), of the request's size
+    scale: float = 1.0
+    start: float = 0.0  # share of the steps
+    end: float = 1.0
+
+    def scale_at(self, step: int, total_steps: int) -> float:
+        """Its scale at a step; the same rule as diffusers' `controlnet_keep`."""
+        acts = step / total_steps >= self.start and (step + 1) / total_steps <= self.end
+        return self.scale if acts else 0.0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GenerationRequest:
+    """One image. All of a `GenerationConfig` that the engine needs, with nothing left open."""
+
+    request_id: str
+    prompt: str
+    width: int  # pixels
+    height: int
+    num_inference_steps: int
+    guidance_scale: float
+    seed: int
+    sampler: SamplerType
+    negative_prompt: str = ""
+    model: str = ""  # empty: the engine's first
+    interactive: bool = False  # joins its group's step batch before requests that are not
+    init_image: np.ndarray | None = None  # uint8 (H, W, 3), of the size above
+    mask: np.ndarray | None = None  # bool (H, W), true where to paint anew; wants init_image
+    strength: float = 1.0  # share of the steps that init_image goes through
+    loras: tuple[tuple[str, float], ...] = ()  # name, weight
+    controls: tuple[ControlInput, ...] = ()
+    refiner: str | None = None  # the model that takes over the unfinished latents
+    refiner_start: float = 0.8  # share of the steps
+    preview_every: int = 0  # steps; 0: no previews
+    num_frames: int | None = None  # of a video; None: the model's own
+    output_format: OutputFormat | None = None  # what will be written of it; None: it may be anything
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance_scale > 1.0
+
+    @classmethod
+    def from_config(
+        cls,
+        config: GenerationConfig,
+        *,
+        index: int = 0,
+        request_id: str,
+        images: Mapping[str, np.ndarray] | None = None,
+        interactive: bool = False,
+    ) -> Self:
+        """ImageInput number `index` of a resolved config; its seed is the config's plus `index`.
+
+        With an ensemble, all images of the first model come first. `images` holds the config's uploads, fitted
+        to its size: uint8 (H, W, 3).
+
+        Raises:
+            InvalidRequest: the config was not resolved, or has no such image.
+        """
+        if config.seed is None or config.width is None or config.height is None:
+            raise InvalidRequest(
+                "seed, width or height is still open", field="config", value=config, remedy="resolve the config first"
+            )
+        if not 0 <= index < config.image_count:
+            raise InvalidRequest(
+                f"the config asks for {config.image_count} images",
+                field="index",
+                value=index,
+                remedy=f"use 0 to {config.image_count - 1}",
+            )
+        images = images or {}
+        mask = images[config.mask_image] if config.mask_image else None
+        return cls(
+            request_id=request_id,
+            interactive=interactive,
+            prompt=config.prompt,
+            negative_prompt=config.negative_prompt,
+            width=config.width,
+            height=config.height,
+            num_inference_steps=config.num_inference_steps,
+            guidance_scale=config.guidance_scale,
+            seed=config.seed + index % config.num_images,
+            sampler=config.sampler,
+            model=(config.model, *config.ensemble)[index // config.num_images],
+            init_image=images[config.init_image] if config.init_image else None,
+            # As diffusers does: brightness from the middle up is painted.
+            mask=mask.mean(axis=2) >= 127.5 if mask is not None else None,
+            strength=1.0 if config.strength is None else config.strength,
+            loras=tuple((lora.name, lora.weight) for lora in config.loras),
+            controls=tuple(
+                ControlInput(name=c.name, image=images[c.image], scale=c.scale, start=c.start, end=c.end)
+                for c in config.controls
+            ),
+            refiner=config.refiner.model if config.refiner else None,
+            refiner_start=config.refiner.start if config.refiner else 0.8,
+            preview_every=config.preview_every,
+            num_frames=config.num_frames,
+            output_format=config.output_format,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Generated:
+    """A finished image. `timings` are seconds spent in wait (for a place), encode, denoise and decode.
+
+    A video is `frames` and a 3D object is `mesh`, each with `image` as the image to show for it.
+    """
+
+    request_id: str
+    image: np.ndarray  # uint8 (H, W, 3)
+    seed: int
+    steps_taken: int  # network evaluations
+    timings: Mapping[str, float] = field(default_factory=dict)
+    model: str = ""
+    frames: np.ndarray | None = None  # uint8 (F, H, W, 3)
+    mesh: Mesh | None = None
+    accelerations: tuple[str, ...] = ()  # accelerations that cost likeness, see docs/accelerations.md
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Mesh:
+    """Triangles with colors."""
+
+    vertices: np.ndarray  # float32 (V, 3)
+    faces: np.ndarray  # int64 (F, 3)
+    colors: np.ndarray  # uint8 (V, 3)

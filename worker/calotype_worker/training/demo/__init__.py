@@ -1,1 +1,0 @@
-"""How the bundled demo model was made: `python -m calotype_worker.training.demo --help`."""
