@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, Self, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
 
 from calotype_shared.errors import InvalidRequest
 from calotype_shared.schema.config import GenerationConfig, OutputFormat, SamplerType
@@ -67,6 +67,11 @@ class GenerationRequest:
     refiner_start: float = 0.8  # share of the steps
     preview_every: int = 0  # steps; 0: no previews
     num_frames: int | None = None  # of a video; None: the model's own
+    fps: float | None = None  # frames per second of a video; None: the model's own
+    audio_seconds: float | None = None  # None: the model's own
+    images: tuple[np.ndarray, ...] = ()  # references to edit or follow, each uint8 (H, W, 3) of any size
+    control_image: np.ndarray | None = None  # uint8 (H, W, 3), of the size above
+    parameters: Mapping[str, Any] = field(default_factory=dict)  # of the pipeline's own, by its names
     output_format: OutputFormat | None = None  # what will be written of it; None: it may be anything
 
     @property
@@ -148,6 +153,8 @@ class Generated:
     model: str = ""
     frames: np.ndarray | None = None  # uint8 (F, H, W, 3)
     mesh: Mesh | None = None
+    audio: Audio | None = None
+    fps: float | None = None  # of the frames; None: the format's own
     accelerations: tuple[str, ...] = ()  # accelerations that cost likeness, see docs/accelerations.md
 
 
@@ -158,3 +165,11 @@ class Mesh:
     vertices: np.ndarray  # float32 (V, 3)
     faces: np.ndarray  # int64 (F, 3)
     colors: np.ndarray  # uint8 (V, 3)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Audio:
+    """Sound."""
+
+    samples: np.ndarray  # float32 (channels, N) in -1..1
+    rate: int  # samples per second

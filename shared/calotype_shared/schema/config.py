@@ -46,6 +46,7 @@ class SamplerType(StrEnum):
     DPMPP_2M_KARRAS = "dpmpp_2m_karras"  # the same on Karras' noise levels
     UNIPC = "unipc"  # UniPC, Zhao et al. 2023
     LCM = "lcm"  # Latent Consistency Models, Luo et al. 2023
+    MODEL = "model"  # the scheduler that the model comes with, where it is none of these
 
 
 class OutputFormat(StrEnum):
@@ -55,10 +56,13 @@ class OutputFormat(StrEnum):
     GIF = "gif"  # video
     MP4 = "mp4"  # video
     PLY = "ply"  # 3D mesh with vertex colors
+    WAV = "wav"  # sound
+    FLAC = "flac"  # sound
 
     @property
     def content_type(self) -> str:
-        return {"mp4": "video/mp4", "ply": "model/ply"}.get(self.value, f"image/{self.value}")
+        others = {"mp4": "video/mp4", "ply": "model/ply", "wav": "audio/wav", "flac": "audio/flac"}
+        return others.get(self.value, f"image/{self.value}")
 
 
 class Feature(StrEnum):
@@ -75,6 +79,9 @@ class Feature(StrEnum):
     PREVIEW = "preview"
     TEXT_TO_VIDEO = "text_to_video"
     TEXT_TO_3D = "text_to_3d"
+    TEXT_TO_AUDIO = "text_to_audio"
+    EDIT = "edit"  # reference images, to change or to follow
+    CONTROL_IMAGE = "control_image"  # of a pipeline that always has one
 
 
 _NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"

@@ -47,6 +47,9 @@ class ModelCard(BaseModel):
     controls: tuple[str, ...] = ()
     embeddings: tuple[str, ...] = ()  # tokens of textual inversions, to be written in prompts
     max_steps: int = 1000
+    parameters: tuple[str, ...] = ()  # of the pipeline's own that a config's `parameters` may set
+    default_steps: int | None = None
+    default_guidance: float | None = None
     description: str = ""
 
     def check(self, config: GenerationConfig) -> None:

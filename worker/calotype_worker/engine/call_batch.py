@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from calotype_worker.engine.failure_isolation import run_isolating_failures
 from calotype_worker.engine.memory_limit import MemoryLimit
 from calotype_worker.engine.pipeline_run import PipelineRun
-from calotype_worker.engine.split import run_splitting
 from calotype_worker.models.pipeline.network_calls import NetworkCalls, alone
 from calotype_worker.models.pipeline.roles import Place
 
@@ -100,7 +100,8 @@ class CallBatch:
                     described[id(run.described)] = run
         if lead.described is None:
             return [lead]
-        chosen, rows = [], 0
+        chosen: list[PipelineRun] = []
+        rows = 0
         for call in self._calls.company(lead.described, [run.described for run in described.values() if run.described]):
             if chosen and rows + call.rows > self._max_rows:
                 continue
@@ -122,7 +123,7 @@ class CallBatch:
         def within_memory(part: Sequence[PipelineRun]) -> list[Any]:
             return [result for results in limit.run(part, work) for result in results]
 
-        return run_splitting(runs, within_memory)
+        return run_isolating_failures(runs, within_memory)
 
 
 def _place(run: PipelineRun) -> Place:

@@ -9,6 +9,7 @@ from typing import Any
 from greenlet import GreenletExit, getcurrent
 
 from calotype_worker.models.pipeline.call import Described
+from calotype_worker.models.pipeline.module_state import ModuleState
 from calotype_worker.models.pipeline.stand_in import Call, CallingGreenlet
 
 _LAST_CALLS = 8  # network calls that a run may make while it ends
@@ -20,8 +21,10 @@ class PipelineRun:
     After `begin` and each `resume` or `fail` it either sleeps, with `call` set, or has ended, with `result` or `error`.
     """
 
-    def __init__(self, request_id: str, start: Callable[[], Any], *, seed: int) -> None:
+    def __init__(self, request_id: str, *, seed: int, watched: ModuleState | None = None) -> None:
+        """`work` must be set before `begin`. `watched`: the networks as others need them, where this changes them."""
         self.request_id = request_id
+        self.work: Callable[[], Any]
         self.call: Call | None = None
         self.described: Described | None = None  # of the call, by whoever merges it
         self.waited = 0  # calls of others since this one sleeps
@@ -29,7 +32,10 @@ class PipelineRun:
         self.error: Exception | None = None
         self.steps_done = 0
         self.total_steps = 0
-        self._greenlet = CallingGreenlet(start, parent=getcurrent(), seed=seed)
+        self._greenlet = CallingGreenlet(self._work, parent=getcurrent(), seed=seed, watched=watched)
+
+    def _work(self) -> Any:
+        return self.work()
 
     @property
     def ended(self) -> bool:

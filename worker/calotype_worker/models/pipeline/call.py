@@ -1,4 +1,4 @@
-"""`Described`: a network call as merging sees it: named arguments, their roles, and what it has to share with others."""
+"""`Described`: a network call as merging sees it: its arguments, their roles, and what it must share with others."""
 
 from __future__ import annotations
 
@@ -118,13 +118,9 @@ class Describer:
             return path, role, len(value) / rows, _kinds(value, self._interning)
         if role.kind is Kind.SCALAR:
             return path, role, value.dtype, value.ndim
-        if role.kind is Kind.SHARED:
-            return path, role, self._interning.number(value)
-        if role.kind is Kind.VALUE:
-            return path, role, _hashable(value)
-        if role.kind is Kind.GENERATOR:
-            return path, role
-        return path, role, id(value)
+        if role.kind in (Kind.SHARED, Kind.VALUE):
+            return path, role, self._interning.number(value) if role.kind is Kind.SHARED else _hashable(value)
+        return path, role, None if role.kind is Kind.GENERATOR else id(value)
 
     def _signature(self, call: Call) -> Signature | None:
         if call.place not in self._signatures:
@@ -168,7 +164,7 @@ class Signature:
         """Its arguments by name; None: they do not fit."""
         if len(call.args) > len(self._positional):
             return None
-        named: dict[str | int, Any] = dict(zip(self._positional, call.args, strict=False))
+        named = dict(zip(self._positional, call.args, strict=False))
         if named.keys() & call.kwargs.keys():
             return None
         return {**named, **call.kwargs}

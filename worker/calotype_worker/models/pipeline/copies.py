@@ -19,7 +19,10 @@ class StandIns:
         self._by_module: dict[int, torch.nn.Module] = {}
         _find_modules(pipeline, "", self.modules)
         for name, module in self.modules.items():
-            self._by_module[id(module)] = stand_in(name, module)
+            upcast = _overflows(module)
+            if upcast:
+                module.to(torch.float32)
+            self._by_module[id(module)] = stand_in(name, module, upcast=upcast)
         self._pipeline = pipeline
 
     def copy(self) -> Any:
@@ -39,10 +42,22 @@ def is_stateful(value: Any) -> bool:
     return any(base.__name__ == "BaseGuidance" for base in type(value).__mro__)
 
 
+def parts(pipeline: Any) -> list[tuple[str, Any]]:
+    """Networks, schedulers, tokenizers and the like, of nested pipelines, too, by name."""
+    found = []
+    for name, value in vars(pipeline).items():
+        for label, part in _named_parts(name, value):
+            if is_pipeline(part):
+                found += [(f"{label}.{inner}", own) for inner, own in parts(part)]
+            elif part is not None:
+                found.append((label, part))
+    return found
+
+
 def _find_modules(pipeline: Any, prefix: str, found: dict[str, torch.nn.Module]) -> None:
     known = {id(module) for module in found.values()}
     for name, value in vars(pipeline).items():
-        for label, part in _parts(f"{prefix}{name}", value):
+        for label, part in _named_parts(f"{prefix}{name}", value):
             if is_pipeline(part):
                 _find_modules(part, f"{label}.", found)
             elif isinstance(part, torch.nn.Module) and id(part) not in known:
@@ -50,7 +65,14 @@ def _find_modules(pipeline: Any, prefix: str, found: dict[str, torch.nn.Module])
                 found[label] = part
 
 
-def _parts(name: str, value: Any) -> list[tuple[str, Any]]:
+def _overflows(module: torch.nn.Module) -> bool:
+    """An autoencoder whose activations overflow float16. Its pipelines cast it to float32 for each of its calls, which
+    would cast it for all requests, so it is in float32 from the start."""
+    config = getattr(module, "config", None)
+    return bool(getattr(config, "force_upcast", False)) and getattr(module, "dtype", None) is torch.float16
+
+
+def _named_parts(name: str, value: Any) -> list[tuple[str, Any]]:
     if isinstance(value, list | tuple):
         return [(f"{name}.{index}", part) for index, part in enumerate(value)]
     if isinstance(value, Mapping) and not name.rpartition(".")[2].startswith("_"):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 
-from calotype_worker.models.pipeline.call import Describer, Described
+from calotype_worker.models.pipeline.call import Described, Describer
 from calotype_worker.models.pipeline.merge import CannotCut, cut, learn, merge, padded_paths
 from calotype_worker.models.pipeline.roles import Kind, Roles
 from calotype_worker.models.pipeline.stand_in import Call
@@ -23,7 +23,7 @@ _LEVELS = (("key", True), ("even", True), ("exact", False))
 
 
 class NetworkCalls:
-    """Owned by the engine's thread. `merging` off: each call goes alone, and its bits are those of the plain pipeline."""
+    """Owned by the engine's thread. `merging` off: each call goes alone, with the bits of the plain pipeline."""
 
     def __init__(self, roles: Roles, *, merging: bool = True) -> None:
         self._describer = Describer(roles)
@@ -32,7 +32,7 @@ class NetworkCalls:
 
     def describe(self, call: Call) -> Described | None:
         """None: the call goes alone."""
-        return self._describer.describe(call) if self.merging else None
+        return self._describer.describe(call) if self.merging and not call.caller.changes else None
 
     def company(self, lead: Described, waiting: Sequence[Described]) -> list[Described]:
         """Those of the waiting calls that go with `lead`, which is among them; in their order, `lead` first."""
@@ -90,8 +90,8 @@ class NetworkCalls:
         try:
             with scratch.entered():
                 merged = self._merged(calls, expand=expand)
-        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError) as error:
-            if isinstance(error, torch.OutOfMemoryError) or isinstance(error, getattr(torch, "AcceleratorError", ())):
+        except Exception as error:
+            if _is_of_device(error):
                 raise
             problem = f"{type(error).__name__}: {error}"
         for generator, state in zip(generators, before, strict=True):
@@ -119,8 +119,15 @@ class NetworkCalls:
 
 def alone(call: Call) -> Any:
     """One call as its pipeline made it, with its own random numbers."""
-    with call.caller.state.entered():
+    with call.caller.calling():
         return call.function()(*rebuilt(call.args, {}), **rebuilt(call.kwargs, {}))
+
+
+def _is_of_device(error: Exception) -> bool:
+    """Whether it says nothing of the pattern: too little memory, or a lost device."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        words in str(error) for words in ("memory", "CUDA error")
+    )
 
 
 def _pattern(calls: Sequence[Described], *, expand: bool) -> Hashable:
@@ -130,10 +137,9 @@ def _pattern(calls: Sequence[Described], *, expand: bool) -> Hashable:
 
 @contextmanager
 def _autocast_of(state: ThreadState) -> Iterator[None]:
-    enabled = [(device, *state.autocast[at : at + 2]) for device, at in (("cpu", 0), ("cuda", 2)) if state.autocast[at]]
-    if not enabled:
-        yield
-        return
-    device, _, dtype = enabled[0]
-    with torch.autocast(device, dtype=dtype):
+    on_cpu, cpu_dtype, on_cuda, cuda_dtype = state.autocast
+    with (
+        torch.autocast("cpu", dtype=cpu_dtype) if on_cpu else nullcontext(),
+        torch.autocast("cuda", dtype=cuda_dtype) if on_cuda else nullcontext(),
+    ):
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from greenlet import getcurrent
 from calotype_worker.models.pipeline.call import Signature
 from calotype_worker.models.pipeline.copies import StandIns
 from calotype_worker.models.pipeline.module_state import ModuleState
-from calotype_worker.models.pipeline.network_calls import alone
+from calotype_worker.models.pipeline.network_calls import NetworkCalls, alone
 from calotype_worker.models.pipeline.roles import Arguments, Place, Roles
 from calotype_worker.models.pipeline.stand_in import Call, CallingGreenlet
 
@@ -23,7 +24,7 @@ class Recording:
 
     calls: Sequence[Call]
     result: Any
-    changes: str  # what it changed in its networks; empty: nothing
+    changes: str  # what it changed in its networks, such as their attention processors; empty: nothing
 
 
 def record(stand_ins: StandIns, start: Callable[[Any], Any], *, seed: int = 0) -> Recording:
@@ -35,17 +36,13 @@ def record(stand_ins: StandIns, start: Callable[[Any], Any], *, seed: int = 0) -
     pipeline = stand_ins.copy()
     calls: list[Call] = []
     changes = ""
-    before = ModuleState.of(stand_ins.modules)
-    running = CallingGreenlet(lambda: start(pipeline), parent=getcurrent(), seed=seed)
-    try:
-        result = running.resume()
-        while not running.dead:
-            calls.append(result)
-            changes = changes or before.difference()
-            result = running.resume(alone(result))
-    finally:
-        if changes:
-            before.restore()
+    watched = ModuleState.of(stand_ins.modules)
+    running = CallingGreenlet(lambda: start(pipeline), parent=getcurrent(), seed=seed, watched=watched)
+    result = running.resume()
+    while not running.dead:
+        calls.append(result)
+        changes = changes or next((f"{change.name} ({change.key})" for change in running.changes), "")
+        result = running.resume(alone(result))
     return Recording(calls=calls, result=result, changes=changes)
 
 
@@ -66,3 +63,29 @@ def _by_place(recording: Recording) -> dict[Place, list[Arguments]]:
         if arguments is not None:
             found[call.place].append(arguments)
     return found
+
+
+def rehearse(stand_ins: StandIns, calls: NetworkCalls, starts: Sequence[Callable[[Any], Any]]) -> None:
+    """Run several requests together, so that the patterns of their calls are verified before others wait for them.
+
+    Raises:
+        Exception: what a pipeline or network raises.
+    """
+    running = []
+    for seed, start in enumerate(starts):
+        work = functools.partial(start, stand_ins.copy())
+        running.append(CallingGreenlet(work, parent=getcurrent(), seed=seed))
+    waiting = [found for one in running if isinstance(found := one.resume(), Call)]
+    while waiting:
+        described = {id(call): calls.describe(call) for call in waiting}
+        lead = described[id(waiting[0])]
+        if lead is None:
+            chosen, results = [waiting[0]], [alone(waiting[0])]
+        else:
+            members = calls.company(lead, [other for other in described.values() if other is not None])
+            chosen, results = [member.call for member in members], calls.run(members)
+        for call, result in zip(chosen, results, strict=True):
+            waiting.remove(call)
+            following = call.caller.resume(result)
+            if isinstance(following, Call):
+                waiting.append(following)

@@ -17,7 +17,7 @@ import torch
 from calotype_worker.models.pipeline.tree import Path, leaves
 
 Place = tuple[str, str]  # component, method
-Arguments = Mapping[str | int, Any]  # by the name of the parameter
+Arguments = Mapping[str, Any]  # by the name of the parameter
 
 
 class Kind(Enum):
@@ -117,15 +117,12 @@ def _role(value: Any, known: Role | None, rows: int, *, probed: bool) -> Role:
     if isinstance(value, torch.Tensor):
         if value.ndim == 0 or (value.shape == (1,) and rows >= 1):
             return Role(Kind.SCALAR)
-        # The runs have shown that it is shared; or there were none, or not of this argument.
-        if not probed and value.shape[0] and value.shape[0] % rows == 0:
-            return _ROWS
-        return Role(Kind.SHARED)
+        # The runs have shown that it is shared, or there were none.
+        guessed = not probed and value.shape[0] and value.shape[0] % rows == 0
+        return _ROWS if guessed else Role(Kind.SHARED)
     if isinstance(value, torch.Generator):
         return Role(Kind.GENERATOR)
-    if _plain(value):
-        return Role(Kind.VALUE)
-    return Role(Kind.OBJECT)
+    return Role(Kind.VALUE if _plain(value) else Kind.OBJECT)
 
 
 def _plain(value: Any) -> bool:

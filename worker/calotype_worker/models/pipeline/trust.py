@@ -87,9 +87,7 @@ def difference(own: Any, apart: Any) -> str:
 def _tensor_difference(own: torch.Tensor, apart: torch.Tensor) -> str:
     if own.shape != apart.shape or own.dtype != apart.dtype:
         return f"{tuple(own.shape)} {own.dtype} instead of {tuple(apart.shape)} {apart.dtype}"
-    if not own.numel():
-        return ""
-    if not own.is_floating_point():
+    if not own.numel() or not own.is_floating_point():
         return "" if torch.equal(own, apart) else "values differ"
     tolerance = _TOLERANCE.get(own.dtype, 1e-1)
     if own.device.type == "cuda" and own.dtype is torch.float32:
@@ -98,13 +96,10 @@ def _tensor_difference(own: torch.Tensor, apart: torch.Tensor) -> str:
     finite = right.isfinite()
     if not torch.equal(left.isfinite(), finite):
         return "other values are finite"
-    if not bool(finite.any()):
-        return ""
-    scale = float(right[finite].abs().max())
-    worst = float((left - right)[finite].abs().max())
-    if worst > tolerance * max(scale, 1e-6):
-        return f"by {worst:.2g} of {scale:.2g}"
-    return ""
+    left, right = left[finite], right[finite]
+    scale = float(right.abs().max()) if right.numel() else 0.0
+    worst = float((left - right).abs().max()) if right.numel() else 0.0
+    return f"by {worst:.2g} of {scale:.2g}" if worst > tolerance * max(scale, 1e-6) else ""
 
 
 def drew(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> bool:
