@@ -145,7 +145,7 @@ def main() -> None:
     }
     of_row, of_image = apart(lambda: tflop(model))
     achieved = result["rows_a_second"] * of_row + result["images_a_second"] * of_image
-    result["tflop_a_row"], result["tflop_a_image_decoded"] = round(of_row, 4), round(of_image, 4)
+    result["tflop_a_row"], result["tflop_per_image_decoded"] = round(of_row, 4), round(of_image, 4)
     result["tflop_a_second"] = round(achieved, 3)
     if options.peak:
         result["share_of_peak"] = round(achieved / options.peak, 3)
@@ -171,7 +171,7 @@ def one(lines: dict[str, Line], model: StepModel, knee: int, decode_batch: int, 
         # Rows, not images: in a few seconds the number of those that happen to finish is a matter of luck.
         "deterministic_ratio": rows["deterministic"] / rows["normal"],
         "milliseconds_a_row_alone": row * 1e3,
-        "milliseconds_a_image_decoded_alone": image * 1e3,
+        "milliseconds_per_image_decoded_alone": image * 1e3,
         "shares": {
             part: getattr(stats, f"{counter}_seconds") / wall
             for part, counter in (("steps", "step"), ("text", "encode"), ("decode", "decode"), ("idle", "idle"))

@@ -39,7 +39,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from rivals import BATCH
+from baselines import BATCH
 from throughput import to_request
 from workload import GUIDANCE, STEPS, Plain, Wanted, quiet, surroundings, workload
 

@@ -1,11 +1,11 @@
-"""What LitServe serves for `rivals.py`: a module of its own, because LitServe sends the class to another process."""
+"""What LitServe serves for `baselines.py`: a module of its own, because LitServe sends the class to another process."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import litserve
-from rivals import BATCH, FIRST
+from baselines import BATCH, FIRST
 from workload import Plain, Wanted
 
 

@@ -5,7 +5,7 @@
 - sequential: one plain diffusers pipeline call a request;
 - static_padded: everything known beforehand, in the best static batches there are, each padded to its longest request;
 - litserve, celery_batches: servers that collect requests for a moment and run them as such batches, all asked at once
-  (`rivals.py`);
+  (`baselines.py`);
 - engine: all submitted to the engine in this process, batched at every step;
 - calotype: all submitted to Redis, made by a worker process, encoded as PNG, stored in S3 and committed.
 
@@ -31,7 +31,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import rivals
+import baselines
 import torch
 from workload import KINDS, PlainElsewhere, Wanted, quiet, surroundings, workload
 
@@ -128,12 +128,12 @@ def set_up(options: argparse.Namespace, stack: ExitStack) -> tuple[dict[str, Way
     redis_url = f"{servers.valkey.url.rstrip('/').removesuffix('/0')}/7"
     children = []
     for rival in (["litserve", str(port)], ["celery", redis_url]):
-        command = [sys.executable, str(Path(rivals.__file__)), *rival, options.model, options.device]
+        command = [sys.executable, str(Path(baselines.__file__)), *rival, options.model, options.device]
         children.append(ChildProcess(rival[0], command, log=folder / f"{rival[0]}.log"))
         stack.callback(children[-1].stop)
-        stack.callback(rivals.kill, children[-1])
-    rivals.await_litserve(port, children[0])
-    rivals.ask_celery(redis_url, workload(1, *model.card.native_sizes[0]))
+        stack.callback(baselines.kill, children[-1])
+    baselines.await_litserve(port, children[0])
+    baselines.ask_celery(redis_url, workload(1, *model.card.native_sizes[0]))
     environment = {
         **servers.environment,
         "CALOTYPE_WORKER_MAX_ROWS": str(options.max_rows),
@@ -145,8 +145,8 @@ def set_up(options: argparse.Namespace, stack: ExitStack) -> tuple[dict[str, Way
         )
     )
     workers.await_ready(client.workers, 600)
-    ways["litserve"] = lambda some: rivals.ask_litserve(port, some)
-    ways["celery_batches"] = lambda some: rivals.ask_celery(redis_url, some)
+    ways["litserve"] = lambda some: baselines.ask_litserve(port, some)
+    ways["celery_batches"] = lambda some: baselines.ask_celery(redis_url, some)
     ways["calotype"] = lambda some: ask_calotype(client, name, some)
     return ways, engine, model
 
@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-rows", type=int, default=32)
-    parser.add_argument("--static-batch", type=int, default=rivals.BATCH)
+    parser.add_argument("--static-batch", type=int, default=baselines.BATCH)
     parser.add_argument("--compile", choices=["off", "default", "reduce-overhead"], default="off")
     parser.add_argument("--in-process", action="store_true", help="only what needs no servers")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/latest.json"))

@@ -119,13 +119,13 @@ def test_a_wait_for_many_hears_of_the_last_ones(client: Client, store: JobStore)
     jobs = client.submit_many([f"image {number}" for number in range(70)])
     wait = client.begin_wait([job.id for job in jobs])
     client.look(wait)
-    assert wait.told == []
+    assert wait.subscribed_ids == []
     claims = [claim(store, job.id) for job in jobs]
     for claimed in claims[:10]:
         commit(store, claimed)
     following = Following(client, *(job.id for job in jobs[10:]))
     client.look(wait)
-    assert wait.told == [job.id for job in jobs[10:]]
+    assert wait.subscribed_ids == [job.id for job in jobs[10:]]
     for claimed in claims[10:]:
         commit(store, claimed)
     assert len([record for record in following.end() if record.state is JobState.SUCCEEDED]) == 60

@@ -72,7 +72,7 @@ def test_urgent_queues_keep_their_order(affinity: SizeAffinity) -> None:
     with affinity.preferred_shapes(BULK) as shapes:
         assert shapes == ["64x64"]
     off = SizeAffinity(0, budget=lambda *_: 4, rows=lambda *_: 1)
-    off.took(claimed(1))
+    off.claimed(claimed(1))
     with off.preferred_shapes(BULK) as shapes:
         assert shapes == []
 

@@ -84,7 +84,13 @@ def pack(tmp_path: Path) -> Callable[..., Path]:
 
     def pack(*, about: str = ABOUT, wheel: tuple[str, ...] = (), sdist: tuple[str, ...] = ()) -> Path:
         with zipfile.ZipFile(tmp_path / "calotype-1.0.0-py3-none-any.whl", "w") as archive:
-            for name in ("calotype/a.py", "calotype_shared/a.py", "calotype_worker/a.py", *wheel):
+            for name in (
+                "calotype/a.py",
+                "calotype_shared/a.py",
+                "calotype_train/a.py",
+                "calotype_worker/a.py",
+                *wheel,
+            ):
                 archive.writestr(name, "")
             archive.writestr("calotype-1.0.0.dist-info/METADATA", about)
         with tarfile.open(tmp_path / "calotype-1.0.0.tar.gz", "w:gz") as archive:

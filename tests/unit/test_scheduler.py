@@ -255,7 +255,7 @@ def test_groups_with_urgent_requests_go_first_and_the_others_are_not_forgotten()
     scheduler.add("neighbour", "b", 1)
     plan = scheduler.plan()
     assert plan is not None
-    assert (plan.group, plan.reason) == ("b", "urgent")
+    assert (plan.group, plan.reason) == ("b", "interactive")
     assert turns(scheduler, 17) == [*"bbbbbbb", "a", *"bbbbbbbb", "a"]
     scheduler.check_integrity()
     scheduler.remove("urgent")

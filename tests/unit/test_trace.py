@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from calotype_worker.engine import Engine
-from calotype_worker.engine.trace import Trace
+from calotype_worker.observability.trace_file import TraceFile
 from tests.unit.test_engine import request
 
 
 def test_every_step_is_in_the_trace_with_its_rows(make_engine: Any, tmp_path: Path) -> None:
     """As many rows as the counters say, in spans that do not overlap, with hardly a gap between them."""
-    trace = Trace(tmp_path / "trace.json", process="a worker")
+    trace = TraceFile(tmp_path / "trace.json", process="a worker")
     engine: Engine = make_engine(trace=trace)
     futures = [engine.submit(request(f"r{number}", steps=4 + number)) for number in range(6)]
     for future in futures:
@@ -45,7 +45,7 @@ def test_every_step_is_in_the_trace_with_its_rows(make_engine: Any, tmp_path: Pa
 
 def test_a_trace_can_be_read_while_it_is_written(tmp_path: Path) -> None:
     """Or after its worker was killed: only the bracket is missing, and viewers do without."""
-    trace = Trace(tmp_path / "trace.json", process="a worker")
+    trace = TraceFile(tmp_path / "trace.json", process="a worker")
     for number in range(100):
         trace.span("engine", "step", number, number + 0.5, rows=number)
     ends = time.monotonic() + 10
@@ -61,7 +61,7 @@ def test_a_trace_can_be_read_while_it_is_written(tmp_path: Path) -> None:
 
 def test_a_full_disk_ends_the_trace_and_nothing_else(tmp_path: Path) -> None:
     """Whoever notes a span never hears of it."""
-    trace = Trace(Path("/dev/full"), process="a worker")
+    trace = TraceFile(Path("/dev/full"), process="a worker")
     for number in range(20_000):
         trace.span("engine", "step", number, number + 1)
     closing = threading.Thread(target=trace.close)
@@ -73,4 +73,4 @@ def test_a_full_disk_ends_the_trace_and_nothing_else(tmp_path: Path) -> None:
 def test_a_trace_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     """At once, when a worker starts."""
     with pytest.raises(OSError, match="nowhere"):
-        Trace(tmp_path / "nowhere" / "trace.json", process="a worker")
+        TraceFile(tmp_path / "nowhere" / "trace.json", process="a worker")

@@ -69,7 +69,7 @@ def test_who_hears_of_changes_looks_once_a_second() -> None:
     assert waiting.pause(99.0, live=True) == 1.0
     assert waiting.min_interval == pytest.approx(0.01)
     assert Waiting(["a"], started=0.0, timeout=0.5).pause(0.1, live=True) == pytest.approx(0.4)
-    assert Waiting([str(number) for number in range(40)], started=0.0, timeout=None).least == pytest.approx(0.2)
+    assert Waiting([str(number) for number in range(40)], started=0.0, timeout=None).min_interval == pytest.approx(0.2)
 
 
 def test_changes_of_few_jobs_are_worth_hearing_of() -> None:

@@ -61,7 +61,7 @@ def test_probes_find_a_stuck_heartbeat_and_an_ended_engine(
             info={"worker": "w", "model": "tiny", "device": "cpu", "version": "1"},
             device="cpu",
             engine=engine,
-            heartbeat=heartbeat,
+            silent_seconds=lambda: heartbeat.silent_seconds,
             counters=Counters(),
             gauges={},
             not_ready=lambda: None,

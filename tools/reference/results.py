@@ -16,10 +16,10 @@ RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- results ([a-z-]+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
 WAYS = {
-    "sequential": "plain diffusers, one call a request",
-    "static_padded": "plain diffusers, static batches of what is alike, padded to the longest",
-    "celery_batches": "celery-batches, the same by a Celery worker",
-    "litserve": "LitServe, dynamic batches",
+    "sequential": "plain diffusers, one call per request",
+    "static_padded": "plain diffusers, static batches of compatible requests, padded to the longest",
+    "celery_batches": "celery-batches: the same, run by a Celery worker",
+    "litserve": "LitServe: dynamic batches",
 }
 
 
@@ -57,8 +57,8 @@ def throughput() -> str:
         ratios = [theirs / ours for theirs, ours in zip(seconds[way], seconds["calotype"], strict=True)]
         middle = f"{result['throughput_ratio'][way]:.2f}× as fast"
         rows.append([text, rate[way], middle, f"{min(ratios):.2f} to {max(ratios):.2f}"])
-    rows.append(["**Calotype**: queue, worker, PNG, S3, commit", f"**{rate['calotype']}**", "", ""])
-    return table([f"{requests} requests at once", "images/s", "Calotype is", "in single rounds"], rows)
+    rows.append(["**Calotype**, including queue, PNG, S3 and commit", f"**{rate['calotype']}**", "", ""])
+    return table([f"{requests} requests submitted at once", "images/s", "Calotype is", "range over rounds"], rows)
 
 
 def throughput_alone() -> str:
@@ -75,17 +75,17 @@ def efficiency() -> str:
     shares = result["shares"]
     rows = [
         [
-            "efficiency: the network's and the decoder's own time, at the knee, of the wall time",
+            "efficiency: time that the network and the decoder need at the knee, divided by wall time",
             percent(result["efficiency"]),
         ],
         ["steps: network, guidance, sampler, noise", percent(shares["steps"])],
         ["decoding", percent(shares["decode"])],
         ["text", percent(shares["text"])],
         ["idle", percent(shares["idle"])],
-        ["rows a step, of a knee of " + str(result["knee_rows"]), f"{result['mean_rows']:.1f}"],
-        ["deterministic mode's rows a second, of the normal mode's", percent(result["deterministic_ratio"])],
+        ["mean rows per step (the knee is " + str(result["knee_rows"]) + ")", f"{result['mean_rows']:.1f}"],
+        ["rows per second in deterministic mode, relative to normal mode", percent(result["deterministic_ratio"])],
     ]
-    return table(["the engine under standing load", "share"], rows) + "\n" + provenance(result)
+    return table(["engine under sustained load", "share"], rows) + "\n" + provenance(result)
 
 
 def latency() -> str:
@@ -93,7 +93,7 @@ def latency() -> str:
     rows = []
     for load in result["seconds"]:
         for way, text in (
-            ("sequential", "plain diffusers, first in first out"),
+            ("sequential", "plain diffusers, first in, first out"),
             ("dynamic", "dynamic static batches of up to 8"),
             ("engine", "**Calotype's engine**"),
         ):
@@ -101,7 +101,7 @@ def latency() -> str:
             rows.append([f"{load['load_that_came_of_it']:g}", text, f"{figures['mean']:.2f}", f"{figures['p95']:.2f}"])
         rows[-1] += [f"{load['p95_of_engine_over_best_other']:.2f}"]
     rows = [row if len(row) == 5 else [*row, ""] for row in rows]
-    head = ["load, of sequential capacity", "", "mean, s", "p95, s", "p95, of the best other"]
+    head = ["load, relative to sequential capacity", "server", "mean, s", "p95, s", "p95 relative to the best other"]
     return table(head, rows) + "\n" + provenance(result)
 
 
@@ -111,17 +111,17 @@ def queue_overhead() -> str:
     rows = [
         [text, f"{result[name]['median']:g}", f"{result[name]['p95']:g}"]
         for name, text in (
-            ("latency_ms", "one image of 4 steps on an idle system, from `submit` to a signed URL"),
-            ("device_ms", "of that, on the device"),
-            ("bare_celery_ms", "a bare Celery task and its result, on the same Redis"),
-            ("added_over_celery_ms", "**what the queue adds to that**: claim, lease, PNG, S3, commit, URL"),
+            ("latency_ms", "one image with 4 steps on an idle system, from `submit` to a signed URL"),
+            ("device_ms", "of which on the device"),
+            ("bare_celery_ms", "an empty Celery task and its result, on the same Redis"),
+            ("added_over_celery_ms", "**added by Calotype's queue**: claim, lease, PNG, S3, commit, URL"),
         )
     ]
     idle = result["redis_commands_a_second_idle"]
     commands = (
-        f"Redis commands a job: {room['a_job']:.0f} where a worker has room for it, and {full['a_job']:.0f} where it "
-        f"is full, at {full['jobs_a_second']:.1f} jobs a second. An idle worker and client make {idle:.0f} "
-        "a second. "
+        f"Redis commands per job: {room['a_job']:.0f} when the worker has free capacity, {full['a_job']:.0f} when it "
+        f"is full (at {full['jobs_a_second']:.1f} jobs per second). An idle worker and client together send {idle:.0f} "
+        "commands per second. "
     )
     return table(["milliseconds", "median", "p95"], rows) + "\n" + commands + provenance(result)
 
@@ -137,7 +137,9 @@ def queue_length() -> str:
         ]
         for row in result["table"]
     ]
-    return table(["jobs waiting", *names, "bytes a job"], rows) + "\nMilliseconds, medians. " + provenance(result)
+    return (
+        table(["jobs waiting", *names, "bytes per job"], rows) + "\nMedian times in milliseconds. " + provenance(result)
+    )
 
 
 def scale_out() -> str:
@@ -152,7 +154,13 @@ def scale_out() -> str:
         ]
         for row in result["table"]
     ]
-    head = ["workers", "linear, jobs/s", "measured", "of linear", "Redis, of a core"]
+    head = [
+        "workers",
+        "linear scaling, jobs/s",
+        "measured, jobs/s",
+        "measured / linear",
+        "Redis CPU, share of one core",
+    ]
     return table(head, rows) + "\n" + provenance(result)
 
 
@@ -169,8 +177,15 @@ def jitter() -> str:
         ]
         for row in result["table"]
     ]
-    head = ["beside the steps", "threads", "step, ms", "p95, ms", "of alone", "done a second"]
-    return table(head, rows) + f"\nA image is {result['image']}. " + provenance(result)
+    head = [
+        "work beside the steps",
+        "threads",
+        "median step, ms",
+        "p95, ms",
+        "relative to none",
+        "operations per second",
+    ]
+    return table(head, rows) + f"\nEach image: {result['image']}. " + provenance(result)
 
 
 def growth() -> str:
@@ -180,7 +195,7 @@ def growth() -> str:
     wanted = sorted({min(rows), last // 2, last * 7 // 10, last} & rows.keys())
     return (
         table(
-            ["jobs made", "worker, MiB resident", "Redis, MiB"],
+            ["jobs finished", "worker, MiB resident", "Redis, MiB"],
             [[f"{jobs:,}", f"{rows[jobs][0]:,.0f}", f"{rows[jobs][1]:.1f}"] for jobs in wanted],
         )
         + "\n"

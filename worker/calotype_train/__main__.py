@@ -171,7 +171,7 @@ def _textual_inversion(model: BaseModel, options: argparse.Namespace, examples: 
 
     check_captions([example.text for example in examples], options.token)
     return TextualInversionRecipe(
-        model, token=options.token, initialise_from=options.initialise_from, vectors=options.vectors
+        model, token=options.token, initialize_from=options.initialize_from, vectors=options.vectors
     )
 
 

@@ -20,13 +20,13 @@ class TextualInversionRecipe:
 
     name = "textual-inversion"
 
-    def __init__(self, model: BaseModel, *, token: str, initialise_from: str, vectors: int = 1) -> None:
+    def __init__(self, model: BaseModel, *, token: str, initialize_from: str, vectors: int = 1) -> None:
         """
         Raises:
-            InvalidRequest: the token is a word already, or `initialise_from` is not one token.
+            InvalidRequest: the token is a word already, or `initialize_from` is not one token.
         """
         self.model = model
-        self.token, self._word, self._vectors = token, initialise_from, vectors
+        self.token, self._word, self._vectors = token, initialize_from, vectors
         tokenizer, encoder = model.tokenizer, model.text_encoder
         if token in tokenizer.get_vocab() or any(character.isspace() for character in token) or not token:
             raise InvalidRequest(
@@ -35,12 +35,12 @@ class TextualInversionRecipe:
                 value=token,
                 remedy='choose one without spaces that the tokenizer does not have, such as "<my-thing>"',
             )
-        known = tokenizer(initialise_from, add_special_tokens=False).input_ids
+        known = tokenizer(initialize_from, add_special_tokens=False).input_ids
         if len(known) != 1:
             raise InvalidRequest(
                 f"is {len(known)} tokens to this model, not one word that it knows",
                 field="--initialize-from",
-                value=initialise_from,
+                value=initialize_from,
                 remedy="give a word of its captions, near in meaning to the new one",
             )
         # diffusers' names for the vectors of one word: <x>, <x>_1, <x>_2 …
@@ -57,7 +57,7 @@ class TextualInversionRecipe:
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        return {"token": self.token, "initialise_from": self._word, "vectors": self._vectors}
+        return {"token": self.token, "initialize_from": self._word, "vectors": self._vectors}
 
     def expand(self, caption: str) -> str:
         """The caption with every vector's own token, as diffusers' `maybe_convert_prompt` writes it."""

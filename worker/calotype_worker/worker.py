@@ -28,7 +28,7 @@ from calotype_shared.settings import Settings
 from calotype_shared.storage.s3 import Storage
 from calotype_worker.engine import Engine, EngineSettings
 from calotype_worker.engine.profile import Profile
-from calotype_worker.engine.trace import NoopTracer, Trace, Tracer
+from calotype_worker.engine.trace import NoopTracer, Tracer
 from calotype_worker.jobs.celery_app import make_app, queue_names
 from calotype_worker.jobs.heartbeat import Heartbeat
 from calotype_worker.jobs.inputs import Inputs
@@ -43,6 +43,7 @@ from calotype_worker.models import Accelerations, Adapters, AnyModel, Memory, Mo
 from calotype_worker.observability.admin import WorkerAdmin
 from calotype_worker.observability.counters import Counters
 from calotype_worker.observability.report import step_groups
+from calotype_worker.observability.trace_file import TraceFile
 from calotype_worker.output.encoder import Encoder
 from calotype_worker.settings import WorkerSettings
 from calotype_worker.threads import apart
@@ -108,7 +109,7 @@ def _make_trace(options: WorkerSettings, *, process: str) -> Tracer:
     if options.trace is None:
         return NoopTracer()
     try:
-        return Trace(Path(options.trace), process=process)
+        return TraceFile(Path(options.trace), process=process)
     except OSError as error:
         raise SettingsError(
             f"CALOTYPE_WORKER_TRACE={options.trace!r}: {error}; give a file that this user can write"
@@ -202,7 +203,7 @@ class Worker:
             },
             device=options.device,
             engine=self._engine,
-            heartbeat=self._heartbeat,
+            silent_seconds=lambda: self._heartbeat.silent_seconds,
             counters=self._counters,
             gauges={
                 names.RUNNING_JOBS: lambda: len(self._heartbeat.running()),
@@ -253,7 +254,7 @@ class Worker:
         self._runner.stop()
         self._heartbeat.stop()
         self._engine.stop()
-        if isinstance(self._trace, Trace):
+        if isinstance(self._trace, TraceFile):
             self._trace.close()
         self._admin.close()
         self._telemetry.close()

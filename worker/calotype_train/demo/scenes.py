@@ -180,7 +180,7 @@ def _combination(rng: random.Random) -> tuple[str, str, str]:
 
 
 def _caption(rng: random.Random, words: str, background: str, place: str) -> str:
-    lead = rng.choice(["", "", "", "an image of ", "an image of "])
+    lead = rng.choice(["", "", "", "an image of ", "a picture of "])
     backdrop = rng.choice(
         [f"on {_article(background)} {background} background"] * 3
         + [f"on {background}", f"against {_article(background)} {background} background"]

@@ -16,6 +16,7 @@ from calotype_worker.engine.batch_row import Layout
 from calotype_worker.engine.failure_isolation import is_fatal
 from calotype_worker.engine.memory_limit import is_out_of_memory
 from calotype_worker.models.base import Conditioning, StepModel
+from calotype_worker.sampling.table import product
 
 log = logging.getLogger(__name__)
 
@@ -31,18 +32,6 @@ def buckets_up_to(rows: int) -> tuple[int, ...]:
     while found[0] > 2 and len(found) < MAX_BUCKETS:
         found.insert(0, 1 << (found[0] - 1).bit_length() - 1)
     return tuple(found)
-
-
-def product(matrices: torch.Tensor, stacked: torch.Tensor) -> torch.Tensor:
-    """Each row's matrix times its column of tensors: (n, K+1, K+3) x (n, K+3, L) -> (n, K+1, L).
-
-    Written as sums of products, column by column: a batched matrix product picks its kernel, and so the order of its
-    sums, by n and K, and a row's last bits would depend on its neighbours. Here adding zeros for a larger K is exact.
-    """
-    result = matrices[:, :, 0, None] * stacked[:, None, 0]
-    for column in range(1, stacked.shape[1]):
-        result = result + matrices[:, :, column, None] * stacked[:, None, column]
-    return result
 
 
 class CompiledStep:

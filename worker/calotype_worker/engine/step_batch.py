@@ -9,12 +9,12 @@ import numpy as np
 import torch
 
 from calotype_worker.engine.batch_row import BatchRow, Layout, layout
-from calotype_worker.engine.compiled import REMEMBERED, CompiledStep, product
+from calotype_worker.engine.compiled import REMEMBERED, CompiledStep
 from calotype_worker.engine.failure_isolation import is_fatal, run_isolating_failures
 from calotype_worker.engine.memory_limit import MemoryLimit, free_failed_pass, is_out_of_memory
 from calotype_worker.models.base import Rows, StepModel
 from calotype_worker.sampling.row_scheduler import RowScheduler
-from calotype_worker.sampling.table import SamplerTable
+from calotype_worker.sampling.table import SamplerTable, product
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,6 @@ from calotype_shared.observability import metric_names as names
 from calotype_shared.observability.admin_server import AdminServer, probed
 from calotype_worker.engine import Engine
 from calotype_worker.engine.trace import Tracer, Tracers
-from calotype_worker.jobs.heartbeat import Heartbeat
 from calotype_worker.observability.counters import Counters
 from calotype_worker.settings import WorkerSettings
 
@@ -56,7 +55,7 @@ class WorkerAdmin:
         info: Mapping[str, str],
         device: str,
         engine: Engine,
-        heartbeat: Heartbeat,
+        silent_seconds: Callable[[], float],
         counters: Counters,
         gauges: Mapping[names.Metric, Callable[[], float]],
         not_ready: Callable[[], str | None],
@@ -66,8 +65,8 @@ class WorkerAdmin:
         def not_alive() -> str | None:
             if not engine.alive:
                 return "the engine's thread has ended"
-            if heartbeat.silent_seconds > _SILENCE_SECONDS:
-                return f"the heartbeat's thread has been stuck for {heartbeat.silent_seconds:.0f} s"
+            if (silent := silent_seconds()) > _SILENCE_SECONDS:
+                return f"the heartbeat's thread has been stuck for {silent:.0f} s"
             return None
 
         self._not_alive = not_alive

@@ -190,3 +190,15 @@ class TableCache:
             while len(self._noisings) > self._capacity:
                 self._noisings.popitem(last=False)
         return found
+
+
+def product(matrices: torch.Tensor, stacked: torch.Tensor) -> torch.Tensor:
+    """Each row's matrix times its column of tensors: (n, K+1, K+3) x (n, K+3, L) -> (n, K+1, L).
+
+    Written as sums of products, column by column: a batched matrix product picks its kernel, and so the order of its
+    sums, by n and K, and a row's last bits would depend on its neighbours. Here adding zeros for a larger K is exact.
+    """
+    result = matrices[:, :, 0, None] * stacked[:, None, 0]
+    for column in range(1, stacked.shape[1]):
+        result = result + matrices[:, :, column, None] * stacked[:, None, column]
+    return result
