@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from tests.family_models import tiny_flux
 from tests.models import tiny_pipeline
 from tests.unit.pipelines import parts
 from tests.unit.pipelines.parts import noisy
+from tests.video_and_mesh_models import tiny_shap_e
 
 
 def stable_diffusion() -> Any:
@@ -44,3 +46,12 @@ def qwen_image() -> Any:
     )
     pipeline.default_sample_size = 8
     return noisy(pipeline)
+
+
+def shap_e(*, solid: bool = True) -> Any:
+    """Views of few samples on each ray, and meshes of a coarse grid: those of the defaults take minutes."""
+    pipeline = tiny_shap_e(solid=solid)
+    renderer = pipeline.shap_e_renderer
+    renderer.decode_to_image = functools.partial(renderer.decode_to_image, n_coarse_samples=2, n_fine_samples=4)
+    renderer.decode_to_mesh = functools.partial(renderer.decode_to_mesh, grid_size=20)
+    return pipeline

@@ -30,6 +30,8 @@ class PipelineRun:
         self.waited = 0  # calls of others since this one sleeps
         self.result: Any = None
         self.error: Exception | None = None
+        self.calls = 0  # made so far
+        self.changed = False  # whether it has changed the networks at any of them
         self.steps_done = 0
         self.total_steps = 0
         self._greenlet = CallingGreenlet(self._work, parent=getcurrent(), seed=seed, watched=watched)
@@ -86,7 +88,9 @@ class PipelineRun:
         except Exception as error:
             self.error = error
             return
+        self.changed = self.changed or bool(self._greenlet.changes)
         if self.ended:
             self.result = value
         else:
             self.call = value
+            self.calls += 1

@@ -4,10 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from calotype_worker.engine.step_batch import StepReport
+
+class Step(Protocol):
+    """What a forward pass reports."""
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def padding_rows(self) -> int: ...
+
+    @property
+    def compiled(self) -> bool: ...
+
+    @property
+    def fallback_steps(self) -> int: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +66,7 @@ class Counters:
     decode_seconds: float = 0.0
     idle_seconds: float = 0.0
 
-    def count_step(self, report: StepReport, seconds: float) -> None:
+    def count_step(self, report: Step, seconds: float) -> None:
         self.forward_passes += 1
         self.rows += report.rows
         self.padding_rows += report.padding_rows

@@ -43,6 +43,9 @@ class Arguments:
         self.edits = takes_image and not self.starts
         self.mask = "mask_image" in signature
         self.video = "video" in signature
+        self.renders = "frame_size" in signature  # square views of an object
+        unet = getattr(pipeline, "unet", None)
+        self.max_frames: int | None = getattr(getattr(unet, "config", None), "motion_max_seq_length", None)
 
     @property
     def features(self) -> frozenset[str]:
@@ -89,7 +92,7 @@ class Arguments:
             "height": request.height,
             "width": request.width,
             "num_inference_steps": request.num_inference_steps,
-            "num_frames": request.num_frames,
+            "num_frames": self.frames(request),
         }
         if self.guidance is not None:
             found[self.guidance] = request.guidance_scale
@@ -109,6 +112,13 @@ class Arguments:
         if "output_type" in self.signature:
             given["output_type"] = self.output_type(request)
         return given
+
+    def frames(self, request: GenerationRequest) -> int | None:
+        """Of the request's video; None: the pipeline's own default."""
+        default = self.signature.default("num_frames")
+        if request.num_frames is None and self.max_frames is not None and isinstance(default, int):
+            return min(default, self.max_frames)
+        return request.num_frames
 
     def output_type(self, request: GenerationRequest) -> str:
         """What diffusers converts results to."""
@@ -157,6 +167,20 @@ class Arguments:
 
     def _refuse(self, request: GenerationRequest, model: str) -> None:
         """What the card's check refuses for jobs from the queue, in-process callers meet here."""
+        if self.renders and request.width != request.height:
+            raise InvalidRequest(
+                f"the views of model {model!r} are square, and the width is {request.width}",
+                field="height",
+                value=request.height,
+                remedy=f"use {request.width}",
+            )
+        if self.max_frames is not None and (request.num_frames or 1) > self.max_frames:
+            raise InvalidRequest(
+                f"the motion modules of model {model!r} span {self.max_frames} frames",
+                field="num_frames",
+                value=request.num_frames,
+                remedy=f"use 1 to {self.max_frames}",
+            )
         takes = {
             "init_image": (request.init_image is not None, self.starts),
             "mask_image": (request.mask is not None, self.mask),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Hashable, Mapping
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from calotype_shared.errors import InvalidRequest, ModelLoadError
+from calotype_shared.errors import GenerationFailed, InvalidRequest, ModelLoadError
 from calotype_shared.schema.config import OutputFormat, SamplerType
 from calotype_shared.schema.model_card import ModelCard
 from calotype_worker.models.pipeline.arguments import Arguments
@@ -61,6 +62,8 @@ class PipelineModel:
         self._stand_ins = StandIns(pipeline)
         for module in self.modules.values():
             module.eval()
+            if type(module).__name__ == "ShapERenderer":
+                module.mesh_decoder.register_forward_hook(_refuse_empty)  # type: ignore[union-attr]
         self.to(device)
         self._samplers = samplers_of(pipeline)
         self._watched = ModuleState.of(self.modules)
@@ -72,7 +75,7 @@ class PipelineModel:
                 name,
                 pipeline,
                 self.arguments,
-                kind=self.read(single.result).kind,
+                kind="mesh" if self.arguments.renders else self.read(single.result).kind,
                 notes=notes or {},
                 version=version,
             )
@@ -101,6 +104,11 @@ class PipelineModel:
     def group(self, request: GenerationRequest) -> tuple[Hashable, ...]:
         """What requests share that run together."""
         return ("pipeline", request.width, request.height, request.num_frames)
+
+    def area(self, group: tuple[Hashable, ...]) -> int:
+        """Pixels of a request of a group; of the native size where the group is not known."""
+        width, height = self.card.native_sizes[0]
+        return int(str(group[1])) * int(str(group[2])) if len(group) == 4 else width * height
 
     def check(self, request: GenerationRequest) -> None:
         """Refuse what cannot be made.
@@ -151,7 +159,11 @@ class PipelineModel:
         Raises:
             GenerationFailed: nothing that could be stored.
         """
-        return read(result, sample_rate=_sample_rate(self._pipeline))
+        output = read(result, sample_rate=_sample_rate(self._pipeline))
+        if self.arguments.renders and output.frames is not None:
+            # The last view is the first again, which would make a loop stutter.
+            return dataclasses.replace(output, frames=output.frames[:-1])
+        return output
 
     def plain(self, request: GenerationRequest) -> Any:
         """What diffusers itself returns for the request, alone. It must not run beside others."""
@@ -184,7 +196,7 @@ class PipelineModel:
         """A short run at a small size, or if there is none at the native one; and that size."""
         multiple = size_multiple(self._pipeline)
         width, height = native[0]
-        small = tuple(max(2 * multiple, side // 4 // multiple * multiple) for side in (width, height))
+        small = tuple(max(multiple, side // 4 // multiple * multiple) for side in (width, height))
         problem: Exception | None = None
         for size in dict.fromkeys(((min(small[0], width), min(small[1], height)), (width, height))):
             try:
@@ -205,7 +217,12 @@ class PipelineModel:
         return probe_request(self.arguments, width, height, prompt=prompt, seed=seed)
 
     def _probe_arguments(self, width: int, height: int) -> dict[str, Any]:
-        return self.arguments.of(self._probe_request(width, height), model="")
+        return self._arguments_of(self._probe_request(width, height))
+
+    def _arguments_of(self, request: GenerationRequest) -> dict[str, Any]:
+        found = self.arguments.of(request, model="")
+        # Views of an object take minutes on a CPU, and nothing of them is merged.
+        return {**found, "output_type": "latent"} if self.arguments.renders else found
 
     def _learn(self, single: Recording, width: int, height: int) -> Roles:
         """Roles from a run for two; if there is none, all are guessed from shapes."""
@@ -224,7 +241,7 @@ class PipelineModel:
     def _rehearse(self, width: int, height: int) -> None:
         starts = []
         for index, prompt in enumerate(_PROMPTS):
-            arguments = self.arguments.of(self._probe_request(width, height, prompt=prompt, seed=index), model="")
+            arguments = self._arguments_of(self._probe_request(width, height, prompt=prompt, seed=index))
             starts.append(functools.partial(self._probe_call, arguments=arguments))
         try:
             rehearse(self._stand_ins, self.calls, starts)
@@ -274,6 +291,14 @@ def _after_denoising(recording: Recording) -> frozenset[Place]:
     busiest = max(set(places), key=lambda place: (places.count(place), place))
     last = len(places) - 1 - places[::-1].index(busiest)
     return frozenset(places[last + 1 :]) - frozenset(places[: last + 1])
+
+
+def _refuse_empty(module: torch.nn.Module, inputs: Any, surface: Any) -> None:
+    if not len(surface.verts):
+        raise GenerationFailed(
+            "the object has no surface, so there is no mesh to write; use another prompt or seed, or more steps, "
+            "or output_format gif to see what the model made of it"
+        )
 
 
 def _size_of(module: torch.nn.Module) -> int:

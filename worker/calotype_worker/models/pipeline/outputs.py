@@ -34,6 +34,17 @@ class Output:
             return "video"
         return "image" if self.image is not None else "audio"
 
+    def shown(self, width: int, height: int) -> np.ndarray:
+        """What to show for it, uint8 (h, w, 3): the image, the middle frame, a mesh from the front, a waveform."""
+        if self.image is not None:
+            return self.image
+        if self.frames is not None:
+            return self.frames[len(self.frames) // 2]
+        if self.mesh is not None:
+            return _drawn(self.mesh, width)
+        assert self.audio is not None
+        return _waveform(self.audio, width, height)
+
 
 def read(result: Any, *, sample_rate: int) -> Output:
     """The first (and only) of each of a pipeline's results.
@@ -134,3 +145,22 @@ def _srgb(linear: torch.Tensor) -> torch.Tensor:
     """Linear light to sRGB (IEC 61966-2-1), both 0..1. Shap-E's renderer gives a mesh's colors in linear light, which
     programs that open a PLY would show too dark."""
     return torch.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear.clamp(min=0.0031308) ** (1 / 2.4) - 0.055)
+
+
+def _drawn(mesh: Mesh, side: int) -> np.ndarray:
+    """A mesh's vertices seen from the front, the nearest on top: uint8 (side, side, 3)."""
+    image = np.full((side, side, 3), 255, dtype=np.uint8)
+    order = np.argsort(-mesh.vertices[:, 1])
+    places = ((mesh.vertices[order][:, [2, 0]] * (-1, 1) + 1) / 2 * side).astype(int).clip(0, side - 1)
+    image[places[:, 0], places[:, 1]] = mesh.colors[order]
+    return image
+
+
+def _waveform(audio: Audio, width: int, height: int) -> np.ndarray:
+    """The loudness of sound from left to right: uint8 (height, width, 3)."""
+    image = np.full((height, width, 3), 255, dtype=np.uint8)
+    pieces = np.array_split(np.abs(audio.samples).max(axis=0), width)
+    for column, piece in enumerate(pieces):
+        half = int(min(1.0, float(piece.max(initial=0.0))) * height / 2)
+        image[height // 2 - half : height // 2 + half + 1, column] = 64
+    return image
