@@ -28,7 +28,7 @@ import torch
 from PIL import Image, ImageDraw
 from workload import quiet, surroundings
 
-from calotype_shared.schema.config import SamplerType
+from calotype_shared.schema.enums import SamplerType
 from calotype_worker.engine import Engine, EngineSettings, GenerationRequest
 from calotype_worker.models import Accelerations, load_model
 from calotype_worker.models.base import RowMemory, Rows

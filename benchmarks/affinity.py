@@ -34,8 +34,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from calotype_shared.queue.job_store import Claim
-from calotype_shared.schema.config import GenerationConfig
-from calotype_shared.schema.jobs import JobRecord, JobState, Lane
+from calotype_shared.schema.enums import JobState, Lane
+from calotype_shared.schema.jobs import JobRecord
+from calotype_shared.schema.resolve import ResolvedConfig
 from calotype_worker.engine.scheduler import Scheduler
 from calotype_worker.jobs.size_affinity import SizeAffinity
 
@@ -86,7 +87,7 @@ class Job:
     record: Claim = field(init=False)
 
     def __post_init__(self) -> None:
-        config = GenerationConfig.model_construct(
+        config = ResolvedConfig.model_construct(
             model="simulated",
             width=self.size[0],
             height=self.size[1],

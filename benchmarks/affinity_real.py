@@ -32,7 +32,8 @@ from workload import surroundings
 import calotype_worker.worker
 from calotype import Client
 from calotype.embedded import EmbeddedServers
-from calotype_shared.schema.jobs import JobRecord, JobState, Lane
+from calotype_shared.schema.enums import JobState, Lane
+from calotype_shared.schema.jobs import JobRecord
 from calotype_shared.settings import Settings
 from calotype_worker.logs import set_up_logging
 from calotype_worker.models import AnyModel

@@ -21,11 +21,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
-from workload import Plain, Wanted
+from workload import BATCH, WARM_UP, Plain, Wanted
 
 from calotype.embedded.process import ChildProcess
 
-BATCH = 8
 COLLECT_SECONDS = 0.1
 
 
@@ -74,7 +73,7 @@ def serve_celery(redis_url: str, model: str, device: str) -> None:
 
     app = celery_app(redis_url)
     plain = Plain(model, device=device)
-    plain.one(Wanted(**FIRST))
+    plain.one(WARM_UP)
 
     @app.task(base=Batches, name="generate", flush_every=BATCH, flush_interval=COLLECT_SECONDS)
     def generate(requests: list[Any]) -> None:
@@ -90,17 +89,6 @@ def ask_celery(redis_url: str, wanted: Sequence[Wanted]) -> None:
     app = celery_app(redis_url)
     sent = [app.send_task("generate", [dataclasses.asdict(each)]) for each in wanted]
     assert [result.get(timeout=900, interval=0.02) for result in sent] == [each.seed for each in wanted]
-
-
-FIRST = {
-    "prompt": "a warm-up",
-    "width": 128,
-    "height": 128,
-    "num_inference_steps": 2,
-    "guidance_scale": 5.0,
-    "sampler": "ddim",
-    "seed": 0,
-}
 
 
 def kill(process: ChildProcess) -> None:

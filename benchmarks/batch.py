@@ -44,11 +44,9 @@ def work(settings: Settings, step_seconds: float, rows: int) -> None:
         claims = [store.claim(QUEUE, worker="simulated", lease_seconds=60) for _ in messages]
         time.sleep(step_seconds)
         for claim in filter(None, claims):
-            config = claim.config
-            assert config.seed is not None
             image = ImageRef(
                 key=f"{claim.folder}/0.png",
-                seed=config.seed,
+                seed=claim.config.seed,
                 width=512,
                 height=512,
                 content_type="image/png",

@@ -28,8 +28,8 @@ from calotype.embedded import EmbeddedServers
 from calotype_shared.queue.connection import connect_redis
 from calotype_shared.queue.job_store import JobStore
 from calotype_shared.queue.submission import NewJob
-from calotype_shared.schema.config import GenerationConfig
-from calotype_shared.schema.jobs import Lane
+from calotype_shared.schema.enums import Lane
+from calotype_shared.schema.resolve import ResolvedConfig
 
 QUEUE = "demo.bulk"
 LINES = {"one size": (SIZES[:1], SIZES[0]), "many sizes": (SIZES, SIZES[0]), "no match": (SIZES, (8, 8))}
@@ -39,7 +39,7 @@ def fill(store: JobStore, sizes: list[tuple[int, int]], count: int) -> None:
     chance = random.Random(0)
     store.create(
         NewJob.of(
-            GenerationConfig(prompt="a red circle on a blue background", width=width, height=height, seed=number),
+            ResolvedConfig(prompt="a red circle on a blue background", width=width, height=height, seed=number),
             lane=Lane.BULK,
         )
         for number, (width, height) in enumerate(chance.choices(sizes, k=count))

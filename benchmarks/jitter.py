@@ -29,7 +29,7 @@ from throughput import to_request
 from workload import quiet, surroundings, workload
 
 from calotype.embedded import EmbeddedServers
-from calotype_shared.schema.config import OutputFormat
+from calotype_shared.schema.enums import OutputFormat
 from calotype_shared.storage.s3 import Storage
 from calotype_worker.engine import Engine, EngineSettings
 from calotype_worker.engine.trace import NoopTracer

@@ -39,9 +39,8 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from baselines import BATCH
 from throughput import to_request
-from workload import GUIDANCE, STEPS, Plain, Wanted, quiet, surroundings, workload
+from workload import BATCH, GUIDANCE, STEPS, Plain, Wanted, quiet, surroundings, workload
 
 from calotype_worker.engine import Engine, EngineSettings
 from calotype_worker.models import load_model

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import litserve
-from baselines import BATCH, FIRST
-from workload import Plain, Wanted
+from workload import BATCH, WARM_UP, Plain, Wanted
 
 
 class Api(litserve.LitAPI):  # type: ignore[misc]
@@ -16,7 +15,7 @@ class Api(litserve.LitAPI):  # type: ignore[misc]
 
     def setup(self, device: str) -> None:
         self.plain = Plain(self.model, device=device)
-        self.plain.one(Wanted(**FIRST))
+        self.plain.one(WARM_UP)
 
     def decode_request(self, request):  # type: ignore[no-untyped-def]  # LitServe evaluates an annotation here
         return Wanted(**request)

@@ -32,7 +32,7 @@ from calotype import Client
 from calotype.embedded import EmbeddedServers, LocalWorkers
 from calotype.embedded.process import ChildProcess
 from calotype_shared.queue.scripts import script_source
-from calotype_shared.schema.jobs import JobState
+from calotype_shared.schema.enums import JobState
 
 LUA = Path(calotype_shared.__file__).parent / "queue" / "lua"
 NAMES = {file.stem for file in LUA.glob("*.lua")} - {"prelude"}

@@ -28,7 +28,8 @@ from calotype import Client
 from calotype.embedded import EmbeddedServers
 from calotype_shared.queue.connection import connect_redis
 from calotype_shared.queue.job_store import Claim, JobStore
-from calotype_shared.schema.jobs import ImageRef, JobState
+from calotype_shared.schema.enums import JobState
+from calotype_shared.schema.jobs import ImageRef
 from calotype_shared.settings import Settings
 
 QUEUE = "simulated.bulk"
@@ -38,7 +39,7 @@ LEASE_SECONDS = 20.0
 def sample_image(claim: Claim) -> ImageRef:
     return ImageRef(
         key=f"{claim.folder}/0.png",
-        seed=claim.config.seed or 0,
+        seed=claim.config.seed,
         width=512,
         height=512,
         content_type="image/png",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from calotype import ModelCard
-from calotype_shared.schema.config import SamplerType
+from calotype_shared.schema.enums import SamplerType
 
 CARD = ModelCard(
     name="simulated",

@@ -33,13 +33,13 @@ from typing import Any
 
 import baselines
 import torch
-from workload import KINDS, PlainElsewhere, Wanted, quiet, surroundings, workload
+from workload import BATCH, KINDS, PlainElsewhere, Wanted, quiet, surroundings, workload
 
 from calotype import Client
 from calotype.embedded import EmbeddedServers, LocalWorkers
 from calotype.embedded.ports import free_ports
 from calotype.embedded.process import ChildProcess
-from calotype_shared.schema.config import SamplerType
+from calotype_shared.schema.enums import SamplerType
 from calotype_worker.engine import Engine, EngineSettings, GenerationRequest
 from calotype_worker.models import StepModel, load_model
 from calotype_worker.models.base import Rows, Text
@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-rows", type=int, default=32)
-    parser.add_argument("--static-batch", type=int, default=baselines.BATCH)
+    parser.add_argument("--static-batch", type=int, default=BATCH)
     parser.add_argument("--compile", choices=["off", "default", "reduce-overhead"], default="off")
     parser.add_argument("--in-process", action="store_true", help="only what needs no servers")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/latest.json"))

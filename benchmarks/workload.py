@@ -27,7 +27,7 @@ import diffusers  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-from calotype_shared.schema.config import SamplerType  # noqa: E402
+from calotype_shared.schema.enums import SamplerType  # noqa: E402
 from calotype_worker.models import load_model, resolve_source  # noqa: E402
 from calotype_worker.sampling import make_scheduler  # noqa: E402
 
@@ -50,6 +50,18 @@ class Wanted:
     guidance_scale: float
     sampler: str
     seed: int
+
+
+BATCH = 8  # requests of a static batch
+WARM_UP = Wanted(
+    prompt="a warm-up",
+    width=128,
+    height=128,
+    num_inference_steps=2,
+    guidance_scale=5.0,
+    sampler="ddim",
+    seed=0,
+)
 
 
 def workload(count: int, width: int, height: int, *, start: int = 0) -> list[Wanted]:

@@ -13,8 +13,7 @@ import torch
 from PIL import Image
 from sheet import save_sheet
 
-from calotype_shared.errors import InvalidRequest
-from calotype_shared.schema.config import SamplerType
+from calotype_shared.schema.enums import SamplerType
 from calotype_shared.schema.model_card import ModelCard
 from calotype_worker.engine import Engine, GenerationRequest
 from calotype_worker.models.accelerations import EXACT
@@ -72,9 +71,7 @@ class PlainColors:
         return 1
 
     def text_loras(self, names: Sequence[str]) -> frozenset[str]:
-        if names:
-            raise InvalidRequest("this model takes none", field="loras", value=names[0], remedy="leave them out")
-        return frozenset()
+        return frozenset()  # none come: the card has no feature `lora`
 
     def encode(self, texts: Sequence[Text]) -> Sequence[Conditioning]:
         """The colors a prompt names, as logarithms of shares; all of them where it names none."""

@@ -21,15 +21,16 @@ from calotype_shared.queue.job_store import Claim, JobStore
 from calotype_shared.queue.message import message
 from calotype_shared.queue.records import SCHEMA
 from calotype_shared.queue.submission import NewJob
-from calotype_shared.schema.config import GenerationConfig
-from calotype_shared.schema.jobs import ImageRef, JobError, Lane, Preview
+from calotype_shared.schema.enums import Lane
+from calotype_shared.schema.jobs import ImageRef, JobError, Preview
+from calotype_shared.schema.resolve import ResolvedConfig
 from calotype_shared.schema.worker_info import WorkerInfo
 from calotype_shared.settings import Settings
 from tests.integration.test_fair_share import CARD
 
 FORMS = Path(__file__).parent / "fixtures" / "wire"
-PLAIN = GenerationConfig(prompt="a red circle", seed=7, width=64, height=64, num_inference_steps=5)
-EVERYTHING = GenerationConfig.parse(
+PLAIN = ResolvedConfig(prompt="a red circle", seed=7, width=64, height=64, num_inference_steps=5)
+EVERYTHING = ResolvedConfig.parse(
     {
         "prompt": "ein grüner (Stern:1.2)",
         "negative_prompt": "text",

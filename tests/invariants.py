@@ -10,7 +10,7 @@ from redis import Redis
 
 from calotype_shared.queue.job_store import JobStore
 from calotype_shared.schema.config import GenerationConfig
-from calotype_shared.schema.jobs import JobState
+from calotype_shared.schema.enums import JobState
 from calotype_shared.storage.s3 import Storage
 
 

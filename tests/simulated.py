@@ -15,12 +15,11 @@ from calotype_shared.settings import Settings
 
 def image_of(claim: Claim) -> ImageRef:
     config = claim.config
-    assert config.seed is not None
     return ImageRef(
         key=f"{claim.folder}/0.png",
         seed=config.seed,
-        width=config.width or 0,
-        height=config.height or 0,
+        width=config.width,
+        height=config.height,
         content_type="image/png",
         bytes=1,
         sha256="0" * 64,

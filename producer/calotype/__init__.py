@@ -31,9 +31,11 @@ if TYPE_CHECKING:
         UnknownModel,
         WaitTimeout,
     )
-    from calotype_shared.schema.config import GenerationConfig, OutputFormat, SamplerType
-    from calotype_shared.schema.jobs import ImageRef, JobRecord, JobState, Lane
+    from calotype_shared.schema.config import GenerationConfig
+    from calotype_shared.schema.enums import JobState, Lane, OutputFormat, SamplerType
+    from calotype_shared.schema.jobs import ImageRef, JobRecord
     from calotype_shared.schema.model_card import ModelCard
+    from calotype_shared.schema.resolve import ResolvedConfig
     from calotype_shared.settings import Settings
 
 __all__ = [
@@ -61,6 +63,7 @@ __all__ = [
     "ModelCard",
     "OutputFormat",
     "RedisUnavailable",
+    "ResolvedConfig",
     "SamplerType",
     "ServiceUnavailable",
     "Settings",
@@ -78,7 +81,8 @@ _HOMES = {
     "calotype.client": ("Client",),
     "calotype.handle": ("JobHandle",),
     "calotype.job_image": ("JobImage",),
-    "calotype_shared.schema.config": ("GenerationConfig", "OutputFormat", "SamplerType"),
+    "calotype_shared.schema.config": ("GenerationConfig",),
+    "calotype_shared.schema.enums": ("JobState", "Lane", "OutputFormat", "SamplerType"),
     "calotype_shared.errors": (
         "BatchNotFound",
         "CalotypeError",
@@ -94,8 +98,9 @@ _HOMES = {
         "UnknownModel",
         "WaitTimeout",
     ),
-    "calotype_shared.schema.jobs": ("ImageRef", "JobRecord", "JobState", "Lane"),
+    "calotype_shared.schema.jobs": ("ImageRef", "JobRecord"),
     "calotype_shared.schema.model_card": ("ModelCard",),
+    "calotype_shared.schema.resolve": ("ResolvedConfig",),
     "calotype_shared.settings": ("Settings",),
 }
 

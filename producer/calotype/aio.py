@@ -14,7 +14,8 @@ from calotype.handle import JobHandle
 from calotype.job_image import ImageSource
 from calotype.resolver import Submission
 from calotype_shared.errors import WaitTimeout
-from calotype_shared.schema.jobs import JobRecord, JobState, Lane, Preview
+from calotype_shared.schema.enums import JobState, Lane
+from calotype_shared.schema.jobs import JobRecord, Preview
 
 if TYPE_CHECKING:
     from calotype.job_image import JobImage

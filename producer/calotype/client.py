@@ -28,7 +28,8 @@ from calotype_shared.observability.tracing import NOOP_TELEMETRY, Telemetry, mak
 from calotype_shared.queue.connection import connect_redis
 from calotype_shared.queue.job_store import JobStore
 from calotype_shared.queue.submission import NewJob
-from calotype_shared.schema.jobs import JobRecord, JobState, Lane, Preview
+from calotype_shared.schema.enums import JobState, Lane
+from calotype_shared.schema.jobs import JobRecord, Preview
 from calotype_shared.schema.model_card import ModelCard
 from calotype_shared.settings import Settings
 from calotype_shared.storage.s3 import Storage

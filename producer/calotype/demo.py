@@ -22,7 +22,8 @@ from calotype.embedded import EmbeddedServers, LocalWorkers
 from calotype.job_image import JobImage
 from calotype_shared.errors import InvalidRequest
 from calotype_shared.schema.config import GenerationConfig
-from calotype_shared.schema.jobs import JobRecord, JobState
+from calotype_shared.schema.enums import JobState
+from calotype_shared.schema.jobs import JobRecord
 from calotype_shared.schema.worker_info import WorkerInfo
 
 _READY_SECONDS = 300.0

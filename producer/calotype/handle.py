@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from calotype_shared.schema.jobs import JobRecord, JobState, Preview
+from calotype_shared.schema.enums import JobState
+from calotype_shared.schema.jobs import JobRecord, Preview
 
 if TYPE_CHECKING:
     from calotype.client import Client

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from calotype.resolver import with_preset
 from calotype_shared.errors import InvalidRequest
-from calotype_shared.schema.config import GenerationConfig, OutputFormat
+from calotype_shared.schema.config import GenerationConfig
 from calotype_shared.storage.images import FORMATS, MAX_PIXELS
 
 MAX_N = 10
@@ -61,8 +61,6 @@ def read_generation(body: Mapping[str, Any]) -> Generation:
             raise _wrong("quality", quality, f"use auto, {', '.join(_QUALITIES)}")
         values["quality"] = _QUALITIES.get(quality, quality)
     values.setdefault("num_images", n)
-    if "output_format" in values and values["output_format"] not in tuple(OutputFormat):
-        raise _wrong("output_format", values["output_format"], f"use {', '.join(OutputFormat)}")
     return Generation(GenerationConfig.parse(with_preset(values)), response_format == "url", stream, partial_images)
 
 

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pydantic import BaseModel, ConfigDict, Field
 
 from calotype_shared.queue.job_store import JobStore
-from calotype_shared.schema.jobs import JobRecord, JobState, Lane
+from calotype_shared.schema.enums import JobState, Lane
+from calotype_shared.schema.jobs import JobRecord
 from calotype_shared.schema.worker_info import StepGroup, StepRow, WorkerInfo
 
 _LONGEST_PROMPT = 120  # characters: enough to know a job again

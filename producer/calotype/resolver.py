@@ -15,8 +15,9 @@ from calotype_shared.errors import InvalidRequest, ObjectMissing, ServiceUnavail
 from calotype_shared.queue.job_store import JobStore
 from calotype_shared.queue.submission import Idempotency, NewJob
 from calotype_shared.schema.config import GenerationConfig, digest_of, quality_preset
-from calotype_shared.schema.jobs import Lane
+from calotype_shared.schema.enums import Lane
 from calotype_shared.schema.model_card import ModelCard
+from calotype_shared.schema.resolve import ResolvedConfig, draw_seed, resolve
 from calotype_shared.settings import TENANT_PATTERN, Settings
 from calotype_shared.storage.images import normalize_image, upload_key
 from calotype_shared.storage.s3 import SAFE_SECONDS, Storage
@@ -52,35 +53,39 @@ class Resolver:
             return config
         return GenerationConfig.parse(self._with_uploads(_fields(config, fields)))
 
-    def new_job(self, parsed: GenerationConfig, *, lane: Lane, tenant: str, job_id: str = "") -> NewJob:
+    def new_job(
+        self,
+        parsed: GenerationConfig,
+        *,
+        lane: Lane,
+        tenant: str,
+        job_id: str = "",
+        draw_seed: Callable[[], int] = draw_seed,
+    ) -> NewJob:
         """The job for a config. Whoever gave the seed asks for the very images an equal job makes.
 
         Raises:
             InvalidRequest: as `resolve`.
         """
-        resolved = self.resolve(parsed)
+        resolved = self.resolve(parsed, draw_seed=draw_seed)
         new = NewJob.of(resolved, lane=lane, job_id=job_id)
         if parsed.seed is None or not self._settings.coalesce:
             return new
         versions = ",".join(self._card(model).version for model in resolved.models)
         return new._replace(identity=digest_of(f"{tenant} {lane.value} {new.digest} {versions}"))
 
-    def resolve(self, config: GenerationConfig) -> GenerationConfig:
-        """The complete config: seed and size filled in, checked against the models' cards and what is uploaded.
+    def resolve(self, config: GenerationConfig, *, draw_seed: Callable[[], int] = draw_seed) -> ResolvedConfig:
+        """The complete config, if its models can make it, one worker serves them and its images are uploaded.
 
         Raises:
             InvalidRequest: it cannot be made; `UnknownModel` if no worker ever announced the model.
         """
-        resolved = config.resolved(self._card(config.model))
-        for model in resolved.ensemble:
-            self._card(model).check(resolved)
-        if resolved.refiner is not None:
-            self._card(resolved.refiner.model).check_as_refiner(resolved)
+        resolved = resolve(config, {model: self._card(model) for model in config.models}, draw_seed=draw_seed)
         self._check_together(resolved)
         self._check_uploads(resolved)
         return resolved
 
-    def _check_together(self, config: GenerationConfig) -> None:
+    def _check_together(self, config: ResolvedConfig) -> None:
         """A job that uses several models goes to a worker that has them all."""
         wanted = set(config.models)
         if len(wanted) > 1 and not any(wanted <= served for served in self._store.served_together()):
@@ -91,7 +96,7 @@ class Resolver:
                 remedy=f"start one: calotype worker {' '.join(f'--model {name}' for name in config.models)}",
             )
 
-    def _check_uploads(self, config: GenerationConfig) -> None:
+    def _check_uploads(self, config: ResolvedConfig) -> None:
         for upload_id in config.uploads:
             if self._is_known(upload_id):
                 continue
@@ -130,9 +135,12 @@ class Resolver:
 
     def _with_uploads(self, fields: dict[str, Any]) -> dict[str, Any]:
         """Images given in place of their ids are uploaded."""
-        for name in ("init_image", "mask_image"):
+        for name in ("init_image", "mask_image", "control_image"):
             if is_image(fields.get(name)):
                 fields[name] = self.upload(fields[name], field=name)
+        references = fields.get("images")
+        if isinstance(references, (list, tuple)):
+            fields["images"] = [self.upload(one, field="images") if is_image(one) else one for one in references]
         controls = fields.get("controls")
         if isinstance(controls, (list, tuple)):
             fields["controls"] = [

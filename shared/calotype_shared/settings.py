@@ -11,7 +11,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator, model_v
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from calotype_shared.errors import SettingsError
-from calotype_shared.queue.connection import RedisAddress
+from calotype_shared.queue.address import RedisAddress
 
 PREFIX = "CALOTYPE_"
 TENANT_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"  # for `re.fullmatch`: `$` alone lets a newline through

@@ -11,7 +11,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Locator, Page, expect
 
 from calotype.handle import JobHandle
-from calotype_shared.schema.jobs import JobState
+from calotype_shared.schema.enums import JobState
 from tests.browser.conftest import PATIENCE, Visit
 from tests.integration.conftest import until
 from tests.integration.gateway import Gateway

@@ -25,7 +25,8 @@ from calotype import Client, GenerationConfig
 from calotype_shared.queue.connection import connect_redis
 from calotype_shared.queue.job_store import JobStore
 from calotype_shared.queue.records import SCHEMA
-from calotype_shared.schema.jobs import JobRecord, JobState
+from calotype_shared.schema.enums import JobState
+from calotype_shared.schema.jobs import JobRecord
 from calotype_shared.settings import Settings
 from calotype_shared.storage.s3 import Storage
 from calotype_worker.jobs.sweep import sweep

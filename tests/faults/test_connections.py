@@ -25,7 +25,7 @@ from calotype.gateway.settings import GatewaySettings
 from calotype.gateway.state import Services
 from calotype_shared.errors import RedisUnavailable
 from calotype_shared.queue.connection import connect_redis
-from calotype_shared.schema.jobs import JobState
+from calotype_shared.schema.enums import JobState
 from calotype_shared.settings import Settings
 from calotype_worker.jobs.celery_app import make_app
 from tests.faults.harness import Site, Table, until

@@ -12,7 +12,7 @@ import pytest
 from calotype_shared.queue.job_store import MAX_CRASHES
 from calotype_shared.queue.message import message
 from calotype_shared.queue.records import SCHEMA
-from calotype_shared.schema.jobs import JobState
+from calotype_shared.schema.enums import JobState
 from tests.faults.fault_points import CURSED, POINTS, POISON
 from tests.faults.harness import FULL, LEASE_SECONDS, Site, Table, WorkerProcess, until
 

@@ -15,7 +15,7 @@ from redis import Redis
 from calotype.embedded.seaweed import SeaweedServer
 from calotype.embedded.valkey import ValkeyServer
 from calotype_shared.errors import RedisUnavailable
-from calotype_shared.schema.jobs import JobState
+from calotype_shared.schema.enums import JobState
 from calotype_shared.settings import Settings
 from tests.faults.harness import FULL, Site, Table, until
 from tests.faults.proxy import Mode, Proxy

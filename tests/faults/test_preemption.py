@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from calotype_shared.schema.jobs import JobState
+from calotype_shared.schema.enums import JobState
 from tests.faults.harness import Site, Table, until
 from tests.faults.metadata import MACHINE, metadata_service
 

@@ -9,8 +9,9 @@ import pytest
 from redis import Redis
 
 from calotype_shared.queue.job_store import MAX_CRASHES, Claim, JobStore
-from calotype_shared.schema.config import GenerationConfig
-from calotype_shared.schema.jobs import ImageRef, JobState, Lane
+from calotype_shared.schema.enums import JobState, Lane
+from calotype_shared.schema.jobs import ImageRef
+from calotype_shared.schema.resolve import ResolvedConfig
 from tests.faults.harness import FULL
 from tests.faults.protocol import Budget, Protocol, Worker, World, explore
 from tests.invariants import check_store
@@ -70,7 +71,7 @@ class Replay:
 
     def __init__(self, store: JobStore, redis: Redis, protocol: Protocol) -> None:
         self.store, self.redis, self.protocol = store, redis, protocol
-        config = GenerationConfig(prompt="x", width=64, height=64, seed=1)
+        config = ResolvedConfig(prompt="x", width=64, height=64, seed=1)
         self.ids = store.create([config] * len(protocol.start.redis.jobs), lane=Lane.BULK)
         self.claims: dict[int, Claim] = {}  # by token
         self.seen: Counter[str] = Counter()

@@ -22,7 +22,7 @@ from redis import Redis
 from calotype import JobState, Lane
 from calotype_shared.queue.job_store import MAX_CRASHES, QUARANTINE_CRASHES, Claim, JobStore
 from calotype_shared.queue.submission import NewJob
-from calotype_shared.schema.config import GenerationConfig
+from calotype_shared.schema.resolve import ResolvedConfig
 from tests.faults.harness import WorkerProcess
 from tests.integration.conftest import until
 from tests.invariants import check_store
@@ -46,9 +46,9 @@ def load_simulation() -> ModuleType:
 simulation = load_simulation()
 
 
-def config(shape: str, **fields: object) -> GenerationConfig:
+def config(shape: str, **fields: object) -> ResolvedConfig:
     width, height = SIDES[shape]
-    return GenerationConfig.model_validate(
+    return ResolvedConfig.model_validate(
         {"prompt": "x", "width": width, "height": height, "seed": 1, "num_inference_steps": 1, **fields}
     )
 

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 from redis import Redis
 
-from calotype import Client, GenerationConfig
+from calotype import Client
 from calotype.batches.dispatcher import Dispatcher
 from calotype.embedded import EmbeddedServers
 from calotype.embedded.valkey import ValkeyServer
 from calotype_shared.errors import QueueFull, RedisUnavailable
 from calotype_shared.queue.connection import connect_redis
 from calotype_shared.queue.job_store import JobStore
-from calotype_shared.schema.config import Feature
-from calotype_shared.schema.jobs import JobState
+from calotype_shared.schema.enums import Feature, JobState
+from calotype_shared.schema.resolve import ResolvedConfig
 from calotype_shared.settings import Settings
 from tests.integration.conftest import until
 from tests.integration.gateway import Gateway, own_settings
@@ -280,7 +280,7 @@ def test_without_memory_nothing_new_is_accepted_and_what_is_there_is_finished(tm
         settings = Settings(redis_url=server.url, key_prefix="full:")
         redis = connect_redis(settings)
         store = JobStore(redis, key_prefix="full:")
-        jobs = [GenerationConfig.parse(fields) for fields in configs(4)]
+        jobs = [ResolvedConfig.parse(fields) for fields in configs(4)]
         ids = store.create(jobs[:3])
         running = store.claim("demo.bulk", worker="w", lease_seconds=30)
         assert running is not None

@@ -34,8 +34,8 @@ from calotype.batches.record import BatchFormat
 from calotype.webhooks import tenant_secret
 from calotype_shared.queue.job_store import JobStore
 from calotype_shared.queue.submission import NewJob
-from calotype_shared.schema.config import GenerationConfig
 from calotype_shared.schema.model_card import ModelCard
+from calotype_shared.schema.resolve import ResolvedConfig
 from calotype_shared.storage.s3 import Storage
 from tests.faults.harness import WorkerProcess
 from tests.integration.conftest import until
@@ -192,7 +192,7 @@ def test_a_replaced_dispatcher_can_write_nothing(client: Client, settings: Setti
     batches.move(heir, BatchState.IN_PROGRESS)
     heir = batches.lead(batch.id, who="heir", lease_seconds=30)
     assert heir is not None
-    config = GenerationConfig(prompt="x", width=64, height=64, seed=1)
+    config = ResolvedConfig(prompt="x", width=64, height=64, seed=1)
     jobs = [NewJob.of(config, lane=Lane.BULK, job_id=f"{batch.id}-1")]
     late = zombie.model_copy(update={"state": BatchState.IN_PROGRESS})
     for who, start in ((late, "0:0"), (heir, "0:1")):  # an old fence; the right one, but not from where the cursor is

@@ -27,8 +27,8 @@ from calotype_shared.errors import (
 )
 from calotype_shared.queue.job_store import Claim, JobStore
 from calotype_shared.queue.keys import queue_name
-from calotype_shared.schema.config import OutputFormat, SamplerType
-from calotype_shared.schema.jobs import ImageRef, JobError, JobState
+from calotype_shared.schema.enums import JobState, OutputFormat, SamplerType
+from calotype_shared.schema.jobs import ImageRef, JobError
 from calotype_shared.schema.model_card import ModelCard
 from calotype_shared.schema.worker_info import WorkerInfo
 from calotype_shared.settings import Settings

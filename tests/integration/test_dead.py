@@ -12,7 +12,8 @@ from redis import Redis
 
 from calotype import Client, JobNotFound, Lane, Settings
 from calotype_shared.queue.job_store import MAX_CRASHES, JobStore
-from calotype_shared.schema.jobs import JobError, JobState
+from calotype_shared.schema.enums import JobState
+from calotype_shared.schema.jobs import JobError
 from tests.integration.test_fair_share import CARD
 from tests.invariants import check_store
 

@@ -10,9 +10,10 @@ from redis import Redis
 
 from calotype import Client, IdempotencyConflict, InvalidRequest, JobState, Lane, Settings
 from calotype_shared.queue.job_store import Claim, JobStore
-from calotype_shared.schema.config import GenerationConfig, SamplerType
+from calotype_shared.schema.enums import SamplerType
 from calotype_shared.schema.jobs import ImageRef, JobError
 from calotype_shared.schema.model_card import ModelCard
+from calotype_shared.schema.resolve import ResolvedConfig
 from tests.invariants import check_store
 
 IMAGE = ImageRef(key="k", seed=1, width=64, height=64, content_type="image/png", bytes=3, sha256="0" * 64)
@@ -159,6 +160,6 @@ def test_jobs_are_listed_by_tenant_in_pages(client: Client) -> None:
 
 def test_a_config_costs_its_work() -> None:
     """Row-steps times blocks of 64x64 pixels."""
-    plain = GenerationConfig(prompt="x", width=128, height=64, num_inference_steps=10, guidance_scale=1)
+    plain = ResolvedConfig(prompt="x", width=128, height=64, seed=1, num_inference_steps=10, guidance_scale=1)
     assert plain.cost == 20
     assert plain.model_copy(update={"guidance_scale": 5.0, "num_images": 3}).cost == 120

@@ -14,7 +14,8 @@ from calotype.api_keys import Scope
 from calotype.embedded import EmbeddedServers
 from calotype.gateway.web_ui import web_files
 from calotype_shared.queue.job_store import JobStore
-from calotype_shared.schema.jobs import JobError, Lane
+from calotype_shared.schema.enums import Lane
+from calotype_shared.schema.jobs import JobError
 from calotype_shared.schema.worker_info import StepGroup, StepRow, WorkerInfo
 from calotype_shared.storage.s3 import sidecar_of
 from tests.integration.gateway import Gateway, own_settings

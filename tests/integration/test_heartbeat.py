@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from calotype_shared.observability import metric_names as names
 from calotype_shared.queue.job_store import JobStore, News
-from calotype_shared.schema.config import GenerationConfig
-from calotype_shared.schema.jobs import Lane
+from calotype_shared.schema.enums import Lane
+from calotype_shared.schema.resolve import ResolvedConfig
 from calotype_worker.jobs.heartbeat import Heartbeat
 from calotype_worker.observability.counters import Counters
 
-CONFIG = GenerationConfig(prompt="a red circle", width=64, height=64, seed=1)
+CONFIG = ResolvedConfig(prompt="a red circle", width=64, height=64, seed=1)
 
 
 def test_a_lost_claim_is_counted_once(store: JobStore) -> None:

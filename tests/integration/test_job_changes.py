@@ -13,7 +13,8 @@ from redis import Redis
 from calotype import AsyncClient, Client, job_changes, waiting
 from calotype.gateway import jobs as gateway_jobs
 from calotype_shared.queue.job_store import Claim, JobStore
-from calotype_shared.schema.jobs import JobError, JobRecord, JobState
+from calotype_shared.schema.enums import JobState
+from calotype_shared.schema.jobs import JobError, JobRecord
 from calotype_shared.settings import Settings
 from tests.integration.conftest import until
 from tests.integration.gateway import Gateway

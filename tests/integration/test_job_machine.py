@@ -18,11 +18,12 @@ from redis import Redis
 
 from calotype_shared.queue.job_store import MAX_CRASHES, Claim, JobStore
 from calotype_shared.queue.submission import NewJob
-from calotype_shared.schema.config import GenerationConfig
-from calotype_shared.schema.jobs import TRANSITIONS, JobError, JobState, Lane
+from calotype_shared.schema.enums import JobState, Lane
+from calotype_shared.schema.jobs import TRANSITIONS, JobError
+from calotype_shared.schema.resolve import ResolvedConfig
 from tests.invariants import check_store
 
-CONFIG = GenerationConfig(prompt="x", width=64, height=64, seed=1)
+CONFIG = ResolvedConfig(prompt="x", width=64, height=64, seed=1)
 ERROR = JobError(code="test", message="as asked")
 MAX_FAILURES = 2
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from calotype_shared.queue.keys import queue_name
-from calotype_shared.schema.jobs import Lane
+from calotype_shared.schema.enums import Lane
 from calotype_shared.settings import Settings
 from calotype_worker.jobs.celery_app import make_app
 

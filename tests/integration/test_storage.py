@@ -9,7 +9,7 @@ import urllib.request
 import pytest
 
 from calotype_shared.errors import StorageUnavailable
-from calotype_shared.schema.config import OutputFormat
+from calotype_shared.schema.enums import OutputFormat
 from calotype_shared.settings import Settings
 from calotype_shared.storage.s3 import Storage, image_key, sidecar_key
 

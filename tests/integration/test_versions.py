@@ -15,7 +15,8 @@ from calotype import Client, InvalidRequest, Settings
 from calotype.batches.store import BatchStore
 from calotype_shared.queue.job_store import JobStore
 from calotype_shared.queue.records import SCHEMA
-from calotype_shared.schema.jobs import JobError, JobState, Lane
+from calotype_shared.schema.enums import JobState, Lane
+from calotype_shared.schema.jobs import JobError
 from calotype_shared.schema.worker_info import WorkerInfo
 from tests.golden_records import FORMS, PLAIN, written
 from tests.integration.test_fair_share import CARD, IMAGE, take

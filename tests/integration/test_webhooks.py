@@ -30,14 +30,14 @@ from calotype.webhooks.deliverer import ATTEMPTS, backoff
 from calotype_shared.errors import SettingsError
 from calotype_shared.queue.job_store import JobStore
 from calotype_shared.queue.keys import Keys
-from calotype_shared.schema.config import GenerationConfig
 from calotype_shared.schema.jobs import ImageRef, JobError
+from calotype_shared.schema.resolve import ResolvedConfig
 from calotype_shared.settings import Settings
 from calotype_shared.storage.s3 import Storage
 from tests.integration.conftest import until
 
 MASTER = "a master secret of the operator"
-CONFIG = GenerationConfig(prompt="a red circle", width=64, height=64, seed=1)
+CONFIG = ResolvedConfig(prompt="a red circle", width=64, height=64, seed=1)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from calotype import Client, GenerationConfig
 from calotype_shared.errors import InvalidRequest, JobFailed
 from calotype_shared.queue.job_store import JobStore
 from calotype_shared.queue.message import message
-from calotype_shared.schema.jobs import JobState, Lane
+from calotype_shared.schema.enums import JobState, Lane
 from calotype_shared.storage.s3 import Storage
 from calotype_worker.output.image import read_provenance
 from tests.faults.harness import WorkerProcess

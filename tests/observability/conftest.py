@@ -16,12 +16,13 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from redis import Redis
 
-from calotype import Client, GenerationConfig
+from calotype import Client
 from calotype.embedded import EmbeddedServers
 from calotype_shared.queue.connection import connect_redis
 from calotype_shared.queue.job_store import JobStore
 from calotype_shared.queue.keys import queue_name
-from calotype_shared.schema.jobs import Lane
+from calotype_shared.schema.enums import Lane
+from calotype_shared.schema.resolve import ResolvedConfig
 from tests.faults.harness import Forge, WorkerProcess
 from tests.integration.conftest import start_worker, until  # noqa: F401 - a fixture
 from tests.integration.gateway import Gateway, own_settings
@@ -124,7 +125,7 @@ def stack(
         ids.append(gateway.http.post("/v1/jobs", json=tiny(9, prompt="x" * 600)).json()["id"])
         stack.client.wait(ids, 60, check=False)
         assert gateway.http.get("/v1/jobs/unknown").status_code == 404
-        absent = GenerationConfig(prompt="cat", model="absent", seed=1, width=64, height=64)
+        absent = ResolvedConfig(prompt="cat", model="absent", seed=1, width=64, height=64)
         stack.store.create([absent, absent], lane=Lane.BULK)
         assert stack.store.depths()[queue_name(["absent"], Lane.BULK)] == 2
         until(lambda: stack.scrape_gateway().value("calotype_webhooks_total", outcome="postponed"))

@@ -19,8 +19,8 @@ from calotype_shared.observability.admin_server import AdminServer
 from calotype_shared.observability.metric_names import Metric
 from calotype_shared.queue.fleet_stats import FleetStats, FleetStatsReader
 from calotype_shared.queue.job_store import JobStore
-from calotype_shared.schema.config import GenerationConfig
-from calotype_shared.schema.jobs import JobState, Lane
+from calotype_shared.schema.enums import JobState, Lane
+from calotype_shared.schema.resolve import ResolvedConfig
 from calotype_shared.settings import Settings
 from tests.faults.harness import WorkerProcess
 from tests.integration.conftest import until
@@ -180,7 +180,7 @@ def test_a_draining_worker_is_alive_and_not_ready(
     found = re.search(r"metrics_port=(\d+)", worker.text())
     assert found
     url = f"http://127.0.0.1:{found[1]}"
-    config = GenerationConfig.parse(tiny(1, num_inference_steps=900, sampler="ddim", width=64, height=64))
+    config = ResolvedConfig.parse(tiny(1, num_inference_steps=900, sampler="ddim", width=64, height=64))
     [job] = store.create([config], lane=Lane.BULK)
     until(lambda: store.get(job).step > 0)
     worker.send(signal.SIGTERM)
@@ -225,9 +225,9 @@ def test_the_oldest_wait_is_found_near_the_front_of_a_long_line(
     """Three tenants, hundreds of jobs of different cost, some of them claimed: the same as by looking at all."""
     reader = FleetStatsReader(store.redis, key_prefix=store.keys.prefix)
 
-    def jobs(count: int, steps: int) -> list[GenerationConfig]:
+    def jobs(count: int, steps: int) -> list[ResolvedConfig]:
         return [
-            GenerationConfig(prompt="cat", model="tiny", seed=n, width=64, height=64, num_inference_steps=steps)
+            ResolvedConfig(prompt="cat", model="tiny", seed=n, width=64, height=64, num_inference_steps=steps)
             for n in range(count)
         ]
 

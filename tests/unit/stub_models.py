@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from calotype_shared.schema.config import SamplerType
+from calotype_shared.schema.enums import SamplerType
 from calotype_worker.engine import GenerationRequest
 from calotype_worker.engine.admission import Admission
 from calotype_worker.engine.memory_limit import MemoryLimit

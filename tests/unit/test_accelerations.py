@@ -17,8 +17,9 @@ import torch
 
 from calotype_shared.errors import InvalidRequest, ModelLoadError, SettingsError
 from calotype_shared.queue.job_store import Claim
-from calotype_shared.schema.config import GenerationConfig, SamplerType
-from calotype_shared.schema.jobs import JobRecord, JobState, Lane
+from calotype_shared.schema.enums import JobState, Lane, SamplerType
+from calotype_shared.schema.jobs import JobRecord
+from calotype_shared.schema.resolve import ResolvedConfig
 from calotype_worker.engine import Engine, EngineSettings, GenerationRequest
 from calotype_worker.engine.batch_row import Layout
 from calotype_worker.engine.step_batch import StepBatch
@@ -408,7 +409,7 @@ def test_a_lossy_image_says_so(shelf: Shelf) -> None:
     from calotype_worker.output.image import read_provenance
 
     model = shelf.model("sd", deep_cache=2, token_merging=0.25)
-    config = GenerationConfig(prompt="p", model="sd", width=64, height=64, num_inference_steps=2, seed=1)
+    config = ResolvedConfig(prompt="p", model="sd", width=64, height=64, num_inference_steps=2, seed=1)
     record = JobRecord(
         id="j", state=JobState.RUNNING, lane=Lane.BULK, config=config, digest="", created_at=0.0, queued_at=0.0
     )

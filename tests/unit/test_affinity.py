@@ -8,8 +8,9 @@ import pytest
 
 from calotype_shared.errors import InvalidRequest
 from calotype_shared.queue.job_store import Claim
-from calotype_shared.schema.config import GenerationConfig
-from calotype_shared.schema.jobs import JobRecord, JobState, Lane
+from calotype_shared.schema.enums import JobState, Lane
+from calotype_shared.schema.jobs import JobRecord
+from calotype_shared.schema.resolve import ResolvedConfig
 from calotype_worker.engine import Engine, EngineSettings
 from calotype_worker.jobs.size_affinity import SizeAffinity
 from calotype_worker.models import load_model
@@ -18,7 +19,7 @@ BULK, URGENT = "demo.bulk", "demo.interactive"
 
 
 def claimed(number: int, width: int = 64, height: int = 64, *, guidance: float = 5.0, **fields: object) -> Claim:
-    config = GenerationConfig.model_validate(
+    config = ResolvedConfig.model_validate(
         {"prompt": "x", "width": width, "height": height, "seed": 1, "guidance_scale": guidance, **fields}
     )
     record = JobRecord(

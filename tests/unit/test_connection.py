@@ -9,7 +9,8 @@ from redis.exceptions import AuthenticationError, OutOfMemoryError, RedisError, 
 from redis.sentinel import MasterNotFoundError
 
 from calotype_shared.errors import SettingsError
-from calotype_shared.queue.connection import RedisAddress, is_outage, unavailable
+from calotype_shared.queue.address import RedisAddress
+from calotype_shared.queue.connection import is_outage, unavailable
 from calotype_shared.settings import Settings
 
 

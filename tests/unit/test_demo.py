@@ -12,7 +12,7 @@ from PIL import Image
 from calotype.contact_sheet import Print, contact_sheet
 from calotype.demo import _quantile, read_prompts
 from calotype_shared.errors import InvalidRequest
-from calotype_shared.schema.config import SamplerType
+from calotype_shared.schema.enums import SamplerType
 
 _EXAMPLES = Path(__file__).parents[2] / "examples" / "prompts.jsonl"
 

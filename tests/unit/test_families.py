@@ -14,7 +14,9 @@ import torch
 from PIL import Image
 
 from calotype_shared.errors import InvalidRequest, ModelLoadError
-from calotype_shared.schema.config import Feature, GenerationConfig, SamplerType
+from calotype_shared.schema.config import GenerationConfig
+from calotype_shared.schema.enums import Feature, SamplerType
+from calotype_shared.schema.resolve import ResolvedConfig, resolve
 from calotype_worker.engine import Engine, EngineSettings, GenerationRequest
 from calotype_worker.models import Adapters, ModelPool, StepModel, load_model
 from calotype_worker.models.base import Rows
@@ -152,16 +154,19 @@ def test_a_card_says_what_the_family_can_do(loaded: tuple[Family, Any, StepModel
     assert card.samplers[0] == "euler"
     assert {sampler.value for sampler in family.samplers} <= set(card.samplers)
     assert {Feature.TEXT_TO_IMAGE, Feature.IMAGE_TO_IMAGE} <= card.features
-    config = GenerationConfig(prompt="a", model=card.name)
-    assert config.resolved(card).sampler in card.samplers
+
+    def resolved(prompt: str = "a", **fields: Any) -> ResolvedConfig:
+        return resolve(GenerationConfig(prompt=prompt, model=card.name, **fields), {card.name: card})
+
+    assert resolved().sampler in card.samplers
     if card.family != "sdxl":
         with pytest.raises(InvalidRequest, match=r"sampler='ddim'.*it has: euler"):
-            GenerationConfig(prompt="a", sampler="ddim", model=card.name).resolved(card)
+            resolved(sampler="ddim")
         with pytest.raises(InvalidRequest, match=r"prompt=.*'\(red:1.3\)' is a prompt weight"):
-            GenerationConfig(prompt="a (red:1.3) cat", model=card.name).resolved(card)
-        GenerationConfig(prompt="a (red) cat at 3:15", model=card.name).resolved(card)
+            resolved("a (red:1.3) cat")
+        resolved("a (red) cat at 3:15")
         with pytest.raises(InvalidRequest, match=r"width=72.*multiple of 16"):
-            GenerationConfig(prompt="a", width=72, height=64, model=card.name).resolved(card)
+            resolved(width=72, height=64)
 
 
 def test_a_refiner_takes_over_the_unfinished_latents(tmp_path: Path) -> None:

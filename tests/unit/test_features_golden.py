@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from calotype_shared.schema.config import SamplerType
+from calotype_shared.schema.enums import SamplerType
 from calotype_worker.engine import Engine, EngineSettings, GenerationRequest
 from calotype_worker.models import Adapters, StepModel, load_model
 from calotype_worker.request import ControlInput

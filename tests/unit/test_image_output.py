@@ -9,11 +9,18 @@ import pytest
 from PIL import Image
 
 from calotype_shared.schema import a1111
-from calotype_shared.schema.config import GenerationConfig, OutputFormat, SamplerType
+from calotype_shared.schema.enums import OutputFormat, SamplerType
+from calotype_shared.schema.resolve import ResolvedConfig
 from calotype_worker.output.image import encode_image, parameters_line, read_provenance
 
-CONFIG = GenerationConfig(
-    prompt="a lake — «serene» ✓", negative_prompt="blurry", width=64, height=48, sampler="euler_a", guidance_scale=7.0
+CONFIG = ResolvedConfig(
+    prompt="a lake — «serene» ✓",
+    negative_prompt="blurry",
+    width=64,
+    height=48,
+    seed=0,
+    sampler="euler_a",
+    guidance_scale=7.0,
 )
 PIXELS = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
 

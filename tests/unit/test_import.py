@@ -1,4 +1,4 @@
-"""Importing the producer is cheap and never reaches for the worker's packages."""
+"""Importing the producer is cheap, and what needs no torch does not load it."""
 
 from __future__ import annotations
 
@@ -41,6 +41,25 @@ def test_the_producer_imports_as_fast_as_its_dependencies_without_the_workers_pa
         assert boto3 == "False"
         least = min(least, float(share))
     assert least < 1
+
+
+def test_a_request_and_the_schema_load_no_torch() -> None:
+    """In a fresh interpreter, by what is loaded afterwards: also an import inside a function that runs would show."""
+    heavy = ("torch", "diffusers", "transformers", "numpy", "celery", "redis", "boto3")
+    code = f"""
+import sys
+import calotype_worker.request, calotype_shared.schema.jobs
+from calotype_shared.schema.config import GenerationConfig
+from calotype_shared.schema.model_card import ModelCard
+from calotype_shared.schema.resolve import resolve
+card = ModelCard(name="demo", family="sd", version="1", size_multiple=8, native_sizes=((64, 64),), max_pixels=4096,
+                 max_prompt_tokens=77, samplers=("ddim",))
+config = resolve(GenerationConfig(prompt="x"), {{"demo": card}})
+request = calotype_worker.request.GenerationRequest.from_config(config, request_id="r")
+print(request.width, *(name for name in {heavy!r} if name in sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "64\n", "")
 
 
 def test_unknown_names_are_refused_as_usual() -> None:

@@ -12,7 +12,8 @@ import pytest
 from calotype_shared.errors import SettingsError
 from calotype_shared.queue.keys import Keys, queue_name
 from calotype_shared.queue.scripts import script_source
-from calotype_shared.schema.jobs import TRANSITIONS, JobState, Lane, new_job_id
+from calotype_shared.schema.enums import JobState, Lane
+from calotype_shared.schema.jobs import TRANSITIONS, new_job_id
 from calotype_shared.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from calotype_shared.errors import InvalidRequest, ModelLoadError
-from calotype_shared.schema.config import SamplerType
+from calotype_shared.schema.enums import SamplerType
 from calotype_worker.engine import Engine, Generated, GenerationRequest
 from calotype_worker.models import Adapters, Memory, ModelPool, StepModel, load_model
 from calotype_worker.request import ControlInput

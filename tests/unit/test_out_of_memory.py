@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from calotype_shared.errors import GenerationFailed
-from calotype_shared.schema.config import SamplerType
+from calotype_shared.schema.enums import SamplerType
 from calotype_worker.engine import Generated, GenerationRequest
 from calotype_worker.engine.memory_limit import MemoryLimit, is_out_of_memory
 from calotype_worker.models import StepModel

@@ -6,10 +6,11 @@ import pytest
 
 from calotype.waiting import Waiting
 from calotype_shared.errors import JobNotFound
-from calotype_shared.schema.config import GenerationConfig
-from calotype_shared.schema.jobs import JobRecord, JobState, Lane
+from calotype_shared.schema.enums import JobState, Lane
+from calotype_shared.schema.jobs import JobRecord
+from calotype_shared.schema.resolve import ResolvedConfig
 
-_CONFIG = GenerationConfig(prompt="x", width=64, height=64, seed=1)
+_CONFIG = ResolvedConfig(prompt="x", width=64, height=64, seed=1)
 
 
 def record(job_id: str, state: JobState = JobState.QUEUED, step: int = 0) -> JobRecord:

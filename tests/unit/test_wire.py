@@ -15,9 +15,11 @@ from calotype.files import StoredFile
 from calotype_shared.queue.message import TASK_NAME
 from calotype_shared.queue.records import OLDEST, SCHEMA, UnreadableRecord, read_record
 from calotype_shared.queue.submission import NewJob
-from calotype_shared.schema.config import GenerationConfig, digest_of
-from calotype_shared.schema.jobs import JobState, Preview
+from calotype_shared.schema.config import digest_of
+from calotype_shared.schema.enums import JobState
+from calotype_shared.schema.jobs import Preview
 from calotype_shared.schema.model_card import ModelCard
+from calotype_shared.schema.resolve import ResolvedConfig
 from calotype_shared.schema.worker_info import WorkerInfo
 from tests.golden_records import FORMS
 
@@ -65,7 +67,7 @@ def read_batch(fields: dict[str, str]) -> None:
 
 
 def read_config(values: dict[str, Any]) -> None:
-    config = GenerationConfig.parse(values)
+    config = ResolvedConfig.parse(values)
     assert json.loads(config.canonical_json()) == values, "an equal config must keep its digest for ever"
 
 
@@ -73,7 +75,7 @@ def read_plan(values: list[Any]) -> None:
     job = NewJob._make(values)
     assert (job.id, job.queue, job.custom_id) == ("batch_01-3", "demo.bulk", "cover")
     assert digest_of(job.config) == job.digest
-    GenerationConfig.parse(json.loads(job.config))
+    assert ResolvedConfig.parse(json.loads(job.config)).canonical_json() == job.config
 
 
 def read_message(sent: dict[str, Any]) -> None:
@@ -116,6 +118,15 @@ def test_a_newer_record_is_shown_as_far_as_it_is_understood() -> None:
     assert (record.schema_number, record.state, record.images[0].key) == (SCHEMA + 1, JobState.SUCCEEDED, "k")
     assert (record.config.prompt, record.config.seed, record.config.loras) == ("a red circle", 7, ())
     assert read_record("id", {**fields, "schema": str(SCHEMA + 1)}, schema=SCHEMA + 1).newer is False
+
+
+def test_a_size_that_only_a_newer_version_allows_is_shown_as_it_is_written() -> None:
+    """A stored config always has a size and a seed, so these cannot be left out like other unknown values."""
+    fields = form("job-succeeded")
+    config = {**json.loads(fields["config"]), "width": 68, "mood": "blue"}
+    record = read_record("id", {**fields, **NEWER, "config": json.dumps(config)})
+    assert (record.config.width, record.config.height, record.config.seed) == (68, 64, 7)
+    assert record.config.prompt == "a red circle"
 
 
 def test_what_makes_no_sense_at_all_is_told() -> None:

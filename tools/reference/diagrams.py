@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from calotype_shared.schema.jobs import TRANSITIONS, JobState
+from calotype_shared.schema.enums import JobState
+from calotype_shared.schema.jobs import TRANSITIONS
 from calotype_worker.engine.scheduler import Scheduler
 
 _INK, _PALE, _PAPER = "#1f2933", "#9aa5b1", "#ffffff"

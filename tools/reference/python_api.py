@@ -42,7 +42,7 @@ _SECTIONS: tuple[tuple[str, str, Any, tuple[str, ...]], ...] = (
         "What comes out",
         "",
         calotype,
-        ("JobRecord", "JobState", "ImageRef", "JobImage", "BatchRecord", "BatchState", "ModelCard"),
+        ("JobRecord", "ResolvedConfig", "JobState", "ImageRef", "JobImage", "BatchRecord", "BatchState", "ModelCard"),
     ),
     ("Parts of a record", "", jobs, ("JobError", "Attempt", "Preview")),
     ("Counts of a batch", "", batch_record, ("BatchCounts",)),

@@ -6,7 +6,8 @@ import re
 
 from calotype.batches.record import BatchState
 from calotype_shared.queue import keys
-from calotype_shared.schema.jobs import TRANSITIONS, JobState
+from calotype_shared.schema.enums import JobState
+from calotype_shared.schema.jobs import TRANSITIONS
 from tools.reference.markdown import generated, table
 
 _BATCHES = """

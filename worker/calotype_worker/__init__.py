@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from calotype_shared.schema.config import SamplerType
+    from calotype_shared.schema.enums import SamplerType
     from calotype_worker.inprocess.components import NoiseScheduler, TextEncoder, UNetModel, VAEDecoder
     from calotype_worker.inprocess.diffusion import DiffusionModel, DiffusionPipeline, GeneratedImage, GenerationConfig
     from calotype_worker.models import Adapters, Memory
@@ -33,7 +33,7 @@ _ELSEWHERE = {
     "Adapters": "calotype_worker.models",
     "Memory": "calotype_worker.models",
     "NoiseScheduler": "calotype_worker.inprocess.components",
-    "SamplerType": "calotype_shared.schema.config",
+    "SamplerType": "calotype_shared.schema.enums",
     "TextEncoder": "calotype_worker.inprocess.components",
     "UNetModel": "calotype_worker.inprocess.components",
     "VAEDecoder": "calotype_worker.inprocess.components",

@@ -32,7 +32,11 @@ def build_parser() -> argparse.ArgumentParser:
         description="Serve one model on one device. Options override CALOTYPE_WORKER_* variables.",
     )
     for option, metavar, help_ in (
-        ("--model", "NAME[=SOURCE]", "SOURCE: a diffusers folder, OWNER/NAME on the hub, a .safetensors file"),
+        (
+            "--model",
+            "NAME[=SOURCE]",
+            "SOURCE: a diffusers folder, OWNER/NAME on the hub, a .safetensors file; or CLASS:SOURCE",
+        ),
         ("--lora", "[MODEL/]NAME=FILE", "a LoRA that configs may name"),
         ("--embedding", "[MODEL/]TOKEN=FILE", "a textual inversion that prompts may use"),
         ("--control", "[MODEL/]NAME=SOURCE", "a ControlNet that configs may name"),
@@ -40,6 +44,12 @@ def build_parser() -> argparse.ArgumentParser:
         parser.add_argument(option, metavar=metavar, action="append", help=f"{help_}; may be repeated")
     parser.add_argument("--device", help="cpu or cuda:N (default: cpu)")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"])
+    parser.add_argument(
+        "--as",
+        dest="run_as",
+        choices=["family", "pipeline"],
+        help="pipeline: every model by its own diffusers pipeline (default: the engine's own way, where it has one)",
+    )
     parser.add_argument("--max-rows", type=int, help="rows of a step batch at the model's native size")
     parser.add_argument("--concurrency", type=int, help="jobs in flight")
     parser.add_argument("--grace-seconds", type=float, help="for jobs in flight after SIGTERM")

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
 
 from calotype_shared.errors import InvalidRequest
-from calotype_shared.schema.config import GenerationConfig, OutputFormat, SamplerType
+from calotype_shared.schema.config import features_asked
+from calotype_shared.schema.enums import Feature, OutputFormat, SamplerType
+from calotype_shared.schema.resolve import ResolvedConfig
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,7 +47,7 @@ class ControlInput:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GenerationRequest:
-    """One image. All of a `GenerationConfig` that the engine needs, with nothing left open."""
+    """One image. All of a `ResolvedConfig` that the engine needs."""
 
     request_id: str
     prompt: str
@@ -78,28 +80,57 @@ class GenerationRequest:
     def guided(self) -> bool:
         return self.guidance_scale > 1.0
 
+    # What a model's card is asked (`calotype_shared.schema.resolve.Asked`).
+
+    @property
+    def features(self) -> frozenset[Feature]:
+        return features_asked(
+            source=self.init_image is not None,
+            mask=self.mask is not None,
+            references=bool(self.images),
+            control_image=self.control_image is not None,
+            loras=bool(self.loras),
+            controls=bool(self.controls),
+            refiner=self.refiner is not None,
+            previews=self.preview_every > 0,
+        )
+
+    @property
+    def lora_names(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.loras)
+
+    @property
+    def given(self) -> frozenset[str]:
+        held = {
+            "init_image": self.init_image is not None,
+            "mask_image": self.mask is not None,
+            "images": bool(self.images),
+            "control_image": self.control_image is not None,
+        }
+        return frozenset(name for name, given in held.items() if given)
+
+    @property
+    def control_names(self) -> tuple[str, ...]:
+        return tuple(control.name for control in self.controls)
+
     @classmethod
     def from_config(
         cls,
-        config: GenerationConfig,
+        config: ResolvedConfig,
         *,
         index: int = 0,
         request_id: str,
         images: Mapping[str, np.ndarray] | None = None,
         interactive: bool = False,
     ) -> Self:
-        """ImageInput number `index` of a resolved config; its seed is the config's plus `index`.
+        """Image number `index` of a config; its seed is the config's plus `index`.
 
-        With an ensemble, all images of the first model come first. `images` holds the config's uploads, fitted
-        to its size: uint8 (H, W, 3).
+        With an ensemble, all images of the first model come first. `images` holds the config's uploads, uint8
+        (H, W, 3): references in their own sizes, the others fitted to the config's.
 
         Raises:
-            InvalidRequest: the config was not resolved, or has no such image.
+            InvalidRequest: the config has no such image.
         """
-        if config.seed is None or config.width is None or config.height is None:
-            raise InvalidRequest(
-                "seed, width or height is still open", field="config", value=config, remedy="resolve the config first"
-            )
         if not 0 <= index < config.image_count:
             raise InvalidRequest(
                 f"the config asks for {config.image_count} images",
@@ -124,7 +155,7 @@ class GenerationRequest:
             init_image=images[config.init_image] if config.init_image else None,
             # As diffusers does: brightness from the middle up is painted.
             mask=mask.mean(axis=2) >= 127.5 if mask is not None else None,
-            strength=1.0 if config.strength is None else config.strength,
+            strength=config.strength,
             loras=tuple((lora.name, lora.weight) for lora in config.loras),
             controls=tuple(
                 ControlInput(name=c.name, image=images[c.image], scale=c.scale, start=c.start, end=c.end)
@@ -134,6 +165,11 @@ class GenerationRequest:
             refiner_start=config.refiner.start if config.refiner else 0.8,
             preview_every=config.preview_every,
             num_frames=config.num_frames,
+            fps=config.fps,
+            audio_seconds=config.audio_seconds,
+            images=tuple(images[name] for name in config.images),
+            control_image=images[config.control_image] if config.control_image else None,
+            parameters=config.parameters,
             output_format=config.output_format,
         )
 

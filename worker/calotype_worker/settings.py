@@ -39,6 +39,8 @@ class WorkerSettings(StrictSettings):
     """The one device of this process: cpu or cuda:N."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     """Of the weights; none: float32 on a CPU, bfloat16 on a GPU that has it, else float16."""
+    run_as: Literal["family", "pipeline"] = "family"
+    """`pipeline`: every model by its own diffusers pipeline, also those that the engine has a faster way for."""
     max_rows: Annotated[int, Field(ge=2, le=1024)] = 32
     """Rows of a step batch at the model's native size, at most; fewer for larger images."""
     concurrency: Annotated[int, Field(ge=1, le=1024)] | None = None

@@ -22,7 +22,7 @@ from calotype_shared.observability.tracing import make_telemetry
 from calotype_shared.queue.connection import connect_redis
 from calotype_shared.queue.job_store import JobStore
 from calotype_shared.queue.keys import together
-from calotype_shared.schema.jobs import Lane
+from calotype_shared.schema.enums import Lane
 from calotype_shared.schema.worker_info import WorkerInfo
 from calotype_shared.settings import Settings
 from calotype_shared.storage.s3 import Storage
@@ -89,6 +89,7 @@ def load_models(options: WorkerSettings) -> list[AnyModel]:
                 adapters=adapters,
                 memory=memory,
                 accelerations=accelerations,
+                as_pipeline=options.run_as == "pipeline",
             )
         )
     return models

@@ -19,7 +19,8 @@ from calotype_shared.errors import IdempotencyConflict, InvalidRequest, JobNotFo
 from calotype_shared.queue.job_store import JobStore
 from calotype_shared.queue.submission import Idempotency
 from calotype_shared.schema.config import GenerationConfig
-from calotype_shared.schema.jobs import Lane, new_job_id
+from calotype_shared.schema.enums import Lane
+from calotype_shared.schema.jobs import new_job_id
 from calotype_shared.settings import Settings
 from calotype_shared.storage.multipart import ObjectWriter, read_chunks, read_lines
 from calotype_shared.storage.s3 import Storage

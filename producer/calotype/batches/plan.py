@@ -27,8 +27,8 @@ from calotype.batches.record import BatchRecord
 from calotype.resolver import Resolver
 from calotype_shared.errors import CalotypeError, InvalidRequest
 from calotype_shared.queue.submission import NewJob
-from calotype_shared.schema.config import DRAWN_SEED_BITS
 from calotype_shared.schema.jobs import new_job_id
+from calotype_shared.schema.resolve import DRAWN_SEED_BITS
 from calotype_shared.storage.multipart import Line, read_lines
 from calotype_shared.storage.s3 import Storage
 
@@ -120,15 +120,20 @@ class _Reader:
             raise InvalidRequest(
                 "was used by an earlier line", field="custom_id", value=request.custom_id, remedy="give each its own"
             )
-        config = request.config
-        open_seed = config.seed is None
-        if open_seed:  # drawn from the line's place, so that validating it twice gives the same image
-            drawn = hashlib.sha256(f"{self._batch.id}/{line.number}".encode()).digest()[: DRAWN_SEED_BITS // 8]
-            config = config.model_copy(update={"seed": int.from_bytes(drawn)})
         batch = self._batch
-        job = self._resolver.new_job(config, lane=batch.lane, tenant=batch.tenant, job_id=f"{batch.id}-{line.number}")
-        if open_seed:
-            job = job._replace(identity="")
+
+        def draw_seed() -> int:
+            """From the line's place, so that validating it twice gives the same image."""
+            drawn = hashlib.sha256(f"{batch.id}/{line.number}".encode()).digest()
+            return int.from_bytes(drawn[: DRAWN_SEED_BITS // 8])
+
+        job = self._resolver.new_job(
+            request.config,
+            lane=batch.lane,
+            tenant=batch.tenant,
+            job_id=f"{batch.id}-{line.number}",
+            draw_seed=draw_seed,
+        )
         self._seen.add(seen)
         return dump_job(job._replace(custom_id=request.custom_id))
 

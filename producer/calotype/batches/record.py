@@ -10,7 +10,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict
 
 from calotype_shared.queue.records import SCHEMA, UnreadableRecord, in_short
-from calotype_shared.schema.jobs import JobState, Lane
+from calotype_shared.schema.enums import JobState, Lane
 
 
 class BatchState(StrEnum):

@@ -20,7 +20,7 @@ from calotype.cli.jobs import AsJson
 from calotype.cli.output import clock_time, print_json, print_table, say
 from calotype.client import Client
 from calotype_shared.errors import InvalidRequest
-from calotype_shared.schema.jobs import Lane
+from calotype_shared.schema.enums import Lane
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Many jobs from one file.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,8 +14,8 @@ from calotype.cli.exit_codes import ExitCode
 from calotype.cli.output import clock_time, print_json, print_table, record_json, record_line, report, say
 from calotype.client import Client, require_success
 from calotype_shared.errors import InvalidRequest, JobNotFound
-from calotype_shared.schema.config import QUALITY_PRESETS, OutputFormat, SamplerType
-from calotype_shared.schema.jobs import JobState, Lane
+from calotype_shared.schema.config import QUALITY_PRESETS
+from calotype_shared.schema.enums import JobState, Lane, OutputFormat, SamplerType
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, errors too.")]
 JobId = Annotated[str, typer.Argument(metavar="ID")]
@@ -28,6 +29,17 @@ def _pair(entry: str, name: str, number: str) -> dict[str, Any]:
     """NAME or NAME:NUMBER as a part of a config."""
     written, colon, value = entry.rpartition(":")
     return {name: written, number: value} if colon else {name: value}
+
+
+def _parameter(entry: str) -> tuple[str, Any]:
+    """NAME=JSON; what is not JSON is text."""
+    name, equals, value = entry.partition("=")
+    if not equals:
+        raise InvalidRequest("has no value", field="--parameter", value=entry, remedy="write NAME=JSON")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def _control(entry: str) -> dict[str, Any]:
@@ -67,6 +79,15 @@ def submit(  # noqa: PLR0917 - the command's options; Typer passes them by name
     also: Annotated[list[str] | None, typer.Option(help="A further model to make the same images.")] = None,
     preview_every: Annotated[int | None, typer.Option(help="Steps between previews.")] = None,
     frames: Annotated[int | None, typer.Option(help="Of a video.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames per second of a video.")] = None,
+    audio_seconds: Annotated[float | None, typer.Option(help="Length of sound.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="A reference to edit or follow; may be repeated.", dir_okay=False)
+    ] = None,
+    control_image: Annotated[Path | None, typer.Option(help="For models that follow one.", dir_okay=False)] = None,
+    parameter: Annotated[
+        list[str] | None, typer.Option(help="NAME=JSON, of the pipeline's own as `calotype models` lists; repeatable.")
+    ] = None,
     lane: Annotated[Lane, typer.Option(help="interactive jobs go first.")] = Lane.INTERACTIVE,
     wait: Annotated[bool, typer.Option("--wait", help="Wait until it is done.")] = False,
     timeout: Annotated[float | None, typer.Option(help="Give up waiting after so many seconds.", min=0)] = None,
@@ -97,6 +118,11 @@ def submit(  # noqa: PLR0917 - the command's options; Typer passes them by name
         "ensemble": also,
         "preview_every": preview_every,
         "num_frames": frames,
+        "fps": fps,
+        "audio_seconds": audio_seconds,
+        "images": image,
+        "control_image": control_image,
+        "parameters": parameter and dict(map(_parameter, parameter)),
     }
     with _client() as client:
         job = client.submit(prompt, lane=lane, **{name: value for name, value in given.items() if value is not None})

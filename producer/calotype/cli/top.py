@@ -20,7 +20,8 @@ from calotype.cli.output import clock_time, plain, print_json
 from calotype.client import Client
 from calotype.overview import GroupView, Overview, RowView, WorkerView
 from calotype_shared.errors import ServiceUnavailable
-from calotype_shared.schema.jobs import JobRecord, JobState, Lane
+from calotype_shared.schema.enums import JobState, Lane
+from calotype_shared.schema.jobs import JobRecord
 
 _BAR = 30  # characters
 _PROMPT = 34

@@ -30,8 +30,9 @@ from calotype.gateway.jobs import finished
 from calotype.gateway.state import Services, ServicesDep
 from calotype_shared.errors import InvalidRequest
 from calotype_shared.schema import a1111
-from calotype_shared.schema.config import MAX_IMAGES, OutputFormat
-from calotype_shared.schema.jobs import JobRecord, JobState, Lane
+from calotype_shared.schema.config import MAX_IMAGES
+from calotype_shared.schema.enums import JobState, Lane, OutputFormat
+from calotype_shared.schema.jobs import JobRecord
 from calotype_shared.storage.images import FORMATS
 
 router = APIRouter(prefix="/sdapi/v1", tags=["automatic1111"])
@@ -236,7 +237,6 @@ async def _answer(
 def _info(record: JobRecord) -> dict[str, Any]:
     """What tools read from an answer, in the web UI's words."""
     config = record.config
-    assert config.seed is not None
     seeds = [config.seed + number for number in range(config.num_images)]
     texts = [
         f"{config.prompt}\nNegative prompt: {config.negative_prompt}\nSteps: {config.num_inference_steps}, "
@@ -260,7 +260,7 @@ def _info(record: JobRecord) -> dict[str, Any]:
         "steps": config.num_inference_steps,
         "batch_size": config.num_images,
         "sd_model_name": config.model,
-        "denoising_strength": config.strength,
+        "denoising_strength": config.strength if config.init_image else None,
         "infotexts": texts,
         "job_timestamp": time.strftime("%Y%m%d%H%M%S", time.gmtime(record.created_at)),
         "calotype_job": record.id,

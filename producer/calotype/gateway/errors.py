@@ -32,7 +32,8 @@ from calotype_shared.errors import (
     WaitTimeout,
     shown,
 )
-from calotype_shared.schema.config import explained
+from calotype_shared.schema.config import GenerationConfig
+from calotype_shared.schema.refusal import explained
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +167,7 @@ def _explained(first: Mapping[str, Any]) -> InvalidRequest:
         context["remedy"] = f"use {context['expected']}"
     elif first["type"] != "missing" and where[-1] in _REMEDIES and "field" not in context:
         context["remedy"] = _REMEDIES[where[-1]]
-    return explained({**first, "loc": where, "ctx": context})
+    return explained({**first, "loc": where, "ctx": context}, fields=GenerationConfig.model_fields)
 
 
 async def on_http(request: Request, error: Exception) -> Response:

@@ -19,7 +19,8 @@ from calotype.gateway.errors import NotFound, documented
 from calotype.gateway.state import Services, ServicesDep
 from calotype_shared.errors import WaitTimeout
 from calotype_shared.schema.config import GenerationConfig
-from calotype_shared.schema.jobs import JobRecord, JobState, Lane
+from calotype_shared.schema.enums import JobState, Lane
+from calotype_shared.schema.jobs import JobRecord
 
 router = APIRouter(prefix="/v1", tags=["jobs"])
 

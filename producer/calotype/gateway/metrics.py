@@ -19,7 +19,7 @@ from calotype_shared.observability.admin_server import AdminRequest, AdminRespon
 from calotype_shared.observability.metrics import Family, counter, family, histogram, new_registry, scraped
 from calotype_shared.queue.connection import connect_redis
 from calotype_shared.queue.fleet_stats import FleetStats, FleetStatsReader
-from calotype_shared.schema.jobs import JobState
+from calotype_shared.schema.enums import JobState
 from calotype_shared.settings import Settings
 
 _REMEMBERED_SECONDS = 1.0

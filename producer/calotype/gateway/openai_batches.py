@@ -19,7 +19,7 @@ from calotype.gateway.errors import documented
 from calotype.gateway.openai_files import RESULT, After, find_file
 from calotype.gateway.state import ServicesDep
 from calotype_shared.errors import InvalidRequest
-from calotype_shared.schema.jobs import Lane
+from calotype_shared.schema.enums import Lane
 
 router = APIRouter(prefix="/v1", tags=["batches"])
 

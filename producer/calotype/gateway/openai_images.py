@@ -21,7 +21,8 @@ from calotype.gateway.jobs import finished
 from calotype.gateway.state import Services, ServicesDep
 from calotype.openai_images import Generation, image_data, inverted_mask, read_generation
 from calotype_shared.errors import CalotypeError, InvalidRequest, UnknownModel
-from calotype_shared.schema.jobs import JobRecord, Lane
+from calotype_shared.schema.enums import Lane
+from calotype_shared.schema.jobs import JobRecord
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 

@@ -18,7 +18,7 @@ from calotype.gc.bucket_identity import IDENTITY_KEY, BucketIdentity, GcRefused
 from calotype.gc.references import References
 from calotype.gc.report import Kind, Report
 from calotype_shared.queue.scripts import Scripted, said_clearly
-from calotype_shared.schema.jobs import JobState
+from calotype_shared.schema.enums import JobState
 from calotype_shared.storage.s3 import SAFE_SECONDS, Storage, StoredObject
 
 _DAY = 86_400.0  # an upload in parts that is older than this is taken for dead

@@ -18,7 +18,7 @@ from calotype.batches.record import BatchState
 from calotype.gc.bloom import BloomFilter
 from calotype_shared.errors import ObjectMissing
 from calotype_shared.queue.keys import Keys
-from calotype_shared.schema.jobs import JobState
+from calotype_shared.schema.enums import JobState
 from calotype_shared.storage.multipart import read_lines
 from calotype_shared.storage.s3 import Storage, attempt_folder
 

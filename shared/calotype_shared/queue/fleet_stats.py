@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from calotype_shared.queue.fleet import Fleet
 from calotype_shared.queue.scripts import said_clearly
-from calotype_shared.schema.jobs import JobState
+from calotype_shared.schema.enums import JobState
 
 # A tenant's jobs stand in line by age, and every tenant's first is near the front: fair share lets none run ahead.
 _FRONT = 64  # jobs of each line

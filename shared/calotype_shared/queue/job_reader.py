@@ -11,7 +11,8 @@ from calotype_shared.errors import no_such_job
 from calotype_shared.queue.fleet import Fleet
 from calotype_shared.queue.records import UnreadableRecord, read_record
 from calotype_shared.queue.scripts import said_clearly
-from calotype_shared.schema.jobs import JobRecord, JobState, Preview, created_us
+from calotype_shared.schema.enums import JobState
+from calotype_shared.schema.jobs import JobRecord, Preview, created_us
 
 log = logging.getLogger(__name__)
 

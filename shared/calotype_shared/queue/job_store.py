@@ -21,8 +21,9 @@ from calotype_shared.queue.job_reader import JobReader
 from calotype_shared.queue.records import UnreadableRecord, read_record
 from calotype_shared.queue.scripts import said_clearly
 from calotype_shared.queue.submission import Idempotency, NewJob, queue_full
-from calotype_shared.schema.config import GenerationConfig
-from calotype_shared.schema.jobs import ImageRef, JobError, JobRecord, JobState, Lane, Preview
+from calotype_shared.schema.enums import JobState, Lane
+from calotype_shared.schema.jobs import ImageRef, JobError, JobRecord, Preview
+from calotype_shared.schema.resolve import ResolvedConfig
 from calotype_shared.storage.s3 import attempt_folder
 
 log = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ class Claim:
         return attempt_folder(self.job_id, self.attempt, self.token)
 
     @property
-    def config(self) -> GenerationConfig:
+    def config(self) -> ResolvedConfig:
         return self.record.config
 
 
@@ -113,7 +114,7 @@ class JobStore(JobReader):
     @said_clearly
     def create(
         self,
-        jobs: Iterable[GenerationConfig | NewJob],
+        jobs: Iterable[ResolvedConfig | NewJob],
         *,
         lane: Lane = Lane.BULK,
         tenant: str = "default",
@@ -132,7 +133,6 @@ class JobStore(JobReader):
         if its key was used before, that submission's id is returned and nothing is queued.
 
         Raises:
-            InvalidRequest: a config is not resolved (`GenerationConfig.resolved`).
             IdempotencyConflict: the key was used before, for another request.
             QueueFull: with the ids that were accepted, if others have taken the room since the first step.
         """

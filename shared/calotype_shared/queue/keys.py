@@ -55,7 +55,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from calotype_shared.schema.jobs import Lane
+from calotype_shared.schema.enums import Lane
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from calotype_shared.errors import CalotypeError
-from calotype_shared.schema.config import GenerationConfig
 from calotype_shared.schema.jobs import JobRecord
+from calotype_shared.schema.resolve import ResolvedConfig
 
 SCHEMA = 1  # goes up when older workers could not do what a record asks, and not otherwise
 OLDEST = 1  # that there may still be
@@ -76,13 +76,24 @@ def in_short(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _understood(config: dict[str, Any]) -> GenerationConfig:
-    """What of a newer config has a meaning here. Good for showing, and for nothing else."""
+# Fields that every stored config has, each with a value that is valid here.
+_REQUIRED = {"width": 8, "height": 8, "seed": 0}
+
+
+def _understood(config: dict[str, Any]) -> ResolvedConfig:
+    """What of a newer config has a meaning here. Good for showing, and for nothing else.
+
+    A size or seed that is not valid here is shown as it is written.
+    """
+    written: dict[str, Any] = {}
     while True:
         try:
-            return GenerationConfig.model_validate(config)
+            return ResolvedConfig.model_validate(config).model_copy(update=written)
         except ValidationError as error:
             strange = {str(problem["loc"][0]) for problem in error.errors() if problem["loc"]} & config.keys()
             if not strange:
                 raise
-            config = {name: value for name, value in config.items() if name not in strange}
+            written |= {name: config[name] for name in strange & _REQUIRED.keys()}
+            config = {name: value for name, value in config.items() if name not in strange} | {
+                name: _REQUIRED[name] for name in written
+            }

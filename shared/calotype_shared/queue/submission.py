@@ -6,10 +6,12 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple, Self
 
-from calotype_shared.errors import InvalidRequest, QueueFull
+from calotype_shared.errors import QueueFull
 from calotype_shared.queue.keys import queue_name
-from calotype_shared.schema.config import GenerationConfig, digest_of
-from calotype_shared.schema.jobs import Lane, new_job_id
+from calotype_shared.schema.config import digest_of
+from calotype_shared.schema.enums import Lane
+from calotype_shared.schema.jobs import new_job_id
+from calotype_shared.schema.resolve import ResolvedConfig
 
 _UNKNOWN_SECONDS = 10.0  # to wait where nobody knows how fast the queue moves
 _SLOWEST_SECONDS = 60.0
@@ -27,19 +29,8 @@ class NewJob(NamedTuple):
     custom_id: str = ""  # in a batch
 
     @classmethod
-    def of(cls, config: GenerationConfig, *, lane: Lane, job_id: str = "", identity: str = "") -> Self:
-        """A job for a resolved config.
-
-        Raises:
-            InvalidRequest: it is not resolved (`GenerationConfig.resolved`).
-        """
-        if config.seed is None or config.width is None or config.height is None:
-            raise InvalidRequest(
-                "seed, width or height is still open",
-                field="config",
-                value=config,
-                remedy="resolve it against the model's card first",
-            )
+    def of(cls, config: ResolvedConfig, *, lane: Lane, job_id: str = "", identity: str = "") -> Self:
+        """A job for a config."""
         text = config.canonical_json()
         queue = queue_name(config.models, lane)
         return cls(job_id or new_job_id(), queue, text, digest_of(text), config.cost, identity)

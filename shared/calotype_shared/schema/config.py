@@ -1,7 +1,7 @@
 """`GenerationConfig`: what one image, or one set of images, should be. The wire format of a job.
 
-A config is frozen. `resolved()` fills in what a caller may leave open (seed, size) and checks it against the
-model's card; what is queued and stored is always resolved, so every stored config reproduces its image.
+A config is frozen, and may leave fields open (seed, size). `resolve.resolve` fills these in and checks the config
+against the cards of its models. What is queued and stored is always a `ResolvedConfig`, which reproduces its images.
 Images that go in are named by the SHA-256 of their uploaded file (`uploads.py`), LoRAs, ControlNets and models by
 the names their operator registered: a config never holds a path or an address.
 """
@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import secrets
 from collections.abc import Mapping
-from enum import StrEnum
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from calotype_shared.errors import InvalidRequest
-from calotype_shared.schema.model_card import ModelCard
-from calotype_shared.schema.prompt import parse_weights, refuse_weights
+from calotype_shared.schema.enums import Feature, OutputFormat, SamplerType
+from calotype_shared.schema.refusal import invalid_request
 
 MAX_PROMPT_CHARACTERS = 4_000
 MAX_SIDE = 8_192  # pixels
@@ -29,59 +27,7 @@ LCM_MAX_STEPS = 50  # original_inference_steps of diffusers' LCMScheduler
 MAX_GUIDANCE = 100.0
 MAX_IMAGES = 64
 MAX_SEED = 2**53 - 1  # the largest integer that survives JSON readers which use doubles
-DRAWN_SEED_BITS = 32
 DEFAULT_STRENGTH = 0.75  # of image-to-image
-
-
-class SamplerType(StrEnum):
-    """Sampling algorithms. diffusers calls these schedulers."""
-
-    DDPM = "ddpm"  # Denoising Diffusion Probabilistic Models, Ho et al. 2020
-    DDIM = "ddim"  # Denoising Diffusion Implicit Models, Song et al. 2020
-    PNDM = "pndm"  # Pseudo Numerical Methods, Liu et al. 2022
-    EULER = "euler"  # Karras et al. 2022, algorithm 2 without churn
-    EULER_A = "euler_a"  # Euler with ancestral noise
-    HEUN = "heun"  # Karras et al. 2022, second order: 2N - 1 network calls
-    DPMPP_2M = "dpmpp_2m"  # DPM-Solver++(2M), Lu et al. 2022
-    DPMPP_2M_KARRAS = "dpmpp_2m_karras"  # the same on Karras' noise levels
-    UNIPC = "unipc"  # UniPC, Zhao et al. 2023
-    LCM = "lcm"  # Latent Consistency Models, Luo et al. 2023
-    MODEL = "model"  # the scheduler that the model comes with, where it is none of these
-
-
-class OutputFormat(StrEnum):
-    PNG = "png"
-    WEBP = "webp"
-    JPEG = "jpeg"
-    GIF = "gif"  # video
-    MP4 = "mp4"  # video
-    PLY = "ply"  # 3D mesh with vertex colors
-    WAV = "wav"  # sound
-    FLAC = "flac"  # sound
-
-    @property
-    def content_type(self) -> str:
-        others = {"mp4": "video/mp4", "ply": "model/ply", "wav": "audio/wav", "flac": "audio/flac"}
-        return others.get(self.value, f"image/{self.value}")
-
-
-class Feature(StrEnum):
-    """What a config may ask for beyond a prompt. A model's card says which of these it can do."""
-
-    TEXT_TO_IMAGE = "text_to_image"
-    IMAGE_TO_IMAGE = "image_to_image"
-    INPAINTING = "inpainting"
-    PROMPT_WEIGHTS = "prompt_weights"
-    LORA = "lora"
-    CONTROLNET = "controlnet"
-    REFINER = "refiner"
-    ENSEMBLE = "ensemble"
-    PREVIEW = "preview"
-    TEXT_TO_VIDEO = "text_to_video"
-    TEXT_TO_3D = "text_to_3d"
-    TEXT_TO_AUDIO = "text_to_audio"
-    EDIT = "edit"  # reference images, to change or to follow
-    CONTROL_IMAGE = "control_image"  # of a pipeline that always has one
 
 
 _NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
@@ -129,6 +75,7 @@ class RefinerUse(_Part):
 
 Prompt = Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)]
 Side = Annotated[int, Field(ge=8, le=MAX_SIDE, multiple_of=8)]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 
 
 class GenerationConfig(BaseModel):
@@ -151,7 +98,7 @@ class GenerationConfig(BaseModel):
     height: Side | None = None
     num_inference_steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] = 50
     guidance_scale: Annotated[float, Field(ge=0.0, le=MAX_GUIDANCE)] = 7.5
-    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
+    seed: Seed | None = None
     sampler: SamplerType = SamplerType.DDIM
     model: Name = "demo"
     num_images: Annotated[int, Field(ge=1, le=MAX_IMAGES)] = 1
@@ -165,7 +112,17 @@ class GenerationConfig(BaseModel):
     refiner: RefinerUse | None = None
     ensemble: Annotated[tuple[Name, ...], Field(max_length=7)] = ()  # further models that make the same images
     preview_every: Annotated[int, Field(ge=0, le=MAX_STEPS)] = 0  # steps between previews while it runs; 0: none
-    num_frames: Annotated[int, Field(ge=1, le=128)] | None = None  # of a video; None: the model's own
+    num_frames: Annotated[int, Field(ge=1, le=1024)] | None = None  # of a video; None: the model's own
+    fps: Annotated[float, Field(gt=0.0, le=120.0)] | None = None  # of a video; None: the model's own
+    audio_seconds: Annotated[float, Field(gt=0.0, le=600.0)] | None = None  # None: the model's own
+    # References that a model edits or follows, in their own sizes.
+    images: Annotated[tuple[UploadId, ...], Field(max_length=16)] = ()
+    control_image: UploadId | None = None  # for models that always follow one; fitted to width and height
+    # Of the pipeline's own, by its names, as far as its card lists them.
+    parameters: Annotated[dict[str, JsonValue], Field(max_length=32)] = Field(default_factory=dict)
+
+    def __hash__(self) -> int:
+        return hash(self.canonical_json())
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
@@ -178,7 +135,7 @@ class GenerationConfig(BaseModel):
                 "give init_image too, or leave the mask out",
             ),
             (
-                self.strength is not None and self.init_image is None,
+                self.strength not in (None, 1.0) and self.init_image is None,
                 "strength",
                 "says how far a source image changes, but there is none",
                 "give init_image too, or leave strength out",
@@ -242,33 +199,26 @@ class GenerationConfig(BaseModel):
         return self.num_images * (1 + len(self.ensemble))
 
     @property
-    def cost(self) -> int:
-        """Work of a resolved config, for fair shares: row-steps, by the images' size in blocks of 64x64 pixels."""
-        assert self.width is not None
-        assert self.height is not None
-        blocks = max(1, self.width * self.height // 4096)
-        return self.image_count * self.num_inference_steps * (1 + self.guided) * blocks * (self.num_frames or 1)
-
-    @property
     def uploads(self) -> tuple[str, ...]:
         """Uploaded images this refers to."""
-        named = (self.init_image, self.mask_image, *(control.image for control in self.controls))
+        controls = (self.control_image, *(control.image for control in self.controls))
+        named = (self.init_image, self.mask_image, *self.images, *controls)
         return tuple(dict.fromkeys(upload for upload in named if upload is not None))
 
     @property
     def features(self) -> frozenset[Feature]:
         """What this asks of its model, beyond a prompt."""
-        asked = {
-            Feature.IMAGE_TO_IMAGE: self.init_image is not None and self.mask_image is None,
-            Feature.INPAINTING: self.mask_image is not None,
-            Feature.TEXT_TO_IMAGE: self.init_image is None,
-            Feature.LORA: bool(self.loras),
-            Feature.CONTROLNET: bool(self.controls),
-            Feature.REFINER: self.refiner is not None,
-            Feature.ENSEMBLE: bool(self.ensemble),
-            Feature.PREVIEW: self.preview_every > 0,
-        }
-        return frozenset(feature for feature, wanted in asked.items() if wanted)
+        return features_asked(
+            source=self.init_image is not None,
+            mask=self.mask_image is not None,
+            references=bool(self.images),
+            control_image=self.control_image is not None,
+            loras=bool(self.loras),
+            controls=bool(self.controls),
+            refiner=self.refiner is not None,
+            ensemble=bool(self.ensemble),
+            previews=self.preview_every > 0,
+        )
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Self:
@@ -276,39 +226,7 @@ class GenerationConfig(BaseModel):
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:
-            raise invalid_request(error) from error
-
-    def resolved(self, card: ModelCard) -> Self:
-        """The same config with all that was left open filled in, checked against the model's card.
-
-        Seed and size are filled in, and `strength`; sampler and output format become the model's own if the caller
-        left them at their default and the model does not have that.
-
-        Raises:
-            InvalidRequest: the model cannot do this: a size, a sampler, a feature, a LoRA or ControlNet it lacks.
-        """
-        native_width, native_height = card.native_size(self.width, self.height)
-        seed = self.seed if self.seed is not None else secrets.randbits(DRAWN_SEED_BITS)
-        if seed + self.num_images - 1 > MAX_SEED:
-            raise InvalidRequest(
-                f"image {self.num_images} would use a seed above {MAX_SEED}",
-                field="seed",
-                value=seed,
-                remedy=f"use a seed of at most {MAX_SEED - self.num_images + 1}",
-            )
-        found: dict[str, Any] = {"width": native_width, "height": native_height, "seed": seed}
-        if "sampler" not in self.model_fields_set and self.sampler not in card.samplers:
-            found["sampler"] = card.samplers[0]
-        if "output_format" not in self.model_fields_set and self.output_format not in card.output_formats:
-            found["output_format"] = card.output_formats[0]
-        if self.init_image is not None and self.strength is None:
-            found["strength"] = DEFAULT_STRENGTH if self.mask_image is None else 1.0
-        config = self.model_copy(update=found)
-        card.check(config)
-        check_prompt = parse_weights if Feature.PROMPT_WEIGHTS in card.features else refuse_weights
-        check_prompt(config.prompt, field="prompt")
-        check_prompt(config.negative_prompt, field="negative_prompt")
-        return config
+            raise invalid_request(error, fields=cls.model_fields) from error
 
     def canonical_json(self) -> str:
         """One spelling for equal configs: sorted keys, no spaces; parts that are not used are left out."""
@@ -318,6 +236,34 @@ class GenerationConfig(BaseModel):
     def digest(self) -> str:
         """SHA-256 of the canonical JSON, in hex. Equal configs, and only those, have equal digests."""
         return digest_of(self.canonical_json())
+
+
+def features_asked(
+    *,
+    source: bool,
+    mask: bool,
+    references: bool,
+    control_image: bool,
+    loras: bool,
+    controls: bool,
+    refiner: bool,
+    previews: bool,
+    ensemble: bool = False,
+) -> frozenset[Feature]:
+    """What a model must be able to do for a config, or for one image of it, that has these parts."""
+    asked = {
+        Feature.IMAGE_TO_IMAGE: source and not mask,
+        Feature.INPAINTING: mask,
+        Feature.TEXT_TO_IMAGE: not source and not references,
+        Feature.EDIT: references,
+        Feature.CONTROL_IMAGE: control_image,
+        Feature.LORA: loras,
+        Feature.CONTROLNET: controls,
+        Feature.REFINER: refiner,
+        Feature.ENSEMBLE: ensemble,
+        Feature.PREVIEW: previews,
+    }
+    return frozenset(feature for feature, wanted in asked.items() if wanted)
 
 
 def digest_of(text: str) -> str:
@@ -337,6 +283,11 @@ _UNUSED: Mapping[str, Any] = {
     "ensemble": [],
     "preview_every": 0,
     "num_frames": None,
+    "fps": None,
+    "audio_seconds": None,
+    "images": [],
+    "control_image": None,
+    "parameters": {},
 }
 
 # Quality presets, by the numbers of the project's founding document.
@@ -355,45 +306,3 @@ def quality_preset(quality: str) -> Mapping[str, int | float]:
         raise InvalidRequest(
             "unknown quality preset", field="quality", value=quality, remedy=f"use one of {', '.join(QUALITY_PRESETS)}"
         ) from None
-
-
-def invalid_request(error: ValidationError) -> InvalidRequest:
-    """The first of pydantic's complaints, as one sentence with a remedy."""
-    return explained(error.errors(include_url=False)[0])
-
-
-def explained(first: Mapping[str, Any]) -> InvalidRequest:
-    """One of pydantic's complaints, as one sentence with a remedy."""
-    field = ".".join(str(part) for part in first["loc"]) or "config"
-    kind = first["type"]
-    context = first.get("ctx", {})
-    field = str(context.get("field", field))
-    value = None if kind == "missing" else context.get("value", first.get("input"))
-    remedies = {
-        "missing": "give it",
-        "extra_forbidden": f"remove it, or use one of: {', '.join(GenerationConfig.model_fields)}",
-        "enum": f"use one of: {', '.join(s.value for s in _choices(field))}",
-        "multiple_of": f"use {_nearest_multiple(value, context.get('multiple_of', 8))}",
-        "greater_than_equal": f"use at least {context.get('ge')}",
-        "less_than_equal": f"use at most {context.get('le')}",
-        "lcm_steps": f"use at most {context.get('most')}, or another sampler",
-        "string_too_long": f"shorten it to {context.get('max_length')} characters",
-        "finite_number": "use a finite number",
-        "string_pattern_mismatch": "use lower-case letters, digits, '.', '_' and '-' (a registered name, not a path)",
-    }
-    problem = str(first["msg"]).removeprefix("Value error, ")
-    remedies |= {kind: str(context["remedy"])} if "remedy" in context else {}
-    return InvalidRequest(
-        problem[:1].lower() + problem[1:], field=field, value=value, remedy=remedies.get(kind, "correct it")
-    )
-
-
-def _choices(field: str) -> type[StrEnum]:
-    return OutputFormat if field == "output_format" else SamplerType
-
-
-def _nearest_multiple(value: object, factor: object) -> str:
-    if not isinstance(value, int) or not isinstance(factor, int):
-        return f"a multiple of {factor}"
-    below = max(factor, value // factor * factor)
-    return f"{below} or {below + factor}"

@@ -8,32 +8,12 @@ from __future__ import annotations
 import base64
 import secrets
 import time
-from enum import StrEnum
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from calotype_shared.schema.config import GenerationConfig
-
-
-class Lane(StrEnum):
-    """A queue's urgency. Workers always look at `interactive` first."""
-
-    INTERACTIVE = "interactive"
-    BULK = "bulk"
-
-
-class JobState(StrEnum):
-    QUEUED = "queued"
-    RUNNING = "running"
-    SUCCEEDED = "succeeded"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-
-    @property
-    def final(self) -> bool:
-        return not any(edge[0] is self for edge in TRANSITIONS)
-
+from calotype_shared.schema.enums import JobState, Lane
+from calotype_shared.schema.resolve import ResolvedConfig
 
 # Every legal edge and what takes it. The Lua scripts implement exactly these; a test compares them.
 TRANSITIONS: dict[tuple[JobState, JobState], str] = {
@@ -111,7 +91,7 @@ class JobRecord(BaseModel):
     state: JobState
     lane: Lane
     tenant: str = "default"  # whose it is: tenants share a queue fairly
-    config: GenerationConfig
+    config: ResolvedConfig
     digest: str  # of the config: equal digests mean equal images
     attempt: int = 0  # claims so far; the newest is the fence token that a commit must carry
     failures: int = 0  # attempts that ended in an error; releases on drain do not count

@@ -2,26 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import TYPE_CHECKING
-
 from pydantic import BaseModel, ConfigDict, Field
 
 from calotype_shared.errors import InvalidRequest
-
-if TYPE_CHECKING:
-    from calotype_shared.schema.config import GenerationConfig
-
-
-# The field of a config that asks for a feature.
-_FIELDS = {
-    "image_to_image": "init_image",
-    "inpainting": "mask_image",
-    "lora": "loras",
-    "controlnet": "controls",
-    "preview": "preview_every",
-    "text_to_video": "num_frames",
-}
 
 
 class ModelCard(BaseModel):
@@ -48,70 +31,10 @@ class ModelCard(BaseModel):
     embeddings: tuple[str, ...] = ()  # tokens of textual inversions, to be written in prompts
     max_steps: int = 1000
     parameters: tuple[str, ...] = ()  # of the pipeline's own that a config's `parameters` may set
+    needs: tuple[str, ...] = ()  # fields without which it makes nothing
     default_steps: int | None = None
     default_guidance: float | None = None
     description: str = ""
-
-    def check(self, config: GenerationConfig) -> None:
-        """Refuse a config that this model cannot make.
-
-        Raises:
-            InvalidRequest: naming the first field that asks too much, and what would work.
-        """
-        assert config.width is not None
-        assert config.height is not None
-        self.check_size(config.width, config.height)
-        if config.num_inference_steps > self.max_steps:
-            raise InvalidRequest(
-                f"model {self.name!r} runs at most {self.max_steps} steps",
-                field="num_inference_steps",
-                value=config.num_inference_steps,
-                remedy=f"use at most {self.max_steps}",
-            )
-        self._check_one_of("sampler", config.sampler, self.samplers)
-        self._check_one_of("output_format", config.output_format, self.output_formats)
-        for feature in sorted(config.features - {"ensemble", "refiner", "text_to_image"}):
-            self._check_feature(feature)
-        if "text_to_image" in config.features and not self.features & {"text_to_image", "text_to_video", "text_to_3d"}:
-            raise InvalidRequest(
-                f"model {self.name!r} cannot do text_to_image",
-                field="model",
-                value=self.name,
-                remedy=f"give what it needs for {', '.join(sorted(self.features))}, or use another model",
-            )
-        if config.num_frames is not None:
-            self._check_feature("text_to_video")
-        for lora in config.loras:
-            self._check_one_of("loras", lora.name, self.loras)
-        for control in config.controls:
-            self._check_one_of("controls", control.name, self.controls)
-
-    def check_as_refiner(self, config: GenerationConfig) -> None:
-        """Refuse to take over the unfinished latents of a config that another model begins.
-
-        Raises:
-            InvalidRequest: this model has not the size or the sampler.
-        """
-        assert config.width is not None
-        assert config.height is not None
-        self.check_size(config.width, config.height)
-        self._check_one_of("sampler", config.sampler, self.samplers)
-
-    def _check_feature(self, feature: str) -> None:
-        if feature not in self.features:
-            raise InvalidRequest(
-                f"model {self.name!r} cannot do that",
-                field=_FIELDS.get(feature, "config"),
-                value=feature,
-                remedy=f"it can do {', '.join(sorted(self.features))}; leave this out, or use another model",
-            )
-
-    def _check_one_of(self, field: str, value: str, known: Collection[str]) -> None:
-        if value not in known:
-            shown = ", ".join(known) or "none"
-            raise InvalidRequest(
-                f"model {self.name!r} does not have it", field=field, value=str(value), remedy=f"it has: {shown}"
-            )
 
     def native_size(self, width: int | None, height: int | None) -> tuple[int, int]:
         """The size in pixels to use where one or both sides were left open."""

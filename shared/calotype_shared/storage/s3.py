@@ -18,7 +18,7 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 from calotype_shared.errors import ObjectMissing, StorageUnavailable
-from calotype_shared.schema.config import OutputFormat
+from calotype_shared.schema.enums import OutputFormat
 
 if TYPE_CHECKING:
     from calotype_shared.settings import Settings

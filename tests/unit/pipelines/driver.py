@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from calotype_shared.schema.enums import SamplerType
 from calotype_worker.engine.call_batch import CallBatch
 from calotype_worker.engine.memory_limit import MemoryLimit
 from calotype_worker.engine.pipeline_run import PipelineRun
@@ -43,6 +44,7 @@ def four(model: PipelineModel, **common: Any) -> list[GenerationRequest]:
             replace(
                 request,
                 request_id=str(index),
+                sampler=SamplerType(model.card.samplers[0]),
                 num_inference_steps=_STEPS[index],
                 guidance_scale=_GUIDANCE[index],
                 **common,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from calotype_shared.errors import GenerationFailed, InvalidRequest
-from calotype_shared.schema.config import OutputFormat, SamplerType
+from calotype_shared.schema.enums import OutputFormat, SamplerType
 from calotype_worker.engine import Engine, EngineSettings
 from calotype_worker.models import ModelPool, PipelineModel, load_model
 from calotype_worker.models.pipeline.outputs import Output
@@ -100,7 +100,7 @@ def test_refused(engine: Engine, models: ModelPool) -> None:
     request = requests_of(models, "pipeline")[0]
     with pytest.raises(InvalidRequest, match="init_image"):
         engine.submit(replace(request, init_image=np.zeros((64, 64, 3), np.uint8)))
-    with pytest.raises(InvalidRequest, match=r"parameters\.steps"):
+    with pytest.raises(InvalidRequest, match="parameters='steps'"):
         engine.submit(replace(request, parameters={"steps": 3}))
     with pytest.raises(InvalidRequest, match=r"parameters\.clip_skip"):
         engine.submit(replace(request, parameters={"clip_skip": "two"}))
@@ -182,7 +182,9 @@ def test_video_and_mesh(tmp_path: Path) -> None:
     engine.start()
     try:
         for model in (video, mesh):
-            requests = [replace(request, model=model.card.name) for request in four(model)]
+            requests = [
+                replace(request, model=model.card.name, output_format=OutputFormat.GIF) for request in four(model)
+            ]
             plain = [model.read(model.plain(request)) for request in requests]
             made = [future.result(300) for future in [engine.submit(request) for request in requests]]
             for generated, expected in zip(made, plain, strict=True):

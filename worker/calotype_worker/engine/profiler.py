@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 
-from calotype_shared.schema.config import SamplerType
+from calotype_shared.schema.enums import SamplerType
 from calotype_worker.engine.admission import Admission
 from calotype_worker.engine.memory_limit import MemoryLimit
 from calotype_worker.engine.profile import Profile, measure

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from calotype_shared.errors import InvalidRequest
+from calotype_shared.schema.resolve import check, check_refiner
 from calotype_worker.engine.batch_row import BatchRow
 from calotype_worker.models.base import StepModel, Text
 from calotype_worker.models.pipeline.model import PipelineModel
@@ -132,7 +133,7 @@ def prepare(request: GenerationRequest, pool: ModelPool, tables: TableCache, *, 
         InvalidRequest: the model, or the sampler, cannot do this.
     """
     model = pool.get(request.model)
-    model.card.check_size(request.width, request.height)
+    check(request, model.card)
     if isinstance(model, PipelineModel):
         model.check(request)
         return RequestState(
@@ -142,9 +143,11 @@ def prepare(request: GenerationRequest, pool: ModelPool, tables: TableCache, *, 
             stages=[],
             total_steps=request.num_inference_steps,
         )
-    _check_inputs(request, model)
-    generator = torch.Generator().manual_seed(request.seed)
+    _check_pixels(request)
     refiner = pool.steppable(request.refiner) if request.refiner else None
+    if refiner is not None:
+        check_refiner(request, refiner.card)
+    generator = torch.Generator().manual_seed(request.seed)
     cut = None if refiner is None else Trajectory.stopping_early
     stages = [_stage(request, model, tables, generator, cut=cut, first=True, exact=exact)]
     if refiner is not None:
@@ -269,31 +272,8 @@ def _texts(request: GenerationRequest, model: StepModel, *, guided: bool, first:
     return (prompt, negative) if guided else (prompt,)
 
 
-def _check_inputs(request: GenerationRequest, model: StepModel) -> None:
-    """What a card's check has seen already for jobs from the queue, and in-process callers are told here."""
-    wanted: dict[str, Hashable] = {
-        "image_to_image": request.init_image is not None and request.mask is None,
-        "inpainting": request.mask is not None,
-        "controlnet": bool(request.controls),
-    }
-    missing = [feature for feature, asked in wanted.items() if asked and feature not in model.card.features]
-    if request.init_image is None and "text_to_image" not in model.card.features:
-        missing.append("text_to_image")
-    if missing:
-        raise InvalidRequest(
-            f"model {model.card.name!r} cannot do that",
-            field="config",
-            value=missing[0],
-            remedy=f"it can do {', '.join(sorted(model.card.features))}",
-        )
-    for control in request.controls:
-        if control.name not in model.card.controls:
-            raise InvalidRequest(
-                "no ControlNet of that name",
-                field="controls",
-                value=control.name,
-                remedy=f"use one of: {', '.join(model.card.controls) or 'none registered'}",
-            )
+def _check_pixels(request: GenerationRequest) -> None:
+    """Refuse images that were not fitted to the request's size."""
     images = {"init_image": request.init_image, "mask": request.mask}
     images |= {f"controls.{control.name}": control.image for control in request.controls}
     for name, image in images.items():

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from calotype_shared.errors import InvalidRequest
-from calotype_shared.schema.config import SamplerType
+from calotype_shared.schema.enums import SamplerType
 from calotype_worker.inprocess.diffusion import DiffusionModel
 from calotype_worker.models.base import Rows, Text
 from calotype_worker.sampling import Trajectory, build_table, make_scheduler

@@ -31,8 +31,10 @@ from pydantic import ConfigDict, ValidationError
 
 from calotype_shared.errors import InvalidRequest
 from calotype_shared.schema import config as shared
-from calotype_shared.schema.config import invalid_request, quality_preset
+from calotype_shared.schema.config import quality_preset
 from calotype_shared.schema.model_card import ModelCard
+from calotype_shared.schema.refusal import invalid_request
+from calotype_shared.schema.resolve import ResolvedConfig, resolve
 from calotype_shared.storage.images import fitted, normalize_image, open_upload
 from calotype_worker.engine import Engine, EngineSettings, Generated, GenerationRequest
 from calotype_worker.models import Accelerations, Adapters, Memory, ModelPool, StepModel, load_model
@@ -58,13 +60,13 @@ class GenerationConfig(shared.GenerationConfig):
         try:
             super().__init__(**fields)
         except ValidationError as error:
-            raise invalid_request(error) from error
+            raise invalid_request(error, fields=type(self).model_fields) from error
 
     def __setattr__(self, name: str, value: Any) -> None:
         try:
             super().__setattr__(name, value)
         except ValidationError as error:
-            raise invalid_request(error) from error
+            raise invalid_request(error, fields=type(self).model_fields) from error
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -195,7 +197,7 @@ class DiffusionModel:
 
     def _make(self, configs: Sequence[shared.GenerationConfig]) -> list[GeneratedImage]:
         engine = self._running()
-        futures: list[tuple[shared.GenerationConfig, Future[Generated]]] = []
+        futures: list[tuple[ResolvedConfig, Future[Generated]]] = []
         try:
             for config in [self._resolved(config) for config in configs]:
                 images = self._fitted_uploads(config)
@@ -203,15 +205,13 @@ class DiffusionModel:
                     request = GenerationRequest.from_config(
                         config, index=index, request_id=uuid.uuid4().hex, images=images
                     )
-                    futures.append((config, engine.submit(replace(request, model=""))))
+                    futures.append((config, engine.submit(request)))
             return [_generated(config, future.result()) for config, future in futures]
         finally:
             for _, future in futures:
                 future.cancel()  # only those still to come, after one failed
 
-    def _fitted_uploads(self, config: shared.GenerationConfig) -> dict[str, np.ndarray]:
-        assert config.width is not None
-        assert config.height is not None
+    def _fitted_uploads(self, config: ResolvedConfig) -> dict[str, np.ndarray]:
         found = {}
         for upload in config.uploads:
             if upload not in self._uploads:
@@ -222,9 +222,10 @@ class DiffusionModel:
             found[upload] = np.array(fitted(self._uploads[upload], config.width, config.height, mask=is_mask))
         return found
 
-    def _resolved(self, config: shared.GenerationConfig) -> shared.GenerationConfig:
+    def _resolved(self, config: shared.GenerationConfig) -> ResolvedConfig:
         """Complete and checked; the model is this one, whatever name the config gives."""
-        return config.model_copy(update={"model": self._name}).resolved(self.card)
+        card = self.card
+        return resolve(config.model_copy(update={"model": card.name}), {card.name: card})
 
     # ---- the parts
 
@@ -366,7 +367,7 @@ def _png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _generated(config: shared.GenerationConfig, made: Generated) -> GeneratedImage:
+def _generated(config: ResolvedConfig, made: Generated) -> GeneratedImage:
     values = config.model_dump() | {"seed": made.seed, "num_images": 1}
     return GeneratedImage(
         image_data=made.image,

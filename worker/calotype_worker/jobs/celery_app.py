@@ -11,7 +11,7 @@ from kombu import Exchange, Queue
 from calotype_shared.queue.connection import CONNECT_SECONDS, HEALTH_SECONDS, SOCKET_SECONDS
 from calotype_shared.queue.keys import queue_name
 from calotype_shared.queue.message import TASK_NAME
-from calotype_shared.schema.jobs import Lane
+from calotype_shared.schema.enums import Lane
 from calotype_shared.settings import Settings
 from calotype_worker.jobs.transport import broker_of
 

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
-from pathlib import Path
 from queue import Empty, Full, Queue
 
 from calotype_shared.errors import StorageUnavailable
@@ -18,6 +17,7 @@ from calotype_shared.schema.jobs import ImageRef
 from calotype_shared.storage.s3 import Storage
 from calotype_worker.jobs.heartbeat import RunningJob
 from calotype_worker.jobs.spool import Spool
+from calotype_worker.output.file import File
 
 log = logging.getLogger(__name__)
 
@@ -26,18 +26,6 @@ _MAX_PENDING = 1_000
 _AWAY_SECONDS = 10.0  # after a failure files go to the spool for so long without trying
 _BACKOFF_SECONDS = (0.5, 15.0)
 _LOOK_SECONDS = 0.2
-
-
-@dataclass(kw_only=True, eq=False)
-class File:
-    """One object for storage; its bytes are in `data`, or wait in `path`."""
-
-    key: str
-    content_type: str
-    data: bytes | None
-    path: Path | None = None
-    tried: bool = False  # so something may be there
-    stored: bool = False
 
 
 @dataclass(kw_only=True, eq=False)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from kombu.utils.scheduling import round_robin_cycle
 
-from calotype_shared.schema.jobs import Lane
+from calotype_shared.schema.enums import Lane
 
 
 class PriorityRoundRobin(round_robin_cycle):

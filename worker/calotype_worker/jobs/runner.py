@@ -21,7 +21,8 @@ from calotype_shared.observability.logs import about
 from calotype_shared.observability.tracing import NOOP_TELEMETRY, Span, Telemetry, trace_id_of
 from calotype_shared.queue.job_store import QUARANTINE_CRASHES, Claim, JobStore
 from calotype_shared.queue.records import OLDEST
-from calotype_shared.schema.jobs import JobError, Lane
+from calotype_shared.schema.enums import Lane
+from calotype_shared.schema.jobs import JobError
 from calotype_shared.storage.s3 import Storage
 from calotype_worker.engine import Engine, Generated, GenerationRequest
 from calotype_worker.engine.trace import NoopTracer, Tracer, spanning

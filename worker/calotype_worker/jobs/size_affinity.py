@@ -71,8 +71,6 @@ class SizeAffinity:
     def claimed(self, claim: Claim) -> None:
         """Its rows are as good as running."""
         config = claim.config
-        if config.width is None or config.height is None:
-            return
         own: dict[tuple[str, int, int], int] = {}
         try:
             for model in (config.model, *config.ensemble):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from calotype_shared.errors import InvalidRequest, ModelLoadError
-from calotype_shared.schema.config import Feature
+from calotype_shared.schema.enums import Feature
 from calotype_worker.models.base import Conditioning, Rows, Text
 from calotype_worker.models.latent import Adapters, LatentModel, Setup
 from calotype_worker.sampling.samplers import FLOW_SAMPLERS

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch
 
-from calotype_shared.schema.config import Feature
+from calotype_shared.schema.enums import Feature
 from calotype_shared.schema.model_card import ModelCard
 from calotype_worker.models.accelerations import EXACT, Accelerations
 from calotype_worker.models.base import Conditioning, Rows, Text

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from calotype_shared.errors import ModelLoadError
-from calotype_shared.schema.config import Feature
+from calotype_shared.schema.enums import Feature
 from calotype_worker.models.base import Conditioning, Text
 from calotype_worker.models.clip_text import ClipText
 from calotype_worker.models.latent import Adapters, Setup

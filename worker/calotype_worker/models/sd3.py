@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from calotype_shared.schema.config import SamplerType
+from calotype_shared.schema.enums import SamplerType
 from calotype_worker.models.base import Conditioning, Text
 from calotype_worker.models.flow import FlowModel, PlainText
 from calotype_worker.models.latent import Setup

@@ -16,7 +16,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from calotype_shared.schema import a1111
-from calotype_shared.schema.config import GenerationConfig, OutputFormat
+from calotype_shared.schema.enums import OutputFormat
+from calotype_shared.schema.resolve import ResolvedConfig
 
 QUALITY = 92  # of WebP and JPEG
 _IMAGE_DESCRIPTION = 0x010E  # EXIF tag
@@ -50,7 +51,7 @@ def read_provenance(data: bytes) -> dict[str, Any]:
     return found
 
 
-def parameters_line(config: GenerationConfig, *, seed: int, steps: int) -> str:
+def parameters_line(config: ResolvedConfig, *, seed: int, steps: int) -> str:
     """The settings as AUTOMATIC1111's web UI writes them into its images."""
     lines = [config.prompt]
     if config.negative_prompt:

@@ -9,7 +9,7 @@ from typing import Any
 import diffusers
 
 from calotype_shared.errors import InvalidRequest
-from calotype_shared.schema.config import SamplerType
+from calotype_shared.schema.enums import SamplerType
 
 
 @dataclass(frozen=True, kw_only=True)

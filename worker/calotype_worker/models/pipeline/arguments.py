@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from calotype_shared.errors import InvalidRequest
-from calotype_shared.schema.config import Feature
+from calotype_shared.schema.enums import Feature
 from calotype_worker.models.pipeline.copies import parts
 from calotype_worker.models.pipeline.signature import CallSignature
 from calotype_worker.request import GenerationRequest
@@ -63,6 +63,17 @@ class Arguments:
     def needs_image(self) -> bool:
         """Whether there is nothing to make without one."""
         return any(self._required(name) for name in ("image", "video", "mask_image")) or (self.starts and not self.mask)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Fields of a config without which there is nothing to make."""
+        found = {
+            "init_image": self.starts and self.needs_image,
+            "mask_image": self._required("mask_image"),
+            "images": self.needs_image and not self.starts,
+            "control_image": self.control is not None,
+        }
+        return tuple(name for name, needed in found.items() if needed)
 
     def _required(self, name: str) -> bool:
         return name in self.signature and self.signature.parameters[name].required
@@ -202,13 +213,8 @@ class Arguments:
                 raise InvalidRequest(
                     f"model {model!r} does not take it", field=field, value="given", remedy="leave it out"
                 )
-        for field, missing in (
-            ("init_image", self.starts and self.needs_image and request.init_image is None),
-            ("mask_image", self._required("mask_image") and request.mask is None),
-            ("images", self.needs_image and not self.starts and not request.images),
-            ("control_image", self.control is not None and request.control_image is None),
-        ):
-            if missing:
+        for field in self.needs:
+            if field not in request.given:
                 raise InvalidRequest(f"model {model!r} needs it", field=field, value=None, remedy="give it")
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from calotype_shared.schema.config import Feature, OutputFormat, SamplerType
+from calotype_shared.schema.enums import Feature, OutputFormat, SamplerType
 from calotype_shared.schema.model_card import ModelCard
 from calotype_worker.models.pipeline.arguments import Arguments
 from calotype_worker.models.pipeline.copies import parts
@@ -113,6 +113,7 @@ def card_of(
         output_formats=tuple(found.value for found in _FORMATS[kind]),
         description=str(notes.get("description", "")),
         parameters=tuple(arguments.signature.free()),
+        needs=arguments.needs,
         default_steps=arguments.default_steps,
         default_guidance=arguments.default_guidance,
     )

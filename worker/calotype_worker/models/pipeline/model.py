@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from calotype_shared.errors import GenerationFailed, InvalidRequest, ModelLoadError
-from calotype_shared.schema.config import OutputFormat, SamplerType
+from calotype_shared.schema.enums import SamplerType
 from calotype_shared.schema.model_card import ModelCard
 from calotype_worker.models.pipeline.arguments import Arguments
 from calotype_worker.models.pipeline.card import card_of, native_sizes, samplers_of, size_multiple
@@ -279,7 +279,6 @@ def probe_request(arguments: Arguments, width: int, height: int, *, prompt: str,
         images=((image,) * (_PROBE_FRAMES if arguments.video else 1)) if needs and not starts else (),
         control_image=image if arguments.control is not None else None,
         num_frames=min(_PROBE_FRAMES, frames) if isinstance(frames, int) else 9 if "num_frames" in signature else None,
-        output_format=OutputFormat.PNG,
     )
 
 

@@ -1,0 +1,76 @@
+"""The words of the wire format that stand for themselves: samplers, formats, features, lanes, job states."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class SamplerType(StrEnum):
+    """Sampling algorithms. diffusers calls these schedulers."""
+
+    DDPM = "ddpm"  # Denoising Diffusion Probabilistic Models, Ho et al. 2020
+    DDIM = "ddim"  # Denoising Diffusion Implicit Models, Song et al. 2020
+    PNDM = "pndm"  # Pseudo Numerical Methods, Liu et al. 2022
+    EULER = "euler"  # Karras et al. 2022, algorithm 2 without churn
+    EULER_A = "euler_a"  # Euler with ancestral noise
+    HEUN = "heun"  # Karras et al. 2022, second order: 2N - 1 network calls
+    DPMPP_2M = "dpmpp_2m"  # DPM-Solver++(2M), Lu et al. 2022
+    DPMPP_2M_KARRAS = "dpmpp_2m_karras"  # the same on Karras' noise levels
+    UNIPC = "unipc"  # UniPC, Zhao et al. 2023
+    LCM = "lcm"  # Latent Consistency Models, Luo et al. 2023
+    MODEL = "model"  # the scheduler that the model comes with, where it is none of these
+
+
+class OutputFormat(StrEnum):
+    PNG = "png"
+    WEBP = "webp"
+    JPEG = "jpeg"
+    GIF = "gif"  # video
+    MP4 = "mp4"  # video
+    PLY = "ply"  # 3D mesh with vertex colors
+    WAV = "wav"  # sound
+    FLAC = "flac"  # sound
+
+    @property
+    def content_type(self) -> str:
+        others = {"mp4": "video/mp4", "ply": "model/ply", "wav": "audio/wav", "flac": "audio/flac"}
+        return others.get(self.value, f"image/{self.value}")
+
+
+class Feature(StrEnum):
+    """What a config may ask for beyond a prompt. A model's card says which of these it can do."""
+
+    TEXT_TO_IMAGE = "text_to_image"
+    IMAGE_TO_IMAGE = "image_to_image"
+    INPAINTING = "inpainting"
+    PROMPT_WEIGHTS = "prompt_weights"
+    LORA = "lora"
+    CONTROLNET = "controlnet"
+    REFINER = "refiner"
+    ENSEMBLE = "ensemble"
+    PREVIEW = "preview"
+    TEXT_TO_VIDEO = "text_to_video"
+    TEXT_TO_3D = "text_to_3d"
+    TEXT_TO_AUDIO = "text_to_audio"
+    EDIT = "edit"  # reference images, to change or to follow
+    CONTROL_IMAGE = "control_image"  # for pipelines that always follow one
+
+
+class Lane(StrEnum):
+    """A queue's urgency. Workers always look at `interactive` first."""
+
+    INTERACTIVE = "interactive"
+    BULK = "bulk"
+
+
+class JobState(StrEnum):
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def final(self) -> bool:
+        """Whether the job has ended: no transition leaves this state."""
+        return self in (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
