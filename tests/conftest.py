@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # Before torch is imported: tests run many processes on few cores, whose threads should not wait for each other at all.
 os.environ.setdefault("GOMP_SPINCOUNT", "100")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the other cores are the other workers'
 
 
 # The slowest first, two beside each other that use different things, so that no long file is left for the end.
@@ -37,13 +39,14 @@ FIRST = (
 )
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What is marked `full` is not selected, rather than skipped, unless everything was asked for."""
+def pytest_configure(config: pytest.Config) -> None:
+    """An exception that ends a thread fails the test that it belongs to: else an assertion in one would pass."""
+    config.addinivalue_line("filterwarnings", "error::pytest.PytestUnhandledThreadExceptionWarning")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """In the order of `FIRST`; within a file as written."""
     items.sort(key=_turn)
-    left = [] if os.environ.get("FAULTS") == "full" else [item for item in items if item.get_closest_marker("full")]
-    if left:
-        config.hook.pytest_deselected(items=left)
-        items[:] = [item for item in items if item not in left]
 
 
 def _turn(item: pytest.Item) -> int:
@@ -129,6 +132,7 @@ def environment(settings: Settings, servers: EmbeddedServers) -> dict[str, str]:
         "CALOTYPE_S3_BUCKET": settings.s3_bucket,
         # What a busy machine makes of the profile would decide how many jobs run together.
         "CALOTYPE_WORKER_PROFILE_SECONDS": "0",
+        "CALOTYPE_WORKER_REAP_SECONDS": "0.5",
     }
 
 

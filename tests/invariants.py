@@ -60,7 +60,7 @@ def check_store(store: JobStore, redis: Redis) -> None:
     for queue in queues:
         ours |= {keys.waiting(queue), keys.queue_state(queue), keys.messages(queue), keys.tenant_tags(queue)}
     celerys = {f"{keys.prefix}{name}" for name in ("unacked", "unacked_index", "unacked_mutex")}
-    families = ("job", "worker", "preview", "recent", "batch", "batches", "lead", "live", "done", "parts", "made")
+    families = ("job", "worker", "preview", "recent", "batch", "batches", "leader", "live", "done", "parts", "finished")
     families += ("in_flight", "followers", "idempotency", "hook", "rate_limit", "files", "options")
     known = (*(f"{keys.prefix}{family}:" for family in families), f"{keys.prefix}_kombu.binding")
     unknown = {name for name in names - ours - celerys if not name.startswith(known)}

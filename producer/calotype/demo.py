@@ -127,9 +127,9 @@ def follow(
         bars: dict[str, TaskID] = {}
         began = told = time.monotonic()
         image_count = 0
-        waiting = client.begin_wait(ids, timeout=_ALL_JOBS_SECONDS)
+        waiting = client.waiter.begin(ids, timeout=_ALL_JOBS_SECONDS)
         while not waiting.done:
-            for record in client.look(waiting):
+            for record in client.waiter.look(waiting):
                 if record.id not in bars:
                     bars[record.id] = progress.add_task(_label(record.config), total=None, visible=False, rate="")
                 running = record.state is JobState.RUNNING
@@ -148,7 +148,7 @@ def follow(
                 told = time.monotonic()
                 console.print(f"{len(final)}/{len(ids)} jobs done, {image_count / (told - began):.2f} images/s")
             if not waiting.done:
-                time.sleep(client.pause(waiting))
+                time.sleep(client.waiter.pause(waiting))
         downloaded = {job_id: download.result() for job_id, download in downloads.items()}
     return [final[job_id] for job_id in ids], downloaded
 

@@ -7,11 +7,12 @@ CalotypeError
 ├── SettingsError           a CALOTYPE_* variable or option is unknown or malformed
 ├── JobNotFound             no record under that id: never created, or expired
 ├── BatchNotFound           no batch under that id: never submitted, or its record has expired
-├── JobFailed               the job ended in `failed`; carries its JobError
+├── JobFailed               the job ended in `failed`; the message has the reason
 ├── JobCancelled            the job ended in `cancelled`
 ├── WaitTimeout             a wait ended before the job did; the job goes on
 ├── ModelLoadError          a model folder or hub id cannot be used (fatal for a worker)
 ├── GenerationFailed        one request failed inside the engine; its neighbours go on
+├── UnreadableRecord        a record that this version cannot read: written by a newer one, or damaged
 ├── TooBusy                 nothing is wrong, there is only too much; says when to come again
 │   └── QueueFull           as many jobs or batches wait as may
 └── ServiceUnavailable      worth a retry: nothing was lost, nothing half-written
@@ -19,7 +20,9 @@ CalotypeError
     └── StorageUnavailable  S3 is away, refuses the keys, or has no such bucket
         └── ObjectMissing   it answers, and has no such object
 
-Every message says what was wrong, the value, and what to do about it.
+Every message says what was wrong, the value, and what to do about it. Some are a built-in exception too, and are
+caught as that: InvalidRequest and SettingsError as ValueError; JobNotFound, BatchNotFound and ObjectMissing as
+LookupError; WaitTimeout as TimeoutError; RedisUnavailable as ConnectionError. All of them are exported by `calotype`.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ class CalotypeError(Exception):
     code = "error"
 
 
-class InvalidRequest(CalotypeError):
+class InvalidRequest(CalotypeError, ValueError):
     """A request that cannot be honoured as written.
 
     `field` names the offending field or option, `value` is what was given, `problem` what is wrong with it and
@@ -62,15 +65,15 @@ class IdempotencyConflict(InvalidRequest):
     code = "idempotency_conflict"
 
 
-class SettingsError(CalotypeError):
+class SettingsError(CalotypeError, ValueError):
     code = "invalid_setting"
 
 
-class JobNotFound(CalotypeError):
+class JobNotFound(CalotypeError, LookupError):
     code = "job_not_found"
 
 
-class BatchNotFound(CalotypeError):
+class BatchNotFound(CalotypeError, LookupError):
     code = "batch_not_found"
 
 
@@ -82,7 +85,7 @@ class JobCancelled(CalotypeError):
     code = "job_cancelled"
 
 
-class WaitTimeout(CalotypeError):
+class WaitTimeout(CalotypeError, TimeoutError):
     code = "wait_timeout"
 
 
@@ -92,6 +95,10 @@ class ModelLoadError(CalotypeError):
 
 class GenerationFailed(CalotypeError):
     code = "generation_failed"
+
+
+class UnreadableRecord(CalotypeError):
+    code = "unreadable_record"
 
 
 class TooBusy(CalotypeError):
@@ -118,7 +125,7 @@ class ServiceUnavailable(CalotypeError):
     code = "service_unavailable"
 
 
-class RedisUnavailable(ServiceUnavailable):
+class RedisUnavailable(ServiceUnavailable, ConnectionError):
     code = "redis_unavailable"
 
 
@@ -126,7 +133,7 @@ class StorageUnavailable(ServiceUnavailable):
     code = "storage_unavailable"
 
 
-class ObjectMissing(StorageUnavailable):
+class ObjectMissing(StorageUnavailable, LookupError):
     code = "object_missing"
 
 

@@ -10,7 +10,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Locator, Page, expect
 
-from calotype.handle import JobHandle
+from calotype.jobs import JobHandle
 from calotype_shared.schema.enums import JobState
 from tests.browser.conftest import PATIENCE, Visit
 from tests.integration.conftest import until
@@ -39,7 +39,7 @@ def images(site: Gateway) -> list[JobHandle]:
     configs += [{"prompt": "a green star", "num_inference_steps": 3, "seed": 900, "num_images": 2}]
     # One after the other, so that the newest comes last.
     jobs = [site.client.submit(config) for config in configs]
-    site.client.wait([job.id for job in jobs], timeout=90)
+    site.client.wait([job.id for job in jobs], timeout=120)
     return jobs
 
 
@@ -253,19 +253,19 @@ def test_a_dead_letter_is_tried_again(visit: Visit) -> None:
     """As a new job with the same config; the old one leaves the list."""
     client = visit.site.client
     old = client.submit("x" * 600, num_inference_steps=2, metadata={"order": 7})  # more text than the model takes
-    assert client.wait(old.id, timeout=60, check=False).state is JobState.FAILED
+    assert client.wait(old.id, timeout=120, check=False).state is JobState.FAILED
     page = visit.open("fleet")
     letter = page.locator(f'.dead[data-key="{old.id}"]')
     expect(letter.locator(".problem")).to_contain_text("windows")
     letter.get_by_role("button", name="Retry").click()
     expect(letter).to_have_count(0)
-    until(client.dead)  # the new one can be no better
-    [record] = client.dead()
+    until(client.dead_jobs.list)  # the new one can be no better
+    [record] = client.dead_jobs.list()
     assert (record.config, record.metadata) == (client.status(old.id).config, {"order": 7})
     expect(page.locator(f'.dead[data-key="{record.id}"]')).to_be_visible()
     page.locator(".dead").get_by_role("button", name="Drop").click()
     expect(page.get_by_text("No job has failed for good.")).to_be_visible()
-    assert client.dead() == []
+    assert client.dead_jobs.list() == []
 
 
 def test_a_key_is_asked_for_where_one_is_needed(visit: Visit, site: Gateway) -> None:

@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections import Counter
@@ -54,7 +55,7 @@ def config(number: int, *, long: bool = False, **changes: Any) -> GenerationConf
     return GenerationConfig.parse({**fields, **changes})
 
 
-def until(condition: Callable[[], Any], seconds: float = 60, *, why: Callable[[], str] = lambda: "") -> None:
+def until(condition: Callable[[], Any], seconds: float = 120, *, why: Callable[[], str] = lambda: "") -> None:
     """Wait for a condition, bounded. While a server is away, asking it is no answer."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -63,7 +64,7 @@ def until(condition: Callable[[], Any], seconds: float = 60, *, why: Callable[[]
 
 
 class Forge:
-    """Forks workers from a process that has imported torch already: `forge.py`."""
+    """Forks workers and `calotype` commands from a process that has imported both: `worker_fork_server.py`."""
 
     def __init__(self) -> None:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("CALOTYPE_")}
@@ -80,8 +81,28 @@ class Forge:
     def start(
         self, arguments: Sequence[str], *, environment: Mapping[str, str], log: Path, stops: Sequence[str] = ()
     ) -> WorkerProcess:
-        asked = {"arguments": list(arguments), "environment": dict(environment), "log": str(log), "stops": list(stops)}
-        return WorkerProcess(self, self._ask(asked), log)
+        files = [os.devnull, str(log), str(log)]
+        asked = {"program": "worker", "arguments": list(arguments), "environment": dict(environment), "files": files}
+        return WorkerProcess(self, self._ask({**asked, "stops": list(stops)}), log)
+
+    def command(
+        self, *arguments: str, environment: Mapping[str, str], typed: str = "", seconds: float = 120
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a `calotype` command to its end, with `typed` on its standard input."""
+        with tempfile.TemporaryDirectory() as folder:
+            files = [Path(folder, name) for name in ("stdin", "stdout", "stderr")]
+            files[0].write_text(typed)
+            asked = {"program": "calotype", "arguments": list(arguments), "environment": dict(environment)}
+            pid = self._ask({**asked, "files": list(map(str, files)), "stops": []})
+            try:
+                until(lambda: self.status(pid) is not None, seconds, why=lambda: f"calotype {arguments}")
+            except AssertionError:
+                os.kill(pid, signal.SIGKILL)
+                raise
+            status = self.status(pid)
+            assert status is not None
+            said, complained = (file.read_text() for file in files[1:])
+            return subprocess.CompletedProcess(["calotype", *arguments], status, said, complained)
 
     def status(self, pid: int) -> int | None:
         status: int | None = self._ask({"status": pid})
@@ -91,7 +112,7 @@ class Forge:
         assert self._process.stdin
         assert self._process.stdout
         self._process.stdin.close()
-        self._process.wait(20)
+        self._process.wait(120)
         self._process.stdout.close()
 
     def _ask(self, asked: Mapping[str, Any]) -> Any:
@@ -124,7 +145,7 @@ class WorkerProcess:
     def kill(self) -> None:
         if self.alive:
             self.send(signal.SIGKILL)
-            self.wait(20)
+            self.wait(120)
 
     def wait(self, seconds: float = 60) -> int:
         """The exit status, or minus the signal that ended it."""
@@ -158,7 +179,7 @@ class Site:
         forge: Forge,
         model: Path,
         folder: Path,
-        reference: Mapping[str, str],
+        undisturbed: Undisturbed | None = None,
         worker_settings: Settings | None = None,
     ) -> None:
         self.settings = settings
@@ -172,7 +193,7 @@ class Site:
         self.workers: list[WorkerProcess] = []
         self._forge = forge
         self._model = model
-        self._reference = reference
+        self._undisturbed = undisturbed
 
     def environment(self, settings: Settings | None = None) -> dict[str, str]:
         """What a child process needs to work here."""
@@ -193,6 +214,7 @@ class Site:
         environment = {
             **self.environment(),
             "CALOTYPE_WORKER_LEASE_SECONDS": str(LEASE_SECONDS),
+            "CALOTYPE_WORKER_REAP_SECONDS": "0.5",
             "CALOTYPE_WORKER_SPOOL_DIR": str(spool),
             **variables,
         }
@@ -251,14 +273,13 @@ class Site:
         assert ends == len(ids), f"{len(ids)} jobs came to {ends} ends"
         check_store(self.store, self.redis)
         self.check_bucket(image.key for record in records.values() for image in record.images)
-        for record in records.values():
-            for image in record.images:
-                assert hashlib.sha256(self.storage.get(image.key)).hexdigest() == image.sha256
-                if self._reference:
-                    self.check_image(image.key)
-        images = Counter(tuple(key.split("/")[0::2]) for key in self.storage.list() if key.endswith(".png"))
-        twice = sum(count - 1 for count in images.values())
-        assert twice == 0, f"images of {[job for job, count in images.items() if count > 1]} are there twice"
+        images = [image for record in records.values() for image in record.images]
+        for image in images:
+            assert hashlib.sha256(self.storage.get(image.key)).hexdigest() == image.sha256
+        self.check_images([image.key for image in images])
+        stored = Counter(tuple(key.split("/")[0::2]) for key in self.storage.list() if key.endswith(".png"))
+        twice = sum(count - 1 for count in stored.values())
+        assert twice == 0, f"images of {[job for job, count in stored.items() if count > 1]} are there twice"
         return Outcome(jobs=len(ids), lost=len(lost), twice=ends - len(ids) + twice)
 
     def check_bucket(self, keys: Iterable[str]) -> None:
@@ -269,16 +290,44 @@ class Site:
         there = {key for key in self.storage.list() if not key.startswith(("batches/", "uploads/"))}
         assert there == wanted, f"missing: {sorted(wanted - there)[:5]}, leaked: {sorted(there - wanted)[:5]}"
 
-    def check_image(self, key: str) -> None:
-        """It is, bit for bit, what an undisturbed run makes of its config."""
-        config_digest = json.loads(self.storage.get(re.sub(r"\.png$", ".json", key)))["digest"]
-        assert digest(self.storage.get(key)) == self._reference[config_digest], f"{key}: not as undisturbed"
+    def check_images(self, keys: Sequence[str]) -> None:
+        """Each is, bit for bit, what an undisturbed run makes of its config."""
+        if self._undisturbed is None:
+            return
+        sidecars = [json.loads(self.storage.get(re.sub(r"\.png$", ".json", key))) for key in keys]
+        wanted = self._undisturbed.digests(
+            {said["digest"]: GenerationConfig.parse(said["config"]) for said in sidecars}
+        )
+        for key, said in zip(keys, sidecars, strict=True):
+            assert digest(self.storage.get(key)) == wanted[said["digest"]], f"{key}: not as undisturbed"
 
     def close(self) -> None:
         for worker in self.workers:
             worker.kill()
         self.client.close()
         self.redis.close()
+
+
+class Undisturbed:
+    """What images look like where nothing goes wrong. Each is made when it is first asked for, by one worker at a site
+    of its own."""
+
+    def __init__(self, site: Site) -> None:
+        self._site = site
+        self._known: dict[str, str] = {}
+
+    def digests(self, configs: Mapping[str, GenerationConfig]) -> Mapping[str, str]:
+        """Digests of pixels, by the config's digest."""
+        missing = {name: config for name, config in configs.items() if name not in self._known}
+        if missing:
+            if not self._site.workers:
+                self._site.start_worker()
+            jobs = self._site.client.submit_many(list(missing.values()))
+            for record in self._site.wait([job.id for job in jobs], 1700):
+                self._known[record.digest] = digest(self._site.storage.get(record.images[0].key))
+            assert missing.keys() <= self._known.keys(), "made from other configs"
+            assert len(set(self._known.values())) == len(self._known), "images that are alike tell nothing apart"
+        return self._known
 
 
 def digest(data: bytes) -> str:

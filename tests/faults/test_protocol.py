@@ -38,7 +38,9 @@ WITHOUT = {
 }
 
 
-@pytest.mark.parametrize("name", [*WORLDS, *(pytest.param(name, marks=pytest.mark.full) for name in LARGE)])
+@pytest.mark.parametrize(
+    "name", [name if name == "poison" else pytest.param(name, marks=pytest.mark.slow) for name in WORLDS | LARGE]
+)
 def test_every_state_is_safe_and_can_come_to_rest(name: str) -> None:
     found = explore((WORLDS | LARGE)[name])
     assert not found.problem, found
@@ -143,7 +145,7 @@ class Replay:
         assert set(self.store.orphans(older_than_seconds=-1)) == folders, name
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("jobs", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_scripts_do_what_the_model_does(settings: object, store: JobStore, redis: Redis, jobs: int) -> None:
     """Some hundred walks at random, with every kind of step."""
     dice = random.Random(11)

@@ -1,10 +1,12 @@
-"""Makes worker processes: imports the worker once, and forks a child whenever a line on standard input asks for one.
+"""Imports the worker and the `calotype` command once, and forks a process whenever a line on standard input asks.
 
-Torch takes seconds to import, and these tests start some hundred workers. A child runs the command line's own `main`
-in a process of its own, with its own environment and log; only what was imported is shared, and nothing of it has run.
+Torch takes seconds to import, the command nearly one, and the tests start some hundred of each. A child runs the `main`
+of its program in a process of its own, with its own environment and files; only what was imported is shared, and
+nothing of it has run.
 
-Lines are JSON, as are the answers: `{"arguments": […], "environment": {…}, "log": "…", "stop": "…"}` is answered by the
-child's pid, `{"status": pid}` by its exit status (minus the signal's number) or null. When the input ends, all end.
+Lines are JSON, as are the answers: `{"program": "worker" | "calotype", "arguments": […], "environment": {…}, "files":
+[stdin, stdout, stderr], "stops": […]}` is answered by the child's pid, `{"status": pid}` by its exit status (minus the
+signal's number) or null. When the input ends, all end.
 """
 
 from __future__ import annotations
@@ -58,19 +60,20 @@ def _fork(asked: dict[str, Any]) -> int:
     status = 70
     try:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        log = os.open(asked["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        null = os.open(os.devnull, os.O_RDONLY)
-        for descriptor, standard in ((null, 0), (log, 1), (log, 2)):
-            os.dup2(descriptor, standard)
+        for standard, file in enumerate(asked["files"]):
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND if standard else os.O_RDONLY
+            os.dup2(os.open(file, flags), standard)
         os.environ.clear()
         os.environ.update(asked["environment"])
         from tests.faults.fault_points import install
 
         for stop in asked["stops"]:
             install(stop)
-        from calotype_worker.__main__ import main as worker_main
-
-        status = worker_main(asked["arguments"])
+        if asked["program"] == "worker":
+            from calotype_worker.__main__ import main as run
+        else:
+            from calotype.cli import main as run
+        status = run(asked["arguments"])
     except SystemExit as leaving:
         status = leaving.code if isinstance(leaving.code, int) else 1
     except BaseException:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from redis import Redis
@@ -15,8 +13,10 @@ from redis import Redis
 from calotype import Client
 from calotype_shared.queue.job_store import JobStore
 from calotype_shared.settings import Settings
-from tests.faults.harness import Forge, WorkerProcess
+from tests.faults.harness import Forge, WorkerProcess, until
 from tests.invariants import check_store
+
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 class CommandWorker:
@@ -46,12 +46,13 @@ class CommandWorker:
         self._output.close()
 
 
-def until(condition: Callable[[], Any], seconds: float = 60) -> None:
-    """Wait for a condition, bounded."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of dispatchers in this process, which rest for seconds where there is nothing to do."""
+    monkeypatch.setattr("calotype.batches.dispatcher._LOOK_SECONDS", 0.1)
+    monkeypatch.setattr("calotype.batches.dispatcher._REST_SECONDS", 0.3)
+    monkeypatch.setattr("calotype.batches.run._FLUSH_SECONDS", (0.2, 60.0))
+    monkeypatch.setattr("calotype.batches.run._PAUSE_SECONDS", 0.05)
 
 
 @pytest.fixture
@@ -73,6 +74,16 @@ def start_worker(
     yield start
     for worker in workers:
         worker.kill()
+
+
+@pytest.fixture
+def calotype(environment: dict[str, str], forge: Forge) -> Command:
+    """Runs a `calotype` command in this test's corner to its end, as a process of its own."""
+
+    def run(*arguments: str, typed: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
+        return forge.command(*arguments, environment={**environment, **variables}, typed=typed)
+
+    return run
 
 
 @pytest.fixture

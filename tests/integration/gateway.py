@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import uvicorn
 from pydantic import SecretStr
 
@@ -19,7 +19,8 @@ from calotype.embedded import EmbeddedServers
 from calotype.gateway.app import create_app
 from calotype.gateway.settings import GatewaySettings
 from calotype_shared.storage.s3 import Storage
-from tests.integration.conftest import CommandWorker, until
+from tests.faults.harness import Forge
+from tests.integration.conftest import until
 
 
 def own_settings(servers: EmbeddedServers) -> Settings:
@@ -44,7 +45,7 @@ class Gateway:
         port = self._server.servers[0].sockets[0].getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         self.port = port
-        self.http = httpx.Client(base_url=self.url, timeout=60)
+        self.http = httpx2.Client(base_url=self.url, timeout=60)
         self.client = Client(settings=settings)
 
     def stop(self) -> None:
@@ -56,7 +57,13 @@ class Gateway:
 
 @contextlib.contextmanager
 def serving(
-    servers: EmbeddedServers, folder: Path, model: str, *, webhook_secret: str | None = None, **options: Any
+    servers: EmbeddedServers,
+    forge: Forge,
+    folder: Path,
+    model: str,
+    *,
+    webhook_secret: str | None = None,
+    **options: Any,
 ) -> Iterator[Gateway]:
     """A gateway and a worker for the model, `NAME=FOLDER` or `demo`; with a secret it tells this machine's webhooks."""
     settings = own_settings(servers)
@@ -64,12 +71,13 @@ def serving(
         signed = {"webhook_secret": SecretStr(webhook_secret), "webhook_allow_private": True}
         settings = settings.model_copy(update=signed)
     system = {name: value for name, value in os.environ.items() if not name.startswith("CALOTYPE_")}
-    environment = {**system, **servers.environment, **settings.environment()}
-    worker = CommandWorker(["--model", model, "--max-rows", "8"], environment, folder / "worker.log")
+    environment = {**system, **servers.environment, **settings.environment(), "CALOTYPE_WORKER_PROFILE_SECONDS": "0"}
+    arguments = ["--model", model, "--max-rows", "8"]
+    worker = forge.start(arguments, environment=environment, log=folder / "worker.log")
     gateway = Gateway(settings, **options)
     try:
-        worker.wait_until_ready()
+        worker.wait_for("worker ready", 180)
         yield gateway
     finally:
         gateway.stop()
-        worker.stop()
+        worker.kill()

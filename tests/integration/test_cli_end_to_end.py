@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from PIL import Image
 
+from tests.faults.harness import Forge
 from tests.integration.conftest import until
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -61,7 +62,7 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
-            process.wait(40)
+            process.wait(120)
         process.stdout.close()
 
 
@@ -71,18 +72,11 @@ def children_of(pid: int) -> list[int]:
 
 
 @pytest.fixture
-def run(up: Up) -> Run:
+def run(up: Up, forge: Forge) -> Run:
     """Runs a `calotype` command against it."""
 
     def run(*arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            [sys.executable, "-m", "calotype", *arguments],
-            capture_output=True,
-            text=True,
-            env={**os.environ, **up.said["environment"]},
-            timeout=60,
-            check=False,
-        )
+        done = forge.command(*arguments, environment={**os.environ, **up.said["environment"]})
         assert done.returncode == status, done.stderr
         return done
 
@@ -92,13 +86,13 @@ def run(up: Up) -> Run:
 def test_the_gateway_is_up_too(up: Up) -> None:
     """With every API, and a dispatcher for batches."""
     url = up.said["gateway_url"]
-    assert httpx.get(f"{url}/readyz").json() == {"status": "ok"}
-    assert httpx.get(f"{url}/v1/models").json()["data"][0]["id"] == "tiny"
+    assert httpx2.get(f"{url}/readyz").json() == {"status": "ok"}
+    assert httpx2.get(f"{url}/v1/models").json()["data"][0]["id"] == "tiny"
     lines = json.dumps({"prompt": "a cat", "model": "tiny", "num_inference_steps": 2}).encode() + b"\n"
-    file = httpx.post(f"{url}/v1/files", files={"file": ("jobs.jsonl", lines * 3)}).json()
-    batch = httpx.post(f"{url}/v1/batches", json={"input_file_id": file["id"], "endpoint": "/v1/jobs"}).json()
-    until(lambda: httpx.get(f"{url}/v1/batches/{batch['id']}").json()["status"] == "completed")
-    assert httpx.get(f"{url}/v1/batches/{batch['id']}").json()["request_counts"]["completed"] == 3
+    file = httpx2.post(f"{url}/v1/files", files={"file": ("jobs.jsonl", lines * 3)}).json()
+    batch = httpx2.post(f"{url}/v1/batches", json={"input_file_id": file["id"], "endpoint": "/v1/jobs"}).json()
+    until(lambda: httpx2.get(f"{url}/v1/batches/{batch['id']}").json()["status"] == "completed")
+    assert httpx2.get(f"{url}/v1/batches/{batch['id']}").json()["request_counts"]["completed"] == 3
 
 
 def test_submit_wait_and_save(run: Run, tmp_path: Path) -> None:
@@ -161,5 +155,5 @@ def test_interrupt_stops_everything(up: Up) -> None:
     pids = [*guards, *(pid for guard in guards for pid in children_of(guard))]
     assert len(pids) == 6  # Valkey, SeaweedFS and a worker, each under its guard
     up.process.send_signal(signal.SIGINT)
-    assert up.process.wait(40) == 0
-    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 10)
+    assert up.process.wait(120) == 0
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))

@@ -15,7 +15,10 @@ from PIL import Image
 
 from calotype.embedded import EmbeddedServers
 from calotype.webhooks import tenant_secret
+from tests.faults.harness import Forge
 from tests.integration.gateway import Gateway, serving
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$(?:\n\n^```text\n(.*?)^```$)?", re.DOTALL | re.MULTILINE)
@@ -25,8 +28,8 @@ MASTER = "what webhooks are signed with in the documents"
 
 
 @pytest.fixture(scope="module")
-def gateway(servers: EmbeddedServers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    with serving(servers, tmp_path_factory.mktemp("documents"), "demo", webhook_secret=MASTER) as gateway:
+def gateway(servers: EmbeddedServers, forge: Forge, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    with serving(servers, forge, tmp_path_factory.mktemp("documents"), "demo", webhook_secret=MASTER) as gateway:
         yield gateway
 
 

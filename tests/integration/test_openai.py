@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import numpy as np
 import openai
 import pytest
@@ -18,6 +18,7 @@ from PIL import Image
 
 from calotype.api_keys import Scope
 from calotype.embedded import EmbeddedServers
+from tests.faults.harness import Forge
 from tests.integration.conftest import until
 from tests.integration.gateway import Gateway, serving
 from tests.models import sample_image
@@ -26,9 +27,11 @@ QUICK = {"num_inference_steps": 3, "guidance_scale": 1.0}
 
 
 @pytest.fixture(scope="module")
-def gateway(servers: EmbeddedServers, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+def gateway(
+    servers: EmbeddedServers, forge: Forge, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Gateway]:
     folder = tmp_path_factory.mktemp("openai")
-    with serving(servers, folder, f"tiny={tiny_model}", auth="keys") as gateway:
+    with serving(servers, forge, folder, f"tiny={tiny_model}", auth="keys") as gateway:
         yield gateway
 
 
@@ -63,7 +66,7 @@ def test_generate_as_a_link(client: openai.OpenAI) -> None:
     answer = client.images.generate(
         model="tiny", prompt="a cat", response_format="url", output_format="webp", quality="low", extra_body=QUICK
     )
-    data = httpx.get((answer.data or [])[0].url or "").content
+    data = httpx2.get((answer.data or [])[0].url or "").content
     assert Image.open(io.BytesIO(data)).format == "WEBP"
     assert answer.output_format == "webp"
 
@@ -204,14 +207,14 @@ def test_the_whole_batch_round_trip(client: openai.OpenAI) -> None:
     assert (answer["status_code"], by_id["image-3"]["error"]) == (200, None)
     [item] = answer["body"]["data"]
     assert item["seed"] == 3
-    assert opened(httpx.get(item["url"]).content).shape == (64, 64, 3)
+    assert opened(httpx2.get(item["url"]).content).shape == (64, 64, 3)
     failed = [json.loads(line) for line in client.files.content(batch.error_file_id or "").text.splitlines()]
     assert {line["custom_id"] for line in failed} == {"image-7", "image-8"}
     assert all(line["error"]["code"] == "invalid_request" for line in failed)
     assert client.files.retrieve(batch.output_file_id or "").purpose == "batch_output"
     assert [listed.id for listed in client.batches.list(limit=5)] == [batch.id]
     assert client.files.delete(file.id).deleted
-    with pytest.raises(openai.NotFoundError):
+    with pytest.raises(openai.NotFoundError, match=file.id):
         client.files.retrieve(file.id)
 
 
@@ -229,14 +232,15 @@ def test_cancelling_a_batch(client: openai.OpenAI, gateway: Gateway) -> None:
     assert counts is not None
     assert (counts.total, counts.completed) == (50, 0)
     other, _ = gateway.app.state.services.keys.create(name="other", tenant="other")
-    for ask in (
-        lambda: client.with_options(api_key=other).batches.retrieve(batch.id),
-        lambda: client.with_options(api_key=other).batches.cancel(batch.id),
-        lambda: client.with_options(api_key=other).files.content(file.id),
-        lambda: client.with_options(api_key=other).files.content(f"file-{batch.id}-errors"),
-        lambda: client.with_options(api_key=other).files.delete(file.id),
+    stranger = client.with_options(api_key=other)
+    for ask, unknown in (
+        (lambda: stranger.batches.retrieve(batch.id), f"batch '{batch.id}' is not known"),
+        (lambda: stranger.batches.cancel(batch.id), f"batch '{batch.id}' is not known"),
+        (lambda: stranger.files.content(file.id), file.id),
+        (lambda: stranger.files.content(f"file-{batch.id}-errors"), f"batch '{batch.id}' is not known"),
+        (lambda: stranger.files.delete(file.id), file.id),
     ):
-        with pytest.raises(openai.NotFoundError):
+        with pytest.raises(openai.NotFoundError, match=unknown):
             ask()
     told = set()  # the same of another's as of none
     for batch_id in (batch.id, "batch_none"):

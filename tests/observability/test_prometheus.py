@@ -178,7 +178,7 @@ def prometheus(stack: Stack, tmp_path: Path) -> Iterator[str]:
     )
     url = f"http://127.0.0.1:{port}"
     try:
-        until(lambda: process.poll() is not None or _is_ready(url), 60)
+        until(lambda: process.poll() is not None or _is_ready(url))
         assert process.poll() is None, (tmp_path / "log").read_text()
         yield url
     finally:
@@ -209,7 +209,7 @@ def test_a_real_prometheus_answers_every_panel(stack: Stack, prometheus: str) ->
     until(lambda: ask(prometheus, "calotype:backlog:jobs"))
     before = ask(prometheus, 'sum(calotype_images_total{outcome="succeeded"})')[0]["value"][1]
     jobs = stack.client.submit_many([tiny(100 + number) for number in range(4)])
-    stack.client.wait([job.id for job in jobs], 60)
+    stack.client.wait([job.id for job in jobs], 120)
     done = 'sum(calotype_images_total{outcome="succeeded"})'
     until(lambda: float(ask(prometheus, done)[0]["value"][1]) == float(before) + 4)
     ends, empty = time.monotonic() + 30, [("all", "")]

@@ -48,7 +48,7 @@ def running(model: StepModel, **settings: Any) -> Iterator[Engine]:
 
 def apart(engine: Engine, requests: list[GenerationRequest]) -> list[Generated]:
     """Each request all by itself."""
-    return [engine.submit(replace(each, request_id=f"{each.request_id}-alone")).result(60) for each in requests]
+    return [engine.submit(replace(each, request_id=f"{each.request_id}-alone")).result(120) for each in requests]
 
 
 def made_at_once(model: StepModel, requests: list[GenerationRequest]) -> np.ndarray:
@@ -290,7 +290,7 @@ def test_a_pass_that_failed_half_way_changes_nothing(shelf: Shelf, monkeypatch: 
             if index == 2:
                 assert "an unlucky row" in str(future.exception(60))
             else:
-                assert levels(future.result(60).image, own.image) <= TOLERANCE
+                assert levels(future.result(120).image, own.image) <= TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -417,7 +417,7 @@ def test_a_lossy_image_says_so(shelf: Shelf) -> None:
     encoder = Encoder(cards={"sd": model.card}, version="1")
     for own, said in ((model, ["deep_cache:2", "token_merging:0.25"]), (shelf.model("sd"), None)):
         with running(own) as engine:
-            generated = engine.submit(GenerationRequest.from_config(config, request_id="r")).result(60)
+            generated = engine.submit(GenerationRequest.from_config(config, request_id="r")).result(120)
         files, _ = encoder.encode(claim, 0, generated)
         assert read_provenance(files[0].data).get("accelerations") == said
         assert json.loads(files[1].data).get("accelerations") == said

@@ -22,11 +22,13 @@ def made_by(engine: Engine, requests: list[GenerationRequest]) -> dict[str, np.n
     return {name: future.result(200).image.astype(int) for name, future in futures.items()}
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "backend", ["eager", *(pytest.param(name, marks=pytest.mark.slow) for name in ("aot_eager", "inductor"))]
+)
 def test_compiled_steps_give_the_same_images(make_engine: Any, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     """Samplers, steps and guidance mixed, so that rows come and go, and one graph serves for any number of them.
 
-    `aot_eager` makes the same graph and runs it by PyTorch's own kernels; generating code takes a minute.
+    `eager` makes the same graph and runs it as it is; to lower it and to generate code takes up to a minute.
     """
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     torch._dynamo.reset()

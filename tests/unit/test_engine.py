@@ -61,18 +61,22 @@ class Faulty:
         return output
 
 
-@pytest.mark.parametrize("fault", ["encode", "predict", "nan"])
-def test_a_bad_row_fails_alone(make_engine: Any, tiny_step_model: StepModel, fault: str) -> None:
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [("encode", "no words for this"), ("predict", "this row is too much"), ("nan", "not finite")],
+    ids=["encode", "predict", "nan"],
+)
+def test_a_bad_row_fails_alone(make_engine: Any, tiny_step_model: StepModel, fault: str, said: str) -> None:
     """Its neighbours in the same step batch come out as if it had never been there."""
     good = [request(f"good {i}", seed=i) for i in range(4)]
-    alone = [make_engine().submit(r).result(timeout=60).image for r in good]
+    alone = [make_engine().submit(r).result(timeout=120).image for r in good]
     engine = make_engine(Faulty(tiny_step_model, fault=fault), start=False)
     engine.start()
     futures = [engine.submit(r) for r in (*good[:2], request("bad"), *good[2:])]
-    with pytest.raises(GenerationFailed, match=r"bad|finite"):
-        futures.pop(2).result(timeout=60)
+    with pytest.raises(GenerationFailed, match=said):
+        futures.pop(2).result(timeout=120)
     for future, expected in zip(futures, alone, strict=True):
-        assert np.abs(future.result(timeout=60).image.astype(int) - expected.astype(int)).max() <= 1
+        assert np.abs(future.result(timeout=120).image.astype(int) - expected.astype(int)).max() <= 1
     assert engine.stats().failed == 1
     assert engine.alive
 
@@ -88,8 +92,9 @@ def test_out_of_memory_splits_the_batch(make_engine: Any, tiny_step_model: StepM
 
     engine = make_engine(Small(tiny_step_model, fault=""))
     futures = [engine.submit(request(f"r{i}")) for i in range(8)]
-    assert all(future.result(timeout=60).image.shape == (64, 64, 3) for future in futures)
+    assert all(future.result(timeout=120).image.shape == (64, 64, 3) for future in futures)
     assert engine.stats().failed == 0
+    assert engine.stats().out_of_memory > 0, "they never were too many"
 
 
 def test_cancel_frees_the_rows_within_a_step(make_engine: Any) -> None:
@@ -101,7 +106,7 @@ def test_cancel_frees_the_rows_within_a_step(make_engine: Any) -> None:
         time.sleep(0.001)
     assert engine.cancel("long")
     done = engine.stats().forward_passes
-    assert waiting.result(timeout=30).steps_taken == 2
+    assert waiting.result(timeout=120).steps_taken == 2
     assert engine.stats().forward_passes <= done + 1 + 2
     with pytest.raises(CancelledError):
         long.result(timeout=1)
@@ -114,16 +119,16 @@ def test_a_cancelled_future_frees_its_rows_too(make_engine: Any) -> None:
     engine = make_engine(max_rows=2)
     long = engine.submit(request("long", steps=900, sampler=SamplerType.DDIM))
     assert long.cancel()
-    assert engine.submit(request("next", steps=2)).result(timeout=30)
+    assert engine.submit(request("next", steps=2)).result(timeout=120)
     assert engine.stats().cancelled == 1
 
 
 def test_guidance_of_one_costs_one_row(make_engine: Any) -> None:
     """Half the work, and the same rule as diffusers: only above 1 is there an unconditional row."""
     engine = make_engine()
-    engine.submit(request("plain", steps=5, guidance=1.0)).result(timeout=30)
+    engine.submit(request("plain", steps=5, guidance=1.0)).result(timeout=120)
     assert engine.stats().rows == 5
-    engine.submit(request("guided", steps=5, guidance=1.1)).result(timeout=30)
+    engine.submit(request("guided", steps=5, guidance=1.1)).result(timeout=120)
     assert engine.stats().rows == 15
 
 
@@ -134,7 +139,7 @@ def test_deterministic_mode_gives_the_same_bits_in_any_company(make_engine: Any)
     for order in (wanted, wanted[::-1], wanted[2:3], wanted[3:] + wanted[:3]):
         engine = make_engine(max_rows=9, deterministic=True)
         futures = {r.request_id: engine.submit(r) for r in order}
-        runs.append({name: future.result(timeout=60).image for name, future in futures.items()})
+        runs.append({name: future.result(timeout=120).image for name, future in futures.items()})
         engine.stop()
     for run in runs[1:]:
         for name, image in run.items():
@@ -155,7 +160,7 @@ def test_what_the_model_cannot_do_is_refused_at_submit(make_engine: Any) -> None
     first = engine.submit(request("a"))
     with pytest.raises(InvalidRequest, match="already in the engine"):
         engine.submit(request("a"))
-    first.result(timeout=30)
+    first.result(timeout=120)
     assert engine.stats().in_flight == 0
 
 
@@ -181,9 +186,10 @@ def test_a_lost_device_ends_every_request_and_is_reported(make_engine: Any, tiny
     engine = make_engine(Lost(tiny_step_model, fault=""), on_fatal=told.append)
     future = engine.submit(request("r"))
     with pytest.raises(GenerationFailed, match="the engine stopped"):
-        future.result(timeout=30)
-    engine._thread.join(10)
-    assert len(told) == 1
+        future.result(timeout=120)
+    engine._thread.join(120)
+    [reason] = told
+    assert "illegal memory access" in str(reason)
     assert not engine.alive
 
 

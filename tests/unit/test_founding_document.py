@@ -20,6 +20,8 @@ from calotype_worker import DiffusionModel, GenerationConfig, NoiseScheduler, Te
 from calotype_worker.models import controlnet, demo_folder, registry
 from tests.models import sample_image
 
+pytestmark = pytest.mark.slow
+
 DOCUMENT = Path(__file__).parents[2] / "docs" / "founding-document.md"
 IMPORTS = {
     "from modules.diffusion_generation import": "from calotype_worker import",

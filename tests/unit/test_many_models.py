@@ -45,7 +45,7 @@ def run(models: StepModel | ModelPool, requests: list[GenerationRequest]) -> lis
     engine = Engine(models)
     engine.start()
     try:
-        return [future.result(60) for future in [engine.submit(r) for r in requests]]
+        return [future.result(120) for future in [engine.submit(r) for r in requests]]
     finally:
         engine.stop()
 
@@ -175,6 +175,6 @@ def test_adapters_that_do_not_fit_are_refused(folders: list[Path], tmp_path: Pat
             engine.submit(request("r", loras=(("other", 1.0),)))
         with pytest.raises(ModelLoadError, match=r"never opened.*save_file"):
             engine.submit(request("r", loras=(("pickle", 1.0),)))
-        assert engine.submit(request("r", loras=(("good", 1.0),))).result(60).steps_taken == 6
+        assert engine.submit(request("r", loras=(("good", 1.0),))).result(120).steps_taken == 6
     finally:
         engine.stop()

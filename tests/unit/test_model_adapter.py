@@ -46,13 +46,13 @@ def asked(name: str, **fields: object) -> GenerationRequest:
 def made(model: Any, requests: list[GenerationRequest]) -> tuple[list[Generated], Engine]:
     """Their images. Nothing is denoised before all are there: this network is faster than `submit`."""
     there, predict = threading.Event(), model.predict
-    model.predict = lambda rows: predict(rows) if there.wait(30) else None
+    model.predict = lambda rows: predict(rows) if there.wait(120) else None
     engine = Engine(model, EngineSettings(max_rows=8))
     engine.start()
     try:
         futures: list[Future[Generated]] = [engine.submit(request) for request in requests]
         there.set()
-        return [future.result(30) for future in futures], engine
+        return [future.result(120) for future in futures], engine
     finally:
         engine.stop()
 

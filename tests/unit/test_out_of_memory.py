@@ -67,7 +67,7 @@ def batch(count: int = 12, *, steps: int = 6) -> list[GenerationRequest]:
 
 
 def images(futures: Sequence[Future[Generated]]) -> list[np.ndarray]:
-    return [future.result(timeout=60).image for future in futures]
+    return [future.result(timeout=120).image for future in futures]
 
 
 def assert_alike(found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> None:
@@ -141,7 +141,7 @@ def test_what_does_not_fit_alone_fails_clearly_and_its_neighbours_do_not(
     engine.start()
     futures = [engine.submit(r) for r in (*batch(3), request("large", width=width, height=height))]
     with pytest.raises(GenerationFailed, match=r"too little memory.*96x64.*vae-tiling"):
-        futures.pop().result(timeout=60)
+        futures.pop().result(timeout=120)
     assert len(images(futures)) == 3
     assert engine.stats().failed == 1
     assert engine.alive
@@ -162,7 +162,7 @@ def test_decoding_too(make_engine: Any, tiny_step_model: StepModel, fits: int) -
         return
     for future in futures:
         with pytest.raises(GenerationFailed, match="too little memory"):
-            future.result(timeout=60)
+            future.result(timeout=120)
     assert engine.alive
 
 
@@ -173,7 +173,7 @@ def test_what_a_failed_pass_held_is_let_go(make_engine: Any, tiny_step_model: St
         engine = make_engine(Small(tiny_step_model, rows=2, decoded=0), max_rows=16)
         for future in [engine.submit(r) for r in batch(8)]:
             with pytest.raises(GenerationFailed, match="too little memory"):
-                future.result(timeout=60)
+                future.result(timeout=120)
     finally:
         gc.enable()
 
@@ -186,7 +186,7 @@ def test_deterministic_parts_are_powers_of_two_and_their_bits_the_same_in_any_co
     crowd = images([engine.submit(r) for r in batch(8)])
     assert set(small.tried) <= {1, 2, 4, 8, 16}
     small.tried.clear()
-    alone = [engine.submit(r).result(timeout=60).image for r in batch(8)]
+    alone = [engine.submit(r).result(timeout=120).image for r in batch(8)]
     assert set(small.tried) == {2}, "padding was worked on, or the limit was forgotten"
     for one, other in zip(alone, crowd, strict=True):
         assert np.array_equal(one, other)

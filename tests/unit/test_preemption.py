@@ -145,23 +145,23 @@ def test_nothing_is_asked_by_default() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    ("wrong", "problem"),
     [
-        {"preemption": "ec2"},
-        {"preemption": "file:relative"},
-        {"preemption_endpoint": "https://127.0.0.1"},
-        {"preemption_endpoint": "http://127.0.0.1:99999"},
-        {"preemption_endpoint": "127.0.0.1"},
+        ({"preemption": "ec2"}, "should match pattern"),
+        ({"preemption": "file:relative"}, "should match pattern"),
+        ({"preemption_endpoint": "https://127.0.0.1"}, "scheme should be 'http'"),
+        ({"preemption_endpoint": "http://127.0.0.1:99999"}, "invalid port number"),
+        ({"preemption_endpoint": "127.0.0.1"}, "relative URL without a base"),
     ],
 )
-def test_settings_that_make_no_sense(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError, match=next(iter(wrong))):
+def test_settings_that_make_no_sense(wrong: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValidationError, match=rf"{next(iter(wrong))}\n.*{problem}"):
         WorkerSettings(**wrong)
 
 
 def _trickle(peer: socket.socket) -> None:
     peer.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
-    for _ in range(40):
+    while True:  # until the other side has had enough
         peer.sendall(b" ")
         time.sleep(0.1)
 
@@ -178,7 +178,7 @@ HOSTILE: dict[str, Callable[[socket.socket], object]] = {
     "no UTF-8": lambda peer: peer.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n\xff\xfe"),
     "too much": lambda peer: peer.sendall(b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 1_000_000),
     "never the end": _trickle,
-    "silence": lambda peer: time.sleep(4),
+    "silence": lambda peer: peer.recv(1),
 }
 
 
@@ -206,18 +206,16 @@ def hostile(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("hostile", HOSTILE, indirect=True)
-def test_a_hostile_service_is_no_notice_and_takes_bounded_time(
+def test_a_hostile_service_gives_no_notice_and_is_not_waited_for(
     hostile: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("calotype_worker.jobs.preemption._ANSWER_SECONDS", 0.3)
     told: list[Notice] = []
-    began = time.monotonic()
     for cloud in ("gcp", "azure", "aws"):
         source = notice_source(cloud, hostile)
         assert source is not None
         Watcher(source, told.append).look()
     assert told == []
-    assert time.monotonic() - began < 3
     assert "cannot tell whether this machine goes" in caplog.text
     assert len(caplog.text) < 4000
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ import torch
 from calotype_shared.errors import GenerationFailed, InvalidRequest
 from calotype_worker import profiling
 from calotype_worker.engine import Engine, GenerationRequest, profiler
+from calotype_worker.engine import profile as module
 from calotype_worker.engine.profile import Point, Profile, measure, sizes_up_to
 from calotype_worker.models.base import StepModel
 from calotype_worker.request import GroupKey
@@ -62,32 +63,51 @@ def test_sizes_grow_by_halves_of_a_doubling() -> None:
     assert sizes_up_to(2) == (1, 2)
 
 
-def test_measure_times_each_size() -> None:
+class Clock:
+    """Time as the steps of a test let it pass."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._now = 0.0
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: self._now))
+
+    def step(self, seconds: Callable[[], float]) -> Callable[[], object]:
+        def run() -> None:
+            self._now += seconds()
+
+        return run
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def test_measure_times_each_size(clock: Clock) -> None:
     """The least of all, so that slow rounds are nothing."""
     slow = iter([False, False, True, True, True] + [False] * 40)
 
     def make_step(rows: int) -> Callable[[], object]:
-        return lambda: time.sleep(0.004 * rows + (0.1 if rows == 2 and next(slow) else 0.0))
+        return clock.step(lambda: 0.004 * rows + (0.1 if rows == 2 and next(slow) else 0.0))
 
     points = measure([1, 2, 4], make_step, seconds=5, device=CPU)
     assert [point.rows for point in points] == [1, 2, 4]
-    assert [point.seconds for point in points] == pytest.approx([0.004, 0.008, 0.016], rel=0.5)
+    assert [point.seconds for point in points] == pytest.approx([0.004, 0.008, 0.016])
 
 
-def test_a_busy_machine_does_not_make_the_knee_small() -> None:
+def test_a_busy_machine_does_not_make_the_knee_small(clock: Clock) -> None:
     """Every size is tried, even where the time for it is over."""
-    points = measure([1, 2, 4, 8], lambda rows: lambda: time.sleep(0.02), seconds=0.01, device=CPU)
+    points = measure([1, 2, 4, 8], lambda rows: clock.step(lambda: 0.02), seconds=0.01, device=CPU)
     assert [point.rows for point in points] == [1, 2, 4, 8]
 
 
-def test_fewer_rows_take_no_longer_than_more() -> None:
+def test_fewer_rows_take_no_longer_than_more(clock: Clock) -> None:
     """A size that was only ever timed while the machine was busy has the time of the next larger one."""
 
     def make_step(rows: int) -> Callable[[], object]:
-        return lambda: time.sleep(0.1 if rows in (1, 4) else 0.005 * rows)
+        return clock.step(lambda: 0.1 if rows in (1, 4) else 0.005 * rows)
 
     points = measure([1, 2, 4, 8], make_step, seconds=0.1, device=CPU)
-    assert [point.seconds for point in points] == pytest.approx([0.01, 0.01, 0.04, 0.04], rel=0.4)
+    assert [point.seconds for point in points] == pytest.approx([0.01, 0.01, 0.04, 0.04])
 
 
 def test_measure_stops_where_memory_ends() -> None:
@@ -99,7 +119,7 @@ def test_measure_stops_where_memory_ends() -> None:
         return lambda: None
 
     assert [point.rows for point in measure([1, 2, 4, 8], make_step, seconds=1, device=CPU)] == [1, 2]
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
         measure([4], make_step, seconds=1, device=CPU)
 
     def broken(_: int) -> Callable[[], object]:
@@ -135,7 +155,7 @@ def test_the_engine_keeps_to_the_knee(make_engine: Any, tiny_step_model: StepMod
     made.start()
     futures = [made.submit(request(f"r{number}", guidance=1.0)) for number in range(12)]
     for future in futures:
-        future.result(60)
+        future.result(120)
     stats = made.stats()
     assert 4 < stats.rows / stats.forward_passes <= 6  # the first pass may have begun before all were here
 
@@ -153,7 +173,7 @@ def test_steps_are_measured_where_they_are_run(make_engine: Any, monkeypatch: py
     with pytest.raises(RuntimeError, match="no kernel image"):
         made.profile(seconds=1)
     made.start()
-    assert made.submit(request("after")).result(60).image.any()
+    assert made.submit(request("after")).result(120).image.any()
     assert threads == ["calotype-engine"]
     made.stop()
     with pytest.raises(GenerationFailed, match="not running"):
@@ -192,4 +212,4 @@ def test_a_real_profile_is_of_every_native_size(make_engine: Any, tiny_step_mode
     assert all(point.seconds > 0 for p in profiles for point in p.points)
     made.start()
     wanted: GenerationRequest = request("after")
-    assert made.submit(wanted).result(60).image.any()
+    assert made.submit(wanted).result(120).image.any()

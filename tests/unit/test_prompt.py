@@ -50,7 +50,8 @@ def test_nothing_but_marks_is_ever_lost(prompt: str) -> None:
     """Whatever is written: every letter stays, in order, and no weight is missing."""
     try:
         found = parse_weights(prompt)
-    except InvalidRequest:
+    except InvalidRequest as refused:
+        assert "out of range" in refused.problem  # noqa: PT017 - either outcome is right
         return
     assert [c for c in plain_text(prompt) if c in "ab"] == [c for c in prompt if c in "ab"]
     assert all(weight >= 0 for _, weight in found)

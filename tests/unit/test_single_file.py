@@ -23,7 +23,7 @@ def draw(model: AnyModel) -> np.ndarray:
     engine = Engine(model)
     engine.start()
     try:
-        return engine.submit(request("r")).result(60).image.astype(int)
+        return engine.submit(request("r")).result(120).image.astype(int)
     finally:
         engine.stop()
 

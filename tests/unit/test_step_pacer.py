@@ -76,7 +76,7 @@ def test_the_engines_thread_works_on_its_own_device(make_engine: Any, monkeypatc
     told: list[tuple[str, torch.device]] = []
     monkeypatch.setattr(engine_module, "work_on", lambda device: told.append((threading.current_thread().name, device)))
     engine: Engine = make_engine()
-    assert engine.submit(request("any")).result(60).image.any()
+    assert engine.submit(request("any")).result(120).image.any()
     assert told == [("calotype-engine", torch.device("cpu"))]
 
 

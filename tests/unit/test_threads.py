@@ -38,12 +38,12 @@ def test_threads_that_compute_alone_leave_the_others_their_helpers() -> None:
     def engine() -> None:
         compute_with(2)
         chosen.set()
-        said.wait(10)
+        said.wait(120)
         torch.ones(8).sum()
         found["engine"] = torch.get_num_threads()
 
     def job() -> None:
-        chosen.wait(10)
+        chosen.wait(120)
         compute_alone()
         compute_alone()
         found["job"] = torch.get_num_threads()
@@ -73,8 +73,8 @@ def test_a_request_is_prepared_without_helpers(make_engine: Any, monkeypatch: py
 
     def submit() -> int:
         torch.set_num_threads(2)
-        made.submit(request("good")).result(60)
-        with pytest.raises(InvalidRequest):
+        made.submit(request("good")).result(120)
+        with pytest.raises(InvalidRequest, match="width=12"):
             made.submit(request("bad", width=12))
         return torch.get_num_threads()
 

@@ -22,7 +22,7 @@ def test_every_step_is_in_the_trace_with_its_rows(make_engine: Any, tmp_path: Pa
     engine: Engine = make_engine(trace=trace)
     futures = [engine.submit(request(f"r{number}", steps=4 + number)) for number in range(6)]
     for future in futures:
-        future.result(60)
+        future.result(120)
     engine.stop()
     stats = engine.stats()
     trace.close()
@@ -66,7 +66,7 @@ def test_a_full_disk_ends_the_trace_and_nothing_else(tmp_path: Path) -> None:
         trace.span("engine", "step", number, number + 1)
     closing = threading.Thread(target=trace.close)
     closing.start()
-    closing.join(10)
+    closing.join(120)
     assert not closing.is_alive()
 
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
 from calotype.api_keys import DEFAULT_SCOPES, ApiKey
 from calotype.batches.record import BatchRecord, BatchState
 from calotype.files import StoredFile
+from calotype_shared.errors import UnreadableRecord
 from calotype_shared.queue.message import TASK_NAME
-from calotype_shared.queue.records import OLDEST, SCHEMA, UnreadableRecord, read_record
+from calotype_shared.queue.records import OLDEST, SCHEMA, read_record
 from calotype_shared.queue.submission import NewJob
 from calotype_shared.schema.config import digest_of
 from calotype_shared.schema.enums import JobState
@@ -87,17 +90,32 @@ def read_key(found: dict[str, Any]) -> None:
     assert ApiKey.model_validate(found).scopes == DEFAULT_SCOPES
 
 
+def read_as(kind: type[BaseModel]) -> Callable[[dict[str, Any]], None]:
+    """Nothing of it is lost."""
+
+    def read(found: dict[str, Any]) -> None:
+        again = kind.model_validate(found).model_dump(mode="json")
+        assert {name: comparable(again[name]) for name in found} == {n: comparable(v) for n, v in found.items()}
+
+    return read
+
+
+def comparable(value: Any) -> Any:
+    """Sets come in any order."""
+    return sorted(value) if isinstance(value, list) else value
+
+
 READERS = {
     "job": read_job,
     "batch": read_batch,
     "config": read_config,
     "plan": read_plan,
     "message": read_message,
-    "worker": lambda found: WorkerInfo.model_validate(found).models,
-    "model": lambda found: ModelCard.model_validate(found).name,
+    "worker": read_as(WorkerInfo),
+    "model": read_as(ModelCard),
     "api": read_key,
-    "file": lambda found: StoredFile.model_validate(found).id,
-    "preview": lambda found: Preview.model_validate(found).data,
+    "file": read_as(StoredFile),
+    "preview": read_as(Preview),
 }
 
 NEWER = {"schema": str(SCHEMA + 1), "mood": "new", "images": '[{"key": "k", "seed": 1, "width": 8, "height": 8, '

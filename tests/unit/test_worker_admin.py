@@ -46,7 +46,7 @@ def test_probes_find_a_stuck_heartbeat_and_an_ended_engine(
 
     def report() -> None:
         if stuck.is_set():
-            stop_being_stuck.wait(30)
+            stop_being_stuck.wait(120)
         away.ping()  # raises RedisUnavailable
 
     heartbeat = Heartbeat(
@@ -100,7 +100,7 @@ def test_a_tracer_that_raises_is_dropped_and_nobody_notices(make_engine: Callabl
     engine = make_engine(trace=Tracers([broken, SpanMeters(registry, ["tiny"])]))
     futures = [engine.submit(request(f"r{number}", steps=3 + number)) for number in range(3)]
     for future in futures:
-        future.result(60)
+        future.result(120)
     engine.stop()
     said = scraped(registry, AdminRequest()).body.decode()
     stats = engine.stats()

@@ -17,10 +17,10 @@ from typing import Any, ForwardRef, is_typeddict
 from pydantic import BaseModel
 
 import calotype
-import calotype.batches.client as batch_client
 import calotype.batches.record as batch_record
+import calotype.testing
 import calotype_worker
-from calotype_shared.schema import config, jobs, worker_info
+from calotype_shared.schema import config, jobs
 from tools.reference.markdown import code, docstring, generated, table
 from tools.reference.settings import constraints
 
@@ -29,24 +29,42 @@ _ALIASES = (
     "a `Share` from 0 to 1."
 )
 _SECTIONS: tuple[tuple[str, str, Any, tuple[str, ...]], ...] = (
-    ("Clients", "", calotype, ("Client", "JobHandle", "BatchHandle", "AsyncClient", "AsyncJobHandle", "Dispatcher")),
-    ("What goes in", _ALIASES, calotype, ("GenerationConfig", "SamplerType", "OutputFormat", "Lane")),
+    (
+        "Clients",
+        "",
+        calotype,
+        (
+            *("Client", "JobHandle", "Batches", "BatchHandle", "DeadJobs"),
+            *("AsyncClient", "AsyncJobHandle", "AsyncBatches", "AsyncBatchHandle", "AsyncDeadJobs", "Dispatcher"),
+        ),
+    ),
+    ("What goes in", _ALIASES, calotype, ("GenerationConfig", "JobFields", "SamplerType", "OutputFormat", "Lane")),
     (
         "Parts of a config",
         "Written as mappings of these fields will do.",
         config,
         ("LoraUse", "ControlUse", "RefinerUse"),
     ),
-    ("Options of a batch", "", batch_client, ("BatchOptions",)),
+    ("Options of a batch", "", calotype, ("BatchOptions",)),
     (
         "What comes out",
         "",
         calotype,
-        ("JobRecord", "ResolvedConfig", "JobState", "ImageRef", "JobImage", "BatchRecord", "BatchState", "ModelCard"),
+        (
+            "JobRecord",
+            "ResolvedConfig",
+            "JobState",
+            "ImageRef",
+            "JobImage",
+            "Preview",
+            "BatchRecord",
+            "BatchState",
+            "ModelCard",
+            "WorkerInfo",
+        ),
     ),
-    ("Parts of a record", "", jobs, ("JobError", "Attempt", "Preview")),
+    ("Parts of a record", "", jobs, ("JobError", "Attempt")),
     ("Counts of a batch", "", batch_record, ("BatchCounts",)),
-    ("What a worker says of itself", "", worker_info, ("WorkerInfo",)),
     (
         "In process",
         "From `calotype_worker`: the same engine without a queue.",
@@ -55,6 +73,12 @@ _SECTIONS: tuple[tuple[str, str, Any, tuple[str, ...]], ...] = (
             *("DiffusionModel", "DiffusionPipeline", "GenerationConfig", "GeneratedImage", "Adapters", "Memory"),
             *("NoiseScheduler", "UNetModel", "TextEncoder", "VAEDecoder"),
         ),
+    ),
+    (
+        "Tests",
+        "From `calotype.testing`: [how to test your producer](../how-to/test-your-producer.md).",
+        calotype.testing,
+        ("Sandbox", "ScriptedWorker", "JobContext"),
     ),
 )
 

@@ -79,6 +79,8 @@ class WorkerSettings(StrictSettings):
     """Large images decoded in overlapping tiles, which can show."""
     lease_seconds: Annotated[float, Field(ge=1.0)] = 20.0
     """After which a silent worker's jobs are taken over."""
+    reap_seconds: Annotated[float, Field(ge=0.1, le=10.0)] = 5.0
+    """Average pause between two searches for such jobs."""
     grace_seconds: Annotated[float, Field(ge=0.0)] = 60.0
     """After SIGTERM, for jobs in flight."""
     preemption: Annotated[str, Field(pattern=r"^(off|aws|gcp|azure|file:/.+)$")] = "off"

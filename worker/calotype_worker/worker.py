@@ -42,7 +42,6 @@ from calotype_worker.jobs.spool import Spool
 from calotype_worker.models import Accelerations, Adapters, AnyModel, Memory, ModelPool, load_model
 from calotype_worker.observability.admin import WorkerAdmin
 from calotype_worker.observability.counters import Counters
-from calotype_worker.observability.report import step_groups
 from calotype_worker.observability.trace_file import TraceFile
 from calotype_worker.output.encoder import Encoder
 from calotype_worker.settings import WorkerSettings
@@ -193,7 +192,7 @@ class Worker:
             draining=self._draining.is_set,
             trace=tracer,
             counters=self._counters,
-            telemetry=self._telemetry,
+            tracer=self._telemetry.tracer,
         )
         self._admin.watch(
             info={
@@ -223,6 +222,7 @@ class Worker:
             worker=self.name,
             queues=self._queues,
             lease_seconds=options.lease_seconds,
+            every_seconds=options.reap_seconds,
             counters=self._counters,
         )
         self._signals = 0
@@ -359,7 +359,7 @@ class Worker:
             encode_seconds=stats.encode_seconds,
             decode_seconds=stats.decode_seconds,
             idle_seconds=stats.idle_seconds,
-            groups=step_groups(self._engine.running()),
+            groups=self._engine.running(),
         )
         self._store.announce_worker(info, ttl_seconds=_REPORT_TTL_SECONDS)
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 from calotype.batches.run import BatchRun
 from calotype.batches.store import BatchStore
 from calotype.resolver import Resolver
+from calotype_shared.backoff import full_jitter
 from calotype_shared.errors import BatchNotFound, ServiceUnavailable
 from calotype_shared.queue.connection import connect_redis
 from calotype_shared.queue.job_store import JobStore
@@ -64,7 +65,7 @@ class Dispatcher:
                 self._look()
             except ServiceUnavailable as error:
                 log.warning("dispatcher waits", extra={"reason": str(error)})
-                self._stop.wait(random.uniform(0, _BACKOFF_SECONDS))
+                self._stop.wait(full_jitter(_BACKOFF_SECONDS))
             self._stop.wait(_LOOK_SECONDS)
         for _, thread in self._runs.values():
             thread.join()
@@ -108,7 +109,7 @@ class Dispatcher:
             run.run()
         except ServiceUnavailable as error:
             log.warning("batch waits", extra={"batch_id": batch_id, "reason": str(error)})
-            self._stop.wait(random.uniform(0, _BACKOFF_SECONDS))
+            self._stop.wait(full_jitter(_BACKOFF_SECONDS))
         except Exception:
             log.exception("a batch met a bug", extra={"batch_id": batch_id})
             self._stop.wait(_BACKOFF_SECONDS)

@@ -9,7 +9,8 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict
 
-from calotype_shared.queue.records import SCHEMA, UnreadableRecord, in_short
+from calotype_shared.errors import UnreadableRecord
+from calotype_shared.queue.records import SCHEMA, in_short
 from calotype_shared.schema.enums import JobState, Lane
 
 

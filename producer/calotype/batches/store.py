@@ -10,8 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from redis import Redis
 
 from calotype.batches.record import BatchRecord, BatchState
-from calotype_shared.errors import BatchNotFound, IdempotencyConflict, QueueFull, no_such_batch
-from calotype_shared.queue.records import UnreadableRecord
+from calotype_shared.errors import BatchNotFound, IdempotencyConflict, QueueFull, UnreadableRecord, no_such_batch
 from calotype_shared.queue.scripts import Scripted, said_clearly
 from calotype_shared.queue.submission import Idempotency, NewJob
 

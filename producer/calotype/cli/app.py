@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from importlib import metadata
+from typing import Annotated
 
 import typer
 
+import calotype
 from calotype.cli import batch, dead, jobs, keys, serve
 from calotype.cli.dispatcher import dispatcher
 from calotype.cli.exit_codes import ExitCode, exit_code, exit_code_help
@@ -51,15 +52,26 @@ def build_app() -> typer.Typer:
     return app
 
 
-def _root(context: typer.Context) -> None:
+def _root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
     """An asynchronous job queue for diffusion models."""
     if context.invoked_subcommand is None:
         print(context.get_help())
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        version()
+        raise typer.Exit
+
+
 def version(as_json: jobs.AsJson = False) -> None:
     """Print the version."""
-    number = metadata.version("calotype")
+    number = calotype.__version__
     print_json({"version": number}) if as_json else print(f"calotype {number}")
 
 

@@ -12,8 +12,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from calotype.batches.client import WINDOW, BatchHandle, BatchOptions
+from calotype.batches.client import BatchHandle
 from calotype.batches.dispatcher import Dispatcher
+from calotype.batches.options import WINDOW, BatchOptions
 from calotype.batches.record import BatchRecord, BatchState
 from calotype.cli.exit_codes import ExitCode
 from calotype.cli.jobs import AsJson
@@ -49,7 +50,7 @@ def submit(  # noqa: PLR0917 - the command's options; Typer passes them by name
         "webhook_url": webhook_url,
     }
     with Client() as client:
-        batch = client.submit_batch(file, idempotency_key=idempotency_key, **options)
+        batch = client.batches.submit(file, idempotency_key=idempotency_key, **options)
         _report(client, batch, wait=wait, as_json=as_json)
 
 
@@ -61,7 +62,7 @@ def status(
 ) -> None:
     """Show a batch. With --watch the exit status tells how it ended."""
     with Client() as client:
-        record = _watch(client.follow_batch(batch_id), as_json=as_json) if watch else client.batch(batch_id)
+        record = _watch(client.batches.follow(batch_id), as_json=as_json) if watch else client.batches.status(batch_id)
         if not (watch and as_json):
             _show(record, as_json=as_json)
     if watch:
@@ -74,7 +75,7 @@ def list_batches(
 ) -> None:
     """List batches, newest first."""
     with Client() as client:
-        records = client.batches(limit=limit)
+        records = client.batches.list(limit=limit)
     if as_json:
         for record in records:
             print_json(batch_json(record))
@@ -104,7 +105,7 @@ def results(
     """Print the results so far, a JSON object a line. They can be read while it runs."""
     with Client() as client, ExitStack() as stack:
         target = stack.enter_context(output.open("wb")) if output else sys.stdout.buffer
-        for data in client.batch_result_chunks(batch_id, errors=errors):
+        for data in client.batches.result_chunks(batch_id, errors=errors):
             target.write(data)
         target.flush()
 
@@ -113,30 +114,30 @@ def results(
 def cancel(batch_id: BatchId, as_json: AsJson = False) -> None:
     """Nothing new of it starts, and its running jobs stop within a step."""
     with Client() as client:
-        _show(client.cancel_batch(batch_id), as_json=as_json)
+        _show(client.batches.cancel(batch_id), as_json=as_json)
 
 
 @app.command()
 def pause(batch_id: BatchId, as_json: AsJson = False) -> None:
     """Send no more of its jobs into the queue; those that are there already run."""
     with Client() as client:
-        client.pause_batch(batch_id)
-        _show(client.batch(batch_id), as_json=as_json)
+        client.batches.pause(batch_id)
+        _show(client.batches.status(batch_id), as_json=as_json)
 
 
 @app.command()
 def resume(batch_id: BatchId, wait: Wait = False, as_json: AsJson = False) -> None:
     """Go on with a paused batch; with --wait, also with one whose dispatcher is gone."""
     with Client() as client:
-        client.resume_batch(batch_id)
-        _report(client, BatchHandle(client, batch_id), wait=wait, as_json=as_json)
+        client.batches.resume(batch_id)
+        _report(client, client.batch(batch_id), wait=wait, as_json=as_json)
 
 
 @app.command()
 def retry(batch_id: BatchId, wait: Wait = False, as_json: AsJson = False) -> None:
     """Submit only the lines that did not succeed as a new batch; prints its id."""
     with Client() as client:
-        _report(client, client.retry_batch(batch_id), wait=wait, as_json=as_json)
+        _report(client, client.batches.retry(batch_id), wait=wait, as_json=as_json)
 
 
 def batch_json(record: BatchRecord) -> dict[str, Any]:
@@ -180,7 +181,7 @@ def _report(client: Client, batch: BatchHandle, *, wait: bool, as_json: bool) ->
         say(f"batch {batch.id}")
     try:
         with Dispatcher(client.settings):
-            record = _watch(client.follow_batch(batch.id), as_json=as_json)
+            record = _watch(client.batches.follow(batch.id), as_json=as_json)
     except KeyboardInterrupt:
         say(f"without a dispatcher {batch.id} stands still; go on with: calotype batch resume {batch.id} --wait")
         raise

@@ -25,7 +25,7 @@ Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 def list_dead(limit: Annotated[int, typer.Option(min=1)] = 50, tenant: Tenant = None, as_json: AsJson = False) -> None:
     """List them, newest first."""
     with Client() as client:
-        found = client.dead(limit=limit, tenant=tenant)
+        found = client.dead_jobs.list(limit=limit, tenant=tenant)
     if as_json:
         print_json([record_json(record) for record in found])
         return
@@ -65,7 +65,7 @@ def retry(
     """Submit their configs once more as new jobs; prints the new ids."""
     with Client() as client:
         for job_id in _chosen(client, ids, "retry", everything=everything, tenant=tenant, yes=yes):
-            handle = client.retry_dead(job_id)
+            handle = client.dead_jobs.retry(job_id)
             print_json({"id": handle.id, "retry_of": job_id}) if as_json else print(handle.id, flush=True)
 
 
@@ -74,7 +74,7 @@ def drop(ids: JobIds = None, everything: All = False, tenant: Tenant = None, yes
     """Take them off the list; their records stay for their time."""
     with Client() as client:
         for job_id in _chosen(client, ids, "drop", everything=everything, tenant=tenant, yes=yes):
-            client.drop_dead(job_id)
+            client.dead_jobs.drop(job_id)
             say(f"dropped {job_id}")
 
 
@@ -84,7 +84,7 @@ def _chosen(
     """Ids that are all on the list, after asking where all are meant. Raises InvalidRequest, JobNotFound, Abort."""
     if bool(ids) == everything:
         raise InvalidRequest("says nothing clear", field="ID", value=ids, remedy="give ids, or --all")
-    known = [record.id for record in client.dead(limit=_EVERYTHING, tenant=tenant)]
+    known = [record.id for record in client.dead_jobs.list(limit=_EVERYTHING, tenant=tenant)]
     if ids:
         for job_id in ids:
             if job_id not in known:

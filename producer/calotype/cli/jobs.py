@@ -12,13 +12,18 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from calotype.cli.exit_codes import ExitCode
 from calotype.cli.output import clock_time, print_json, print_table, record_json, record_line, report, say
-from calotype.client import Client, require_success
+from calotype.client import Client
+from calotype.fields import JobFields
+from calotype.jobs import require_success
 from calotype_shared.errors import InvalidRequest, JobNotFound
 from calotype_shared.schema.config import QUALITY_PRESETS
 from calotype_shared.schema.enums import JobState, Lane, OutputFormat, SamplerType
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, errors too.")]
 JobId = Annotated[str, typer.Argument(metavar="ID")]
+
+
+_FIELDS = tuple(name for name in JobFields.__annotations__ if name != "prompt")
 
 
 def _client() -> Client:
@@ -55,9 +60,16 @@ def _control(entry: str) -> dict[str, Any]:
 
 def submit(  # noqa: PLR0917 - the command's options; Typer passes them by name
     prompt: Annotated[str, typer.Argument(help="What the image should show.")],
-    negative: Annotated[str | None, typer.Option(help="What it should not show.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps [50].")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 or less turns guidance off [7.5].")] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option("--negative-prompt", "--negative", help="What it should not show.")
+    ] = None,
+    num_inference_steps: Annotated[
+        int | None, typer.Option("--num-inference-steps", "--steps", help="Denoising steps [50].")
+    ] = None,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option("--guidance-scale", "--guidance", help="Guidance scale; 1 or less turns guidance off [7.5]."),
+    ] = None,
     sampler: Annotated[str | None, typer.Option(help=f"{', '.join(SamplerType)} [ddim].")] = None,
     seed: Annotated[int | None, typer.Option(help="Drawn and stored if not given.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels [the model's own size].")] = None,
@@ -67,26 +79,47 @@ def submit(  # noqa: PLR0917 - the command's options; Typer passes them by name
         str | None, typer.Option(help=f"Steps and guidance at once: {', '.join(QUALITY_PRESETS)}.")
     ] = None,
     num_images: Annotated[int | None, typer.Option(help="Images, with seeds that count up [1].")] = None,
-    output_format: Annotated[str | None, typer.Option("--format", help=f"{', '.join(OutputFormat)} [png].")] = None,
+    output_format: Annotated[
+        str | None, typer.Option("--output-format", "--format", help=f"{', '.join(OutputFormat)} [png].")
+    ] = None,
     init_image: Annotated[Path | None, typer.Option(help="An image to start from.", dir_okay=False)] = None,
-    mask: Annotated[Path | None, typer.Option(help="White is painted anew, black is kept.", dir_okay=False)] = None,
+    mask_image: Annotated[
+        Path | None,
+        typer.Option("--mask-image", "--mask", help="White is painted anew, black is kept.", dir_okay=False),
+    ] = None,
     strength: Annotated[float | None, typer.Option(help="0 keeps the image, 1 ignores it [0.75; 1 with mask].")] = None,
-    lora: Annotated[list[str] | None, typer.Option(help="NAME or NAME:WEIGHT; may be repeated.")] = None,
-    control: Annotated[
-        list[str] | None, typer.Option(help="NAME:FILE or NAME:FILE:SCALE, a ControlNet and its image; repeatable.")
+    loras: Annotated[
+        list[str] | None, typer.Option("--loras", "--lora", help="NAME or NAME:WEIGHT; may be repeated.")
+    ] = None,
+    controls: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--controls",
+            "--control",
+            help="NAME:FILE or NAME:FILE:SCALE, a ControlNet and its image; may be repeated.",
+        ),
     ] = None,
     refiner: Annotated[str | None, typer.Option(help="NAME or NAME:START, a model that takes over [0.8].")] = None,
-    also: Annotated[list[str] | None, typer.Option(help="A further model to make the same images.")] = None,
+    ensemble: Annotated[
+        list[str] | None,
+        typer.Option("--ensemble", "--also", help="A further model to make the same images; may be repeated."),
+    ] = None,
     preview_every: Annotated[int | None, typer.Option(help="Steps between previews.")] = None,
-    frames: Annotated[int | None, typer.Option(help="Of a video.")] = None,
+    num_frames: Annotated[int | None, typer.Option("--num-frames", "--frames", help="Of a video.")] = None,
     fps: Annotated[float | None, typer.Option(help="Frames per second of a video.")] = None,
     audio_seconds: Annotated[float | None, typer.Option(help="Length of sound.")] = None,
-    image: Annotated[
-        list[Path] | None, typer.Option(help="A reference to edit or follow; may be repeated.", dir_okay=False)
+    images: Annotated[
+        list[Path] | None,
+        typer.Option("--images", "--image", help="A reference to edit or follow; may be repeated.", dir_okay=False),
     ] = None,
     control_image: Annotated[Path | None, typer.Option(help="For models that follow one.", dir_okay=False)] = None,
-    parameter: Annotated[
-        list[str] | None, typer.Option(help="NAME=JSON, of the pipeline's own as `calotype models` lists; repeatable.")
+    parameters: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--parameters",
+            "--parameter",
+            help="NAME=JSON, of the pipeline's own as `calotype models` lists; may be repeated.",
+        ),
     ] = None,
     lane: Annotated[Lane, typer.Option(help="interactive jobs go first.")] = Lane.INTERACTIVE,
     wait: Annotated[bool, typer.Option("--wait", help="Wait until it is done.")] = False,
@@ -97,35 +130,18 @@ def submit(  # noqa: PLR0917 - the command's options; Typer passes them by name
     as_json: AsJson = False,
 ) -> None:
     """Queue a job; prints its id."""
-    given: dict[str, Any] = {
-        "negative_prompt": negative,
-        "num_inference_steps": steps,
-        "guidance_scale": guidance,
-        "sampler": sampler,
-        "seed": seed,
-        "width": width,
-        "height": height,
-        "model": model,
-        "quality": quality,
-        "num_images": num_images,
-        "output_format": output_format,
-        "init_image": init_image,
-        "mask_image": mask,
-        "strength": strength,
-        "loras": lora and [_pair(entry, "name", "weight") for entry in lora],
-        "controls": control and [_control(entry) for entry in control],
-        "refiner": refiner and _pair(refiner, "model", "start"),
-        "ensemble": also,
-        "preview_every": preview_every,
-        "num_frames": frames,
-        "fps": fps,
-        "audio_seconds": audio_seconds,
-        "images": image,
-        "control_image": control_image,
-        "parameters": parameter and dict(map(_parameter, parameter)),
-    }
+    options = dict(locals())  # those of a config are named as its fields
+    fields: JobFields = {name: options[name] for name in _FIELDS if options[name] not in (None, [])}  # type: ignore[assignment]
+    if loras:
+        fields["loras"] = [_pair(entry, "name", "weight") for entry in loras]
+    if controls:
+        fields["controls"] = [_control(entry) for entry in controls]
+    if refiner:
+        fields["refiner"] = _pair(refiner, "model", "start")
+    if parameters:
+        fields["parameters"] = dict(map(_parameter, parameters))
     with _client() as client:
-        job = client.submit(prompt, lane=lane, **{name: value for name, value in given.items() if value is not None})
+        job = client.submit(prompt, lane=lane, **fields)
         if not (wait or output):
             print_json(record_json(job.status())) if as_json else print(job.id)
             return
@@ -141,8 +157,8 @@ def submit(  # noqa: PLR0917 - the command's options; Typer passes them by name
         files = []
         if output is not None:
             output.mkdir(parents=True, exist_ok=True)
-            files = [str(image.save(output)) for image in client.images(job.id)]
-        urls = client.urls(job.id)
+            files = [str(image.save(output)) for image in job.images()]
+        urls = job.urls()
         if as_json:
             print_json({**record_json(record), "files": files, "urls": urls})
         else:
@@ -160,7 +176,7 @@ def status(
             record = client.status(job_id)
             print_json(record_json(record)) if as_json else print(record_line(record))
             return
-        for record in client.follow([job_id]):
+        for record in client.follow(job_id):
             print_json(record_json(record)) if as_json else print(record_line(record), flush=True)
         require_success(record)
 
@@ -236,5 +252,5 @@ def _follow_with_bar(client: Client, job_id: str, timeout: float | None) -> None
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task(JobState.QUEUED.value, total=1.0)
-        for record in client.follow([job_id], timeout=timeout):
+        for record in client.follow(job_id, timeout=timeout):
             progress.update(bar, completed=record.progress, description=record.state.value)

@@ -121,7 +121,7 @@ def spread(devices: list[str], workers: int | None) -> list[str]:
 
 def gateway_installed() -> bool:
     return all(
-        find_spec(name) is not None for name in ("fastapi", "uvicorn", "multipart", "httpx", "prometheus_client")
+        find_spec(name) is not None for name in ("fastapi", "uvicorn", "multipart", "httpx2", "prometheus_client")
     )
 
 

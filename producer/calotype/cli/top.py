@@ -18,10 +18,11 @@ from rich.text import Text
 from calotype.cli.jobs import AsJson
 from calotype.cli.output import clock_time, plain, print_json
 from calotype.client import Client
-from calotype.overview import GroupView, Overview, RowView, WorkerView
+from calotype.overview import Overview, WorkerView
 from calotype_shared.errors import ServiceUnavailable
 from calotype_shared.schema.enums import JobState, Lane
 from calotype_shared.schema.jobs import JobRecord
+from calotype_shared.schema.worker_info import StepGroup, StepRow
 
 _BAR = 30  # characters
 _PROMPT = 34
@@ -90,7 +91,7 @@ def _looks(client: Client, interval: float) -> Iterator[Look]:
     before: Overview | None = None
     while True:
         now = client.overview()
-        yield Look(overview=now, failures=client.dead(limit=_FAILURES), images_a_second=_rate(before, now))
+        yield Look(overview=now, failures=client.dead_jobs.list(limit=_FAILURES), images_a_second=_rate(before, now))
         before = now
         time.sleep(interval)
 
@@ -142,7 +143,7 @@ def _worker_line(worker: WorkerView) -> Text:
     return Text.assemble((plain(worker.name), "bold"), facts)
 
 
-def _group(group: GroupView) -> Table:
+def _group(group: StepGroup) -> Table:
     table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 1))
     for _ in range(4):
         table.add_column(no_wrap=True)
@@ -156,17 +157,17 @@ def _group(group: GroupView) -> Table:
     return table
 
 
-def _name(row: RowView) -> Text:
+def _name(row: StepRow) -> Text:
     said = plain(" ".join((row.prompt or row.job or "a job that is over").split()))
     return Text("    " + (said if len(said) <= _PROMPT else said[: _PROMPT - 1] + "…"))
 
 
-def _bar(row: RowView) -> Text:
+def _bar(row: StepRow) -> Text:
     done = round(_BAR * row.step / row.total_steps) if row.total_steps else 0
     return Text.assemble((_FULL * done, "bold"), (_EMPTY * (_BAR - done), "dim"))
 
 
-def _kind(row: RowView) -> Text:
+def _kind(row: StepRow) -> Text:
     return Text("guided, 2 rows" if row.guided else "plain, 1 row", "dim")
 
 

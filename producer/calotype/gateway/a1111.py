@@ -23,11 +23,11 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
-from calotype.client import require_success
 from calotype.gateway.auth import Caller, Reader, Writer
 from calotype.gateway.errors import documented
 from calotype.gateway.jobs import finished
 from calotype.gateway.state import Services, ServicesDep
+from calotype.jobs import require_success
 from calotype_shared.errors import InvalidRequest
 from calotype_shared.schema import a1111
 from calotype_shared.schema.config import MAX_IMAGES

@@ -13,10 +13,10 @@ from fastapi.responses import JSONResponse, RedirectResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
-from calotype.client import require_success
 from calotype.gateway.auth import Admin, Reader, Writer
 from calotype.gateway.errors import NotFound, documented
 from calotype.gateway.state import Services, ServicesDep
+from calotype.jobs import require_success
 from calotype_shared.errors import WaitTimeout
 from calotype_shared.schema.config import GenerationConfig
 from calotype_shared.schema.enums import JobState, Lane

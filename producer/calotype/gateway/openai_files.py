@@ -112,7 +112,7 @@ async def get_content(file_id: FileId, caller: Batcher, services: ServicesDep) -
     await find_file(services, file_id, caller.tenant)
     chunks: Iterator[bytes]
     if result := RESULT.fullmatch(file_id):
-        chunks = services.client.batch_result_chunks(result[1], errors=result[2] == "errors")
+        chunks = services.client.batches.result_chunks(result[1], errors=result[2] == "errors")
     else:
         chunks = services.files.read(file_id, tenant=caller.tenant)
     return StreamingResponse(chunks, media_type="application/jsonl")

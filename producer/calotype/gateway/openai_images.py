@@ -14,11 +14,11 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
 
-from calotype.client import require_success
 from calotype.gateway.auth import Caller, Reader, Writer
 from calotype.gateway.errors import documented, problem_of
 from calotype.gateway.jobs import finished
 from calotype.gateway.state import Services, ServicesDep
+from calotype.jobs import require_success
 from calotype.openai_images import Generation, image_data, inverted_mask, read_generation
 from calotype_shared.errors import CalotypeError, InvalidRequest, UnknownModel
 from calotype_shared.schema.enums import Lane

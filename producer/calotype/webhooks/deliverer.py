@@ -15,8 +15,9 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
-from calotype.webhooks.addresses import Resolver, resolve_host, without_secrets
+from calotype.webhooks.addresses import without_secrets
 from calotype.webhooks.deliveries import Hook, Hooks
+from calotype.webhooks.network import Resolver, resolve_host
 from calotype.webhooks.payload import Describe
 from calotype.webhooks.sender import Response, Sender
 from calotype.webhooks.signing import signed_headers, tenant_secret

@@ -16,9 +16,9 @@ from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from calotype_shared.errors import IdempotencyConflict, no_such_job
+from calotype_shared.errors import IdempotencyConflict, UnreadableRecord, no_such_job
 from calotype_shared.queue.job_reader import JobReader
-from calotype_shared.queue.records import UnreadableRecord, read_record
+from calotype_shared.queue.records import read_record
 from calotype_shared.queue.scripts import said_clearly
 from calotype_shared.queue.submission import Idempotency, NewJob, queue_full
 from calotype_shared.schema.enums import JobState, Lane

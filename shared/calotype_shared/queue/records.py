@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from calotype_shared.errors import CalotypeError
+from calotype_shared.errors import UnreadableRecord
 from calotype_shared.schema.jobs import JobRecord
 from calotype_shared.schema.resolve import ResolvedConfig
 
@@ -36,12 +36,6 @@ _PLAIN = (
     ),
     *("leader", "batch", "custom_id", "traceparent"),
 )
-
-
-class UnreadableRecord(CalotypeError):
-    """A record that this version cannot read: written by a newer one, or damaged."""
-
-    code = "unreadable_record"
 
 
 def read_record(job_id: str, fields: Mapping[str, str], *, schema: int = SCHEMA) -> JobRecord:

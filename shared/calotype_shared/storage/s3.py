@@ -10,13 +10,13 @@ winning attempt's keys, and only those are anyone's images.
 from __future__ import annotations
 
 import functools
-import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
+from calotype_shared.backoff import delays
 from calotype_shared.errors import ObjectMissing, StorageUnavailable
 from calotype_shared.schema.enums import OutputFormat
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 ATTEMPTS = 5
 SAFE_SECONDS = 3_600.0  # an object that is younger may be about to be used: no clean-up touches it
-_BACKOFF_BASE, _BACKOFF_CAP = 0.2, 5.0  # seconds; full jitter
+_BACKOFF_SECONDS = (0.4, 5.0)
 _REFUSED = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "403", "401", "InvalidToken"}
 
 P = ParamSpec("P")
@@ -56,13 +56,13 @@ def _retried(method: Callable[Concatenate[Storage, P], R]) -> Callable[Concatena
     def wrapped(self: Storage, *args: P.args, **kwargs: P.kwargs) -> R:
         from botocore.exceptions import BotoCoreError, ClientError  # noqa: PLC0415 - slow, and producers may not need it
 
-        for attempt in range(1, self._attempts + 1):
+        for attempt, pause in enumerate(delays(*_BACKOFF_SECONDS), start=1):
             try:
                 return method(self, *args, **kwargs)
             except (BotoCoreError, ClientError) as error:
                 if attempt == self._attempts or not _passing(error):
                     raise self._unavailable(error) from error
-                time.sleep(random.uniform(0, min(_BACKOFF_CAP, _BACKOFF_BASE * 2**attempt)))
+                time.sleep(pause)
         raise AssertionError("unreachable")
 
     return wrapped  # type: ignore[return-value]  # mypy names the first argument, nothing else differs

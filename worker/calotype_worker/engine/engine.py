@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from calotype_shared.errors import CalotypeError, GenerationFailed, InvalidRequest
+from calotype_shared.schema.worker_info import StepGroup
 from calotype_worker.engine.admission import Admission
 from calotype_worker.engine.compiled import CompiledStep, buckets_up_to
 from calotype_worker.engine.decoder import Decoder, Finished
@@ -28,10 +29,10 @@ from calotype_worker.engine.profile import Profile, sizes_up_to
 from calotype_worker.engine.profiler import profile_models
 from calotype_worker.engine.request_state import RequestState, prepare
 from calotype_worker.engine.row_budget import RowBudgets
-from calotype_worker.engine.running import RunningGroup, running_groups
+from calotype_worker.engine.running import running_groups
 from calotype_worker.engine.scheduler import Plan, Scheduler
 from calotype_worker.engine.settings import EngineSettings
-from calotype_worker.engine.stats import Counters, EngineStats
+from calotype_worker.engine.stats import EngineStats
 from calotype_worker.engine.step_batch import StepBatch
 from calotype_worker.engine.step_pacer import StepPacer, events_of, work_on
 from calotype_worker.engine.trace import NoopTracer, Tracer
@@ -76,7 +77,7 @@ class Engine:
         self._states: dict[str, RequestState] = {}  # every request not yet resolved
         self._stop_at: float | None = None
         # From here on the engine's thread alone.
-        self._counters = Counters()
+        self._counters = EngineStats()
         self._budgets = RowBudgets(
             self.models,
             max_rows=self.settings.max_rows,
@@ -164,8 +165,8 @@ class Engine:
             in_flight = len(self._states)
         return self._counters.snapshot(in_flight=in_flight)
 
-    def running(self) -> list[RunningGroup]:
-        """The step batches of this moment, row by row. The step loop is not held up."""
+    def running(self) -> tuple[StepGroup, ...]:
+        """The busiest step batches of this moment, row by row. The step loop is not held up."""
         with self._wake:
             states = list(self._states.values())
         return running_groups(states, self._batches.copy(), self._budgets.current)

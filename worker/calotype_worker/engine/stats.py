@@ -1,4 +1,4 @@
-"""Counters of an engine's life so far: `Counters`, which its thread writes, and `EngineStats`, a snapshot of them."""
+"""`EngineStats`: what an engine has done since its start."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ class Step(Protocol):
     def fallback_steps(self) -> int: ...
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class EngineStats:
+    """The engine's thread owns and writes one; other threads get copies, by `Engine.stats`."""
+
     forward_passes: int = 0
     rows: int = 0  # rows that belonged to a request, over all forward passes
     padding_rows: int = 0  # rows added to reach a bucket
@@ -46,26 +48,6 @@ class EngineStats:
         """Useful rows a forward pass."""
         return self.rows / self.forward_passes if self.forward_passes else 0.0
 
-
-@dataclass(kw_only=True)
-class Counters:
-    """Written by the engine's thread; any thread may read, and sees each number whole."""
-
-    forward_passes: int = 0
-    rows: int = 0
-    padding_rows: int = 0
-    images: int = 0
-    failed: int = 0
-    cancelled: int = 0
-    fallback_steps: int = 0
-    out_of_memory: int = 0
-    compiled_passes: int = 0
-    wait_seconds: float = 0.0
-    encode_seconds: float = 0.0
-    step_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    idle_seconds: float = 0.0
-
     def count_step(self, report: Step, seconds: float) -> None:
         self.forward_passes += 1
         self.rows += report.rows
@@ -78,4 +60,5 @@ class Counters:
         self.out_of_memory += 1
 
     def snapshot(self, *, in_flight: int) -> EngineStats:
-        return EngineStats(in_flight=in_flight, **dataclasses.asdict(self))
+        """For any thread: each number is whole, but two may be a step apart."""
+        return dataclasses.replace(self, in_flight=in_flight)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -11,8 +10,10 @@ from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from queue import Empty, Full, Queue
 
+from opentelemetry.trace import INVALID_SPAN, Span
+
+from calotype_shared.backoff import delays
 from calotype_shared.errors import StorageUnavailable
-from calotype_shared.observability.tracing import NOOP_SPAN, Span
 from calotype_shared.schema.jobs import ImageRef
 from calotype_shared.storage.s3 import Storage
 from calotype_worker.jobs.heartbeat import RunningJob
@@ -33,7 +34,7 @@ class PendingResult:
     """Owned by one thread at a time."""
 
     job: RunningJob
-    span: Span = NOOP_SPAN  # of the attempt
+    span: Span = INVALID_SPAN  # of the attempt
     files: list[File] = field(default_factory=list)
     images: list[ImageRef] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)  # seconds by phase
@@ -117,8 +118,7 @@ class UploadQueue:
         Raises:
             CancelledError: the claim is lost, or to be handed back.
         """
-        pause, longest = _BACKOFF_SECONDS
-        while True:
+        for pause in delays(*_BACKOFF_SECONDS):
             try:
                 for file in pending.files:
                     if not file.stored:
@@ -127,10 +127,7 @@ class UploadQueue:
                 self._gone(error)
             else:
                 return
-            ends = time.monotonic() + random.uniform(0, pause)
-            while time.monotonic() < ends and not pending.job.given_up:
-                time.sleep(_LOOK_SECONDS)
-            pause = min(longest, pause * 2)
+            pending.job.wait_given_up(pause)
 
     def discard(self, pending: PendingResult) -> None:
         """Remove the pending's files from disk and, as nothing refers to them, from storage; there as far as it works.

@@ -21,12 +21,11 @@ from calotype_worker.observability.counters import Counters
 
 log = logging.getLogger(__name__)
 
-_TURN_SECONDS = 5.0
 _SWEEP_LEASES = 3.0  # an attempt's folder is left alone for so many leases after its end
 
 
 class Reaper:
-    """Every worker has one; the store lets one at a time reap."""
+    """Every worker has one, that looks every `every_seconds` on average; the store lets one at a time reap."""
 
     def __init__(
         self,
@@ -36,12 +35,14 @@ class Reaper:
         worker: str,
         queues: Sequence[str],
         lease_seconds: float,
+        every_seconds: float,
         counters: Counters,
     ) -> None:
         self._store = store
         self._storage = storage
         self._worker = worker
         self._queues = tuple(queues)
+        self._every_seconds = every_seconds
         self._sweep_after = _SWEEP_LEASES * lease_seconds
         self._counters = counters
         self._told_of: set[str] = set()
@@ -52,7 +53,7 @@ class Reaper:
 
     def _run(self) -> None:
         while True:
-            time.sleep(_TURN_SECONDS * random.uniform(0.5, 1.5))
+            time.sleep(self._every_seconds * random.uniform(0.5, 1.5))
             try:
                 self._look_for_newer()
                 reaped = self._store.reap(who=self._worker)
