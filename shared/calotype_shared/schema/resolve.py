@@ -50,6 +50,7 @@ class ResolvedConfig(GenerationConfig):
 
     @property
     def given(self) -> frozenset[str]:
+        """Names of the image fields that are set."""
         return frozenset(name for name in IMAGE_FIELDS if getattr(self, name))
 
     @property
