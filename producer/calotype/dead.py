@@ -32,7 +32,7 @@ class DeadJobs:
         record = self._dead(job_id)
         if record.newer:
             raise InvalidRequest(
-                f"is of a newer version (schema {record.schema_number}), and not all of it is understood here",
+                f"was written by a newer version (schema {record.schema_number}) and cannot be fully read here",
                 field="job_id",
                 value=job_id,
                 remedy="upgrade this process",

@@ -93,16 +93,22 @@ def read_prompts(path: Path | None, model: str) -> list[GenerationConfig]:
         try:
             fields = json.loads(line)
         except json.JSONDecodeError as error:
-            raise InvalidRequest(str(error), field=where, value=line, remedy="write one JSON object a line") from error
+            raise InvalidRequest(
+                str(error), field=where, value=line, remedy="write one JSON object per line"
+            ) from error
         if not isinstance(fields, Mapping):
-            raise InvalidRequest("is no JSON object", field=where, value=line, remedy="write one JSON object a line")
+            raise InvalidRequest(
+                "is not a JSON object", field=where, value=line, remedy="write one JSON object per line"
+            )
         try:
             configs.append(GenerationConfig.parse({"model": model, **fields}))
         except InvalidRequest as error:
             field = f"{where}: {error.field}"
             raise InvalidRequest(error.problem, field=field, value=error.value, remedy=error.remedy) from error
     if not configs:
-        raise InvalidRequest("has no prompts", field="prompts", value=str(path), remedy="write one JSON object a line")
+        raise InvalidRequest(
+            "has no prompts", field="prompts", value=str(path), remedy="write one JSON object per line"
+        )
     return configs
 
 

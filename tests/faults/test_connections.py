@@ -86,7 +86,7 @@ def test_tls_with_a_private_authority_client_certificates_and_a_user(
         ids = site.submit(6)
         site.wait(ids)
         took = time.monotonic() - began
-        table.add("none: TLS, client certificates, a user", site.check(ids), recovery_seconds=took)
+        table.add("no fault: TLS, client certificates, a user", site.check(ids), recovery_seconds=took)
         assert worker.alive
         asyncio.run(_ask_as_the_gateway_does(settings, ids[0]))
 
@@ -261,7 +261,7 @@ def test_the_primary_is_killed_and_a_replica_takes_its_place(
     with watched.open(watched.replica) as redis:
         assert redis.info("replication")["role"] == "master"  # type: ignore[index]
     assert all(PASSWORD not in each.text() and QUOTED not in each.text() for each in workers)
-    table.add("Redis' primary killed, failover by sentinels", site.check(ids), recovery_seconds=took)
+    table.add("Redis primary killed, failover by Sentinel", site.check(ids), recovery_seconds=took)
 
 
 def test_a_socket_of_this_machine(tmp_path: Path, corner: Callable[..., Settings]) -> None:

@@ -142,7 +142,7 @@ def test_the_network_to_redis_fails(
         site.wait(more)
         took = time.monotonic() - began
         assert lonely.alive
-        name = {"cut": "network to Redis cut, healed", "swallow": "Redis a black hole, healed"}[mode]
+        name = {"cut": "network to Redis cut, then restored", "swallow": "Redis does not answer, then recovers"}[mode]
         table.add(name, site.check(ids + more), recovery_seconds=took)
 
 
@@ -189,7 +189,7 @@ def test_the_storage_fails(
         took = time.monotonic() - began
         assert {(record.failures, record.crashes) for record in records} == {(0, 0)}
         assert not list((site.folder / "spool").glob("*/[0-9a-f]*")), "spooled files were left behind"
-        names = {"busy": "answers 503", "forbidden": "refuses the keys", "cut": "cut off", "swallow": "a black hole"}
+        names = {"busy": "answers 503", "forbidden": "refuses the keys", "cut": "cut off", "swallow": "does not answer"}
         table.add(f"S3 {names.get(mode, mode)}", site.check(ids), recovery_seconds=took)
 
 
@@ -215,7 +215,7 @@ def test_the_storage_is_killed_and_restarted(
             until(lambda: final(site, ids) >= 3)
             kill(first)
             proxy.set("cut")
-            until(lambda: "storage is away" in site.workers[0].text())
+            until(lambda: "storage unavailable" in site.workers[0].text())
             servers.append(SeaweedServer.start(folder, bucket=settings.s3_bucket))
             proxy.lead_to(servers[-1].endpoint_url)
             proxy.set("pass")
@@ -242,7 +242,7 @@ def test_there_is_no_room_to_spool(
         worker = site.start_worker("--concurrency", "4", stop=["disk-full"] if how == "disk-full" else [], **room)
         proxy.set("cut")
         ids = site.submit(12)
-        until(lambda: worker.text().count("no room to spool") >= 4)
+        until(lambda: worker.text().count("images cannot be spooled") >= 4)
         running = [r for r in site.store.get_many(ids) if r is not None and r.state is JobState.RUNNING]
         assert len(running) == 4
         assert not list((site.folder / "spool").glob("*/[0-9a-f]*")), "half a file was left behind"

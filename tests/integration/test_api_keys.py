@@ -43,7 +43,7 @@ def test_anything_else_is_refused(keys: ApiKeys, change: str) -> None:
         "shape": "Bearer " + token,
         "empty": "",
     }[change]
-    with pytest.raises(Unauthorized, match="is no API key" if change in ("shape", "empty") else "is not valid"):
+    with pytest.raises(Unauthorized, match="is not an API key" if change in ("shape", "empty") else "is not valid"):
         keys.authenticate(wrong)
 
 

@@ -252,7 +252,7 @@ def test_a_batch_expires_with_what_it_has(client: Client, settings: Settings) ->
     """Lines that were not done in time are told as expired."""
     with SimulatedWorker(settings, limit=10), Dispatcher(settings):
         batch = client.batches.submit(lines(60), window=20, expires_in=3600)
-        with pytest.raises(InvalidRequest, match="wait for it, or cancel it first"):
+        with pytest.raises(InvalidRequest, match="wait until it ends, or cancel it"):
             batch.retry()
         until(lambda: batch.status().counts.succeeded == 10)
         client._redis.hset(client._store.keys.batch(batch.id), "expires_at", 1)  # and now it is late
@@ -319,7 +319,7 @@ def test_useless_manifests_fail_with_the_reason(client: Client, run: None, stora
     assert (record.state, record.problem) == (BatchState.FAILED, "no line of the manifest can be used")
     assert [error["line"] for error in bad.errors()] == [1]
     lost = client.batches.submit_stored("files/nothing", input_file="file-x", format=BatchFormat.NATIVE).wait(120)
-    assert "is not in storage" in str(lost.problem)
+    assert "is missing in storage" in str(lost.problem)
     for options, said in (({"window": 0}, "window=0"), ({"expires_in": 0.5}, "expires_in=0.5")):
         with pytest.raises(InvalidRequest, match=said):
             client.batches.submit(lines(1), **options)  # type: ignore[arg-type]

@@ -158,7 +158,7 @@ def test_images_go_in_both_ways(gateway: Gateway, way: str) -> None:
     shown = np.asarray(Image.open(io.BytesIO(httpx2.get(url).content)))
     assert np.array_equal(shown, sample_image(4)), "strength 0 gives the source back"
     broken = gateway.http.post("/v1/uploads", content=b"GIF89a", headers={"content-type": "image/png"})
-    assert (broken.status_code, "is no readable image" in broken.text) == (400, True)
+    assert (broken.status_code, "is not a readable image" in broken.text) == (400, True)
 
 
 def test_bad_requests_say_what_and_what_to_do(gateway: Gateway) -> None:
@@ -277,7 +277,9 @@ def test_the_command_serves_until_it_is_told_to_stop(environment: dict[str, str]
     command = [sys.executable, "-m", "calotype", "gateway", "--port"]
     with subprocess.Popen([*command, "0"], env=environment, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
-        found = re.search(r"gateway at (http://127\.0\.0\.1:(\d+)), which needs no key", process.stderr.readline())
+        found = re.search(
+            r"gateway listens on (http://127\.0\.0\.1:(\d+)); requests need no API key", process.stderr.readline()
+        )
         assert found is not None
         assert httpx2.get(f"{found[1]}/readyz").status_code == 200
         taken = subprocess.run([*command, found[2]], env=environment, capture_output=True, text=True, check=False)

@@ -32,7 +32,7 @@ def test_objects_come_back_as_they_went(storage: Storage) -> None:
     for _ in range(2):
         storage.delete(key)
     assert list(storage.list("job/")) == [beside]
-    with pytest.raises(StorageUnavailable, match="no such object"):
+    with pytest.raises(StorageUnavailable, match="the object does not exist"):
         storage.get(key)
 
 

@@ -348,14 +348,13 @@ def test_missing_packages_are_told(monkeypatch: pytest.MonkeyPatch, caplog: pyte
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
     with caplog.at_level(logging.WARNING):
         assert make_telemetry(Settings.load(), service="x") == Telemetry()
-    assert "nothing is traced" in caplog.text
+    assert "tracing is disabled" in caplog.text
     with pytest.raises(SettingsError, match=r"CALOTYPE_TELEMETRY='on': .*pip install 'calotype\[telemetry\]'"):
         make_telemetry(Settings.load(telemetry="on"), service="x")
 
 
 def test_a_collector_that_is_away_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither who notes spans nor, for long, a process that ends."""
-
     heals, exported = threading.Event(), []
 
     class Stuck(SpanExporter):

@@ -150,13 +150,13 @@ def test_a_size_that_only_a_newer_version_allows_is_shown_as_it_is_written() -> 
 def test_what_makes_no_sense_at_all_is_told() -> None:
     """Of a newer version: upgrade; of this one: it is damaged."""
     fields = form("job-queued")
-    with pytest.raises(UnreadableRecord, match=r"of schema '2', is not understood .state: .* upgrade this process"):
+    with pytest.raises(UnreadableRecord, match=r"of schema '2', cannot be read .state: .* upgrade this process"):
         read_record("id", {**fields, "schema": "2", "state": "dreaming"})
     with pytest.raises(UnreadableRecord, match="of schema '1', is damaged"):
         read_record("id", {**fields, "config": '{"prompt": "x", "mood": "blue"}'})
     with pytest.raises(UnreadableRecord, match="of schema '', is damaged"):
         read_record("id", {name: value for name, value in fields.items() if name != "schema"})
-    with pytest.raises(UnreadableRecord, match="batch_01: its record, of schema '2', is not understood"):
+    with pytest.raises(UnreadableRecord, match="batch_01: its record, of schema '2', cannot be read"):
         BatchRecord.read("batch_01", {**form("batch-validating"), "schema": "2", "format": "haiku"}, now=1.0)
 
 

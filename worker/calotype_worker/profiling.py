@@ -24,10 +24,10 @@ def print_profiles(options: WorkerSettings) -> None:
     """
     if options.deterministic:
         raise InvalidRequest(
-            "takes its rows from the settings, not from a profile",
+            "uses a fixed number of rows, which is not profiled",
             field="deterministic",
             value=True,
-            remedy="profile without --deterministic, and give what you find as --max-rows",
+            remedy="profile without --deterministic, and pass the knee as --max-rows",
         )
     console = Console()
     settings = EngineSettings(max_rows=options.max_rows, compile=options.compile)

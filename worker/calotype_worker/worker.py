@@ -170,7 +170,7 @@ class Worker:
                 names.RUNNING_JOBS: lambda: len(self._heartbeat.running()),
                 names.SPOOL_BYTES: lambda: spool.used,
                 names.SPOOL_LIMIT_BYTES: lambda: spool.max_bytes,
-                names.STORAGE_AWAY: lambda: self._runner.storage_away,
+                names.STORAGE_UNAVAILABLE: lambda: self._runner.storage_unavailable,
                 names.WORKER_DRAINING: lambda: self._drain.begun,
             },
             not_ready=self._not_ready,
@@ -223,7 +223,7 @@ class Worker:
         except ServiceUnavailable as error:
             log.warning("worker not retired", extra={"reason": str(error)})
         if not self._drain.begun:  # nobody has asked it to: Celery has met a bug, and has logged it
-            log.critical("worker ends: its consumer has stopped", extra={"worker": self.name})
+            log.critical("worker exits: its consumer has stopped", extra={"worker": self.name})
             return EXIT_FATAL
         log.info("worker stopped", extra={"worker": self.name})
         return 0
@@ -289,6 +289,6 @@ def _keep_our_logging(**_: Any) -> None:
 
 def _leave_for_dead(error: BaseException) -> None:
     """The device is lost: end the process without a word to Redis, so that leases expire and others take over."""
-    log.critical("worker leaves: its device is lost", extra={"reason": str(error)})
+    log.critical("worker exits: its device is lost", extra={"reason": str(error)})
     logging.shutdown()
     os._exit(EXIT_FATAL)

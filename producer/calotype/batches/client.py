@@ -184,7 +184,7 @@ class Batches:
                 f"is still {record.state.value}",
                 field="batch",
                 value=record.id,
-                remedy="wait for it, or cancel it first",
+                remedy="wait until it ends, or cancel it",
             )
         failed = self._failed_lines(record)
         if not failed:

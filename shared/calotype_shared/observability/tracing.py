@@ -56,7 +56,7 @@ def make_telemetry(settings: Settings, *, service: str) -> Telemetry:
     except ImportError as error:
         if settings.telemetry == "on":
             raise SettingsError(f"CALOTYPE_TELEMETRY='on': {error.name} is missing; {_REMEDY}") from None
-        log.warning("nothing is traced", extra={"reason": f"{error.name} is missing", "remedy": _REMEDY})
+        log.warning("tracing is disabled", extra={"reason": f"{error.name} is missing", "remedy": _REMEDY})
         return Telemetry()
     return export_spans(service=service)
 

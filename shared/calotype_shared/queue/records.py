@@ -56,7 +56,7 @@ def read_record(job_id: str, fields: Mapping[str, str], *, schema: int = SCHEMA)
     except (KeyError, ValueError) as error:
         problem, remedy = "is damaged", "cancel or delete it"
         if newer:
-            problem, remedy = "is not understood", f"this version knows up to {schema}: upgrade this process"
+            problem, remedy = "cannot be read", f"this version reads up to schema {schema}: upgrade this process"
         raise UnreadableRecord(
             f"job {job_id}: its record, of schema {number!r}, {problem} ({in_short(error)}); {remedy}"
         ) from error

@@ -166,7 +166,7 @@ class Storage:
         for problem in answer.get("Errors", ()):
             raise StorageUnavailable(
                 f"storage: {problem.get('Key')} could not be removed: {problem.get('Code')} {problem.get('Message')}; "
-                "check that the key may delete objects of this bucket"
+                "check that the access key may delete objects in this bucket"
             )
 
     @_retried

@@ -27,15 +27,16 @@ def unavailable(error: Exception, *, endpoint: str | None, bucket: str) -> Stora
     where = endpoint or "Amazon S3"
     code = error_code(error)
     if type(error).__name__ == "NoCredentialsError":
-        problem, remedy = "no keys are set", "set CALOTYPE_S3_ACCESS_KEY_ID and CALOTYPE_S3_SECRET_ACCESS_KEY"
+        problem = "no access keys are set"
+        remedy = "set CALOTYPE_S3_ACCESS_KEY_ID and CALOTYPE_S3_SECRET_ACCESS_KEY"
     elif code in _REFUSED:
-        problem = f"the keys were refused ({code})"
-        remedy = "check CALOTYPE_S3_ACCESS_KEY_ID and CALOTYPE_S3_SECRET_ACCESS_KEY, and the key's rights"
+        problem = f"the access keys were refused ({code})"
+        remedy = "check CALOTYPE_S3_ACCESS_KEY_ID and CALOTYPE_S3_SECRET_ACCESS_KEY, and the key's permissions"
     elif code == "NoSuchKey":
-        return ObjectMissing(f"storage at {where}: there is no such object; it was deleted, or never written")
+        return ObjectMissing(f"storage at {where}: the object does not exist; it was deleted or never written")
     elif code in ("404", "NoSuchBucket"):
         problem = f"bucket {bucket!r} does not exist"
-        remedy = "create it, or point CALOTYPE_S3_BUCKET at one that does"
+        remedy = "create it, or set CALOTYPE_S3_BUCKET to an existing one"
     else:
         problem, remedy = f"{error}", "check CALOTYPE_S3_ENDPOINT_URL and that the server runs"
     return StorageUnavailable(f"storage at {where}: {problem}; {remedy}")

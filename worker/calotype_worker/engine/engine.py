@@ -238,7 +238,7 @@ class Engine:
                 while self._take_turn():
                     pass
         except BaseException as error:
-            log.exception("engine lost its device or met a bug; every request in it fails")
+            log.exception("engine stopped by a lost device or an unexpected error; all its requests fail")
             self._abandon(GenerationFailed(f"the engine stopped: {error}; the job can run on another worker"))
             if self._on_fatal is not None:
                 self._on_fatal(error)

@@ -214,7 +214,10 @@ class DiffusionModel:
         for upload in config.uploads:
             if upload not in self._uploads:
                 raise InvalidRequest(
-                    "no such upload", field="upload", value=upload, remedy="give the image to DiffusionModel.upload"
+                    "does not exist",
+                    field="upload",
+                    value=upload,
+                    remedy="pass the image to DiffusionModel.upload first",
                 )
             is_mask = upload == config.mask_image and upload != config.init_image
             found[upload] = np.array(fitted(self._uploads[upload], config.width, config.height, mask=is_mask))
