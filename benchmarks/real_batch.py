@@ -71,8 +71,8 @@ def run(client: Client, options: argparse.Namespace) -> dict[str, Any]:
     began = time.monotonic()
     most = 0
     with Dispatcher(client.settings):
-        batch = client.submit_batch(manifest(options.jobs))
-        for status in client.follow_batch(batch.id):
+        batch = client.batches.submit(manifest(options.jobs))
+        for status in client.batches.follow(batch.id):
             record = status
             most = max(most, int(redis.info("memory")["used_memory"]) - idle)
     seconds = time.monotonic() - began

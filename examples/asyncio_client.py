@@ -12,9 +12,9 @@ from calotype import AsyncClient
 
 async def make(client: AsyncClient, prompt: str) -> tuple:
     job = await client.submit(prompt, seed=3, num_inference_steps=15, guidance_scale=5)
-    async for record in job.iter_events(timeout=120):
+    async for record in job.follow(timeout=120):
         print(f"{prompt}: {record.state} {record.progress:.0%}")
-    [image] = await job.images()
+    [image] = await job.result()
     return image.image, prompt
 
 

@@ -23,7 +23,7 @@ lines.append({"custom_id": "odd", "prompt": "a red circle", "width": 100})  # to
 manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 with Client() as client:
-    batch = client.submit_batch(manifest, metadata={"campaign": "spring"}, idempotency_key="spring-1")
+    batch = client.batches.submit(manifest, metadata={"campaign": "spring"}, idempotency_key="spring-1")
     record = batch.wait(timeout=120)
     print(f"{record.state}: {record.counts.succeeded} of {record.counts.total} lines")
     for error in batch.errors():

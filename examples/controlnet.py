@@ -29,5 +29,5 @@ with Client() as client:
         )
         for controls in CHOICES.values()
     ]
-    images = [(job.get()[0].image, name) for job, name in zip(jobs, CHOICES, strict=True)]
+    images = [(job.result()[0].image, name) for job, name in zip(jobs, CHOICES, strict=True)]
     save_sheet("controlnet", [(outline, "the outline"), *images])

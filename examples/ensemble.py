@@ -18,4 +18,4 @@ with Client() as client:
         guidance_scale=5,
     )
     captions = [f"{model}, seed {seed}" for model in ("demo", "other") for seed in (5, 6)]
-    save_sheet("ensemble", [(made.image, text) for made, text in zip(job.get(), captions, strict=True)])
+    save_sheet("ensemble", [(made.image, text) for made, text in zip(job.result(), captions, strict=True)])

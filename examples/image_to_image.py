@@ -23,5 +23,5 @@ with Client() as client:
         )
         for strength in (0.0, 0.2, 0.4, 0.6, 1.0)
     ]
-    images = [(job.get()[0].image, f"strength {job.status().config.strength:g}") for job in jobs]
+    images = [(job.result()[0].image, f"strength {job.status().config.strength:g}") for job in jobs]
     save_sheet("image_to_image", [(source, "the source"), *images])

@@ -25,5 +25,5 @@ with Client() as client:
         )
         for seed, color in enumerate(("red", "yellow"))
     ]
-    images = [(job.get()[0].image, job.status().config.prompt) for job in jobs]
+    images = [(job.result()[0].image, job.status().config.prompt) for job in jobs]
     save_sheet("inpainting", [(source, "the source"), (mask, "the mask"), *images])

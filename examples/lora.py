@@ -29,4 +29,4 @@ with Client() as client:
             for loras in CHOICES.values()
         ]
     )
-    save_sheet("lora", [(job.get()[0].image, name) for job, name in zip(jobs, CHOICES, strict=True)])
+    save_sheet("lora", [(job.result()[0].image, name) for job, name in zip(jobs, CHOICES, strict=True)])

@@ -14,6 +14,6 @@ with Client() as client:
     }
     images = []
     for quality, job in jobs.items():
-        made, config = job.get()[0], job.status().config
+        made, config = job.result()[0], job.status().config
         images.append((made.image, f"{quality}: {config.num_inference_steps} steps, scale {config.guidance_scale:g}"))
     save_sheet("presets", images)

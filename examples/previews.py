@@ -16,9 +16,9 @@ with Client() as client:
     )
     images = [
         (Image.open(io.BytesIO(preview.data)), f"after step {preview.step}")
-        for preview in job.iter_previews(timeout=60)
+        for preview in job.follow_previews(timeout=60)
     ]
-    images.append((job.get()[0].image, "the image, 60 steps"))
+    images.append((job.result()[0].image, "the image, 60 steps"))
     quick = client.submit("a red ring on a yellow background", seed=5, num_inference_steps=8, guidance_scale=5)
-    images.append((quick.get()[0].image, "8 steps"))
+    images.append((quick.result()[0].image, "8 steps"))
     save_sheet("previews", images)

@@ -25,4 +25,4 @@ with Client() as client:
         f"{prompt[:60]}{' … ' if len(prompt) > 60 else ''}{negative and f' / not: {negative}'}"
         for prompt, negative in PROMPTS
     ]
-    save_sheet("prompt_weights", [(job.get()[0].image, text) for job, text in zip(jobs, captions, strict=True)])
+    save_sheet("prompt_weights", [(job.result()[0].image, text) for job, text in zip(jobs, captions, strict=True)])

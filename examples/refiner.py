@@ -15,5 +15,5 @@ with Client() as client:
             "a yellow heart on a blue background", refiner=refiner, seed=2, num_inference_steps=30, guidance_scale=5
         )
         caption = f"taken over at {refiner['start']}" if refiner else "by one model"
-        images.append((job.get()[0].image, caption))
+        images.append((job.result()[0].image, caption))
     save_sheet("refiner", images)

@@ -11,4 +11,4 @@ with Client() as client:
         for kind in ("ply", "gif")
     }
     for kind, job in jobs.items():
-        print(job.get()[0].save(f"out/shape.{kind}"))
+        print(job.result()[0].save(f"out/shape.{kind}"))

@@ -26,4 +26,4 @@ with Client() as client:
             },
         ]
     )
-    save_sheet("text_to_image", [(job.get()[0].image, job.status().config.prompt) for job in jobs])
+    save_sheet("text_to_image", [(job.result()[0].image, job.status().config.prompt) for job in jobs])

@@ -20,4 +20,4 @@ with Client() as client:
             for word in ("green", "<lime>")
         ]
     )
-    save_sheet("textual_inversion", [(job.get()[0].image, job.status().config.prompt) for job in jobs])
+    save_sheet("textual_inversion", [(job.result()[0].image, job.status().config.prompt) for job in jobs])

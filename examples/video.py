@@ -14,4 +14,4 @@ with Client() as client:
     job = client.submit(
         "waves at sunset", model="clip", num_frames=8, num_inference_steps=8, seed=1, output_format="mp4"
     )
-    print(job.get()[0].save("out/video.mp4"))
+    print(job.result()[0].save("out/video.mp4"))

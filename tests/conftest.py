@@ -39,6 +39,11 @@ FIRST = (
 )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """An exception that ends a thread fails the test that it belongs to: else an assertion in one would pass."""
+    config.addinivalue_line("filterwarnings", "error::pytest.PytestUnhandledThreadExceptionWarning")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """In the order of `FIRST`; within a file as written."""
     items.sort(key=_turn)

@@ -1,15 +1,11 @@
-"""A worker whose model step is simulated: it claims and commits through the real store, and draws nothing."""
+"""A worker whose model step is simulated, and which stores nothing: for tests of many jobs."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
-from types import TracebackType
-from typing import Self
-
-from calotype_shared.queue.connection import connect_redis
-from calotype_shared.queue.job_store import Claim, JobStore
-from calotype_shared.schema.jobs import ImageRef, JobError
+from calotype.testing import GenerationFailed, JobContext, ScriptedWorker
+from calotype_shared.queue.job_store import Claim
+from calotype_shared.schema.enums import Lane
+from calotype_shared.schema.jobs import ImageRef
 from calotype_shared.settings import Settings
 
 
@@ -26,57 +22,18 @@ def image_of(claim: Claim) -> ImageRef:
     )
 
 
-class SimulatedWorker:
-    """A thread that works on a queue until the block ends. `allow` is asked before each look.
+class SimulatedWorker(ScriptedWorker):
+    """Works on one queue until the block ends. A job whose prompt is "fail" fails."""
 
-    A job whose prompt is "fail" fails.
-    """
+    def __init__(self, settings: Settings, queue: str = "demo.bulk", *, limit: float = float("inf")) -> None:
+        from tests.integration.test_fair_share import CARD
 
-    def __init__(
-        self,
-        settings: Settings,
-        queue: str = "demo.bulk",
-        *,
-        allow: Callable[[], bool] = lambda: True,
-        limit: float = float("inf"),
-        before_commit: Callable[[Claim], object] = lambda claim: None,
-    ) -> None:
-        self._redis = connect_redis(settings)
-        self._store = JobStore(self._redis, key_prefix=settings.key_prefix)
-        self._queue = queue
-        self._allow = allow
-        self._limit = limit  # jobs
-        self._before_commit = before_commit
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._work, daemon=True)
-        self.done: list[str] = []
+        model, _, lane = queue.rpartition(".")
+        card = CARD.model_copy(update={"name": model})
+        options = {"script": fail_as_asked, "store_images": False, "limit": limit, "name": f"simulated-{lane}"}
+        super().__init__(settings, [card], lanes=[Lane(lane)], **options)  # type: ignore[arg-type]
 
-    def _work(self) -> None:
-        while not self._stop.is_set():
-            claim = None
-            if (
-                len(self.done) < self._limit
-                and self._allow()
-                and self._redis.rpop(self._store.keys.messages(self._queue))
-            ):
-                claim = self._store.claim(self._queue, worker="simulated", lease_seconds=30)
-            if claim is None:
-                self._stop.wait(0.005)
-                continue
-            if claim.config.prompt == "fail":
-                self._store.fail(claim, JobError(code="bad", message="as asked"), retry=False)
-            else:
-                self._before_commit(claim)
-                self._store.commit(claim, images=[image_of(claim)], timings={"denoise": 0.001})
-            self.done.append(claim.job_id)
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stop.set()
-        self._thread.join()
-        self._redis.close()
+def fail_as_asked(context: JobContext) -> None:
+    if context.config.prompt == "fail":
+        raise GenerationFailed("as asked")

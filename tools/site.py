@@ -1,45 +1,55 @@
-"""What mkdocs.yml asks of MkDocs beyond docs/: the pages at the root of the repository, and links to what lies there.
+"""Assembles the pages of the site: docs/, the pages at the root of the repository, and the examples that they link to.
 
-In the repository a page links to files as they lie, so that links work there too; here they are turned to where the
-same files are in the site.
+    python -m tools.site build/docs
+
+In the repository a page links to files where they are, so that links work there too. Here links from docs/ to the
+root, and from the root into docs/, are rewritten to where the same files are in the site.
 """
 
 from __future__ import annotations
 
 import posixpath
 import re
+import shutil
+import sys
 from pathlib import Path
-from typing import Any
-
-from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 ROOT_PAGES = ("ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
 _LINK = re.compile(r"(\]\()(?!https?:|mailto:|#)([^)\s#]+)")
+_CODE = re.compile(r"`[^`\n]*`")
+_ROW = re.compile(r"^\|.*\|$", re.MULTILINE)
 
 
-def on_files(files: Files, config: Any) -> Files:
-    """Add the root's pages, and the examples that pages link to."""
-    shown = [*(ROOT / name for name in ROOT_PAGES), *(ROOT / "examples").glob("*.py")]
-    for path in shown:
-        files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
-    return files
+def assemble(target: Path) -> None:
+    """Write all pages anew into the folder `target`."""
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(ROOT / "docs", target)
+    for path in [*(ROOT / name for name in ROOT_PAGES), *(ROOT / "examples").glob("*.py")]:
+        copy = target / path.relative_to(ROOT)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(path, copy)
+    for page in target.rglob("*.md"):
+        name = page.relative_to(target).as_posix()
+        page.write_text(_ROW.sub(_plain_bars, relinked(name, page.read_text())))
 
 
-def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Turn links that leave docs/ or, from the root, lead into it."""
-    folder = posixpath.dirname(page.file.src_uri)
+def relinked(page: str, markdown: str) -> str:
+    """The text of a page, named by its path in the site, with links that leave docs/ or lead into it rewritten."""
+    folder = posixpath.dirname(page)
 
-    def turned(match: re.Match[str]) -> str:
+    def moved(match: re.Match[str]) -> str:
         target = posixpath.normpath(posixpath.join(folder, match[2]))
-        moved = target.removeprefix("../" if page.file.src_uri not in ROOT_PAGES else "docs/")
-        if moved == target:
-            return match[0]
-        return match[1] + posixpath.relpath(moved, folder or ".")
+        inside = target.removeprefix("docs/" if page in ROOT_PAGES else "../")
+        return match[0] if inside == target else match[1] + posixpath.relpath(inside, folder or ".")
 
-    return _LINK.sub(turned, markdown)
+    return _LINK.sub(moved, markdown)
 
 
-def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
-    """Bars in cells: GitHub wants them escaped in code too, and Python-Markdown then shows the backslash."""
-    return re.sub(r"<td>.*?</td>", lambda cell: cell[0].replace(r"\|", "|"), html, flags=re.DOTALL)
+def _plain_bars(row: re.Match[str]) -> str:
+    """GitHub wants bars in a table's code escaped; Python-Markdown would show the backslash."""
+    return _CODE.sub(lambda code: code[0].replace(r"\|", "|"), row[0])
+
+
+if __name__ == "__main__":
+    assemble(Path(sys.argv[1]))

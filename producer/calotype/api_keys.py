@@ -77,7 +77,7 @@ class ApiKey(BaseModel):
     def require(self, scope: Scope) -> None:
         """Raises Forbidden."""
         if scope not in self.scopes:
-            raise Forbidden(f"this key has not the scope {scope.value!r}; use one that has it, see: calotype keys list")
+            raise Forbidden(f"this key lacks the scope {scope.value!r}; use one that has it, see: calotype keys list")
 
 
 class ApiKeys(Scripted):
@@ -104,27 +104,30 @@ class ApiKeys(Scripted):
         """A new key: its token, which is shown this once, and what is stored of it. Raises InvalidRequest."""
         if not re.fullmatch(TENANT_PATTERN, tenant):
             raise InvalidRequest(
-                "is no tenant's name",
+                "is not a valid tenant name",
                 field="tenant",
                 value=tenant,
-                remedy="use lower-case letters, digits, '.', '_' and '-', at most 64",
+                remedy="use at most 64 lower-case letters, digits, '.', '_' and '-'",
             )
         if not name.isprintable() or not 1 <= len(name) <= _LONGEST_NAME:
             raise InvalidRequest(
-                "is no name for a key",
+                "is not a valid key name",
                 field="name",
                 value=name,
-                remedy=f"use 1 to {_LONGEST_NAME} characters, and none that controls a terminal",
+                remedy=f"use 1 to {_LONGEST_NAME} characters, without control characters",
             )
         unknown = sorted(str(scope) for scope in scopes if scope not in set(Scope))
         if unknown or not scopes:
             raise InvalidRequest(
-                "are no scopes", field="scopes", value=unknown, remedy=f"use one or more of: {', '.join(Scope)}"
+                "are not scopes", field="scopes", value=unknown, remedy=f"use one or more of: {', '.join(Scope)}"
             )
         for field, limit in (("requests_per_minute", requests_per_minute), ("images_per_day", images_per_day)):
             if limit is not None and (type(limit) is not int or not 1 <= limit <= 10**9):
                 raise InvalidRequest(
-                    "is no limit", field=field, value=limit, remedy="use a whole number from 1 to 1000000000, or none"
+                    "is not a valid limit",
+                    field=field,
+                    value=limit,
+                    remedy="use an integer from 1 to 1000000000, or none",
                 )
         key_id, secret = "".join(secrets.choice(_LETTERS) for _ in range(8)), secrets.token_urlsafe(32)
         key = ApiKey(
@@ -165,7 +168,7 @@ class ApiKeys(Scripted):
         """The key of a token. Raises Unauthorized, which does not say what was wrong with it."""
         match = _TOKEN.fullmatch(token)
         if match is None:
-            raise Unauthorized("this is no API key; send one as `Authorization: Bearer ct_…`")
+            raise Unauthorized("this is not an API key; send one as `Authorization: Bearer ct_…`")
         key_id, hashed = match[1], _hash(match[2])
         with self._lock:
             until, key = self._remembered.get((key_id, hashed), (0.0, None))
@@ -191,8 +194,8 @@ class ApiKeys(Scripted):
         """
         if key.images_per_day is not None and images > key.images_per_day:
             raise Forbidden(
-                f"{images} images at once are more than key {key.id} may make in a day "
-                f"({key.images_per_day}); ask for fewer, or use another key"
+                f"{images} images exceed the daily quota of key {key.id} "
+                f"({key.images_per_day}); request fewer, or use another key"
             )
         if key.requests_per_minute is None and (key.images_per_day is None or not images):
             return

@@ -1,33 +1,25 @@
-"""What `Client` does with jobs that failed for good: look at them, try them again, or let them go."""
+"""`DeadJobs`: jobs that failed for good. Look at them, try them again, or let them go."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from redis import Redis
-
-from calotype.handle import JobHandle
+from calotype.connections import Connections
+from calotype.handle import AnyJobHandle, JobRef, one_id
+from calotype.jobs import JobHandle
 from calotype_shared.errors import InvalidRequest, JobNotFound
-from calotype_shared.queue.job_store import JobStore
 from calotype_shared.schema.jobs import JobRecord
 
 
-class DeadCalls:
-    """A part of `Client`. A dead job stays on the list until it is retried or dropped, or its record expires."""
+class DeadJobs:
+    """`Client.dead_jobs`. A dead job stays on the list until it is retried or dropped, or its record expires."""
 
-    _redis: Redis
-    _store: JobStore
+    def __init__(self, connections: Connections, *, submit: Callable[..., JobHandle]) -> None:
+        self._redis = connections.redis
+        self._store = connections.store
+        self._submit = submit
 
-    submit: Callable[..., JobHandle]
-
-    def dead(self, *, limit: int = 50, tenant: str | None = None) -> list[JobRecord]:
-        """Jobs that failed for good, newest first; `history` tells of each attempt.
-
-        Bad lines of a batch are in its errors instead; here are only those on which workers have died.
-        """
-        return self._store.dead(limit=limit, tenant=tenant)
-
-    def retry_dead(self, job_id: str) -> JobHandle:
+    def retry(self, job: JobRef) -> JobHandle:
         """Submit a dead job's config once more, as a new job, and take the old one off the list; its record stays.
 
         Repeated after a lost answer, it gives the same new job.
@@ -36,16 +28,17 @@ class DeadCalls:
             JobNotFound: the job is not on the list.
             InvalidRequest: its config can no longer be done, or its webhook no longer be reached; it stays on the list.
         """
+        job_id = one_id(job, AnyJobHandle)
         record = self._dead(job_id)
         if record.newer:
             raise InvalidRequest(
-                f"is of a newer version (schema {record.schema_number}), and not all of it is understood here",
+                f"was written by a newer version (schema {record.schema_number}) and cannot be fully read here",
                 field="job_id",
                 value=job_id,
                 remedy="upgrade this process",
             )
         webhook = self._redis.hget(self._store.keys.job(job_id), "webhook")
-        handle = self.submit(
+        handle = self._submit(
             record.config,
             lane=record.lane,
             metadata=record.metadata,
@@ -56,8 +49,9 @@ class DeadCalls:
         self._store.forget_dead(job_id)
         return handle
 
-    def drop_dead(self, job_id: str) -> None:
+    def drop(self, job: JobRef) -> None:
         """Take a dead job off the list; its record stays for its time. Raises JobNotFound."""
+        job_id = one_id(job, AnyJobHandle)
         if not self._store.forget_dead(job_id):
             raise JobNotFound(_not_there(job_id))
 
@@ -65,6 +59,13 @@ class DeadCalls:
         if not self._store.is_dead(job_id):
             raise JobNotFound(_not_there(job_id))
         return self._store.get(job_id)
+
+    def list(self, *, limit: int = 50, tenant: str | None = None) -> list[JobRecord]:
+        """Jobs that failed for good, newest first; `history` tells of each attempt.
+
+        Bad lines of a batch are in its errors instead; here are only those on which workers have died.
+        """
+        return self._store.dead(limit=limit, tenant=tenant)
 
 
 def _not_there(job_id: str) -> str:

@@ -93,16 +93,22 @@ def read_prompts(path: Path | None, model: str) -> list[GenerationConfig]:
         try:
             fields = json.loads(line)
         except json.JSONDecodeError as error:
-            raise InvalidRequest(str(error), field=where, value=line, remedy="write one JSON object a line") from error
+            raise InvalidRequest(
+                str(error), field=where, value=line, remedy="write one JSON object per line"
+            ) from error
         if not isinstance(fields, Mapping):
-            raise InvalidRequest("is no JSON object", field=where, value=line, remedy="write one JSON object a line")
+            raise InvalidRequest(
+                "is not a JSON object", field=where, value=line, remedy="write one JSON object per line"
+            )
         try:
             configs.append(GenerationConfig.parse({"model": model, **fields}))
         except InvalidRequest as error:
             field = f"{where}: {error.field}"
             raise InvalidRequest(error.problem, field=field, value=error.value, remedy=error.remedy) from error
     if not configs:
-        raise InvalidRequest("has no prompts", field="prompts", value=str(path), remedy="write one JSON object a line")
+        raise InvalidRequest(
+            "has no prompts", field="prompts", value=str(path), remedy="write one JSON object per line"
+        )
     return configs
 
 
@@ -127,9 +133,9 @@ def follow(
         bars: dict[str, TaskID] = {}
         began = told = time.monotonic()
         image_count = 0
-        waiting = client.begin_wait(ids, timeout=_ALL_JOBS_SECONDS)
+        waiting = client.waiter.begin(ids, timeout=_ALL_JOBS_SECONDS)
         while not waiting.done:
-            for record in client.look(waiting):
+            for record in client.waiter.look(waiting):
                 if record.id not in bars:
                     bars[record.id] = progress.add_task(_label(record.config), total=None, visible=False, rate="")
                 running = record.state is JobState.RUNNING
@@ -148,7 +154,7 @@ def follow(
                 told = time.monotonic()
                 console.print(f"{len(final)}/{len(ids)} jobs done, {image_count / (told - began):.2f} images/s")
             if not waiting.done:
-                time.sleep(client.pause(waiting))
+                time.sleep(client.waiter.pause(waiting))
         downloaded = {job_id: download.result() for job_id, download in downloads.items()}
     return [final[job_id] for job_id in ids], downloaded
 

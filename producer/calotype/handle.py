@@ -1,63 +1,84 @@
-"""`JobHandle`: one job, as the code that submitted it holds it."""
+"""`Handle`: an id together with the client that knows it; and what may be given where ids are asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import Any, ClassVar, Generic, TypeVar
 
-from calotype_shared.schema.enums import JobState
-from calotype_shared.schema.jobs import JobRecord, Preview
+from calotype_shared.errors import InvalidRequest
 
-if TYPE_CHECKING:
-    from calotype.client import Client
-    from calotype.job_image import JobImage
+C = TypeVar("C")
 
 
-class JobHandle:
-    """A job's id with the client's verbs on it. Holds no state: every answer is fresh from Redis."""
+class Handle(Generic[C]):
+    """Holds no state and costs no round trip: every answer is fresh. Handles are equal that are of one kind and id."""
 
     __slots__ = ("_client", "id")
+    kind: ClassVar[str]
 
-    def __init__(self, client: Client, job_id: str) -> None:
+    def __init__(self, client: C, id: str) -> None:
         self._client = client
-        self.id = job_id
+        self.id = one_id(id, type(self))
 
     def __repr__(self) -> str:
-        return f"JobHandle({self.id!r})"
+        return f"{type(self).__name__}({self.id!r})"
 
-    def status(self) -> JobRecord:
-        return self._client.status(self.id)
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Handle) and (self.kind, self.id) == (other.kind, other.id)
 
-    @property
-    def progress(self) -> float:
-        """Done share, 0 to 1."""
-        return self.status().progress
+    def __hash__(self) -> int:
+        return hash((self.kind, self.id))
 
-    def wait(self, timeout: float | None = None) -> JobRecord:
-        """Wait until the job has succeeded. Raises JobFailed, JobCancelled, WaitTimeout, JobNotFound."""
-        return self._client.wait(self.id, timeout)
 
-    def get(self, timeout: float | None = None) -> list[JobImage]:
-        """Wait, then download the images. Raises as `wait`."""
-        self.wait(timeout)
-        return self._client.images(self.id)
+class AnyJobHandle(Handle[C]):
+    """A job's handle, of a `Client` or of an `AsyncClient`."""
 
-    def images(self, timeout: float | None = None) -> list[JobImage]:
-        """The same as `get`."""
-        return self.get(timeout)
+    __slots__ = ()
+    kind = "job"
 
-    def urls(self, timeout: float | None = None) -> list[str]:
-        """Wait, then make links to the images that work without keys for a while."""
-        self.wait(timeout)
-        return self._client.urls(self.id)
 
-    def iter_events(self, timeout: float | None = None) -> Iterator[JobRecord]:
-        """The job's record now and whenever it changes, the final one last. Never raises for a failed job."""
-        return self._client.follow([self.id], timeout=timeout)
+class AnyBatchHandle(Handle[C]):
+    """A batch's handle, of a `Client` or of an `AsyncClient`."""
 
-    def iter_previews(self, timeout: float | None = None) -> Iterator[Preview]:
-        """Each new preview while it runs, if it was submitted with `preview_every`."""
-        return self._client.follow_previews(self.id, timeout=timeout)
+    __slots__ = ()
+    kind = "batch"
 
-    def cancel(self) -> JobState:
-        return self._client.cancel(self.id)
+
+JobRef = str | AnyJobHandle[Any]
+BatchRef = str | AnyBatchHandle[Any]
+
+
+def one_id(given: object, kind: type[Handle[Any]]) -> str:
+    """The id that was given, or that of the handle.
+
+    Raises:
+        InvalidRequest: it is neither, or another kind's handle.
+    """
+    if isinstance(given, str):
+        return given
+    if isinstance(given, Handle) and given.kind == kind.kind:
+        return given.id
+    raise _neither(given, kind, f"give the id of a {kind.kind} or its handle")
+
+
+def ids_of(given: object, kind: type[Handle[Any]]) -> tuple[list[str], bool]:
+    """The ids of what was given; and whether that was one id or handle, not an iterable of them.
+
+    Raises:
+        InvalidRequest: it is neither, or something in it is not.
+    """
+    if isinstance(given, (str, Handle)):
+        return [one_id(given, kind)], True
+    if isinstance(given, Iterable) and not isinstance(given, (bytes, bytearray)):
+        return [one_id(part, kind) for part in given], False
+    raise _neither(given, kind, f"give the id of a {kind.kind}, its handle, or an iterable of ids and handles")
+
+
+def _neither(given: object, kind: type[Handle[Any]], remedy: str) -> InvalidRequest:
+    article = "an" if type(given).__name__[0] in "AEIOUaeiou" else "a"
+    return InvalidRequest(
+        f"{article} {type(given).__name__} does not name a {kind.kind}",
+        field=f"{kind.kind}s",
+        value=given,
+        remedy=remedy,
+    )

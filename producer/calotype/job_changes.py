@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import random
 import threading
 import time
 import uuid
@@ -21,6 +20,7 @@ from redis import Redis
 from redis.client import PubSub
 from redis.exceptions import RedisError
 
+from calotype_shared.backoff import full_jitter
 from calotype_shared.queue.keys import Keys
 
 log = logging.getLogger(__name__)
@@ -98,10 +98,10 @@ class JobChangeListener:
             except RedisError:
                 pass  # those who wait tell of it
             except Exception:
-                log.exception("the listener for notices met a bug")
+                log.exception("unexpected error while listening for job changes")
             with self._lock:
                 self._live.clear()
-            self._closed.wait(random.uniform(0.1, _BACKOFF_SECONDS))
+            self._closed.wait(full_jitter(_BACKOFF_SECONDS))
 
     def _listen(self, subscription: PubSub) -> bool:
         """Until nobody has waited for a while, and then True: this thread is at its end."""

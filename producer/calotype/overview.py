@@ -29,30 +29,6 @@ class QueueLine(_Part):
     oldest_wait_seconds: float | None = None  # None: nobody waits
 
 
-class RowView(_Part):
-    """An image in a step batch. Of another tenant's it is said that it is there, how far it is, and nothing else."""
-
-    job: str | None = None
-    image: int | None = None
-    prompt: str | None = Field(None, description="Its first words.")
-    step: int
-    total_steps: int
-    guided: bool
-
-
-class GroupView(_Part):
-    """Images of one model and size, which go through the network together."""
-
-    model: str
-    width: int
-    height: int
-    budget: int = Field(description="Rows of a step, at most. A guided image takes two.")
-    running: int
-    waiting: int
-    decoding: int
-    rows: tuple[RowView, ...] = Field(description="In their order; the first of them, where there are many.")
-
-
 class WorkerView(_Part):
     """A live worker. Counters are since its start."""
 
@@ -70,7 +46,7 @@ class WorkerView(_Part):
     out_of_memory: int
     step_seconds: float
     idle_seconds: float
-    groups: tuple[GroupView, ...]
+    groups: tuple[StepGroup, ...]
 
 
 class Overview(_Part):
@@ -88,7 +64,7 @@ class Overview(_Part):
 def look(store: JobStore, *, tenant: str | None = None) -> Overview:
     """As it is now. With `tenant`, only that one's jobs are told apart. Raises RedisUnavailable."""
     workers = store.workers()
-    ids = list({row.job for worker in workers for group in worker.groups for row in group.rows})
+    ids = list({row.job for worker in workers for group in worker.groups for row in group.rows if row.job})
     records = {record.id: record for record in store.get_many(ids) if record is not None} if ids else {}
     known = {job_id: record for job_id, record in records.items() if tenant in (None, record.tenant)}
     waits = store.oldest_waits()
@@ -113,18 +89,12 @@ def _worker(worker: WorkerInfo, known: Mapping[str, JobRecord]) -> WorkerView:
     return WorkerView(**shared, models=worker.models, groups=tuple(_group(group, known) for group in worker.groups))
 
 
-def _group(group: StepGroup, known: Mapping[str, JobRecord]) -> GroupView:
-    shared = group.model_dump(exclude={"rows"})
-    return GroupView(**shared, rows=tuple(_row(row, known.get(row.job)) for row in group.rows))
+def _group(group: StepGroup, known: Mapping[str, JobRecord]) -> StepGroup:
+    return group.model_copy(update={"rows": tuple(_row(row, known.get(row.job or "")) for row in group.rows)})
 
 
-def _row(row: StepRow, record: JobRecord | None) -> RowView:
-    own = record is not None
-    return RowView(
-        job=row.job if own else None,
-        image=row.image if own else None,
-        prompt=record.config.prompt[:_LONGEST_PROMPT] if record else None,
-        step=row.step,
-        total_steps=row.total_steps,
-        guided=row.guided,
-    )
+def _row(row: StepRow, record: JobRecord | None) -> StepRow:
+    """With its prompt; without anything that identifies it if the caller may not see its record."""
+    if record is None:
+        return row.model_copy(update={"job": None, "image": None, "prompt": None})
+    return row.model_copy(update={"prompt": record.config.prompt[:_LONGEST_PROMPT]})

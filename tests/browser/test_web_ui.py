@@ -10,7 +10,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Locator, Page, expect
 
-from calotype.handle import JobHandle
+from calotype.jobs import JobHandle
 from calotype_shared.schema.enums import JobState
 from tests.browser.conftest import PATIENCE, Visit
 from tests.integration.conftest import until
@@ -259,13 +259,13 @@ def test_a_dead_letter_is_tried_again(visit: Visit) -> None:
     expect(letter.locator(".problem")).to_contain_text("windows")
     letter.get_by_role("button", name="Retry").click()
     expect(letter).to_have_count(0)
-    until(client.dead)  # the new one can be no better
-    [record] = client.dead()
+    until(client.dead_jobs.list)  # the new one can be no better
+    [record] = client.dead_jobs.list()
     assert (record.config, record.metadata) == (client.status(old.id).config, {"order": 7})
     expect(page.locator(f'.dead[data-key="{record.id}"]')).to_be_visible()
     page.locator(".dead").get_by_role("button", name="Drop").click()
     expect(page.get_by_text("No job has failed for good.")).to_be_visible()
-    assert client.dead() == []
+    assert client.dead_jobs.list() == []
 
 
 def test_a_key_is_asked_for_where_one_is_needed(visit: Visit, site: Gateway) -> None:
@@ -277,7 +277,7 @@ def test_a_key_is_asked_for_where_one_is_needed(visit: Visit, site: Gateway) -> 
     try:
         page = visit.open("gallery", guarded.url)
         dialog = page.get_by_role("dialog", name="API key")
-        expect(dialog).to_contain_text("an API key is needed")
+        expect(dialog).to_contain_text("an API key is required")
         dialog.get_by_label("Key").fill("ct_wrong")
         dialog.get_by_role("button", name="Use it").click()
         expect(dialog.get_by_label("Key")).to_have_value("")

@@ -18,7 +18,7 @@ _SLOW_SECONDS = 0.5
 
 
 class Proxy:
-    """Forwards to `target` (host, port). `mode` may be changed at any time:
+    """Forwards to `target` (host, port). `mode` may be changed at any time.
 
     pass: everything; cut: connections are closed and new ones refused at once; swallow: connections stay open and
     accepted, and no byte goes through (a black hole, no reset); slow: half a second for whatever comes at once; busy
@@ -149,11 +149,17 @@ class TlsFront(Proxy):
 
     def __init__(self, target: tuple[str, int], context: ssl.SSLContext) -> None:
         self._context = context
+        self.refused: list[str] = []  # why, of each client whose handshake failed
         super().__init__(target)
 
     def _relay(self, client: socket.socket, server: socket.socket) -> None:
         client.settimeout(5)
-        with self._context.wrap_socket(client, server_side=True) as secure:
+        try:
+            wrapped = self._context.wrap_socket(client, server_side=True)
+        except ssl.SSLError as error:
+            self.refused.append(str(error))
+            raise
+        with wrapped as secure:
             secure.settimeout(None)
             # In one thread: OpenSSL's connections may not be read and written at the same time.
             while True:

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import trustme
 from redis import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from calotype.embedded.ports import LOOPBACK, free_ports, installed_binary
 from calotype.embedded.process import ChildProcess
@@ -85,20 +86,49 @@ def test_tls_with_a_private_authority_client_certificates_and_a_user(
         ids = site.submit(6)
         site.wait(ids)
         took = time.monotonic() - began
-        table.add("none: TLS, client certificates, a user", site.check(ids), recovery_seconds=took)
+        table.add("no fault: TLS, client certificates, a user", site.check(ids), recovery_seconds=took)
         assert worker.alive
         asyncio.run(_ask_as_the_gateway_does(settings, ids[0]))
 
         wrong = {
-            "no authority": ({"redis_ca_file": None}, "CALOTYPE_REDIS_CA_FILE"),
-            "no certificate": ({"redis_cert_file": None, "redis_key_file": None}, "Redis at localhost"),
-            "wrong name": ({"redis_url": url.replace("localhost", LOOPBACK)}, "Redis at 127.0.0.1"),
-            "wrong password": ({"redis_url": url.replace(QUOTED, "hunter2")}, "user and password"),
-            "no TLS": ({"redis_url": url.replace("rediss", "redis")}, "Redis at localhost"),
+            "no authority": (
+                {"redis_ca_file": None},
+                "self-signed certificate in certificate chain",
+                "CALOTYPE_REDIS_CA_FILE",
+            ),
+            "no certificate": (
+                {"redis_cert_file": None, "redis_key_file": None},
+                "peer did not return a certificate",
+                "Redis at localhost",
+            ),
+            "wrong name": (
+                {"redis_url": url.replace("localhost", LOOPBACK)},
+                "certificate is not valid for '127.0.0.1'",
+                "Redis at 127.0.0.1",
+            ),
+            "wrong password": (
+                {"redis_url": url.replace(QUOTED, "hunter2")},
+                "invalid username-password pair",
+                "user and password",
+            ),
+            "no TLS": (
+                {"redis_url": url.replace("rediss", "redis")},
+                "wrong version number",
+                "Redis at localhost",
+            ),
         }
-        for what, (change, message) in wrong.items():
-            with closing(connect_redis(settings.model_copy(update=change))) as redis, pytest.raises(Exception):  # noqa: B017, PT011
+        for what, (change, reason, message) in wrong.items():
+            front.refused.clear()
+            with (
+                closing(connect_redis(settings.model_copy(update=change))) as redis,
+                pytest.raises(RedisConnectionError) as refused,
+            ):
                 redis.ping()
+            # One side knows why; the other one may only see that the connection has ended.
+            until(
+                lambda: any(reason in said for said in (str(refused.value), *front.refused)),  # noqa: B023
+                why=lambda: f"{what}: {refused.value}, {front.refused}",  # noqa: B023
+            )
             told = _command(settings.model_copy(update=change), site, "calotype_worker", "--model", "tiny")
             assert told.returncode == 4, f"{what}: {told.stdout}{told.stderr}"
             assert message in told.stderr + told.stdout, what
@@ -231,7 +261,7 @@ def test_the_primary_is_killed_and_a_replica_takes_its_place(
     with watched.open(watched.replica) as redis:
         assert redis.info("replication")["role"] == "master"  # type: ignore[index]
     assert all(PASSWORD not in each.text() and QUOTED not in each.text() for each in workers)
-    table.add("Redis' primary killed, failover by sentinels", site.check(ids), recovery_seconds=took)
+    table.add("Redis primary killed, failover by Sentinel", site.check(ids), recovery_seconds=took)
 
 
 def test_a_socket_of_this_machine(tmp_path: Path, corner: Callable[..., Settings]) -> None:

@@ -75,7 +75,7 @@ class Place:
         check_store(self.site.store, self.site.redis)
         outcome = Outcome(jobs=len(ids), lost=lost, twice=0)
         said = ", ".join(f"{count} {answer}" for answer, count in sorted(self.answers.items()))
-        table.add(f"{tried} bad {kind} ({said})", outcome, recovery_seconds=time.monotonic() - began)
+        table.add(f"{tried} invalid {kind} ({said})", outcome, recovery_seconds=time.monotonic() - began)
 
     def _busy(self) -> int:
         counts = self.site.store.counts()
@@ -142,6 +142,7 @@ def test_requests(place: Place, table: Table) -> None:
             json.loads(answer.text)
 
     run()
+    assert place.answers["4xx"] > INPUTS["requests"][FULL] / 2
     place.check([*ids, *place.good()], table, "requests", place.answers.total())
 
 
@@ -168,7 +169,7 @@ def test_lines_of_manifests(place: Place, table: Table, tmp_path: Path) -> None:
             found.insert(position * len(found) // 5, dump(good))
         manifest = tmp_path / f"{number}.jsonl"
         manifest.write_bytes(b"\n".join(found) + b"\n")
-        batch = place.site.client.submit_batch(manifest)
+        batch = place.site.client.batches.submit(manifest)
         record = batch.wait(timeout=120)
         results = Counter(result["custom_id"] for result in batch.results())
         assert [results[f"good-{position}"] for position in range(5)] == [1] * 5
@@ -177,8 +178,9 @@ def test_lines_of_manifests(place: Place, table: Table, tmp_path: Path) -> None:
         counts = record.counts
         assert counts.succeeded + len(told) == counts.total
         place.answers["refused"] += len(told)
-        place.answers["made"] += counts.succeeded - 5
-    place.check([*ids, *place.good()], table, "lines of manifests", tried)
+        place.answers["accepted"] += counts.succeeded - 5
+    assert place.answers["refused"] > tried / 2
+    place.check([*ids, *place.good()], table, "manifest lines", tried)
 
 
 def test_uploads(place: Place, table: Table) -> None:
@@ -198,6 +200,7 @@ def test_uploads(place: Place, table: Table) -> None:
         assert refused is None or refused.remedy
 
     run()
+    assert min(place.answers["refused"], place.answers["stored"]) > 0
     for key in place.site.storage.list("uploads/"):
         stored = place.site.storage.get(key)
         assert stored.startswith(b"\x89PNG")

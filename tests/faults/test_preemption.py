@@ -57,7 +57,7 @@ def test_a_cloud_gives_notice(site: Site, table: Table, cloud: str) -> None:
     records = site.wait(ids)
     assert {(record.failures, record.crashes) for record in records} == {(0, 0)}
     outcome = site.check(ids, cancelled=long)
-    table.add(f"machine taken away: {cloud}", outcome, recovery_seconds=time.monotonic() - began)
+    table.add(f"preemption: {cloud}", outcome, recovery_seconds=time.monotonic() - began)
 
 
 @pytest.mark.slow
@@ -82,4 +82,4 @@ def test_what_fits_before_the_end_is_finished_and_a_signal_after_the_notice_is_a
     site.start_worker()
     site.wait(later)
     seconds = time.monotonic() - began
-    table.add("machine taken away: file", site.check([*ids, *later]), recovery_seconds=seconds)
+    table.add("preemption: file", site.check([*ids, *later]), recovery_seconds=seconds)

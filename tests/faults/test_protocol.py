@@ -19,7 +19,7 @@ from tests.invariants import check_store
 WORLDS = {
     "crash, freeze, late lease, cancel": Protocol(budget=Budget(crash=1, freeze=1, late=1, cancel=1)),
     "crash, freeze, lost write": Protocol(budget=Budget(crash=1, freeze=1, undo=1)),
-    "messages lost and doubled, drain": Protocol(budget=Budget(lose=1, double=1, late=1, release=1)),
+    "messages lost and duplicated, drain": Protocol(budget=Budget(lose=1, double=1, late=1, release=1)),
     "poison": Protocol(budget=Budget(crash=3, late=1), max_crashes=2),
     "two jobs": Protocol(jobs=2, budget=Budget(crash=1, freeze=1)),
 }

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 
-import httpx
+import httpx2
 import pytest
 
 from calotype.api_keys import ApiKeys, Scope
@@ -41,8 +41,8 @@ def gateway_url(own_site: Site) -> Iterator[str]:
 
 def _answers(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/healthz").status_code == 200
-    except httpx.HTTPError:
+        return httpx2.get(f"{url}/healthz").status_code == 200
+    except httpx2.HTTPError:
         return False
 
 
@@ -64,14 +64,14 @@ def test_no_log_and_no_answer_holds_a_secret_or_a_prompt(own_site: Site, gateway
     worker = site.start_worker(stop="cursed", CALOTYPE_WORKER_LOG_LEVEL="debug")
     with connect_redis(settings) as redis:
         token, key = ApiKeys(redis, key_prefix=settings.key_prefix).create(name="zoo", tenant="zoo", scopes=list(Scope))
-    http = httpx.Client(base_url=gateway_url, headers={"Authorization": f"Bearer {token}"}, timeout=60)
+    http = httpx2.Client(base_url=gateway_url, headers={"Authorization": f"Bearer {token}"}, timeout=60)
     asked = {
         "prompt": PROMPT, "negative_prompt": NEGATIVE, "model": "tiny", "num_inference_steps": 2, "seed": 1,
         "metadata": {"who": METADATA}, "preview_every": 1, "webhook_url": f"{gateway_url}/hidden-path-of-the-hook",
     }  # fmt: skip
     answers = []
 
-    def ask(method: str, path: str, **options: object) -> httpx.Response:
+    def ask(method: str, path: str, **options: object) -> httpx2.Response:
         answer = http.request(method, path, **options)  # type: ignore[arg-type]
         answers.append(answer)
         return answer
@@ -125,7 +125,7 @@ def test_another_tenants_key_finds_nothing_on_any_route(own_site: Site, gateway_
         keys = ApiKeys(redis, key_prefix=settings.key_prefix)
         tokens = {name: keys.create(name=name, tenant=name, scopes=list(Scope))[0] for name in ("owner", "stranger")}
     owner, stranger = (
-        httpx.Client(base_url=gateway_url, headers={"Authorization": f"Bearer {token}"}, timeout=60)
+        httpx2.Client(base_url=gateway_url, headers={"Authorization": f"Bearer {token}"}, timeout=60)
         for token in tokens.values()
     )
     job = owner.post("/v1/jobs", json={"prompt": PROMPT, "model": "tiny", "seed": 1}).json()["id"]
@@ -151,6 +151,7 @@ def test_another_tenants_key_finds_nothing_on_any_route(own_site: Site, gateway_
         "verb": "pause",
     }
     tried, found = [], []
+    listed: set[str] = set()  # what its owner sees in lists
     for path, methods in owner.get("/openapi.json").json()["paths"].items():
         names = [part[1:-1] for part in path.split("/") if part.startswith("{")]
         assert set(names) <= set(known), f"{path} has a parameter that this test does not know"
@@ -162,12 +163,14 @@ def test_another_tenants_key_finds_nothing_on_any_route(own_site: Site, gateway_
                 if answer.status_code != 404:
                     found.append(f"{method} {path}: {answer.status_code} {answer.text[:200]}")
             elif method == "get" and not names:
-                text = stranger.get(path).text
+                text, own = stranger.get(path).text, owner.get(path).text
+                listed |= {secret for secret in (job, file, batch, "marzipan") if secret in own}
                 tried.append(f"{method} {path}")
                 found += [
                     f"{method} {path} shows {secret}" for secret in (job, file, batch, "marzipan") if secret in text
                 ]
     assert not found, "\n".join(found)
     assert len(tried) >= 20
+    assert listed == {job, file, batch, "marzipan"}, "lists that show nothing to their owner either"
     assert owner.get(f"/v1/jobs/{job}").json()["state"] == "succeeded", "a stranger changed it"
     assert owner.get(f"/v1/files/{file}").status_code == 200

@@ -80,7 +80,7 @@ def test_a_repeated_submission_is_no_second_one_though_the_queue_is_full(setting
     client = limited(settings, max_queued=1)
     first = client.submit("a", idempotency_key="k", **FIELDS)
     assert client.submit("a", idempotency_key="k", **FIELDS).id == first.id
-    with pytest.raises(QueueFull):
+    with pytest.raises(QueueFull, match="1 of jobs wait"):
         client.submit("b", idempotency_key="other", **FIELDS)
     first.cancel()
     second = client.submit("b", idempotency_key="other", **FIELDS)  # the refused one did not use its key up
@@ -125,7 +125,7 @@ def test_who_gives_up_in_the_middle_is_told_what_was_accepted(
         return run(name, arguments)
 
     monkeypatch.setattr(client._store, "_run", between)
-    with pytest.raises(QueueFull) as refused:
+    with pytest.raises(QueueFull, match="500 of jobs wait") as refused:
         client.submit_many(configs(500))
     assert 60 <= now[0] < 70
     assert len(refused.value.accepted) == 200
@@ -151,26 +151,26 @@ def test_a_batch_is_larger_than_the_limit_and_goes_through(settings: Settings, s
     client = limited(settings, max_queued=50)
     client.submit_many(configs(50, 1000))
     with Dispatcher(settings), SimulatedWorker(settings):
-        batch = client.submit_batch(configs(300), window=64)
+        batch = client.batches.submit(configs(300), window=64)
         assert batch.wait(timeout=120).counts.succeeded == 300
 
 
 def test_open_batches_are_bounded(settings: Settings) -> None:
     client = limited(settings, max_open_batches=3, max_open_batches_per_tenant=2)
-    first = client.submit_batch(configs(1), tenant="busy")
-    client.submit_batch(configs(1), tenant="busy")
+    first = client.batches.submit(configs(1), tenant="busy")
+    client.batches.submit(configs(1), tenant="busy")
     before = set(client._storage.list("batches/"))
     with pytest.raises(QueueFull, match="this tenant's batches are open"):
-        client.submit_batch(configs(1), tenant="busy", idempotency_key="k")
-    client.submit_batch(configs(1), tenant="calm")
+        client.batches.submit(configs(1), tenant="busy", idempotency_key="k")
+    client.batches.submit(configs(1), tenant="calm")
     with pytest.raises(QueueFull, match="3 of batches are open"):
-        client.submit_batch(configs(1), tenant="third")
+        client.batches.submit(configs(1), tenant="third")
     assert len(set(client._storage.list("batches/")) - before) == 1, "a refused batch leaves its manifest"
-    client.cancel_batch(first.id)
+    client.batches.cancel(first.id)
     with Dispatcher(settings):
-        until(lambda: client.batch(first.id).state.final)
-        until(lambda: len(client._redis.zrange(client._batches.keys.open_batches, 0, -1)) < 3)  # type: ignore[arg-type]
-    client.submit_batch(configs(1), tenant="busy", idempotency_key="k")
+        until(lambda: client.batches.status(first.id).state.final)
+        until(lambda: len(client._redis.zrange(client.batches._store.keys.open_batches, 0, -1)) < 3)  # type: ignore[arg-type]
+    client.batches.submit(configs(1), tenant="busy", idempotency_key="k")
 
 
 def test_the_time_to_come_again_follows_from_the_pace(settings: Settings, store: JobStore, redis: Redis) -> None:
@@ -178,7 +178,7 @@ def test_the_time_to_come_again_follows_from_the_pace(settings: Settings, store:
     client.submit_many(configs(40))
     for pace, expected in (("8", 2.5), ("1000", 1.0), ("0.1", 60.0), ("0.0000", 10.0)):
         redis.hset(store.keys.pace, "per_second", pace)
-        with pytest.raises(QueueFull) as refused:
+        with pytest.raises(QueueFull, match="40 of jobs wait") as refused:
             client.submit_many(configs(20, 100))
         assert refused.value.retry_after_seconds == expected
 

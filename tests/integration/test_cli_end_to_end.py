@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from PIL import Image
 
@@ -86,13 +86,13 @@ def run(up: Up, forge: Forge) -> Run:
 def test_the_gateway_is_up_too(up: Up) -> None:
     """With every API, and a dispatcher for batches."""
     url = up.said["gateway_url"]
-    assert httpx.get(f"{url}/readyz").json() == {"status": "ok"}
-    assert httpx.get(f"{url}/v1/models").json()["data"][0]["id"] == "tiny"
+    assert httpx2.get(f"{url}/readyz").json() == {"status": "ok"}
+    assert httpx2.get(f"{url}/v1/models").json()["data"][0]["id"] == "tiny"
     lines = json.dumps({"prompt": "a cat", "model": "tiny", "num_inference_steps": 2}).encode() + b"\n"
-    file = httpx.post(f"{url}/v1/files", files={"file": ("jobs.jsonl", lines * 3)}).json()
-    batch = httpx.post(f"{url}/v1/batches", json={"input_file_id": file["id"], "endpoint": "/v1/jobs"}).json()
-    until(lambda: httpx.get(f"{url}/v1/batches/{batch['id']}").json()["status"] == "completed")
-    assert httpx.get(f"{url}/v1/batches/{batch['id']}").json()["request_counts"]["completed"] == 3
+    file = httpx2.post(f"{url}/v1/files", files={"file": ("jobs.jsonl", lines * 3)}).json()
+    batch = httpx2.post(f"{url}/v1/batches", json={"input_file_id": file["id"], "endpoint": "/v1/jobs"}).json()
+    until(lambda: httpx2.get(f"{url}/v1/batches/{batch['id']}").json()["status"] == "completed")
+    assert httpx2.get(f"{url}/v1/batches/{batch['id']}").json()["request_counts"]["completed"] == 3
 
 
 def test_submit_wait_and_save(run: Run, tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def test_images_come_back_as_they_were_stored(
     """A waited-for job gives its images, in order, decodable, savable, and by link."""
     job = client.submit("a red circle", num_images=2, seed=40, width=160)
     worker = in_background(lambda: finish(store, storage, job.id))
-    images = job.get(timeout=120)
+    images = job.result(timeout=120)
     worker.join()
     assert [image.ref.seed for image in images] == [40, 41]
     assert [image.image.getpixel((5, 5)) for image in images] == [(200, 0, 0), (200, 1, 0)]
@@ -209,7 +209,7 @@ def test_events_tell_each_change_once_and_end(client: Client, store: JobStore, s
     """The record is yielded when it changes, ends with the final one, and progress never falls."""
     job = client.submit("a red circle")
     seen = []
-    for record in job.iter_events(timeout=120):
+    for record in job.follow(timeout=120):
         seen.append(record)
         if record.state is JobState.QUEUED:
             worker = in_background(lambda: finish(store, storage, job.id))
@@ -245,7 +245,7 @@ def test_a_failed_job_raises_with_its_reason(client: Client, store: JobStore) ->
     store.fail(claim(store, job.id), JobError(code="invalid_request", message="the prompt has 99 tokens"), retry=False)
     with pytest.raises(JobFailed, match="99 tokens"):
         job.wait(timeout=120)
-    with pytest.raises(JobFailed):
+    with pytest.raises(JobFailed, match="99 tokens"):
         client.images(job.id)
     assert client.wait(job.id, 120, check=False).state is JobState.FAILED
 
@@ -267,6 +267,60 @@ def test_an_unknown_id_is_told_from_a_queued_one(client: Client) -> None:
             verb("nosuchjob")
     with pytest.raises(JobNotFound, match="nosuchjob"):
         client.wait([known, "nosuchjob"], timeout=120)
+
+
+def test_ids_and_handles_one_and_many_do_everywhere(client: Client, store: JobStore, storage: Storage) -> None:
+    """One gives one, many give a list; an id is never taken for an iterable of its letters."""
+    first, second = client.submit("a red circle"), client.job(client.submit("a blue circle").id)
+    for job in (first, second):
+        finish(store, storage, job.id)
+    assert client.wait(first, 10).id == client.wait(first.id, 10).id == first.id
+    for many in ([first, second.id], (first.id, second), {first: 1, second: 2}, (job for job in (first, second))):
+        assert [record.id for record in client.wait(many, 10)] == [first.id, second.id]
+    assert {record.id for record in client.follow([first, second], timeout=10)} == {first.id, second.id}
+    assert [record.id for record in client.follow(first, timeout=10)] == [first.id]
+    assert client.cancel(first) is JobState.SUCCEEDED
+    assert client.cancel([first, second.id]) == [JobState.SUCCEEDED] * 2
+    assert [[image.job_id for image in images] for images in client.images([second, first.id])] == [
+        [second.id],
+        [first.id],
+    ]
+    assert client.images(first)[0].job_id == first.result()[0].job_id == first.id
+    assert client.status(second) == second.status()
+    assert client.urls(second)
+    assert client.wait([], 0) == client.cancel(()) == client.images([]) == []
+
+
+def test_what_names_no_job_is_refused_before_anything_happens(client: Client) -> None:
+    """Another kind's handle, a number, bytes, a record; and a string as a list of configs."""
+    job = client.submit("a red circle")
+    for wrong, said in (
+        (client.batch("batch_1"), "BatchHandle"),
+        (7, "int"),
+        (b"ab", "bytes"),
+        ([job, None], "NoneType"),
+        (job.status(), "tuple"),
+    ):
+        for call in (client.wait, client.follow, client.cancel, client.images):
+            with pytest.raises(InvalidRequest, match=rf"{said} does not name a job; give the id"):
+                call(wrong)  # type: ignore[call-overload, operator]
+    for alone in (client.status, client.urls, client.previews, client.job, client.dead_jobs.drop):
+        with pytest.raises(InvalidRequest, match="list does not name a job; give the id of a job or its handle"):
+            alone([job.id])  # type: ignore[operator]
+    with pytest.raises(InvalidRequest, match="JobHandle does not name a batch"):
+        client.batches.wait(job)  # type: ignore[call-overload]
+    for not_many in ("abc", {"prompt": "a"}, GenerationConfig(prompt="a"), 7):
+        with pytest.raises(InvalidRequest, match="use `submit` for one job"):
+            client.submit_many(not_many)  # type: ignore[arg-type]
+    assert client.counts()[JobState.QUEUED] == 1
+
+
+def test_all_are_cancelled_though_one_is_not_known(client: Client) -> None:
+    """Which one is said afterwards."""
+    jobs = client.submit_many(["a", "b"])
+    with pytest.raises(LookupError, match="nosuchjob"):
+        client.cancel([jobs[0], "nosuchjob", jobs[1]])
+    assert all(job.done() for job in jobs)
 
 
 def test_images_of_an_unfinished_job_are_refused(client: Client) -> None:
@@ -335,9 +389,9 @@ def test_async_client_does_the_same(client: Client, settings: Settings, store: J
             assert image.image.size == (128, 128)
             last = await aio.submit("one more")
             assert await last.cancel() is JobState.CANCELLED
-            states = [record.state async for record in last.iter_events(timeout=120)]
+            states = [record.state async for record in last.follow(timeout=120)]
             assert states == [JobState.CANCELLED]
-            with pytest.raises(JobCancelled):
+            with pytest.raises(JobCancelled, match=last.id):
                 await last.wait(timeout=120)
 
     asyncio.run(scenario())
@@ -348,4 +402,5 @@ def test_a_handle_names_its_job(client: Client) -> None:
     job = client.submit("a red circle")
     assert isinstance(job, JobHandle)
     assert repr(job) == f"JobHandle('{job.id}')"
-    assert job.progress == 0.0
+    assert (job, hash(job)) == (client.job(job.id), hash(client.job(job.id)))
+    assert not job.done()

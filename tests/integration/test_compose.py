@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from PIL import Image
 
@@ -175,20 +175,21 @@ def test_services_make_a_image_and_stop(services: dict[str, Service], variables:
     gateway = services["gateway"].environment
     url = f"http://{gateway['CALOTYPE_GATEWAY_HOST']}:{gateway['CALOTYPE_GATEWAY_PORT']}"
     job = {"prompt": "a large red heart on a yellow background", "num_inference_steps": 8, "seed": 1}
-    with httpx.Client(base_url=url, timeout=60) as http:
+    with httpx2.Client(base_url=url, timeout=60) as http:
         assert http.post("/v1/jobs", json=job).status_code == 401
         http.headers["Authorization"] = f"Bearer {token}"
         answer = http.post("/v1/jobs", json=job, headers={"Prefer": "wait=60"})
         assert (answer.status_code, answer.json()["state"]) == (200, "succeeded"), answer.text
         link = http.get(f"/v1/jobs/{answer.json()['id']}/images/0").headers["location"]
     assert link.startswith(gateway["CALOTYPE_S3_PUBLIC_ENDPOINT_URL"])
-    assert httpx.get(link.partition("?")[0]).status_code == 403, (
+    assert httpx2.get(link.partition("?")[0]).status_code == 403, (
         "the storage gives nothing to those without a signature"
     )
-    with Image.open(io.BytesIO(httpx.get(link).content)) as image:
+    with Image.open(io.BytesIO(httpx2.get(link).content)) as image:
         red, _, blue = image.convert("RGB").resize((8, 8)).getpixel((4, 4))  # type: ignore[misc]
     assert red > blue + 60
     said = "".join(service.process.log.read_text(errors="replace") for service in services.values())
+    assert len(said) > 500, "they have logged next to nothing"
     assert not [name for name in SECRET if variables[name] in said]
     stopped = {name: services[name].stop() for name in ("worker-cpu", "gateway", "s3", "valkey")}
     assert stopped == {"worker-cpu": 0, "gateway": 0, "s3": 0, "valkey": 0}

@@ -52,9 +52,9 @@ def crash(store: JobStore, redis: Redis, worker: str) -> None:
 def test_a_poison_job_keeps_its_history(client: Client, store: JobStore, redis: Redis) -> None:
     job = client.submit("poison", lane=Lane.BULK, num_inference_steps=5)
     for number in range(MAX_CRASHES):
-        assert client.dead() == []
+        assert client.dead_jobs.list() == []
         crash(store, redis, f"worker-{number}")
-    [record] = client.dead()
+    [record] = client.dead_jobs.list()
     assert (record.id, record.state, record.crashes) == (job.id, JobState.FAILED, MAX_CRASHES)
     assert [(a.attempt, a.worker, a.how) for a in record.history] == [
         (number + 1, f"worker-{number}", "lost") for number in range(MAX_CRASHES)
@@ -66,10 +66,10 @@ def test_a_retry_is_a_new_job_made_once(client: Client, store: JobStore, redis: 
     old = fail(client, store, tenant="acme", seed=5, metadata={"order": 7})
     score = redis.zscore(store.keys.dead, old)
     assert score is not None
-    new = client.retry_dead(old)
+    new = client.dead_jobs.retry(old)
     redis.zadd(store.keys.dead, {old: score})  # as if the answer had got lost in between
-    assert client.retry_dead(old).id == new.id != old
-    assert client.dead() == []
+    assert client.dead_jobs.retry(old).id == new.id != old
+    assert client.dead_jobs.list() == []
     first, second = client.status(old), new.status()
     assert (second.config, second.tenant, second.lane, second.metadata) == (
         first.config,
@@ -78,19 +78,19 @@ def test_a_retry_is_a_new_job_made_once(client: Client, store: JobStore, redis: 
         {"order": 7},
     )
     assert (second.state, second.failures, first.state) == (JobState.QUEUED, 0, JobState.FAILED)
-    for call in (client.retry_dead, client.drop_dead):
+    for call in (client.dead_jobs.retry, client.dead_jobs.drop):
         with pytest.raises(JobNotFound, match="calotype dead list"):
             call(old)
-    with pytest.raises(JobNotFound):
-        client.retry_dead(new.id)
+    with pytest.raises(JobNotFound, match=rf"'{new.id}'.*calotype dead list"):
+        client.dead_jobs.retry(new.id)
 
 
 def test_lists_forget_what_has_expired(client: Client, store: JobStore, redis: Redis) -> None:
     gone, there = fail(client, store, "a"), fail(client, store, "b", tenant="acme")
-    assert [record.id for record in client.dead()] == [there, gone]
-    assert [record.id for record in client.dead(tenant="acme")] == [there]
+    assert [record.id for record in client.dead_jobs.list()] == [there, gone]
+    assert [record.id for record in client.dead_jobs.list(tenant="acme")] == [there]
     redis.delete(store.keys.job(gone))
-    assert [record.id for record in client.dead()] == [there]
+    assert [record.id for record in client.dead_jobs.list()] == [there]
     assert redis.zcard(store.keys.dead) == 1
 
 
@@ -98,15 +98,15 @@ def test_a_batchs_dead_job_is_looked_at_too(client: Client, store: JobStore, red
     from calotype import Dispatcher
     from tests.integration.conftest import until
 
-    batch = client.submit_batch([{"prompt": "poison", "num_inference_steps": 5}])
+    batch = client.batches.submit([{"prompt": "poison", "num_inference_steps": 5}])
     with Dispatcher(client.settings):
         for number in range(MAX_CRASHES):
             until(lambda: store.depths().get("demo.bulk") == 1)
             crash(store, redis, f"worker-{number}")
         batch.wait(120)
-    [record] = client.dead()
+    [record] = client.dead_jobs.list()
     assert (record.batch, len(record.history)) == (batch.id, MAX_CRASHES)
-    again = client.retry_dead(record.id)
+    again = client.dead_jobs.retry(record.id)
     assert (again.status().state, again.status().batch) == (JobState.QUEUED, None)
     again.cancel()
 
@@ -126,11 +126,11 @@ def test_the_commands(client: Client, store: JobStore, command: Command) -> None
     assert client.status(retried.stdout.strip()).state is JobState.QUEUED
     assert command("drop", second).returncode == 0
     assert command("drop", second, third).returncode == 3, "nothing is done if one is not there"
-    assert [record.id for record in client.dead()] == [third]
+    assert [record.id for record in client.dead_jobs.list()] == [third]
     assert command("drop").returncode == 2
     assert command("drop", third, "--all").returncode == 2
     assert command("drop", "--all").returncode == 130, "it asks first"
     assert command("drop", "--all", "--tenant", "other", "--yes").returncode == 0
-    assert [record.id for record in client.dead()] == [third]
+    assert [record.id for record in client.dead_jobs.list()] == [third]
     assert command("drop", "--all", "--yes").returncode == 0
-    assert client.dead() == []
+    assert client.dead_jobs.list() == []

@@ -134,7 +134,7 @@ def test_videos_and_meshes_come_out_of_the_same_queue(run: Callable[..., None], 
         assert getattr(turntable, "n_frames", 1) > 4
 
     asked = {"prompt": "a ring", "model": "clip", "num_inference_steps": 3, "num_frames": 6, "guidance_scale": 2}
-    [moving] = client.submit({**asked, "output_format": "gif"}).get(timeout=120)
+    [moving] = client.submit({**asked, "output_format": "gif"}).result(timeout=120)
     assert (moving.ref.content_type, len(read_gif(moving.data).frames)) == ("image/gif", 6)
-    with pytest.raises(InvalidRequest, match=r"init_image=.*cannot do that"):
+    with pytest.raises(InvalidRequest, match=r"init_image=.*does not support this"):
         client.submit(asked, init_image=Image.new("RGB", (64, 64)))

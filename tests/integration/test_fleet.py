@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Iterator
 
-import httpx
+import httpx2
 import pytest
 
 from calotype.api_keys import Scope
@@ -111,7 +111,7 @@ def test_dead_jobs_are_tried_again_by_their_tenant_alone(gateway: Gateway, store
     assert gateway.client.status(retried["id"]).tenant == "acme"
     assert gateway.http.post(f"/v1/dead/{first}/retry", headers=mine).status_code == 404
     assert gateway.http.delete(f"/v1/dead/{second}", headers=mine).json() == {"id": second, "dropped": True}
-    assert gateway.client.dead() == []
+    assert gateway.client.dead_jobs.list() == []
     gateway.client.cancel(retried["id"])
 
 
@@ -141,14 +141,18 @@ def test_the_page_needs_nothing_from_elsewhere(gateway: Gateway) -> None:
     origin = str(gateway.settings.s3_endpoint_url)
     assert policy["img-src"].split() == ["'self'", "blob:", "data:", origin]
     assert "unsafe" not in page.headers["content-security-policy"]
-    for name in re.findall(r'(?:src|href)="(web/[^"]+)"', page.text):
+    names = re.findall(r'(?:src|href)="(web/[^"]+)"', page.text)
+    assert {"web/app.js", "web/style.css"} <= set(names)
+    for name in names:
         assert gateway.http.get(f"/{name}").status_code == 200, name
     assert len(web_files()) > 8
+    imported: set[str] = set()
     for name, file in web_files().items():
         addresses = set(re.findall(r"https?://[^\s\"'`]+", file.data.decode()))
         assert addresses <= {"http://www.w3.org/2000/svg"}, name
-        for module in re.findall(r'from "\./([^"]+)"', file.data.decode()):
-            assert module in web_files()
+        imported |= set(re.findall(r'from "\./([^"]+)"', file.data.decode()))
+    assert imported
+    assert imported <= set(web_files())
     assert gateway.http.get("/web/../pyproject.toml").status_code == 404
     assert gateway.http.get("/web/none.js").status_code == 404
 
@@ -167,7 +171,7 @@ def test_the_page_is_there_when_the_storage_has_no_keys(gateway: Gateway, server
     settings = own_settings(servers).model_copy(update={"s3_access_key_id": None, "s3_secret_access_key": None})
     bare = Gateway(settings, dispatch=False)
     try:
-        found = httpx.get(bare.url)
+        found = httpx2.get(bare.url)
         assert found.status_code == 200
         assert "img-src 'self' blob: data:;" in found.headers["content-security-policy"]
     finally:

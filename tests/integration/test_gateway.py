@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import numpy as np
 import pytest
 from PIL import Image
@@ -53,7 +53,7 @@ def png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def events(response: httpx.Response) -> list[tuple[str, Any]]:
+def events(response: httpx2.Response) -> list[tuple[str, Any]]:
     found = []
     for block in response.text.strip().split("\n\n"):
         if not block.startswith(":"):
@@ -74,10 +74,10 @@ def test_a_job_from_request_to_image(gateway: Gateway) -> None:
     done = gateway.http.get(f"/v1/jobs/{job['id']}").json()
     assert done["progress"] == 1.0
     [url] = done["urls"]
-    assert Image.open(io.BytesIO(httpx.get(url).content)).size == (64, 64)
+    assert Image.open(io.BytesIO(httpx2.get(url).content)).size == (64, 64)
     redirect = gateway.http.get(f"/v1/jobs/{job['id']}/images/0")
     assert redirect.status_code == 307
-    assert httpx.get(redirect.headers["location"]).content == httpx.get(url).content
+    assert httpx2.get(redirect.headers["location"]).content == httpx2.get(url).content
     assert gateway.http.get(f"/v1/jobs/{job['id']}/images/1").status_code == 404
 
 
@@ -126,10 +126,12 @@ def test_pages_of_jobs(gateway: Gateway) -> None:
     assert page["has_more"]
     following = gateway.http.get("/v1/jobs", params={"limit": 2, "after": page["next"]}).json()
     assert following["data"][0]["id"] == ids[0]
-    assert all(
-        job["state"] == "cancelled"
-        for job in gateway.http.get("/v1/jobs", params={"state": "cancelled"}).json()["data"]
-    )
+    long = {**FAST, "num_inference_steps": 900, "sampler": "ddim"}
+    cancelled = gateway.http.post("/v1/jobs", json=long).json()["id"]
+    gateway.http.post(f"/v1/jobs/{cancelled}/cancel")
+    found = gateway.http.get("/v1/jobs", params={"state": "cancelled"}).json()["data"]
+    assert found[0]["id"] == cancelled
+    assert {job["state"] for job in found} == {"cancelled"}
 
 
 @pytest.mark.parametrize("way", ["through", "form", "presigned"])
@@ -140,23 +142,23 @@ def test_images_go_in_both_ways(gateway: Gateway, way: str) -> None:
         answer = gateway.http.post("/v1/uploads", content=data, headers={"content-type": "image/png"})
     elif way == "form":
         answer = gateway.http.post("/v1/uploads", files={"image": data})
-        wrong = gateway.http.post("/v1/uploads", files={"file": data})
+        wrong = gateway.http.post("/v1/uploads", files={"photo": data})
         assert (wrong.status_code, wrong.json()["field"]) == (400, "image")
     else:
         link = gateway.http.post("/v1/uploads/presigned").json()
         early = gateway.http.post("/v1/uploads/complete", json={"token": link["token"]})
         assert early.status_code == 404
-        assert httpx.put(link["url"], content=data).status_code == 200
+        assert httpx2.put(link["url"], content=data).status_code == 200
         answer = gateway.http.post("/v1/uploads/complete", json={"token": link["token"]})
     assert answer.status_code == 201
     upload = answer.json()["id"]
     assert answer.json() == {"id": gateway.client.upload(data), "width": 64, "height": 64}
     body = {**FAST, "init_image": upload, "strength": 0}
     [url] = gateway.http.post("/v1/jobs", json=body, headers={"prefer": "wait=30"}).json()["urls"]
-    shown = np.asarray(Image.open(io.BytesIO(httpx.get(url).content)))
+    shown = np.asarray(Image.open(io.BytesIO(httpx2.get(url).content)))
     assert np.array_equal(shown, sample_image(4)), "strength 0 gives the source back"
     broken = gateway.http.post("/v1/uploads", content=b"GIF89a", headers={"content-type": "image/png"})
-    assert (broken.status_code, "is no readable image" in broken.text) == (400, True)
+    assert (broken.status_code, "is not a readable image" in broken.text) == (400, True)
 
 
 def test_bad_requests_say_what_and_what_to_do(gateway: Gateway) -> None:
@@ -169,7 +171,7 @@ def test_bad_requests_say_what_and_what_to_do(gateway: Gateway) -> None:
         ({**FAST, "webhook_url": "https://example.com"}, 400, "webhook_url", "CALOTYPE_WEBHOOK_SECRET"),
         ({"model": "tiny"}, 400, "prompt", "give it"),
         ({**FAST, "lane": "fast"}, 400, "lane", "'interactive' or 'bulk'"),
-        ({**FAST, "\ud800": 1}, 400, "body", ""),
+        ({**FAST, "\ud800": 1}, 400, "body", "one JSON object"),
     ):
         answer = gateway.http.post("/v1/jobs", content=json.dumps(body), headers=JSON)
         problem = answer.json()
@@ -214,7 +216,7 @@ def test_keys_separate_tenants_and_scopes(guarded: Gateway) -> None:
         answer = guarded.http.get("/v1/jobs", headers=headers)
         assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
 
-    def ask(token: str, method: str, path: str, **options: Any) -> httpx.Response:
+    def ask(token: str, method: str, path: str, **options: Any) -> httpx2.Response:
         return guarded.http.request(method, path, headers={"authorization": f"Bearer {token}"}, **options)
 
     job = ask(ours, "POST", "/v1/jobs", json=FAST).json()
@@ -275,9 +277,11 @@ def test_the_command_serves_until_it_is_told_to_stop(environment: dict[str, str]
     command = [sys.executable, "-m", "calotype", "gateway", "--port"]
     with subprocess.Popen([*command, "0"], env=environment, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
-        found = re.search(r"gateway at (http://127\.0\.0\.1:(\d+)), which needs no key", process.stderr.readline())
+        found = re.search(
+            r"gateway listens on (http://127\.0\.0\.1:(\d+)); requests need no API key", process.stderr.readline()
+        )
         assert found is not None
-        assert httpx.get(f"{found[1]}/readyz").status_code == 200
+        assert httpx2.get(f"{found[1]}/readyz").status_code == 200
         taken = subprocess.run([*command, found[2]], env=environment, capture_output=True, text=True, check=False)
         assert (taken.returncode, "Address already in use" in taken.stderr) == (ExitCode.UNAVAILABLE, True)
         process.send_signal(signal.SIGTERM)

@@ -48,6 +48,8 @@ class Following:
     def end(self) -> list[JobRecord]:
         self._thread.join(SOON)
         assert not self._thread.is_alive(), f"it still looks: {self.seen}"
+        final = {record.id for record in self.seen if record.state.final}
+        assert final == set(self._ids), f"it has not seen how they end: {self.seen}"
         return self.seen
 
 
@@ -118,14 +120,14 @@ def test_many_waits_share_one_connection_and_hear_of_their_own_jobs(client: Clie
 def test_a_wait_for_many_hears_of_the_last_ones(client: Client, store: JobStore) -> None:
     """While they are too many it looks, as seldom as its bound says; then it is told."""
     jobs = client.submit_many([f"image {number}" for number in range(70)])
-    wait = client.begin_wait([job.id for job in jobs])
-    client.look(wait)
+    wait = client.waiter.begin([job.id for job in jobs])
+    client.waiter.look(wait)
     assert wait.subscribed_ids == []
     claims = [claim(store, job.id) for job in jobs]
     for claimed in claims[:10]:
         commit(store, claimed)
     following = Following(client, *(job.id for job in jobs[10:]))
-    client.look(wait)
+    client.waiter.look(wait)
     assert wait.subscribed_ids == [job.id for job in jobs[10:]]
     for claimed in claims[10:]:
         commit(store, claimed)
@@ -137,10 +139,11 @@ def test_what_changed_before_it_was_heard_is_seen(client: Client, store: JobStor
     for number in range(20):
         job = client.submit(f"image {number}")
         claimed = claim(store, job.id)
-        thread = in_background(lambda job=job: client.wait(job.id, 120))  # type: ignore[misc]
+        ended: list[JobRecord] = []
+        thread = in_background(lambda job=job, ended=ended: ended.append(client.wait(job.id, 120)))  # type: ignore[misc]
         commit(store, claimed)
         thread.join(SOON)
-        assert not thread.is_alive()
+        assert [record.state for record in ended] == [JobState.SUCCEEDED]
 
 
 def test_a_broken_connection_costs_nothing(client: Client, store: JobStore, redis: Redis) -> None:
@@ -186,7 +189,7 @@ def test_a_task_hears_too(client: Client, settings: Settings, store: JobStore) -
             jobs = await other.submit_many([f"image {number}" for number in range(40)])
             waits = [asyncio.create_task(job.wait(timeout=120)) for job in jobs]
             ids = [job.id for job in jobs]
-            hearing: Callable[[], bool] = lambda: all(hears(other._client, job_id) for job_id in ids)  # noqa: E731
+            hearing: Callable[[], bool] = lambda: all(hears(other._sync, job_id) for job_id in ids)  # noqa: E731
             await asyncio.to_thread(until, hearing)
             for job_id in ids:
                 await asyncio.to_thread(lambda job_id=job_id: commit(store, claim(store, job_id)))

@@ -20,12 +20,13 @@ from calotype.cli.app import main
 from calotype.embedded.ports import free_ports, installed_binary
 from calotype.embedded.valkey import ValkeyServer
 from calotype.gc import Collector, GcRefused
+from calotype.testing import ScriptedWorker
 from calotype_shared.queue.connection import connect_redis
 from calotype_shared.queue.job_store import JobStore
 from calotype_shared.storage.s3 import Storage
 from tests.integration.conftest import until
 from tests.integration.test_fair_share import CARD
-from tests.integration.test_gc import DrawingWorker, finish
+from tests.integration.test_gc import finish
 from tests.invariants import check_bucket, check_store
 
 pytestmark = pytest.mark.slow
@@ -93,7 +94,7 @@ def test_a_deployment_is_restored_from_its_backup(
         finish(store, storage)
         waiting = client.submit("waiting", lane=Lane.BULK, num_inference_steps=5).id
         token, key = ApiKeys(redis, key_prefix=settings.key_prefix).create(name="a client's")
-        batch = client.submit_batch(batch_lines).id
+        batch = client.batches.submit(batch_lines).id
         collect(settings)
         paste(blocks("back-up.md", "Back up"), settings, tmp_path)
         copied = {name: storage.get(name) for name in storage.list()}
@@ -116,9 +117,9 @@ def test_a_deployment_is_restored_from_its_backup(
         [image] = client.status(done).images
         assert storage.get(image.key) == b"image"
         assert ApiKeys(redis, key_prefix=settings.key_prefix).authenticate(token) == key
-        with DrawingWorker(restored, storage), Dispatcher(restored):
+        with ScriptedWorker(restored, [CARD]), Dispatcher(restored):
             assert client.wait(waiting, 120).state is JobState.SUCCEEDED
-            assert client.wait_batch(batch, 120).counts.succeeded == len(batch_lines)
+            assert client.batches.wait(batch, 120).counts.succeeded == len(batch_lines)
         check_store(store, redis)
         check_bucket(store, redis, storage)
         assert redis.info("persistence")["aof_enabled"] == 1
@@ -126,14 +127,14 @@ def test_a_deployment_is_restored_from_its_backup(
         with pytest.raises(GcRefused, match="it is an older copy"):
             collect(restored)
 
-        again = client.submit_batch(batch_lines).id  # what an empty Redis knows nothing of
+        again = client.batches.submit(batch_lines).id  # what an empty Redis knows nothing of
         said = paste(blocks("back-up.md", "Without any copy of Redis"), restored, tmp_path)
         assert key.id in said
         fresh = restored.model_copy(update={"key_prefix": "fresh:"})
         assert (tmp_path / "manifests").read_text().split() == [f"{again}.jsonl"]
         [submitted] = re.findall(r"^batch_\w+$", said, re.MULTILINE)
         with Client(settings=fresh) as anew:
-            assert anew.batch(submitted).state is BatchState.VALIDATING
+            assert anew.batches.status(submitted).state is BatchState.VALIDATING
             assert ApiKeys(redis, key_prefix="fresh:").authenticate(token) == key
 
 
@@ -163,7 +164,7 @@ def test_keys_come_back_as_they_were(
         assert keys.all() == made[1:]
         file.write_text(exported)
         assert main(["keys", "import", str(file)]) == 0
-        assert "1 of 2 keys were not there" in capsys.readouterr().err
+        assert "restored 1 of 2 keys" in capsys.readouterr().err
         assert keys.all() == made
 
 

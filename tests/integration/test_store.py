@@ -8,9 +8,8 @@ import time
 import pytest
 from redis import Redis
 
-from calotype_shared.errors import JobNotFound, RedisUnavailable
+from calotype_shared.errors import JobNotFound, RedisUnavailable, UnreadableRecord
 from calotype_shared.queue.job_store import MAX_CRASHES, QUARANTINE_CRASHES, Claim, JobStore, Reaped
-from calotype_shared.queue.records import UnreadableRecord
 from calotype_shared.queue.submission import NewJob
 from calotype_shared.schema.enums import JobState, Lane, SamplerType
 from calotype_shared.schema.jobs import ImageRef, JobError
@@ -291,12 +290,12 @@ def test_workers_hear_of_urgent_jobs_however_they_come_into_line(store: JobStore
 
 
 def test_an_unknown_job_is_told_from_a_queued_one(store: JobStore) -> None:
-    """ "Waiting" and "missing" must never look alike."""
+    """Waiting and missing must never look alike."""
     (job_id,) = store.create([CONFIG])
     assert store.get(job_id).state is JobState.QUEUED
     with pytest.raises(JobNotFound, match="'nothing'"):
         store.get("nothing")
-    with pytest.raises(JobNotFound):
+    with pytest.raises(JobNotFound, match="'nothing'"):
         store.cancel("nothing")
     assert [r.id if r else None for r in store.get_many([job_id, "nothing"])] == [job_id, None]
 
@@ -363,7 +362,7 @@ def test_finished_records_expire_and_leave_the_recent_list(store: JobStore, redi
         )
     )
     assert [record.id for record in store.jobs()] == [queued]
-    with pytest.raises(JobNotFound):
+    with pytest.raises(JobNotFound, match=f"'{done}'"):
         store.get(done)
 
 

@@ -35,7 +35,7 @@ def busy(client: Client, store: JobStore, redis: Redis) -> str:
     claim = store.claim("demo.bulk", worker="w", lease_seconds=30)
     assert claim is not None
     store.fail(claim, JobError(code="bad", message="it [/cannot] be\x1b[2J done"), retry=False)
-    assert client.dead()[0].id == dead.id
+    assert client.dead_jobs.list()[0].id == dead.id
     running = client.submit("a \x1b[2J ring [bold]", lane=Lane.INTERACTIVE, num_inference_steps=50)
     assert store.claim("demo.interactive", worker="w", lease_seconds=300) is not None
     client.submit_many([{"prompt": "later", "num_inference_steps": 5}] * 2)

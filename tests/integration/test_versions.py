@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from redis import Redis
 
-from calotype import Client, InvalidRequest, Settings
+from calotype import Client, InvalidRequest, Settings, WaitTimeout
 from calotype.batches.store import BatchStore
 from calotype_shared.queue.job_store import JobStore
 from calotype_shared.queue.records import SCHEMA
@@ -54,6 +54,22 @@ def test_what_is_written_is_what_the_files_say(settings: Settings, redis: Redis)
     assert found.keys() == files.keys()
     for name, form in files.items():
         assert not list(_differences(form, found[name], exactly=name.startswith(("config", "plan", "message")))), name
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "exactly", "said"),
+    [
+        ({"a": {"b": 1}}, {"a": {"b": 2}}, False, "/a/b: 1 became 2"),
+        ({"a": 1}, {}, False, "/a is gone"),
+        ({"token": "0a-1"}, {"token": "0a1"}, False, "/token: 0a-1 became 0a1"),
+        ({"history": '[{"how": "lost"}]'}, {"history": '[{"how": "gone"}]'}, False, "/how: lost became gone"),
+        ({"a": 1}, {"a": 1, "b": 2}, True, ": {'b'}"),
+    ],
+)
+def test_a_form_that_differs_is_noticed(old: Any, new: Any, exactly: bool, said: str) -> None:
+    """The control: a value, a field that is gone, another sort of token, an older attempt, a field too many."""
+    assert list(_differences(old, new, exactly=exactly)) == [said]
+    assert list(_differences(old, old, exactly=exactly)) == []
 
 
 def _differences(old: Any, new: Any, *, exactly: bool, at: str = "") -> Iterator[str]:
@@ -125,9 +141,9 @@ def test_an_old_client_follows_cancels_and_lists_a_new_job(client: Client, newer
     assert client.wait(done, 120).images == (IMAGE,)
     assert client.status(waiting).newer
     assert {record.id for record in client.jobs()} == {done, failed, waiting}
-    assert [record.id for record in client.dead()] == [failed]
+    assert [record.id for record in client.dead_jobs.list()] == [failed]
     with pytest.raises(InvalidRequest, match=r"is of a newer version \(schema 2\).* upgrade this process"):
-        client.retry_dead(failed)
+        client.dead_jobs.retry(failed)
     assert client.cancel(waiting) is JobState.CANCELLED
 
 
@@ -139,7 +155,7 @@ def test_whoever_waits_hears_that_every_worker_is_too_old(settings: Settings, ne
     told: list[str] = []
     with (
         Client(settings=settings, on_warning=told.append) as listening,
-        pytest.raises(Exception, match="older version"),
+        pytest.raises(WaitTimeout, match="every live worker of 'demo' is of an older version than the job"),
     ):
         listening.wait(job_id, 0.3)
     assert told == [
@@ -147,7 +163,7 @@ def test_whoever_waits_hears_that_every_worker_is_too_old(settings: Settings, ne
         "is there; upgrade the workers"
     ]
     newer.announce_worker(info.model_copy(update={"name": "w2", "schema_number": SCHEMA + 1}), ttl_seconds=60)
-    with pytest.raises(Exception, match="wait longer, or cancel"):
+    with pytest.raises(WaitTimeout, match="wait longer, or cancel"):
         client.wait(job_id, 0.1)
     client.cancel(job_id)
 

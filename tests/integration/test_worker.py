@@ -77,20 +77,20 @@ def test_jobs_become_images_with_their_provenance(
 
     # The same config gives the same image, whatever stood beside it.
     again = client.submit(GenerationConfig.parse(said["config"]))
-    assert np.abs(pixels(again.images(timeout=120)[0].data) - pixels(image.data)).max() <= 1
+    assert np.abs(pixels(again.result(timeout=120)[0].data) - pixels(image.data)).max() <= 1
 
     # Several images a job: number i is what seed + i gives alone.
     several = client.submit("cat", model="tiny", seed=5, num_images=3, num_inference_steps=4)
     alone = client.submit("cat", model="tiny", seed=7, num_inference_steps=4)
-    made = several.images(timeout=120)
+    made = several.result(timeout=120)
     assert [read_provenance(p.data)["seed"] for p in made] == [5, 6, 7]
-    assert np.abs(pixels(made[2].data) - pixels(alone.images(timeout=120)[0].data)).max() <= 1
+    assert np.abs(pixels(made[2].data) - pixels(alone.result(timeout=120)[0].data)).max() <= 1
     assert np.abs(pixels(made[1].data) - pixels(made[2].data)).mean() > 12
 
     # The other formats carry their provenance too.
     for output_format in ("webp", "jpeg"):
         other = client.submit("cat", model="tiny", seed=5, num_inference_steps=2, output_format=output_format)
-        [image] = other.images(timeout=120)
+        [image] = other.result(timeout=120)
         assert image.ref.content_type == f"image/{output_format}"
         assert read_provenance(image.data)["seed"] == 5
         assert image.image.format == output_format.upper()

@@ -13,18 +13,26 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-from opentelemetry.sdk.trace.export import SpanExporter
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from calotype import Client
 from calotype.embedded.ports import free_ports
 from calotype_shared.errors import InvalidRequest, SettingsError
 from calotype_shared.observability.logs import about
-from calotype_shared.observability.otlp import Otlp
-from calotype_shared.observability.tracing import NOOP_TELEMETRY, make_telemetry, trace_id_of
+from calotype_shared.observability.otlp import export_spans
+from calotype_shared.observability.tracing import (
+    Telemetry,
+    context_of,
+    make_telemetry,
+    span_block,
+    trace_id_of,
+    traceparent_of,
+)
 from calotype_shared.queue.job_store import JobStore
 from calotype_shared.schema.model_card import ModelCard
 from calotype_shared.settings import Settings
@@ -115,8 +123,8 @@ def gateway(environment: dict[str, str], traced: dict[str, str], tmp_path: Path)
 
 def _answers(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/healthz").status_code == 200
-    except httpx.HTTPError:
+        return httpx2.get(f"{url}/healthz").status_code == 200
+    except httpx2.HTTPError:
         return False
 
 
@@ -137,9 +145,9 @@ def test_one_trace_from_the_request_to_the_upload(
     worker = start_worker(CALOTYPE_WORKER_PROFILE_SECONDS="0", **traced)
     body = tiny(1, prompt=PROMPT, num_images=2, guidance_scale=7.5)
     headers = {"traceparent": CALLER, "Prefer": "wait=60"}
-    job = httpx.post(f"{url}/v1/jobs", json=body, headers=headers, timeout=90).json()
+    job = httpx2.post(f"{url}/v1/jobs", json=body, headers=headers, timeout=90).json()
     assert job["state"] == "succeeded", job
-    assert trace_id_of(job["traceparent"]) == TRACE
+    assert job["traceparent"].split("-")[1] == TRACE
     names = {
         "calotype-gateway: POST /v1/jobs": 1,
         "calotype-gateway: submit": 1,
@@ -198,10 +206,10 @@ def test_one_trace_from_the_request_to_the_upload(
     [alone] = [s for _, s in collector.spans if attributes(s).get("calotype.job_id") == plain[0]]
     assert alone.trace_id.hex() != TRACE
     # A traceparent that makes no sense is no reason to fail, and looks at a job by others are not traced.
-    refused = httpx.post(f"{url}/v1/jobs", json={**body, "width": 63}, headers={"traceparent": "nonsense"})
+    refused = httpx2.post(f"{url}/v1/jobs", json={**body, "width": 63}, headers={"traceparent": "nonsense"})
     assert refused.status_code == 400
     until(lambda: [s for _, s in collector.spans if attributes(s).get("http.response.status_code") == 400])
-    assert httpx.get(f"{url}/v1/jobs/{job['id']}").status_code == 200
+    assert httpx2.get(f"{url}/v1/jobs/{job['id']}").status_code == 200
     assert not [s for _, s in collector.spans if s.name.startswith("GET")]
 
 
@@ -218,10 +226,10 @@ def test_a_dispatcher_logs_for_machines_and_has_metrics_too(
     try:
         until(lambda: process.poll() is not None or "dispatcher runs" in log.read_text())
         assert process.poll() is None, log.read_text()
-        said = httpx.get(f"http://127.0.0.1:{port}/metrics").text
+        said = httpx2.get(f"http://127.0.0.1:{port}/metrics").text
         assert "calotype_redis_up 1.0" in said
         assert 'calotype_webhooks_total{outcome="delivered"} 0.0' in said
-        assert httpx.get(f"http://127.0.0.1:{port}/readyz").status_code == 200
+        assert httpx2.get(f"http://127.0.0.1:{port}/readyz").status_code == 200
     finally:
         process.terminate()
         assert process.wait(120) == 0
@@ -234,7 +242,7 @@ class Memory:
 
     def __init__(self, settings: Settings) -> None:
         self.exporter = InMemorySpanExporter()
-        self.telemetry = Otlp(service="test", exporter=self.exporter)
+        self.telemetry = export_spans(service="test", exporter=self.exporter)
         self.client = Client(settings=settings, telemetry=self.telemetry)
 
     def spans(self) -> dict[str, Any]:
@@ -258,7 +266,7 @@ def test_a_client_hands_its_span_on(settings: Settings, store: JobStore) -> None
     memory = Memory(settings)
     one = memory.client.submit(PROMPT, model="tiny", sampler="ddim", width=64, height=64)
     many = memory.client.submit_many([tiny(n, sampler="ddim", width=64, height=64) for n in range(3)])
-    with pytest.raises(InvalidRequest), memory.telemetry.begin("outer", kind="internal"):
+    with pytest.raises(InvalidRequest, match="width=63"), span_block(memory.telemetry.tracer, "outer"):
         memory.client.submit(PROMPT, model="tiny", sampler="ddim", width=63)
     spans = memory.spans()
     for job, name in ((one, "submit"), *((job, "submit many") for job in many)):
@@ -279,8 +287,10 @@ from calotype_shared.settings import Settings
 with calotype.Client() as client:
     try:
         client.submit("cat", model="nobody")
-    except calotype.InvalidRequest:
+    except calotype.UnknownModel:
         pass
+    else:
+        sys.exit("nothing was asked of Redis")
 ours = ("opentelemetry.sdk.trace", "opentelemetry.exporter", "calotype_shared.observability.otlp", "prometheus_client")
 print(sorted(name for name in sys.modules if name.startswith(ours)))
 """
@@ -292,34 +302,59 @@ print(sorted(name for name in sys.modules if name.startswith(ours)))
 
 
 def test_what_decides_whether_anything_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Our setting first, then OpenTelemetry's own variables."""
+    """Our setting first, then what the application has set up, then OpenTelemetry's own variables."""
+
+    def traces(telemetry: Telemetry) -> bool:
+        with span_block(telemetry.tracer, "work") as span:
+            return span.is_recording()
+
     for name in ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_SDK_DISABLED"):
         monkeypatch.delenv(name, raising=False)
-    assert make_telemetry(Settings.load(), service="x") is NOOP_TELEMETRY
+    assert not traces(make_telemetry(Settings.load(), service="x"))
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
     telemetry = make_telemetry(Settings.load(), service="x")
-    assert isinstance(telemetry, Otlp)
+    assert traces(telemetry)
     telemetry.close()
-    assert make_telemetry(Settings.load(telemetry="off"), service="x") is NOOP_TELEMETRY
+    assert not traces(make_telemetry(Settings.load(telemetry="off"), service="x"))
     monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
-    assert make_telemetry(Settings.load(), service="x") is NOOP_TELEMETRY
+    assert not traces(make_telemetry(Settings.load(), service="x"))
+    monkeypatch.delenv("OTEL_SDK_DISABLED")
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr("opentelemetry.trace._TRACER_PROVIDER", provider)  # as an application's set_tracer_provider
+    make_telemetry(Settings.load(telemetry="off"), service="x")
+    telemetry = make_telemetry(Settings.load(), service="x")
+    assert traces(telemetry)
+    telemetry.close()
+    assert traces(telemetry)  # the application's provider is not ours to shut down
+    assert [span.name for span in exporter.get_finished_spans()] == ["work", "work"]
+
+
+@pytest.mark.parametrize(
+    ("said", "kept"), [(CALLER, True), ("nonsense", False), ("", False), (CALLER.replace(TRACE, "0" * 32), False)]
+)
+def test_an_untraced_process_passes_a_trace_on(said: str, kept: bool) -> None:
+    """W3C Trace Context: what does not take part in a trace forwards its `traceparent`, if that is well-formed."""
+    with span_block(Telemetry().tracer, "work", within=context_of(said)) as span:
+        assert traceparent_of(span) == (said if kept else None)
+        assert trace_id_of(span) == (TRACE if kept else None)
 
 
 def test_missing_packages_are_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """An error where our setting asks for traces, one line where only the environment does."""
-    monkeypatch.setitem(sys.modules, "opentelemetry", None)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)  # type: ignore[arg-type]
     monkeypatch.delitem(sys.modules, "calotype_shared.observability.otlp", raising=False)
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
     with caplog.at_level(logging.WARNING):
-        assert make_telemetry(Settings.load(), service="x") is NOOP_TELEMETRY
-    assert "nothing is traced" in caplog.text
+        assert make_telemetry(Settings.load(), service="x") == Telemetry()
+    assert "tracing is disabled" in caplog.text
     with pytest.raises(SettingsError, match=r"CALOTYPE_TELEMETRY='on': .*pip install 'calotype\[telemetry\]'"):
         make_telemetry(Settings.load(telemetry="on"), service="x")
 
 
 def test_a_collector_that_is_away_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither who notes spans nor, for long, a process that ends."""
-
     heals, exported = threading.Event(), []
 
     class Stuck(SpanExporter):
@@ -328,10 +363,10 @@ def test_a_collector_that_is_away_holds_nobody_up(monkeypatch: pytest.MonkeyPatc
             exported.extend(spans)
 
     monkeypatch.setattr("calotype_shared.observability.otlp._CLOSE_SECONDS", 0.5)
-    telemetry = Otlp(service="x", exporter=Stuck())
+    telemetry = export_spans(service="x", exporter=Stuck())
     for _ in range(5_000):
-        with telemetry.begin("work", kind="internal", number=1) as span:
-            span.note("part", 1.0, 2.0)
+        with span_block(telemetry.tracer, "work", attributes={"number": 1}):
+            telemetry.tracer.start_span("part", start_time=1).end(2)
     telemetry.close()
     assert not exported, "it has waited for the collector"
     heals.set()

@@ -46,8 +46,8 @@ def test_prompts_name_the_model_only_where_they_do_not(tmp_path: Path) -> None:
     ("text", "said"),
     [
         ('{"prompt": "a"}\n{"prompt": "b", "steps": 3}\n', "line 2 .*: steps"),
-        ('{"prompt": "a"}\n{"prompt": \n', "line 2 .*one JSON object a line"),
-        ('["a"]\n', "line 1 .*is no JSON object"),
+        ('{"prompt": "a"}\n{"prompt": \n', "line 2 .*one JSON object per line"),
+        ('["a"]\n', "line 1 .*is not a JSON object"),
         ("\n", "has no prompts"),
     ],
 )

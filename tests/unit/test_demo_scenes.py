@@ -41,7 +41,7 @@ def test_the_checker_catches_what_is_wrong() -> None:
     """An empty image, noise, and another shape, color or background."""
     assert look(np.full((128, 128, 3), 90, dtype=np.uint8)).shape is None
     seen = look(drawn("ring", "red", "white"))
-    assert (seen.shape, seen.color, seen.background) != ("circle", "red", "white")
+    assert (seen.shape, seen.color, seen.background) == ("ring", "red", "white"), "which is no circle"
     noise = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
     seen = look(noise)
     assert seen.color == seen.background, "which no caption asks for, so noise never scores"

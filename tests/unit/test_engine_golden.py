@@ -21,7 +21,7 @@ from calotype_worker.models import StepModel, load_model
 from calotype_worker.sampling import make_scheduler
 
 TOLERANCE = 1.0  # of 255 levels, after rounding to uint8
-CAUGHT = 12.0  # what a wrong timestep, guidance or generator must miss by, at least
+CAUGHT = 12.0  # what a wrong timestep, guidance, generator or prompt must miss by, at least
 
 
 def mixed_requests(size: tuple[int, int] = (64, 64)) -> list[GenerationRequest]:
@@ -165,15 +165,26 @@ def test_tables_and_fallback_rows_share_a_batch(
 # ---- negative controls
 
 
-def worst_with(model: StepModel, references: dict[str, np.ndarray]) -> float:
-    """Largest difference over a small mixed run."""
+NOISY = (SamplerType.EULER_A, SamplerType.DDPM, SamplerType.LCM)  # which draw noise at their steps
+
+
+def missed_by(model: StepModel, references: dict[str, np.ndarray]) -> dict[GenerationRequest, float]:
+    """By how many levels each picture of a small mixed run is off."""
+    requests = mixed_requests()[:10]
     engine = Engine(model, EngineSettings(max_rows=16))
     engine.start()
     try:
-        results = [f.result(timeout=120) for f in [engine.submit(r) for r in mixed_requests()[:10]]]
+        results = [f.result(timeout=120) for f in [engine.submit(r) for r in requests]]
     finally:
         engine.stop()
-    return max(levels(r.image, references[r.request_id]) for r in results)
+    return {r: levels(made.image, references[r.request_id]) for r, made in zip(requests, results, strict=True)}
+
+
+def test_control_without_a_fault_nothing_is_caught(
+    tiny_step_model: StepModel, references: dict[str, np.ndarray]
+) -> None:
+    """What the controls below break is all that makes them miss."""
+    assert max(missed_by(tiny_step_model, references).values()) <= TOLERANCE
 
 
 def test_control_a_wrong_timestep_is_caught(
@@ -186,7 +197,9 @@ def test_control_a_wrong_timestep_is_caught(
         "predict",
         lambda rows: predict(replace(rows, timesteps=rows.timesteps[:1].expand(len(rows.timesteps)))),
     )
-    assert worst_with(tiny_step_model, references) > CAUGHT
+    first, *others = missed_by(tiny_step_model, references).values()
+    assert first <= TOLERANCE, "the timestep is its own"
+    assert sum(off > CAUGHT for off in others) > 5
 
 
 def test_control_shared_guidance_is_caught(
@@ -202,7 +215,9 @@ def test_control_shared_guidance_is_caught(
         return rows
 
     monkeypatch.setattr(StepBatch, "_lay_out_rows", shared)
-    assert worst_with(tiny_step_model, references) > CAUGHT
+    missed = missed_by(tiny_step_model, references)
+    assert max(missed.values()) > CAUGHT
+    assert max(off for r, off in missed.items() if r.guidance_scale <= 1) <= TOLERANCE, "it has no guidance to lose"
 
 
 def test_control_a_shared_generator_is_caught(
@@ -218,7 +233,9 @@ def test_control_a_shared_generator_is_caught(
             row.ahead.clear()  # what was drawn beforehand is its own
 
     monkeypatch.setattr(StepBatch, "join", shared)
-    assert worst_with(tiny_step_model, references) > CAUGHT
+    missed = missed_by(tiny_step_model, references)
+    assert max(missed.values()) > CAUGHT
+    assert max(off for r, off in missed.items() if r.sampler not in NOISY) <= TOLERANCE, "it draws no noise"
 
 
 def test_control_swapped_prompts_are_caught(
@@ -231,4 +248,4 @@ def test_control_swapped_prompts_are_caught(
         "predict",
         lambda rows: predict(replace(rows, conditioning={"text": rows.conditioning["text"].roll(1, 0)})),
     )
-    assert worst_with(tiny_step_model, references) > TOLERANCE
+    assert sum(off > CAUGHT for off in missed_by(tiny_step_model, references).values()) > 5

@@ -44,10 +44,9 @@ def test_the_scripts_know_exactly_the_legal_edges() -> None:
     """The table in Lua is made from the one in Python, and no script writes a state around it."""
     edges = set(re.findall(r"\['(\w+)>(\w+)'\] = true", script_source("claim")))
     assert edges == {(old.value, new.value) for old, new in TRANSITIONS}
-    for file in (resources.files("calotype_shared.queue") / "lua").iterdir():
-        writes = re.findall(r"(?:HSET'|fields = ).*?'state', ('?\w+'?)", file.read_text())
-        allowed = _STATE_WRITERS.get(file.name, [])
-        assert writes == allowed, f"{file.name} writes a state by itself"
+    scripts = (resources.files("calotype_shared.queue") / "lua").iterdir()
+    writes = {file.name: re.findall(r"(?:HSET'|fields = ).*?'state', ('?\w+'?)", file.read_text()) for file in scripts}
+    assert {name: found for name, found in writes.items() if found} == _STATE_WRITERS, "a script writes by itself"
 
 
 def test_ids_sort_by_time_and_never_repeat() -> None:
@@ -65,6 +64,7 @@ def test_every_key_is_documented_and_under_the_prefix() -> None:
     for name, value in vars(Keys).items():
         if inspect.isfunction(value) and not name.startswith("_"):
             made.append(value(keys, *["Q"] * (len(inspect.signature(value).parameters) - 1)))
+    assert len(made) > 30
     document = __import__("calotype_shared.queue.keys", fromlist=["x"]).__doc__
     for key in made:
         assert key.startswith("p:")

@@ -67,7 +67,7 @@ def test_noise_is_drawn_where_the_scheduler_draws_it() -> None:
 def test_a_sampler_that_clips_has_no_table(scheduler: Any) -> None:
     """Clipping is not linear; the check on a random trajectory must notice."""
     scheduler.set_timesteps(10)
-    with pytest.raises(NotLinear):
+    with pytest.raises(NotLinear, match="the table is off by"):
         build_table(Trajectory.whole(scheduler))
 
 

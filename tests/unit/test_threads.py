@@ -74,7 +74,7 @@ def test_a_request_is_prepared_without_helpers(make_engine: Any, monkeypatch: py
     def submit() -> int:
         torch.set_num_threads(2)
         made.submit(request("good")).result(120)
-        with pytest.raises(InvalidRequest):
+        with pytest.raises(InvalidRequest, match="width=12"):
             made.submit(request("bad", width=12))
         return torch.get_num_threads()
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
 from calotype.api_keys import DEFAULT_SCOPES, ApiKey
 from calotype.batches.record import BatchRecord, BatchState
 from calotype.files import StoredFile
+from calotype_shared.errors import UnreadableRecord
 from calotype_shared.queue.message import TASK_NAME
-from calotype_shared.queue.records import OLDEST, SCHEMA, UnreadableRecord, read_record
+from calotype_shared.queue.records import OLDEST, SCHEMA, read_record
 from calotype_shared.queue.submission import NewJob
 from calotype_shared.schema.config import digest_of
 from calotype_shared.schema.enums import JobState
@@ -87,17 +90,32 @@ def read_key(found: dict[str, Any]) -> None:
     assert ApiKey.model_validate(found).scopes == DEFAULT_SCOPES
 
 
+def read_as(kind: type[BaseModel]) -> Callable[[dict[str, Any]], None]:
+    """Nothing of it is lost."""
+
+    def read(found: dict[str, Any]) -> None:
+        again = kind.model_validate(found).model_dump(mode="json")
+        assert {name: comparable(again[name]) for name in found} == {n: comparable(v) for n, v in found.items()}
+
+    return read
+
+
+def comparable(value: Any) -> Any:
+    """Sets come in any order."""
+    return sorted(value) if isinstance(value, list) else value
+
+
 READERS = {
     "job": read_job,
     "batch": read_batch,
     "config": read_config,
     "plan": read_plan,
     "message": read_message,
-    "worker": lambda found: WorkerInfo.model_validate(found).models,
-    "model": lambda found: ModelCard.model_validate(found).name,
+    "worker": read_as(WorkerInfo),
+    "model": read_as(ModelCard),
     "api": read_key,
-    "file": lambda found: StoredFile.model_validate(found).id,
-    "preview": lambda found: Preview.model_validate(found).data,
+    "file": read_as(StoredFile),
+    "preview": read_as(Preview),
 }
 
 NEWER = {"schema": str(SCHEMA + 1), "mood": "new", "images": '[{"key": "k", "seed": 1, "width": 8, "height": 8, '
@@ -132,13 +150,13 @@ def test_a_size_that_only_a_newer_version_allows_is_shown_as_it_is_written() -> 
 def test_what_makes_no_sense_at_all_is_told() -> None:
     """Of a newer version: upgrade; of this one: it is damaged."""
     fields = form("job-queued")
-    with pytest.raises(UnreadableRecord, match=r"of schema '2', is not understood .state: .* upgrade this process"):
+    with pytest.raises(UnreadableRecord, match=r"of schema '2', cannot be read .state: .* upgrade this process"):
         read_record("id", {**fields, "schema": "2", "state": "dreaming"})
     with pytest.raises(UnreadableRecord, match="of schema '1', is damaged"):
         read_record("id", {**fields, "config": '{"prompt": "x", "mood": "blue"}'})
     with pytest.raises(UnreadableRecord, match="of schema '', is damaged"):
         read_record("id", {name: value for name, value in fields.items() if name != "schema"})
-    with pytest.raises(UnreadableRecord, match="batch_01: its record, of schema '2', is not understood"):
+    with pytest.raises(UnreadableRecord, match="batch_01: its record, of schema '2', cannot be read"):
         BatchRecord.read("batch_01", {**form("batch-validating"), "schema": "2", "format": "haiku"}, now=1.0)
 
 

@@ -1,8 +1,7 @@
-"""The page of commands: the `calotype` command with all its options, and the worker's and the training's own."""
+"""The page of commands: the `calotype` command with all options, including those of worker and training."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,8 +9,8 @@ import typer
 
 from calotype.cli.app import build_app
 from calotype.cli.exit_codes import MEANINGS
-from calotype_train.__main__ import build_parser as training_parser
-from calotype_worker.__main__ import build_parser as worker_parser
+from calotype_train.__main__ import build_app as training_app
+from calotype_worker.__main__ import build_app as worker_app
 from tools.reference.markdown import code, generated, table
 
 # Typer's words for kinds of values -> ours.
@@ -27,36 +26,42 @@ _KINDS = {
     "path": "PATH",
 }
 
+# Commands that hand their options on to a process of their own.
+_OTHERS = {"calotype worker": worker_app, "calotype train": training_app}
+
 _INTRODUCTION = """
-Settings come from variables ([settings](settings.md)); an option wins over its variable. Commands that scripts want
-have `--json`: the result, or the error, is then one line of JSON.
+Settings come from environment variables ([settings](settings.md)). An option overrides its variable. Commands for use
+in scripts have `--json`: the result, or the error, is then one line of JSON. `calotype --version` prints the version.
+
 """
 
 
 def page() -> str:
-    root: Any = typer.main.get_command(build_app())
     parts = [generated("Commands", "the commands themselves"), _INTRODUCTION, "## Exit status\n"]
     parts.append(table(("status", "meaning"), [(str(code_.value), meaning) for code_, meaning in MEANINGS.items()]))
-    for name, command in _leaves(root):
-        if name == "calotype worker":
-            parts.append(_of_argparse(name, command.help, worker_parser()))
-        elif name == "calotype train":
-            parts.append(_of_argparse(name, command.help, training_parser()))
+    for name, command in _leaves(_command(build_app())):
+        other = _OTHERS.get(name)
+        if other is None:
+            parts.append(_section_of(name, command))
         else:
-            parts.append(_of_typer(name, command))
+            parts += [_section_of(*leaf) for leaf in _leaves(_command(other()), name)]
     return "\n".join(parts)
 
 
-def _leaves(group: Any, above: str = "calotype") -> Iterator[tuple[str, Any]]:
+def _command(app: typer.Typer) -> Any:
+    return typer.main.get_command(app)
+
+
+def _leaves(command: Any, name: str = "calotype") -> Iterator[tuple[str, Any]]:
     """Every command that does something, by its full name."""
-    for name, command in group.commands.items():
-        if hasattr(command, "commands"):
-            yield from _leaves(command, f"{above} {name}")
-        else:
-            yield f"{above} {name}", command
+    if not hasattr(command, "commands"):
+        yield name, command
+        return
+    for below, part in command.commands.items():
+        yield from _leaves(part, f"{name} {below}")
 
 
-def _of_typer(name: str, command: Any) -> str:
+def _section_of(name: str, command: Any) -> str:
     arguments = [parameter for parameter in command.params if parameter.param_type_name == "argument"]
     context = command.context_class(command)
     rows = [
@@ -94,30 +99,6 @@ def _help(parameter: Any) -> str:
         return said
     default = getattr(parameter.default, "value", parameter.default)
     return f"{said} Default: `{default}`."
-
-
-def _of_argparse(name: str, purpose: str, parser: argparse.ArgumentParser) -> str:
-    groups = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
-    if not groups:
-        return _section(name, f"{name} [OPTIONS]", purpose, _rows(parser))
-    parts = []
-    for action in groups:
-        said = {choice.dest: choice.help for choice in action._choices_actions}
-        for choice, below in action.choices.items():
-            parts.append(_section(f"{name} {choice}", f"{name} {choice} [OPTIONS]", said[choice], _rows(below)))
-    return "\n".join(parts)
-
-
-def _rows(parser: argparse.ArgumentParser) -> list[tuple[str, str]]:
-    rows = []
-    for action in parser._actions:
-        if isinstance(action, argparse._HelpAction):
-            continue
-        metavar = "|".join(map(str, action.choices)) if action.choices else action.metavar or action.dest.upper()
-        takes = f" {metavar}" if action.nargs != 0 else ""
-        said = (action.help or "") % {"default": action.default}
-        rows.append((code(", ".join(action.option_strings) + takes), said + (" Required." if action.required else "")))
-    return rows
 
 
 def _section(name: str, usage: str, purpose: str | None, rows: list[tuple[str, str]]) -> str:

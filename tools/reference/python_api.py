@@ -17,10 +17,10 @@ from typing import Any, ForwardRef, is_typeddict
 from pydantic import BaseModel
 
 import calotype
-import calotype.batches.client as batch_client
 import calotype.batches.record as batch_record
+import calotype.testing
 import calotype_worker
-from calotype_shared.schema import config, jobs, worker_info
+from calotype_shared.schema import config, jobs
 from tools.reference.markdown import code, docstring, generated, table
 from tools.reference.settings import constraints
 
@@ -29,24 +29,42 @@ _ALIASES = (
     "a `Share` from 0 to 1."
 )
 _SECTIONS: tuple[tuple[str, str, Any, tuple[str, ...]], ...] = (
-    ("Clients", "", calotype, ("Client", "JobHandle", "BatchHandle", "AsyncClient", "AsyncJobHandle", "Dispatcher")),
-    ("What goes in", _ALIASES, calotype, ("GenerationConfig", "SamplerType", "OutputFormat", "Lane")),
+    (
+        "Clients",
+        "",
+        calotype,
+        (
+            *("Client", "JobHandle", "Batches", "BatchHandle", "DeadJobs"),
+            *("AsyncClient", "AsyncJobHandle", "AsyncBatches", "AsyncBatchHandle", "AsyncDeadJobs", "Dispatcher"),
+        ),
+    ),
+    ("What goes in", _ALIASES, calotype, ("GenerationConfig", "JobFields", "SamplerType", "OutputFormat", "Lane")),
     (
         "Parts of a config",
         "Written as mappings of these fields will do.",
         config,
         ("LoraUse", "ControlUse", "RefinerUse"),
     ),
-    ("Options of a batch", "", batch_client, ("BatchOptions",)),
+    ("Options of a batch", "", calotype, ("BatchOptions",)),
     (
         "What comes out",
         "",
         calotype,
-        ("JobRecord", "ResolvedConfig", "JobState", "ImageRef", "JobImage", "BatchRecord", "BatchState", "ModelCard"),
+        (
+            "JobRecord",
+            "ResolvedConfig",
+            "JobState",
+            "ImageRef",
+            "JobImage",
+            "Preview",
+            "BatchRecord",
+            "BatchState",
+            "ModelCard",
+            "WorkerInfo",
+        ),
     ),
-    ("Parts of a record", "", jobs, ("JobError", "Attempt", "Preview")),
+    ("Parts of a record", "", jobs, ("JobError", "Attempt")),
     ("Counts of a batch", "", batch_record, ("BatchCounts",)),
-    ("What a worker says of itself", "", worker_info, ("WorkerInfo",)),
     (
         "In process",
         "From `calotype_worker`: the same engine without a queue.",
@@ -55,6 +73,12 @@ _SECTIONS: tuple[tuple[str, str, Any, tuple[str, ...]], ...] = (
             *("DiffusionModel", "DiffusionPipeline", "GenerationConfig", "GeneratedImage", "Adapters", "Memory"),
             *("NoiseScheduler", "UNetModel", "TextEncoder", "VAEDecoder"),
         ),
+    ),
+    (
+        "Tests",
+        "From `calotype.testing`: [how to test your producer](../how-to/test-your-producer.md).",
+        calotype.testing,
+        ("Sandbox", "ScriptedWorker", "JobContext"),
     ),
 )
 
@@ -94,7 +118,7 @@ def _class(cls: type, package: str) -> str:
         parts.append(table(("field", "type", "default", ""), fields))
     elif cls.__init__ is not object.__init__ and base is None:
         parts.append(_function(f"{cls.__name__}", cls.__init__, bound=True, heading=False))
-    for name, member in _members(cls):
+    for name, member in members(cls):
         if isinstance(member, property):
             parts.append(f"\n#### `{cls.__name__}.{name}`\n\n{docstring(inspect.getdoc(member))}")
         else:
@@ -122,7 +146,7 @@ def _owners(cls: type) -> list[type]:
     return [owner for owner in cls.__mro__ if owner.__module__.startswith("calotype") and owner not in above]
 
 
-def _members(cls: type) -> Iterator[tuple[str, Any]]:
+def members(cls: type) -> Iterator[tuple[str, Any]]:
     """Public methods and properties, the class's own and those of its parts, in the order of their source."""
     seen = set()
     for owner in _owners(cls):

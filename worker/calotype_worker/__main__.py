@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
 import signal
 import sys
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from calotype_shared.errors import CalotypeError, ServiceUnavailable, SettingsError
 from calotype_shared.observability.logs import set_up_logging
+from calotype_shared.options import new_app, parsed, with_options
 from calotype_shared.queue.connection import connect_redis
 from calotype_shared.queue.job_store import JobStore
 from calotype_shared.settings import Settings
@@ -26,65 +28,43 @@ if TYPE_CHECKING:
 EXIT_USAGE, EXIT_UNAVAILABLE, EXIT_MODEL = 2, 4, 6
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="calotype worker",
-        description="Serve one model on one device. Options override CALOTYPE_WORKER_* variables.",
-    )
-    for option, metavar, help_ in (
-        ("--model", "NAME[=SOURCE]", "SOURCE: a diffusers folder, OWNER/NAME on the hub, a .safetensors file"),
-        ("--lora", "[MODEL/]NAME=FILE", "a LoRA that configs may name"),
-        ("--embedding", "[MODEL/]TOKEN=FILE", "a textual inversion that prompts may use"),
-        ("--control", "[MODEL/]NAME=SOURCE", "a ControlNet that configs may name"),
-    ):
-        parser.add_argument(option, metavar=metavar, action="append", help=f"{help_}; may be repeated")
-    parser.add_argument("--device", help="cpu or cuda:N (default: cpu)")
-    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"])
-    parser.add_argument("--max-rows", type=int, help="rows of a step batch at the model's native size")
-    parser.add_argument("--concurrency", type=int, help="jobs in flight")
-    parser.add_argument("--grace-seconds", type=float, help="for jobs in flight after SIGTERM")
-    parser.add_argument("--memory-budget-gib", type=float, help="weights on the device; others wait in main memory")
-    parser.add_argument("--offload", choices=["none", "model", "sequential"], help="keep only what works on the device")
-    for option in ("attention-slicing", "vae-slicing", "vae-tiling"):
-        parser.add_argument(f"--{option}", action="store_true", default=None, help="slower, with less memory")
-    parser.add_argument(
-        "--deep-cache", type=int, metavar="N", help="accelerations: whole U-Nets at every N-th step only"
-    )
-    parser.add_argument(
-        "--first-block-cache", type=float, metavar="CHANGE", help="accelerations: transformers' first block only"
-    )
-    parser.add_argument(
-        "--token-merging", type=float, metavar="SHARE", help="accelerations: U-Nets' attention on fewer tokens"
-    )
-    parser.add_argument(
-        "--quantized", choices=["off", "int8", "int8-dynamic", "float8"], help="accelerations: weights in 8 bits"
-    )
-    parser.add_argument("--compile", choices=["off", "default", "reduce-overhead"], help="steps as compiled graphs")
-    parser.add_argument("--compile-cache", metavar="FOLDER", help="where compiled graphs outlive the worker")
-    parser.add_argument("--trace", metavar="FILE", help="a trace of every step, for ui.perfetto.dev")
-    parser.add_argument("--profile", action="store_true", help="time steps over their rows, print the figures and exit")
-    parser.add_argument("--deterministic", action="store_true", default=None, help="the same bits in any company")
-    parser.add_argument("--log-format", choices=["text", "json"])
-    parser.add_argument("--devices", action="store_true", help="print this machine's devices as JSON and exit")
-    return parser
+def build_app() -> typer.Typer:
+    """One command, which returns the options that were given."""
+    app = new_app()
+
+    @app.command()
+    @with_options(WorkerSettings, repeated=("model", "lora", "embedding", "control"))
+    def worker(
+        profile: Annotated[
+            bool, typer.Option("--profile", help="Time steps by number of rows, print the figures and exit.")
+        ] = False,
+        devices: Annotated[
+            bool, typer.Option("--devices", help="Print this machine's devices as JSON and exit.")
+        ] = False,
+        **settings: Any,
+    ) -> dict[str, Any]:
+        """Serve models on one device. Options override CALOTYPE_WORKER_* variables."""
+        return {"profile": profile, "devices": devices, **settings}
+
+    return app
 
 
 def main(arguments: list[str] | None = None, *, own_process: bool = False) -> int:
-    """Returns the exit status: 0 after a drain, 2 bad settings, 4 Redis or storage unavailable, 6 unusable model.
+    """Returns the exit status: 0 after a drain, 2 invalid settings, 4 Redis or storage unavailable, 6 unusable model.
 
-    With `own_process`, what the worker does not use is kept from being imported for the process's whole life.
+    With `own_process`, torchao is blocked from being imported in this process unless a setting needs it.
     """
     wait_briefly()
-    options = vars(build_parser().parse_args(arguments))
-    if options.pop("devices"):
-        print(json.dumps(devices()))
-        return 0
-    only_profile = options.pop("profile")
     try:
+        options = parsed(build_app(), arguments, name="calotype worker")
+        if not isinstance(options, dict):
+            return 0  # help was asked for
+        if options.pop("devices", False):
+            print(json.dumps(devices()))
+            return 0
+        only_profile = options.pop("profile", False)
         settings = Settings.load()
-        worker_settings = WorkerSettings.load(
-            **{name: ",".join(value) if isinstance(value, list) else value for name, value in options.items()}
-        )
+        worker_settings = WorkerSettings.load(**options)
     except SettingsError as error:
         print(f"calotype worker: {error}", file=sys.stderr)
         return EXIT_USAGE
@@ -105,7 +85,7 @@ def main(arguments: list[str] | None = None, *, own_process: bool = False) -> in
 
 
 def check_services(settings: Settings, options: WorkerSettings) -> None:
-    """Redis answers, the bucket is there: looked at before the seconds that torch takes to import.
+    """Check that Redis answers and the bucket exists, before the seconds that importing torch takes.
 
     Raises:
         ServiceUnavailable: which service, where, and what to do.
@@ -116,7 +96,7 @@ def check_services(settings: Settings, options: WorkerSettings) -> None:
 
 
 def devices() -> list[str]:
-    """CUDA devices where there are any, else the CPU."""
+    """The CUDA devices if there are any, else the CPU."""
     import torch  # noqa: PLC0415 - seconds to import, and `--help` needs none of it
 
     if torch.cuda.is_available():
@@ -125,7 +105,7 @@ def devices() -> list[str]:
 
 
 def _profile(options: WorkerSettings) -> None:
-    """Print how a step's time grows with its rows. Needs neither Redis nor storage."""
+    """Print step time by number of rows. Needs neither Redis nor storage."""
     _quieten()
     from calotype_worker.profiling import print_profiles  # noqa: PLC0415
 
@@ -133,7 +113,7 @@ def _profile(options: WorkerSettings) -> None:
 
 
 def _make(settings: Settings, options: WorkerSettings) -> Worker:
-    """The worker, after quieting what its libraries would print over our log."""
+    """Build the worker, with library output silenced."""
     _quieten()
     from calotype_worker.worker import Worker  # noqa: PLC0415
 
@@ -146,7 +126,7 @@ def _quieten() -> None:
     import transformers  # noqa: PLC0415
     from celery.exceptions import SecurityWarning  # noqa: PLC0415
 
-    # It warns of root with pickled messages; ours are JSON only, and the images run as another user.
+    # Celery warns about running as root with pickled messages. Our messages are JSON only.
     warnings.filterwarnings("ignore", category=SecurityWarning)
     for noisy in ("torchao", "torch.utils._pytree"):  # diffusers imports torchao where it is installed
         logging.getLogger(noisy).setLevel(logging.ERROR)
@@ -157,7 +137,7 @@ def _quieten() -> None:
 
 
 if __name__ == "__main__":
-    # Process 1 of a container hears no signal that it has no handler for: without this one a worker that is told to
-    # stop while it loads its model would hold its device until it is killed. Once it is ready it has its own.
+    # Process 1 of a container ignores signals without a handler. Without this one, a worker that is stopped while it
+    # loads its model would hold its device until it is killed. A ready worker installs its own handler.
     signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
     sys.exit(main(own_process=True))

@@ -1,61 +1,48 @@
-"""`BatchCalls`: what `Client` can do with batches; and `BatchHandle`, one batch as its submitter holds it."""
+"""Batches: `Batches`, what a client does with them by id or handle; and `BatchHandle`, one of them."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack, overload
 
-from calotype.batches.lines import dump
+from calotype.batches.manifest import Manifest, manifest_bytes, whole_lines, with_custom_id
+from calotype.batches.options import BatchOptions, option_fields
 from calotype.batches.plan import batch_folder
-from calotype.batches.record import BatchFormat, BatchRecord
+from calotype.batches.record import BatchRecord
 from calotype.batches.store import BatchStore
-from calotype.resolver import Resolver, Submission, idempotency, storable
-from calotype_shared.errors import IdempotencyConflict, InvalidRequest, JobNotFound, QueueFull, WaitTimeout
-from calotype_shared.queue.job_store import JobStore
+from calotype.batches.waiting import POLL_SECONDS, BatchWaiting
+from calotype.connections import Connections
+from calotype.handle import AnyBatchHandle, BatchRef, ids_of, one_id
+from calotype.resolver import idempotency
+from calotype_shared.errors import BatchNotFound, IdempotencyConflict, InvalidRequest, JobNotFound, QueueFull
 from calotype_shared.queue.submission import Idempotency
-from calotype_shared.schema.config import GenerationConfig
-from calotype_shared.schema.enums import Lane
 from calotype_shared.schema.jobs import new_job_id
-from calotype_shared.settings import Settings
 from calotype_shared.storage.multipart import ObjectWriter, read_chunks, read_lines
-from calotype_shared.storage.s3 import Storage
-
-WINDOW = 2_000  # jobs of a batch in Redis at a time
-POLL_SECONDS = 0.25
-_READ_BYTES = 2**20
-
-Manifest = Path | Iterable[Submission]  # a JSONL file, or configs, prompts and mappings of fields
 
 
-class BatchOptions(TypedDict, total=False):
-    """What may be said of a batch as a whole."""
+class Batches:
+    """`Client.batches`: many jobs from one manifest."""
 
-    lane: Lane  # bulk
-    tenant: str | None
-    metadata: Mapping[str, Any] | None
-    webhook_url: str | None
-    expires_in: float | None  # seconds after which what is not done is given up
-    window: int  # jobs of it in Redis at a time
-    format: BatchFormat  # native
+    def __init__(self, connections: Connections) -> None:
+        settings = connections.settings
+        self._store = BatchStore(
+            connections.redis,
+            key_prefix=settings.key_prefix,
+            retention_seconds=settings.retention_seconds,
+            max_open=settings.max_open_batches,
+            max_open_per_tenant=settings.max_open_batches_per_tenant,
+        )
+        self._jobs = connections.store
+        self._storage = connections.storage
+        self._resolver = connections.resolver
+        self._clock = connections.clock
+        self._sleep = connections.sleep
 
-
-class BatchCalls:
-    """The part of `Client` that is about batches."""
-
-    settings: Settings
-    _store: JobStore
-    _storage: Storage
-    _resolver: Resolver
-    _batches: BatchStore
-    _clock: Callable[[], float]
-    _sleep: Callable[[float], None]
-
-    def submit_batch(
+    def submit(
         self, manifest: Manifest, *, idempotency_key: str | None = None, **options: Unpack[BatchOptions]
     ) -> BatchHandle:
         """Submit many jobs as one batch: a JSONL file of up to a million lines, or an iterable of configs.
@@ -71,43 +58,26 @@ class BatchCalls:
         """
         batch_id = f"batch_{new_job_id()}"
         key = f"{batch_folder(batch_id)}manifest.jsonl"
-        fields = self._batch_fields(options)
+        fields = option_fields(options, self._resolver)
         digest = hashlib.sha256()
         with ObjectWriter(self._storage, key) as writer:
-            for data in _manifest_bytes(manifest):
+            for data in manifest_bytes(manifest):
                 digest.update(data)
                 writer.write(data)
-        return self._create_batch(batch_id, key, fields, idempotency(idempotency_key, digest.hexdigest(), fields))
+        return self._create(batch_id, key, fields, idempotency(idempotency_key, digest.hexdigest(), fields))
 
-    def submit_batch_file(
+    def submit_stored(
         self, key: str, *, input_file: str, idempotency_key: str | None = None, **options: Unpack[BatchOptions]
     ) -> BatchHandle:
-        """The same for a manifest that is in storage already, under the name `input_file`."""
-        fields = {**self._batch_fields(options), "input_file": input_file}
-        return self._create_batch(f"batch_{new_job_id()}", key, fields, idempotency(idempotency_key, key, fields))
+        """Submit a manifest that is in storage already, under the name `input_file`. Raises as `submit`."""
+        fields = {**option_fields(options, self._resolver), "input_file": input_file}
+        return self._create(f"batch_{new_job_id()}", key, fields, idempotency(idempotency_key, key, fields))
 
-    def _batch_fields(self, options: BatchOptions) -> dict[str, str]:
-        """The options as the batch's record holds them. Raises InvalidRequest."""
-        window, expires_in = options.get("window", WINDOW), options.get("expires_in")
-        for field, value, low, high in (("window", window, 1, 100_000), ("expires_in", expires_in, 1, 365 * 86_400)):
-            if value is not None and not low <= value <= high:
-                raise InvalidRequest("is out of range", field=field, value=value, remedy=f"use {low} to {high}")
-        fields = {
-            "lane": options.get("lane", Lane.BULK).value,
-            "tenant": self._resolver.tenant(options.get("tenant")),
-            "format": options.get("format", BatchFormat.NATIVE).value,
-            "window": str(window),
-            "metadata": json.dumps(storable(options.get("metadata"))),
-            "webhook": self._resolver.webhook(options.get("webhook_url")),
-            "expires_after": None if expires_in is None else str(math.ceil(expires_in)),
-        }
-        return {name: value for name, value in fields.items() if value is not None}
-
-    def _create_batch(
+    def _create(
         self, batch_id: str, key: str, fields: Mapping[str, str], asked: Idempotency | None = None
     ) -> BatchHandle:
         try:
-            found = self._batches.create(
+            found = self._store.create(
                 batch_id, tenant=fields["tenant"], fields={**fields, "manifest": key}, idempotency=asked
             )
         except (QueueFull, IdempotencyConflict):
@@ -122,189 +92,208 @@ class BatchCalls:
         if key.startswith(batch_folder(batch_id)):
             self._storage.delete(key)
 
-    def batch(self, batch_id: str) -> BatchRecord:
+    def status(self, batch: BatchRef) -> BatchRecord:
         """The batch as it is now, in one round trip. Raises BatchNotFound."""
-        return self._batches.get(batch_id)
+        return self._store.get(one_id(batch, AnyBatchHandle))
 
-    def batches(self, *, tenant: str | None = None, limit: int = 20, after: str | None = None) -> list[BatchRecord]:
-        """A tenant's batches, newest first. `after` is the last one of the page before."""
-        return self._batches.newest(tenant=self._resolver.tenant(tenant), limit=limit, after=after)
+    def follow(self, batches: BatchRef | Iterable[BatchRef], *, timeout: float | None = None) -> Iterator[BatchRecord]:
+        """Yield each batch's record now and a few times a second, until all are final.
 
-    def cancel_batch(self, batch_id: str) -> BatchRecord:
-        """Nothing new of it starts, and its running jobs stop within a step. A final batch stays as it is."""
-        self._batches.cancel(batch_id)
-        if not self.batch(batch_id).state.final:
-            for job_id in self._batches.live(batch_id):
+        A dispatcher must run somewhere (`calotype dispatcher`).
+
+        Raises:
+            BatchNotFound: a batch has no record.
+            WaitTimeout: after `timeout` seconds; the batches go on.
+        """
+        return self._follow(ids_of(batches, AnyBatchHandle)[0], timeout)
+
+    def _follow(self, ids: Sequence[str], timeout: float | None) -> Iterator[BatchRecord]:
+        waiting = BatchWaiting(ids, started=self._clock(), timeout=timeout)
+        while True:
+            for batch_id in waiting.unfinished:
+                record = self._store.get(batch_id)
+                yield record
+                waiting.update(record, self._clock())
+            if not waiting.unfinished:
+                return
+            self._sleep(POLL_SECONDS)
+
+    @overload
+    def wait(self, batches: BatchRef, timeout: float | None = None) -> BatchRecord: ...  # type: ignore[overload-overlap]
+    @overload
+    def wait(self, batches: Iterable[BatchRef], timeout: float | None = None) -> list[BatchRecord]: ...
+    def wait(
+        self, batches: BatchRef | Iterable[BatchRef], timeout: float | None = None
+    ) -> BatchRecord | list[BatchRecord]:
+        """Wait until the batch, or all of the batches, are final, however they end; returns the records, in order.
+
+        Raises:
+            BatchNotFound, WaitTimeout: as `follow`.
+        """
+        ids, one = ids_of(batches, AnyBatchHandle)
+        final = {record.id: record for record in self._follow(ids, timeout)}
+        records = [final[batch_id] for batch_id in ids]
+        return records[0] if one else records
+
+    @overload
+    def cancel(self, batches: BatchRef) -> BatchRecord: ...  # type: ignore[overload-overlap]
+    @overload
+    def cancel(self, batches: Iterable[BatchRef]) -> list[BatchRecord]: ...
+    def cancel(self, batches: BatchRef | Iterable[BatchRef]) -> BatchRecord | list[BatchRecord]:
+        """Start nothing new of it, and stop its running jobs within a step. A final batch stays as it is.
+
+        Raises:
+            BatchNotFound: a batch has no record. The others are cancelled all the same.
+        """
+        ids, one = ids_of(batches, AnyBatchHandle)
+        records, missing = [], None
+        for batch_id in ids:
+            try:
+                records.append(self._cancel(batch_id))
+            except BatchNotFound as error:
+                missing = missing or error
+        if missing is not None:
+            raise missing
+        return records[0] if one else records
+
+    def _cancel(self, batch_id: str) -> BatchRecord:
+        self._store.cancel(batch_id)
+        if not self._store.get(batch_id).state.final:
+            for job_id in self._store.live(batch_id):
                 with suppress(JobNotFound):  # a dispatcher was faster: it is final, written down and gone
-                    self._store.cancel(job_id)
-        return self.batch(batch_id)
+                    self._jobs.cancel(job_id)
+        return self._store.get(batch_id)
 
-    def pause_batch(self, batch_id: str) -> None:
-        """Send no more of its jobs into the queue; those that are there already run."""
-        self._batches.pause(batch_id, paused=True)
+    def pause(self, batch: BatchRef) -> None:
+        """Send no more of its jobs into the queue; those that are there already run. Raises BatchNotFound."""
+        self._store.pause(one_id(batch, AnyBatchHandle), paused=True)
 
-    def resume_batch(self, batch_id: str) -> None:
-        self._batches.pause(batch_id, paused=False)
+    def resume(self, batch: BatchRef) -> None:
+        """Go on with a paused batch. Raises BatchNotFound."""
+        self._store.pause(one_id(batch, AnyBatchHandle), paused=False)
 
-    def retry_batch(self, batch_id: str, **options: Unpack[BatchOptions]) -> BatchHandle:
-        """A new batch of only those lines of a final one that did not succeed. `options` as for `submit_batch`.
+    def retry(self, batch: BatchRef, **options: Unpack[BatchOptions]) -> BatchHandle:
+        """Submit a new batch of only those lines of a final one that did not succeed. `options` as for `submit`.
 
         Raises:
             InvalidRequest: it is not final yet, or every line succeeded.
         """
-        batch = self.batch(batch_id)
-        if not batch.state.final:
+        record = self.status(batch)
+        if not record.state.final:
             raise InvalidRequest(
-                f"is still {batch.state.value}", field="batch", value=batch_id, remedy="wait for it, or cancel it first"
+                f"is still {record.state.value}",
+                field="batch",
+                value=record.id,
+                remedy="wait until it ends, or cancel it",
             )
-        failed = self._failed_lines(batch)
+        failed = self._failed_lines(record)
         if not failed:
             raise InvalidRequest(
-                "has no failed lines", field="batch", value=batch_id, remedy="there is nothing to retry"
+                "has no failed lines", field="batch", value=record.id, remedy="there is nothing to retry"
             )
         new_id = f"batch_{new_job_id()}"
         key = f"{batch_folder(new_id)}manifest.jsonl"
         with ObjectWriter(self._storage, key) as writer:
-            for line in read_lines(self._storage, batch.manifest):
+            for line in read_lines(self._storage, record.manifest):
                 if line.number in failed:
-                    writer.write(_with_custom_id(line.data, failed[line.number]))
+                    writer.write(with_custom_id(line.data, failed[line.number]))
         kept: BatchOptions = {
-            "lane": batch.lane,
-            "tenant": batch.tenant,
-            "metadata": batch.metadata,
-            "window": batch.window,
-            "format": batch.format,
+            "lane": record.lane,
+            "tenant": record.tenant,
+            "metadata": record.metadata,
+            "window": record.window,
+            "format": record.format,
         }
-        fields = {**self._batch_fields({**kept, **options}), "retry_of": batch_id}
-        return self._create_batch(new_id, key, fields)
+        fields = {**option_fields({**kept, **options}, self._resolver), "retry_of": record.id}
+        return self._create(new_id, key, fields)
 
     def _failed_lines(self, batch: BatchRecord) -> dict[int, str]:
         """Custom ids of the lines that did not succeed, by line."""
         custom_ids = {}
-        for result in self.batch_results(batch.id, errors=True):
+        for result in self.results(batch.id, errors=True):
             job_id = str(result.get("job_id") or str(result["id"]).removeprefix("batch_req_"))
             custom_ids[int(job_id.rpartition("-")[2])] = str(result["custom_id"])
         return custom_ids
 
-    def batch_results(self, batch_id: str, *, errors: bool = False) -> Iterator[dict[str, Any]]:
-        """The results so far, or the errors, one a line; in the order in which the jobs ended."""
-        for data in _lines(self.batch_result_chunks(batch_id, errors=errors)):
-            yield json.loads(data)
+    def results(self, batch: BatchRef, *, errors: bool = False) -> Iterator[dict[str, Any]]:
+        """Yield the results so far, or the errors, one a line; in the order in which the jobs ended.
 
-    def batch_result_chunks(self, batch_id: str, *, errors: bool = False) -> Iterator[bytes]:
-        """The same as the bytes of a JSONL file, a few MiB at a time."""
-        batch = self.batch(batch_id)
+        Raises:
+            BatchNotFound: at the first one.
+        """
+        return map(json.loads, whole_lines(self.result_chunks(batch, errors=errors)))
+
+    def result_chunks(self, batch: BatchRef, *, errors: bool = False) -> Iterator[bytes]:
+        """Yield the same as the bytes of a JSONL file, a few MiB at a time."""
+        return self._result_chunks(one_id(batch, AnyBatchHandle), errors=errors)
+
+    def _result_chunks(self, batch_id: str, *, errors: bool) -> Iterator[bytes]:
+        batch = self._store.get(batch_id)
         kind = "errors" if errors else "output"
         if batch.state.final:
             keys = [key for key in (batch.errors if errors else batch.output,) if key]
         else:
             planned = self._storage.list(batch.plan) if errors and batch.plan else ()
             keys = [key for key in planned if "/errors-" in key]
-            keys += [key for key in self._batches.parts(batch.id) if f".{kind}." in key]
+            keys += [key for key in self._store.parts(batch.id) if f".{kind}." in key]
         for key in keys:
             yield from read_chunks(self._storage, key)
 
-    def wait_batch(self, batch_id: str, timeout: float | None = None) -> BatchRecord:
-        """Wait until it is final. A dispatcher must run somewhere (`calotype dispatcher`). Raises WaitTimeout."""
-        for record in self.follow_batch(batch_id, timeout=timeout):
-            last = record
-        return last
-
-    def follow_batch(self, batch_id: str, *, timeout: float | None = None) -> Iterator[BatchRecord]:
-        """The batch now and a few times a second, until it is final. Raises WaitTimeout."""
-        started = self._clock()
-        while True:
-            record = self.batch(batch_id)
-            yield record
-            if record.state.final:
-                return
-            if timeout is not None and self._clock() - started >= timeout:
-                raise WaitTimeout(still_running(record, timeout))
-            self._sleep(POLL_SECONDS)
+    def list(self, *, tenant: str | None = None, limit: int = 20, after: str | None = None) -> list[BatchRecord]:
+        """A tenant's batches, newest first. `after` is the id of the last one of the page before."""
+        return self._store.newest(tenant=self._resolver.tenant(tenant), limit=limit, after=after)
 
 
-def still_running(record: BatchRecord, timeout: float | None) -> str:
-    """What to say when a wait ends before its batch."""
-    return (
-        f"batch {record.id} is still {record.state.value} after {timeout:g} s "
-        f"({record.counts.done} of {record.counts.total} lines done); wait longer, or cancel it; "
-        "if nothing moves, start a dispatcher: calotype dispatcher"
-    )
+class BatchHandle(AnyBatchHandle[Batches]):
+    """A batch's id with the client's verbs on it. Holds no state: every answer is fresh from Redis."""
 
-
-class BatchHandle:
-    """A batch's id with the client's verbs on it. Holds no state."""
-
-    __slots__ = ("_client", "id")
-
-    def __init__(self, client: BatchCalls, batch_id: str) -> None:
-        self._client = client
-        self.id = batch_id
-
-    def __repr__(self) -> str:
-        return f"BatchHandle({self.id!r})"
+    __slots__ = ()
 
     def status(self) -> BatchRecord:
-        return self._client.batch(self.id)
+        """The batch as it is now. Raises BatchNotFound."""
+        return self._client.status(self.id)
+
+    def done(self) -> bool:
+        """Whether the batch is final, however it ended. Raises BatchNotFound."""
+        return self.status().state.final
 
     def wait(self, timeout: float | None = None) -> BatchRecord:
-        """Wait until it is final, however it ended. Raises WaitTimeout."""
-        return self._client.wait_batch(self.id, timeout)
+        """Wait until it is final, however it ended. Raises BatchNotFound, WaitTimeout."""
+        return self._client.wait(self.id, timeout)
+
+    def result(self, timeout: float | None = None) -> Iterator[dict[str, Any]]:
+        """Wait until it is final; returns an iterator over what became of every line: successes, then errors.
+
+        Raises:
+            BatchNotFound, WaitTimeout: as `wait`.
+        """
+        self.wait(timeout)
+        return itertools.chain(self.results(), self.errors())
+
+    def follow(self, *, timeout: float | None = None) -> Iterator[BatchRecord]:
+        """Yield the batch now and a few times a second, until it is final. Raises as `wait`."""
+        return self._client.follow(self.id, timeout=timeout)
 
     def results(self) -> Iterator[dict[str, Any]]:
-        """What succeeded so far."""
-        return self._client.batch_results(self.id)
+        """Yield what succeeded so far."""
+        return self._client.results(self.id)
 
     def errors(self) -> Iterator[dict[str, Any]]:
-        """What failed so far, with line numbers."""
-        return self._client.batch_results(self.id, errors=True)
+        """Yield what failed so far, with line numbers."""
+        return self._client.results(self.id, errors=True)
 
     def cancel(self) -> BatchRecord:
-        return self._client.cancel_batch(self.id)
+        """Start nothing new of it, and stop its running jobs within a step. Raises BatchNotFound."""
+        return self._client.cancel(self.id)
 
     def pause(self) -> None:
-        self._client.pause_batch(self.id)
+        """Send no more of its jobs into the queue; those that are there already run. Raises BatchNotFound."""
+        self._client.pause(self.id)
 
     def resume(self) -> None:
-        self._client.resume_batch(self.id)
+        """Go on with the paused batch. Raises BatchNotFound."""
+        self._client.resume(self.id)
 
     def retry(self, **options: Unpack[BatchOptions]) -> BatchHandle:
-        """A new batch of only the lines that did not succeed."""
-        return self._client.retry_batch(self.id, **options)
-
-
-def _manifest_bytes(manifest: Manifest) -> Iterator[bytes]:
-    if isinstance(manifest, (str, bytes)):
-        raise InvalidRequest(
-            "is no manifest", field="manifest", value=manifest, remedy="give a pathlib.Path or an iterable of configs"
-        )
-    if isinstance(manifest, Path):
-        with manifest.open("rb") as file:
-            while data := file.read(_READ_BYTES):
-                yield data
-        return
-    for config in manifest:
-        if isinstance(config, GenerationConfig):
-            yield config.canonical_json().encode() + b"\n"
-        else:
-            yield dump({"prompt": config} if isinstance(config, str) else config)
-
-
-def _with_custom_id(data: bytes, custom_id: str) -> bytes:
-    """The line as it was, by the name it had: a line without a name had that of its number."""
-    try:
-        fields = json.loads(data)
-        if isinstance(fields, dict):
-            return dump({**fields, "custom_id": custom_id})
-    except ValueError:
-        pass
-    return data + b"\n"
-
-
-def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    rest = b""
-    for chunk in chunks:
-        *whole, rest = (rest + chunk).split(b"\n")
-        yield from whole
-    if rest:
-        yield rest
+        """Submit a new batch of only the lines that did not succeed. Raises as `Batches.retry`."""
+        return self._client.retry(self.id, **options)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 from calotype.batches.run import BatchRun
 from calotype.batches.store import BatchStore
 from calotype.resolver import Resolver
+from calotype_shared.backoff import full_jitter
 from calotype_shared.errors import BatchNotFound, ServiceUnavailable
 from calotype_shared.queue.connection import connect_redis
 from calotype_shared.queue.job_store import JobStore
@@ -63,8 +64,8 @@ class Dispatcher:
             try:
                 self._look()
             except ServiceUnavailable as error:
-                log.warning("dispatcher waits", extra={"reason": str(error)})
-                self._stop.wait(random.uniform(0, _BACKOFF_SECONDS))
+                log.warning("dispatcher waits for Redis or storage", extra={"reason": str(error)})
+                self._stop.wait(full_jitter(_BACKOFF_SECONDS))
             self._stop.wait(_LOOK_SECONDS)
         for _, thread in self._runs.values():
             thread.join()
@@ -107,10 +108,10 @@ class Dispatcher:
         try:
             run.run()
         except ServiceUnavailable as error:
-            log.warning("batch waits", extra={"batch_id": batch_id, "reason": str(error)})
-            self._stop.wait(random.uniform(0, _BACKOFF_SECONDS))
+            log.warning("batch waits for Redis or storage", extra={"batch_id": batch_id, "reason": str(error)})
+            self._stop.wait(full_jitter(_BACKOFF_SECONDS))
         except Exception:
-            log.exception("a batch met a bug", extra={"batch_id": batch_id})
+            log.exception("unexpected error in a batch", extra={"batch_id": batch_id})
             self._stop.wait(_BACKOFF_SECONDS)
 
     def __enter__(self) -> Self:
@@ -141,7 +142,7 @@ def make_deliverer(
     try:
         from calotype.webhooks import Deliverer, Hooks, describe_job  # noqa: PLC0415 - only where they are used
     except ImportError:
-        raise ServiceUnavailable("webhooks need packages; run: pip install 'calotype[gateway]'") from None
+        raise ServiceUnavailable("webhooks need optional packages; run: pip install 'calotype[gateway]'") from None
     about_job = describe_job(jobs, storage)
 
     def describe(kind: str, about: str) -> dict[str, Any] | None:

@@ -79,14 +79,16 @@ class _OpenAI:
         for field, wanted in (("method", "POST"), ("url", OPENAI_URL)):
             if fields.get(field) != wanted:
                 raise InvalidRequest(
-                    "is not what this batch can do", field=field, value=fields.get(field), remedy=f"use {wanted!r}"
+                    "does not match this batch", field=field, value=fields.get(field), remedy=f"use {wanted!r}"
                 )
         body = fields.get("body")
         if not isinstance(body, Mapping):
-            raise InvalidRequest("must be an object", field="body", value=body, remedy="give the request's fields")
+            raise InvalidRequest(
+                "must be an object", field="body", value=body, remedy="send an object with the request's fields"
+            )
         custom_id = fields.get("custom_id")
         if custom_id is None:
-            raise InvalidRequest("is missing", field="custom_id", value=None, remedy="give each line its own")
+            raise InvalidRequest("is missing", field="custom_id", value=None, remedy="give each line a unique one")
         return Request(read_custom_id(custom_id, number), read_generation(body).config)
 
     def write(self, result: Finished, *, url: Callable[[str], str]) -> dict[str, Any]:
@@ -114,7 +116,7 @@ def parse_line(data: bytes) -> Mapping[str, Any]:
         fields = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(
-            f"is not JSON ({error})", field="line", value=data[:80], remedy="write one JSON object a line, in UTF-8"
+            f"is not JSON ({error})", field="line", value=data[:80], remedy="write one JSON object per line, in UTF-8"
         ) from None
     if not isinstance(fields, dict):
         raise InvalidRequest("is not an object", field="line", value=fields, remedy='write {"prompt": …}')
@@ -137,6 +139,6 @@ def read_custom_id(value: object, number: int) -> str:
         return f"line-{number}"
     if not isinstance(value, str) or not 0 < len(value) <= MAX_CUSTOM_ID or _SURROGATE.search(value):
         raise InvalidRequest(
-            "is no custom id", field="custom_id", value=value, remedy=f"use a text of 1 to {MAX_CUSTOM_ID} characters"
+            "is not valid", field="custom_id", value=value, remedy=f"use a string of 1 to {MAX_CUSTOM_ID} characters"
         )
     return value

@@ -78,7 +78,10 @@ def write_plan(storage: Storage, batch: BatchRecord, resolver: Resolver, *, keep
             continue
         if total == MAX_LINES:
             raise InvalidRequest(
-                f"has more than {MAX_LINES} lines", field="manifest", value=batch.manifest, remedy="split it"
+                f"has more than {MAX_LINES} lines",
+                field="manifest",
+                value=batch.manifest,
+                remedy="split it into several batches",
             )
         total += 1
         in_part += 1
@@ -90,10 +93,10 @@ def write_plan(storage: Storage, batch: BatchRecord, resolver: Resolver, *, keep
         except CalotypeError:
             raise
         except Exception as bug:  # of ours; one line must not keep the whole batch from ever starting
-            log.exception("a line met a bug", extra={"batch_id": batch.id, "line": line.number})
+            log.exception("unexpected error in a manifest line", extra={"batch_id": batch.id, "line": line.number})
             invalid += 1
             told = InvalidRequest(
-                f"met a bug ({type(bug).__name__})", field="line", value=line.number, remedy="correct or report it"
+                f"caused an internal error ({type(bug).__name__})", field="line", value=line.number, remedy="report it"
             )
             errors += reader.refuse(line, told)
         if in_part == _PART:
@@ -118,7 +121,7 @@ class _Reader:
         seen = int.from_bytes(hashlib.blake2b(request.custom_id.encode(), digest_size=8).digest())
         if seen in self._seen:
             raise InvalidRequest(
-                "was used by an earlier line", field="custom_id", value=request.custom_id, remedy="give each its own"
+                "was used by an earlier line", field="custom_id", value=request.custom_id, remedy="use a unique one"
             )
         batch = self._batch
 

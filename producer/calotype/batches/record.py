@@ -9,7 +9,8 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict
 
-from calotype_shared.queue.records import SCHEMA, UnreadableRecord, in_short
+from calotype_shared.errors import UnreadableRecord
+from calotype_shared.queue.records import SCHEMA, in_short
 from calotype_shared.schema.enums import JobState, Lane
 
 
@@ -27,6 +28,7 @@ class BatchState(StrEnum):
 
     @property
     def final(self) -> bool:
+        """Whether the batch has ended."""
         return self in (BatchState.COMPLETED, BatchState.FAILED, BatchState.EXPIRED, BatchState.CANCELLED)
 
 
@@ -54,6 +56,7 @@ class BatchCounts(BaseModel):
 
     @property
     def done(self) -> int:
+        """Lines that have a result or an error."""
         return self.invalid + self.succeeded + self.failed + self.cancelled + self.expired
 
 
@@ -121,8 +124,8 @@ class BatchRecord(BaseModel):
         except (KeyError, ValueError) as error:
             schema = fields.get("schema", "?")
             raise UnreadableRecord(
-                f"batch {batch_id}: its record, of schema {schema!r}, is not understood ({in_short(error)}); this "
-                f"version knows up to {SCHEMA}: upgrade this process, or delete a record that is damaged"
+                f"batch {batch_id}: its record, of schema {schema!r}, cannot be read ({in_short(error)}); this "
+                f"version reads up to schema {SCHEMA}: upgrade this process, or delete the record if it is damaged"
             ) from error
 
     @classmethod

@@ -112,7 +112,7 @@ class BatchRun:
         try:
             if not self._storage.exists(batch.manifest):
                 raise InvalidRequest(
-                    "is not in storage", field="manifest", value=batch.manifest, remedy="submit the batch again"
+                    "is missing in storage", field="manifest", value=batch.manifest, remedy="submit the batch again"
                 )
             planned = write_plan(self._storage, batch, self._resolver, keep_on=keep_on)
         except InvalidRequest as error:

@@ -10,8 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from redis import Redis
 
 from calotype.batches.record import BatchRecord, BatchState
-from calotype_shared.errors import BatchNotFound, IdempotencyConflict, QueueFull, no_such_batch
-from calotype_shared.queue.records import UnreadableRecord
+from calotype_shared.errors import BatchNotFound, IdempotencyConflict, QueueFull, UnreadableRecord, no_such_batch
 from calotype_shared.queue.scripts import Scripted, said_clearly
 from calotype_shared.queue.submission import Idempotency, NewJob
 
@@ -61,7 +60,7 @@ class BatchStore(Scripted):
         found, asked = answer
         if asked != request:
             raise IdempotencyConflict(
-                "was used before, for another request",
+                "was used before for a different request",
                 field="idempotency_key",
                 value=key,
                 remedy="use a new key for a new request",
@@ -225,7 +224,7 @@ def _full(whose: str, count: str, most: str) -> QueueFull:
     setting = "CALOTYPE_MAX_OPEN_BATCHES_PER_TENANT" if whose == "tenant" else "CALOTYPE_MAX_OPEN_BATCHES"
     those = "this tenant's batches" if whose == "tenant" else "batches"
     return QueueFull(
-        f"{count} of {those} are open, and {most} may be; wait until one is done, put more lines into one, or raise "
+        f"{count} of {those} are open, and the limit is {most}; wait until one ends, use fewer batches, or raise "
         f"{setting}",
         _RETRY_SECONDS,
     )

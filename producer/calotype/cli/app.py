@@ -1,13 +1,14 @@
-"""The `calotype` command: its table of commands, and the one place where errors become exit statuses."""
+"""The `calotype` command: its subcommands, and the conversion of errors to exit statuses."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from importlib import metadata
+from typing import Annotated
 
 import typer
 
+import calotype
 from calotype.cli import batch, dead, jobs, keys, serve
 from calotype.cli.dispatcher import dispatcher
 from calotype.cli.exit_codes import ExitCode, exit_code, exit_code_help
@@ -34,7 +35,7 @@ def build_app() -> typer.Typer:
     app.command()(dispatcher)
     app.command()(gateway)
     app.command()(gc)
-    # Their options are another process's own: passed on as they are, --help too.
+    # Their options belong to another process and are passed on unchanged, including --help.
     handed_over = {"allow_extra_args": True, "ignore_unknown_options": True}
     app.command(add_help_option=False, context_settings=handed_over)(serve.worker)
     app.command(add_help_option=False, context_settings=handed_over)(train)
@@ -51,15 +52,26 @@ def build_app() -> typer.Typer:
     return app
 
 
-def _root(context: typer.Context) -> None:
+def _root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
     """An asynchronous job queue for diffusion models."""
     if context.invoked_subcommand is None:
         print(context.get_help())
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        version()
+        raise typer.Exit
+
+
 def version(as_json: jobs.AsJson = False) -> None:
-    """Print the version."""
-    number = metadata.version("calotype")
+    """Print Calotype's version."""
+    number = calotype.__version__
     print_json({"version": number}) if as_json else print(f"calotype {number}")
 
 

@@ -11,13 +11,18 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from calotype.cli.exit_codes import ExitCode
 from calotype.cli.output import clock_time, print_json, print_table, record_json, record_line, report, say
-from calotype.client import Client, require_success
+from calotype.client import Client
+from calotype.fields import JobFields
+from calotype.jobs import require_success
 from calotype_shared.errors import InvalidRequest, JobNotFound
 from calotype_shared.schema.config import QUALITY_PRESETS
 from calotype_shared.schema.enums import JobState, Lane, OutputFormat, SamplerType
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, errors too.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, including errors.")]
 JobId = Annotated[str, typer.Argument(metavar="ID")]
+
+
+_FIELDS = tuple(name for name in JobFields.__annotations__ if name != "prompt")
 
 
 def _client() -> Client:
@@ -37,69 +42,87 @@ def _control(entry: str) -> dict[str, Any]:
     if file and scale.replace(".", "", 1).isdigit():
         return {"name": name, "image": Path(file), "scale": scale}
     if not rest:
-        raise InvalidRequest("names no image", field="--control", value=entry, remedy="write NAME:FILE")
+        raise InvalidRequest("does not name an image", field="--control", value=entry, remedy="write NAME:FILE")
     return {"name": name, "image": Path(rest)}
 
 
 def submit(  # noqa: PLR0917 - the command's options; Typer passes them by name
-    prompt: Annotated[str, typer.Argument(help="What the image should show.")],
-    negative: Annotated[str | None, typer.Option(help="What it should not show.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps [50].")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 or less turns guidance off [7.5].")] = None,
-    sampler: Annotated[str | None, typer.Option(help=f"{', '.join(SamplerType)} [ddim].")] = None,
-    seed: Annotated[int | None, typer.Option(help="Drawn and stored if not given.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels [the model's own size].")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels [the model's own size].")] = None,
-    model: Annotated[str | None, typer.Option(help="One of `calotype models` [demo].")] = None,
+    prompt: Annotated[str, typer.Argument(help="Text that describes the image.")],
+    negative_prompt: Annotated[
+        str | None, typer.Option("--negative-prompt", "--negative", help="Text that describes what to avoid.")
+    ] = None,
+    num_inference_steps: Annotated[
+        int | None, typer.Option("--num-inference-steps", "--steps", help="Number of denoising steps [50].")
+    ] = None,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option("--guidance-scale", "--guidance", help="Guidance scale; 1 or less turns guidance off [7.5]."),
+    ] = None,
+    sampler: Annotated[str | None, typer.Option(help=f"Sampler: {', '.join(SamplerType)} [ddim].")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the first image; random if not given.")] = None,
+    width: Annotated[int | None, typer.Option(help="Width in pixels [the model's native width].")] = None,
+    height: Annotated[int | None, typer.Option(help="Height in pixels [the model's native height].")] = None,
+    model: Annotated[str | None, typer.Option(help="Model, as listed by `calotype models` [demo].")] = None,
     quality: Annotated[
-        str | None, typer.Option(help=f"Steps and guidance at once: {', '.join(QUALITY_PRESETS)}.")
+        str | None, typer.Option(help=f"Preset for steps and guidance: {', '.join(QUALITY_PRESETS)}.")
     ] = None,
-    num_images: Annotated[int | None, typer.Option(help="Images, with seeds that count up [1].")] = None,
-    output_format: Annotated[str | None, typer.Option("--format", help=f"{', '.join(OutputFormat)} [png].")] = None,
-    init_image: Annotated[Path | None, typer.Option(help="An image to start from.", dir_okay=False)] = None,
-    mask: Annotated[Path | None, typer.Option(help="White is painted anew, black is kept.", dir_okay=False)] = None,
-    strength: Annotated[float | None, typer.Option(help="0 keeps the image, 1 ignores it [0.75; 1 with mask].")] = None,
-    lora: Annotated[list[str] | None, typer.Option(help="NAME or NAME:WEIGHT; may be repeated.")] = None,
-    control: Annotated[
-        list[str] | None, typer.Option(help="NAME:FILE or NAME:FILE:SCALE, a ControlNet and its image; repeatable.")
+    num_images: Annotated[int | None, typer.Option(help="Number of images, with consecutive seeds [1].")] = None,
+    output_format: Annotated[
+        str | None, typer.Option("--output-format", "--format", help=f"File format: {', '.join(OutputFormat)} [png].")
     ] = None,
-    refiner: Annotated[str | None, typer.Option(help="NAME or NAME:START, a model that takes over [0.8].")] = None,
-    also: Annotated[list[str] | None, typer.Option(help="A further model to make the same images.")] = None,
-    preview_every: Annotated[int | None, typer.Option(help="Steps between previews.")] = None,
-    frames: Annotated[int | None, typer.Option(help="Of a video.")] = None,
-    lane: Annotated[Lane, typer.Option(help="interactive jobs go first.")] = Lane.INTERACTIVE,
-    wait: Annotated[bool, typer.Option("--wait", help="Wait until it is done.")] = False,
-    timeout: Annotated[float | None, typer.Option(help="Give up waiting after so many seconds.", min=0)] = None,
+    init_image: Annotated[Path | None, typer.Option(help="Image to start from.", dir_okay=False)] = None,
+    mask_image: Annotated[
+        Path | None,
+        typer.Option("--mask-image", "--mask", help="Mask image: white is repainted, black is kept.", dir_okay=False),
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="How much init_image changes: 0 keeps it, 1 ignores it [0.75; 1 with mask].")
+    ] = None,
+    loras: Annotated[
+        list[str] | None, typer.Option("--loras", "--lora", help="LoRA as NAME or NAME:WEIGHT; may be repeated.")
+    ] = None,
+    controls: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--controls",
+            "--control",
+            help="ControlNet and its image as NAME:FILE or NAME:FILE:SCALE; may be repeated.",
+        ),
+    ] = None,
+    refiner: Annotated[
+        str | None,
+        typer.Option(
+            help="Refiner model as NAME or NAME:START, with the share of steps after which it takes over [0.8]."
+        ),
+    ] = None,
+    ensemble: Annotated[
+        list[str] | None,
+        typer.Option("--ensemble", "--also", help="Additional model that makes the same images; may be repeated."),
+    ] = None,
+    preview_every: Annotated[int | None, typer.Option(help="Number of steps between previews.")] = None,
+    num_frames: Annotated[
+        int | None, typer.Option("--num-frames", "--frames", help="Number of frames of a video.")
+    ] = None,
+    lane: Annotated[Lane, typer.Option(help="Priority; interactive jobs go first.")] = Lane.INTERACTIVE,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until the job ends.")] = False,
+    timeout: Annotated[float | None, typer.Option(help="Maximum number of seconds to wait.", min=0)] = None,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", file_okay=False, help="Save the images in this folder (waits).")
+        Path | None,
+        typer.Option("-o", "--output", file_okay=False, help="Folder to save the images in; implies --wait."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Queue a job; prints its id."""
-    given: dict[str, Any] = {
-        "negative_prompt": negative,
-        "num_inference_steps": steps,
-        "guidance_scale": guidance,
-        "sampler": sampler,
-        "seed": seed,
-        "width": width,
-        "height": height,
-        "model": model,
-        "quality": quality,
-        "num_images": num_images,
-        "output_format": output_format,
-        "init_image": init_image,
-        "mask_image": mask,
-        "strength": strength,
-        "loras": lora and [_pair(entry, "name", "weight") for entry in lora],
-        "controls": control and [_control(entry) for entry in control],
-        "refiner": refiner and _pair(refiner, "model", "start"),
-        "ensemble": also,
-        "preview_every": preview_every,
-        "num_frames": frames,
-    }
+    """Queue a job and print its id."""
+    options = dict(locals())  # those of a config are named as its fields
+    fields: JobFields = {name: options[name] for name in _FIELDS if options[name] not in (None, [])}  # type: ignore[assignment]
+    if loras:
+        fields["loras"] = [_pair(entry, "name", "weight") for entry in loras]
+    if controls:
+        fields["controls"] = [_control(entry) for entry in controls]
+    if refiner:
+        fields["refiner"] = _pair(refiner, "model", "start")
     with _client() as client:
-        job = client.submit(prompt, lane=lane, **{name: value for name, value in given.items() if value is not None})
+        job = client.submit(prompt, lane=lane, **fields)
         if not (wait or output):
             print_json(record_json(job.status())) if as_json else print(job.id)
             return
@@ -108,15 +131,15 @@ def submit(  # noqa: PLR0917 - the command's options; Typer passes them by name
         try:
             _follow_with_bar(client, job.id, timeout)
         except KeyboardInterrupt:
-            say(f"job {job.id} goes on; see it with: calotype status {job.id}, stop it with: calotype cancel {job.id}")
+            say(f"job {job.id} continues; see calotype status {job.id}, or stop it with calotype cancel {job.id}")
             raise
         record = job.status()
         require_success(record)
         files = []
         if output is not None:
             output.mkdir(parents=True, exist_ok=True)
-            files = [str(image.save(output)) for image in client.images(job.id)]
-        urls = client.urls(job.id)
+            files = [str(image.save(output)) for image in job.images()]
+        urls = job.urls()
         if as_json:
             print_json({**record_json(record), "files": files, "urls": urls})
         else:
@@ -125,16 +148,16 @@ def submit(  # noqa: PLR0917 - the command's options; Typer passes them by name
 
 def status(
     job_id: JobId,
-    watch: Annotated[bool, typer.Option("--watch", help="Print each change until the job is done.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Print each change until the job ends.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show a job. With --watch the exit status tells how it ended."""
+    """Show a job. With --watch the exit status says how it ended."""
     with _client() as client:
         if not watch:
             record = client.status(job_id)
             print_json(record_json(record)) if as_json else print(record_line(record))
             return
-        for record in client.follow([job_id]):
+        for record in client.follow(job_id):
             print_json(record_json(record)) if as_json else print(record_line(record), flush=True)
         require_success(record)
 
@@ -142,7 +165,7 @@ def status(
 def cancel(
     job_ids: Annotated[list[str], typer.Argument(metavar="ID…", help="Jobs to cancel.")], as_json: AsJson = False
 ) -> None:
-    """Cancel jobs, queued or running, at once. A job that is done already stays as it is."""
+    """Cancel queued or running jobs immediately. A finished job stays as it is."""
     missing = False
     with _client() as client:
         for job_id in job_ids:
@@ -161,8 +184,8 @@ def cancel(
 
 
 def jobs(
-    state: Annotated[JobState | None, typer.Option(help="Only those in this state.")] = None,
-    limit: Annotated[int, typer.Option(help="At most so many.", min=1)] = 20,
+    state: Annotated[JobState | None, typer.Option(help="Only jobs in this state.")] = None,
+    limit: Annotated[int, typer.Option(help="Maximum number of jobs.", min=1)] = 20,
     as_json: AsJson = False,
 ) -> None:
     """List jobs, newest first."""
@@ -184,7 +207,7 @@ def jobs(
 
 
 def models(as_json: AsJson = False) -> None:
-    """List the models that workers have announced, and who serves them now."""
+    """List the models that workers have announced, with the number of live workers for each."""
     with _client() as client:
         cards = client.models()
         workers = client.workers()
@@ -193,7 +216,7 @@ def models(as_json: AsJson = False) -> None:
         print_json([{**card.model_dump(mode="json"), "workers": serving[name]} for name, card in cards.items()])
         return
     if not cards:
-        say("no model has been announced yet; start a worker: calotype worker --model demo")
+        say("no worker has announced a model yet; start one with: calotype worker --model demo")
         return
     print_table(
         ("MODEL", "FAMILY", "SIZES", "WORKERS", "DESCRIPTION"),
@@ -210,5 +233,5 @@ def _follow_with_bar(client: Client, job_id: str, timeout: float | None) -> None
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task(JobState.QUEUED.value, total=1.0)
-        for record in client.follow([job_id], timeout=timeout):
+        for record in client.follow(job_id, timeout=timeout):
             progress.update(bar, completed=record.progress, description=record.state.value)

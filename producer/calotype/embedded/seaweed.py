@@ -75,7 +75,7 @@ class SeaweedServer:
     def stop(self) -> None:
         self.process.stop()
         for port in self._ports:  # its gRPC sockets have a fixed place, and a killed process leaves them
-            for socket in Path("/tmp").glob(f"seaweedfs-*-grpc-{port}.sock"):
+            for socket in Path("/tmp").glob(f"seaweedfs-*-grpc-{port}.sock"):  # noqa: S108 - its choice
                 socket.unlink(missing_ok=True)
 
     def _await_ready(self, bucket: str, timeout: float) -> None:
@@ -86,7 +86,7 @@ class SeaweedServer:
         while True:
             if not self.process.alive:
                 raise StorageUnavailable(
-                    f"the embedded SeaweedFS exited with status {self.process.exit_code} while starting; "
+                    f"the embedded SeaweedFS exited with status {self.process.exit_code} during start-up; "
                     f"its last log lines:\n{self.process.log_tail()}"
                 )
             try:
@@ -95,7 +95,7 @@ class SeaweedServer:
             except (BotoCoreError, ClientError) as error:
                 if time.monotonic() > deadline:
                     raise StorageUnavailable(
-                        f"the embedded SeaweedFS took no object within {timeout:g} s ({error}); "
+                        f"the embedded SeaweedFS did not store an object within {timeout:g} s ({error}); "
                         f"its last log lines:\n{self.process.log_tail()}"
                     ) from error
             time.sleep(_POLL_SECONDS)

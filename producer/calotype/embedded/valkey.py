@@ -65,7 +65,7 @@ class ValkeyServer:
             while True:
                 if not self.process.alive:
                     raise RedisUnavailable(
-                        f"the embedded Valkey exited with status {self.process.exit_code} while starting; "
+                        f"the embedded Valkey exited with status {self.process.exit_code} during start-up; "
                         f"its last log lines:\n{self.process.log_tail()}"
                     )
                 try:

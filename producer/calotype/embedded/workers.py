@@ -30,7 +30,7 @@ def require_worker() -> None:
     missing = [name for name in _WORKER_PACKAGES if find_spec(name) is None]
     if missing:
         raise ServiceUnavailable(
-            f"the worker is not installed here ({', '.join(missing)} missing); run: pip install 'calotype[worker]'"
+            f"the worker is not installed ({', '.join(missing)} missing); run: pip install 'calotype[worker]'"
         )
 
 
@@ -114,7 +114,7 @@ class LocalWorkers:
             for slot in self._slots:
                 if not slot.process.alive:
                     raise ServiceUnavailable(
-                        f"the worker on {slot.device} exited with status {slot.process.exit_code} while starting; "
+                        f"the worker on {slot.device} exited with status {slot.process.exit_code} during start-up; "
                         f"its last log lines:\n{slot.process.log_tail()}"
                     )
             announced = {report.pid for report in reports()}

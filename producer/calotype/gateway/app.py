@@ -25,7 +25,6 @@ from calotype.gateway.limits import BodyLimit, ConcurrencyLimit
 from calotype.gateway.request_metrics import RequestMetricsMiddleware
 from calotype.gateway.settings import GatewaySettings
 from calotype.gateway.state import Services, ServicesDep, lifespan
-from calotype_shared.observability.tracing import NOOP_TELEMETRY
 from calotype_shared.settings import Settings
 
 ROUTERS: tuple[APIRouter, ...] = tuple(
@@ -72,6 +71,5 @@ def create_app(settings: Settings, gateway: GatewaySettings) -> FastAPI:
         app.include_router(router)
     app.add_middleware(ConcurrencyLimit, most=gateway.max_waiting)
     app.add_middleware(BodyLimit, settings=gateway)
-    if services.metrics is not None or services.telemetry is not NOOP_TELEMETRY:
-        app.add_middleware(RequestMetricsMiddleware, observer=services.metrics, telemetry=services.telemetry)
+    app.add_middleware(RequestMetricsMiddleware, observer=services.metrics, tracer=services.telemetry.tracer)
     return app

@@ -53,7 +53,7 @@ class Dropped(BaseModel):
 @router.get("/dead", operation_id="listDead", tags=["jobs"], response_model=DeadList, responses=documented())
 async def list_dead(caller: Reader, services: ServicesDep, limit: Annotated[int, Query(ge=1, le=100)] = 20) -> Response:
     """Jobs that failed for good, each with the history of its attempts."""
-    found = await run_in_threadpool(services.client.dead, limit=limit + 1, tenant=caller.tenant)
+    found = await run_in_threadpool(services.client.dead_jobs.list, limit=limit + 1, tenant=caller.tenant)
     data = [await view(record, services) for record in found[:limit]]
     return JSONResponse({"data": data, "has_more": len(found) > limit})
 
@@ -69,7 +69,7 @@ async def retry_dead(job_id: JobId, caller: Writer, services: ServicesDep) -> Re
     """Submit its config once more, as a new job, and take the old one off the list."""
     record = await services.job(job_id, caller.tenant)
     async with caller.taking(images=record.config.image_count):
-        handle = await run_in_threadpool(services.client.retry_dead, job_id)
+        handle = await run_in_threadpool(services.client.dead_jobs.retry, job_id)
     return JSONResponse({"id": handle.id, "retry_of": job_id})
 
 
@@ -79,7 +79,7 @@ async def retry_dead(job_id: JobId, caller: Writer, services: ServicesDep) -> Re
 async def drop_dead(job_id: JobId, caller: Writer, services: ServicesDep) -> Response:
     """Take it off the list; its record stays for its time."""
     await services.job(job_id, caller.tenant)
-    await run_in_threadpool(services.client.drop_dead, job_id)
+    await run_in_threadpool(services.client.dead_jobs.drop, job_id)
     return JSONResponse({"id": job_id, "dropped": True})
 
 

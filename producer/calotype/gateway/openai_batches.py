@@ -11,8 +11,8 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
-from calotype.batches.client import BatchOptions
 from calotype.batches.lines import OPENAI_URL
+from calotype.batches.options import BatchOptions
 from calotype.batches.record import BatchFormat, BatchRecord, BatchState
 from calotype.gateway.auth import Batcher
 from calotype.gateway.errors import documented
@@ -137,7 +137,7 @@ async def create_batch(
     file = await find_file(services, wanted.input_file_id, caller.tenant)
     if RESULT.fullmatch(file.id):
         raise InvalidRequest(
-            "is no input file", field="input_file_id", value=file.id, remedy="upload one: POST /v1/files"
+            "is not an input file", field="input_file_id", value=file.id, remedy="upload one: POST /v1/files"
         )
     window = _WINDOW.fullmatch(wanted.completion_window)
     assert window is not None
@@ -151,7 +151,7 @@ async def create_batch(
         "expires_in": hours * 3600,
     }
     handle = await run_in_threadpool(
-        services.client.submit_batch_file,
+        services.client.batches.submit_stored,
         services.files.key(caller.tenant, file.id),
         input_file=file.id,
         idempotency_key=idempotency_key,
@@ -163,7 +163,7 @@ async def create_batch(
 @router.get("/batches", operation_id="openaiListBatches", response_model=BatchList, responses=documented(openai=True))
 async def list_batches(caller: Batcher, services: ServicesDep, limit: Limit = 20, after: After = None) -> Response:
     """Batches, newest first."""
-    found = await run_in_threadpool(services.client.batches, tenant=caller.tenant, limit=limit + 1, after=after)
+    found = await run_in_threadpool(services.client.batches.list, tenant=caller.tenant, limit=limit + 1, after=after)
     page = [_shown(batch) for batch in found[:limit]]
     ends = {"first_id": page[0]["id"] if page else None, "last_id": page[-1]["id"] if page else None}
     return JSONResponse({"object": "list", "data": page, **ends, "has_more": len(found) > limit})
@@ -189,7 +189,7 @@ async def get_batch(batch_id: BatchId, caller: Batcher, services: ServicesDep) -
 async def cancel_batch(batch_id: BatchId, caller: Batcher, services: ServicesDep) -> Response:
     """Nothing new of it starts, and its running jobs stop within a step."""
     await services.batch(batch_id, caller.tenant)
-    return JSONResponse(_shown(await run_in_threadpool(services.client.cancel_batch, batch_id)))
+    return JSONResponse(_shown(await run_in_threadpool(services.client.batches.cancel, batch_id)))
 
 
 class BatchImage(BaseModel):
@@ -213,7 +213,7 @@ class BatchImages(BaseModel):
 async def list_images(batch_id: BatchId, caller: Batcher, services: ServicesDep, limit: Limit = 20) -> Response:
     """Ours besides: the first images in a batch's output, to look at; while it runs, too."""
     await services.batch(batch_id, caller.tenant)
-    lines = await run_in_threadpool(lambda: list(itertools.islice(services.client.batch_results(batch_id), limit)))
+    lines = await run_in_threadpool(lambda: list(itertools.islice(services.client.batches.results(batch_id), limit)))
     found = [(line["custom_id"], image) for line in lines for image in _images_of(line)][:limit]
     links = iter(await services.links([image["key"] for _, image in found if "key" in image]))
     data = [
@@ -242,8 +242,8 @@ async def steer_batch(
     caller.require_no_quota()
     await services.batch(batch_id, caller.tenant)
     if verb == "retry":
-        batch_id = (await run_in_threadpool(services.client.retry_batch, batch_id)).id
+        batch_id = (await run_in_threadpool(services.client.batches.retry, batch_id)).id
     else:
-        steer = services.client.pause_batch if verb == "pause" else services.client.resume_batch
+        steer = services.client.batches.pause if verb == "pause" else services.client.batches.resume
         await run_in_threadpool(steer, batch_id)
     return JSONResponse(_shown(await services.batch(batch_id, caller.tenant)))

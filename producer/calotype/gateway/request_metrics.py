@@ -1,14 +1,16 @@
-"""`Watched`: ASGI middleware that counts, times and traces requests, where somebody wants to know."""
+"""`RequestMetricsMiddleware`: ASGI middleware that counts, times and traces requests."""
 
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
+from opentelemetry.trace import INVALID_SPAN, Span, SpanKind, Tracer
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from calotype_shared.observability.logs import about
-from calotype_shared.observability.tracing import NOOP_SPAN, Span, Telemetry, trace_id_of
+from calotype_shared.observability.tracing import context_of, mark_failed, span_block, trace_id_of
 
 _NO_ROUTE = "(none)"
 _NO_ANSWER = 499  # nginx's number for a client that hung up first
@@ -23,13 +25,13 @@ class Observer(Protocol):
 class RequestMetricsMiddleware:
     """Outermost, so that what the limits refuse is counted too.
 
-    What changes something is traced, and whatever a caller traces itself; not the many looks at a job by others.
+    Requests that change something are traced, and those that a caller traces itself; not the polling of others.
     """
 
-    def __init__(self, app: ASGIApp, observer: Observer | None, telemetry: Telemetry) -> None:
+    def __init__(self, app: ASGIApp, observer: Observer | None, tracer: Tracer) -> None:
         self._app = app
         self._observer = observer
-        self._telemetry = telemetry
+        self._tracer = tracer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -43,8 +45,8 @@ class RequestMetricsMiddleware:
                 status = message["status"]
             await send(message)
 
-        span, method = self._begin(scope), scope["method"]
-        with span, about(trace_id=trace_id_of(span.traceparent)):
+        method = scope["method"]
+        with self._span(scope) as span, about(trace_id=trace_id_of(span)):
             try:
                 await self._app(scope, receive, answered)
             except Exception:
@@ -56,16 +58,18 @@ class RequestMetricsMiddleware:
                     self._observer.request(
                         route=route, method=method, status=status, seconds=time.perf_counter() - began
                     )
-                span.rename(f"{method} {route}")
-                span.set(**{"http.request.method": method, "http.route": route, "http.response.status_code": status})
+                span.update_name(f"{method} {route}")
+                span.set_attributes(
+                    {"http.request.method": method, "http.route": route, "http.response.status_code": status}
+                )
                 if status >= 500:
-                    span.fail(str(status))
+                    mark_failed(span, str(status))
 
-    def _begin(self, scope: Scope) -> Span:
+    def _span(self, scope: Scope) -> AbstractContextManager[Span]:
         parent = dict(scope["headers"]).get(b"traceparent", b"").decode("latin-1")
         if scope["method"] in ("GET", "HEAD") and not parent:
-            return NOOP_SPAN
-        return self._telemetry.begin(scope["method"], kind="server", parent=parent)
+            return nullcontext(INVALID_SPAN)
+        return span_block(self._tracer, scope["method"], within=context_of(parent), kind=SpanKind.SERVER)
 
 
 def route_of(scope: Scope) -> str:

@@ -69,7 +69,7 @@ class Services:
 
     async def batch(self, batch_id: str, tenant: str) -> BatchRecord:
         """A tenant's batch as it is now. Raises BatchNotFound."""
-        batch = await run_in_threadpool(self.client.batch, batch_id)
+        batch = await run_in_threadpool(self.client.batches.status, batch_id)
         if batch.tenant != tenant:
             raise no_such_batch(batch_id)
         return batch

@@ -43,14 +43,14 @@ class Report:
 
     @property
     def removed(self) -> int:
-        return sum(tally.removed for tally in self.by_kind.values())
+        return sum(count.removed for count in self.by_kind.values())
 
     @property
     def removed_bytes(self) -> int:
-        return sum(tally.removed_bytes for tally in self.by_kind.values())
+        return sum(count.removed_bytes for count in self.by_kind.values())
 
     def json(self) -> dict[str, Any]:
-        kinds = {kind.value: vars(tally) for kind, tally in self.by_kind.items()}
+        kinds = {kind.value: vars(count) for kind, count in self.by_kind.items()}
         return {
             "dry_run": self.dry_run,
             "removed": self.removed,

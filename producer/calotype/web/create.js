@@ -1,7 +1,7 @@
 // The form: what a job should be. Its fields are those of the API, by the same names.
 
 import { call, wordsOf } from "./api.js";
-import { announce, element, find, notify } from "./dom.js";
+import { announce, element, find, notify, onMakeAgain } from "./dom.js";
 import { SAMPLERS } from "./format.js";
 import { showJob } from "./job_card.js";
 import { models } from "./models.js";
@@ -26,6 +26,7 @@ export function startCreate() {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form().requestSubmit();
   });
   form().addEventListener("input", (event) => clearProblem(event.target));
+  onMakeAgain(again);
   find("#model").addEventListener("change", fitToModel);
   find("#carried-drop").addEventListener("click", () => carry({}));
   for (const range of document.querySelectorAll("[data-for]")) {
@@ -171,7 +172,7 @@ function clearProblem(input) {
 }
 
 /** Fill the form with a job's config; the seed of one of its images, if one is given. */
-export async function again(config, { seed } = {}) {
+async function again(config, { seed } = {}) {
   location.hash = "#/create";
   await load();
   find("#model").value = config.model;

@@ -81,6 +81,18 @@ export async function copy(text, what) {
   }
 }
 
+const AGAIN = "calotype-again";
+
+/** Ask for the form to be filled with a job's config, and with the seed of one of its images. */
+export function makeAgain(config, { seed } = {}) {
+  document.dispatchEvent(new CustomEvent(AGAIN, { detail: { config, seed } }));
+}
+
+/** Call `fill(config, { seed })` at each such request. */
+export function onMakeAgain(fill) {
+  document.addEventListener(AGAIN, ({ detail: { config, seed } }) => fill(config, { seed }));
+}
+
 /** Call `look` now and every so often while `wanted()` and the page is visible; errors slow it down. */
 export function poll(look, seconds, wanted) {
   let timer, busy = false;

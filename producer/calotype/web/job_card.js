@@ -1,8 +1,7 @@
 // A job as it is being made: previews, progress, and its images in the end.
 
 import { call, events, wordsOf } from "./api.js";
-import { again } from "./create.js";
-import { announce, element, find, notify, setText } from "./dom.js";
+import { announce, element, find, makeAgain, notify, setText } from "./dom.js";
 import { STATES, duration, plural, shorten } from "./format.js";
 import { openImage, showMedia } from "./viewer.js";
 
@@ -149,7 +148,7 @@ function tell(card, words, job) {
   state.append(
     element(
       "button",
-      { type: "button", class: "quiet small", on: { click: () => again(job.config, { seed: job.images?.[0]?.seed }) } },
+      { type: "button", class: "quiet small", on: { click: () => makeAgain(job.config, { seed: job.images?.[0]?.seed }) } },
       "Again with changes",
     ),
   );

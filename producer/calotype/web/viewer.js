@@ -1,8 +1,7 @@
 // One image, large, with everything that made it.
 
 import { call, wordsOf } from "./api.js";
-import { again } from "./create.js";
-import { copy, element, find, notify } from "./dom.js";
+import { copy, element, find, makeAgain, notify } from "./dom.js";
 import { STATES, SAMPLERS, bytes, count, duration, shorten, time } from "./format.js";
 
 /** The element that shows a job's image: an image, a video, or a link where a browser can show neither. */
@@ -153,5 +152,5 @@ async function addProvenance(box, job, index) {
 
 function changeIt(job, seed) {
   find("#image").close();
-  again(job.config, { seed });
+  makeAgain(job.config, { seed });
 }

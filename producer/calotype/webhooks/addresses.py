@@ -1,25 +1,21 @@
 """Where webhooks may go: addresses that anyone on the internet may ask, and never our own network.
 
 An address is checked twice. `check_webhook_url` refuses what is wrong on its face, when a job is submitted.
-`GuardedBackend` looks at what the host's name means at the moment of sending, and connects to the very address that
-it looked at: a name that changes its meaning in between (DNS rebinding) finds nothing.
+`GuardedNetwork` (network.py) checks what the host's name resolves to at the moment of sending.
 """
 
 from __future__ import annotations
 
 import re
 import socket
-from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 
-import httpcore
-import httpx
+import httpx2
 
 from calotype_shared.errors import InvalidRequest
 
 MAX_URL_CHARACTERS = 2_048
-_MOST_ADDRESSES = 4  # of one host that are tried
 
 _LABEL = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
 _NAME = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(?:\.{_LABEL})*")
@@ -30,11 +26,6 @@ _IPV6_UNICAST = IPv6Network("2000::/3")  # all that was ever given to anyone, RF
 _NAT64 = IPv6Network("64:ff9b::/96")  # RFC 6052: the last 32 bits are an IPv4 address
 
 Address = IPv4Address | IPv6Address
-Resolver = Callable[[str, int], Sequence[str]]  # (host, port) -> its IP addresses
-
-
-class AddressRefused(httpcore.ConnectError):
-    """A host's name leads only to addresses that webhooks may not go to."""
 
 
 def check_webhook_url(url: str, *, allow_private: bool) -> None:
@@ -44,8 +35,8 @@ def check_webhook_url(url: str, *, allow_private: bool) -> None:
         InvalidRequest: saying which part is wrong and what would do.
     """
     try:
-        parts = httpx.URL(url)
-    except (httpx.InvalidURL, ValueError):
+        parts = httpx2.URL(url)
+    except (httpx2.InvalidURL, ValueError):
         raise _refusal(url, "cannot be read", "use an address such as https://example.com/hooks") from None
     host = parts.raw_host.decode()
     literal = literal_address(host)
@@ -77,7 +68,7 @@ def check_webhook_url(url: str, *, allow_private: bool) -> None:
         ),
         (
             not allow_private and (_is_localhost(host) or (literal is not None and not is_public(literal))),
-            f"{host} is no public address",
+            f"{host} is not a public address",
             "use a host that can be reached from the internet",
         ),
     ):
@@ -119,49 +110,3 @@ def _behind_nat64(address: IPv6Address) -> IPv4Address | None:
 
 def _is_localhost(host: str) -> bool:
     return host.rpartition(".")[2] == "localhost"
-
-
-def resolve_host(host: str, port: int) -> Sequence[str]:
-    """The system's answer, best first. Raises OSError."""
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return list(dict.fromkeys(str(address[0]) for *_, address in found))
-
-
-class GuardedBackend(httpcore.NetworkBackend):
-    """Connects httpcore to public addresses only, each checked after its name was resolved. Thread-safe."""
-
-    def __init__(self, *, allow_private: bool = False, resolve: Resolver = resolve_host) -> None:
-        self._allow_private = allow_private
-        self._resolve = resolve
-        self._network = httpcore.SyncBackend()
-
-    def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,
-        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
-    ) -> httpcore.NetworkStream:
-        """A connection to the first of the host's addresses that answers; `timeout` seconds are shared out evenly.
-
-        Raises:
-            AddressRefused: none of them is public.
-            httpcore.ConnectError, httpcore.ConnectTimeout: there is no such host, or none of them answers.
-        """
-        addresses = self._allowed(host, port)[:_MOST_ADDRESSES]
-        share = None if timeout is None else timeout / len(addresses)
-        for address in addresses[:-1]:
-            with suppress(httpcore.ConnectError, httpcore.ConnectTimeout):
-                return self._network.connect_tcp(address, port, share, local_address, socket_options)
-        return self._network.connect_tcp(addresses[-1], port, share, local_address, socket_options)
-
-    def _allowed(self, host: str, port: int) -> list[str]:
-        try:
-            found = self._resolve(host, port)
-        except OSError as error:
-            raise httpcore.ConnectError(f"{host} has no address ({error})") from error
-        allowed = [address for address in found if self._allow_private or is_public(ip_address(address))]
-        if not allowed:
-            raise AddressRefused(f"{host} is no public address: {', '.join(found)}")
-        return allowed

@@ -1,6 +1,6 @@
 """`Sender`: one HTTP POST to an untrusted address, over within a given time whatever the other side does.
 
-It speaks through httpcore itself, one connection a message: httpx would log whole addresses and read proxies from the
+It speaks through httpcore2 itself, one connection a message: httpx2 would log whole addresses and read proxies from the
 environment. Redirects are answers like any other, and of an answer only its head is read.
 """
 
@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import ssl
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 
-import httpcore
-import httpx
+import httpcore2
+import httpx2
 
-from calotype.webhooks.addresses import GuardedBackend, Resolver, check_webhook_url, resolve_host
-
-_READ_BYTES = 4_096  # at a time, so no more than this of a body
-_WRITE_BYTES = 16_384
+from calotype.webhooks.addresses import check_webhook_url
+from calotype.webhooks.network import GuardedNetwork, Resolver, resolve_host
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,22 +53,22 @@ class Sender:
         self._allow_private = allow_private
         self._timeout = timeout
         self._resolve = resolve
-        self._tls = tls or httpx.create_ssl_context()
+        self._tls = tls or httpx2.create_ssl_context()
 
     def post(self, url: str, *, headers: Mapping[str, str], body: bytes) -> Response:
         """Send it once.
 
         Raises:
             InvalidRequest: the address is none that webhooks go to.
-            httpcore.NetworkError, httpcore.TimeoutException, httpcore.ProtocolError: there was no answer.
+            httpcore2.NetworkError, httpcore2.TimeoutException, httpcore2.ProtocolError: there was no answer.
         """
         check_webhook_url(url, allow_private=self._allow_private)
-        parts = httpx.URL(url)
-        where = httpcore.URL(scheme=parts.raw_scheme, host=parts.raw_host, port=parts.port, target=parts.raw_path)
-        network = _InTime(GuardedBackend(allow_private=self._allow_private, resolve=self._resolve), self._timeout)
+        parts = httpx2.URL(url)
+        where = httpcore2.URL(scheme=parts.raw_scheme, host=parts.raw_host, port=parts.port, target=parts.raw_path)
+        network = GuardedNetwork(seconds=self._timeout, allow_private=self._allow_private, resolve=self._resolve)
         sent = [("host", parts.netloc.decode()), *headers.items()]
         with (
-            httpcore.HTTPConnection(where.origin, ssl_context=self._tls, network_backend=network) as connection,
+            httpcore2.HTTPConnection(where.origin, ssl_context=self._tls, network_backend=network) as connection,
             connection.stream("POST", where, headers=sent, content=body) as response,
         ):
             heads = {name.lower(): value.decode("latin-1") for name, value in response.headers}
@@ -85,63 +83,3 @@ def _seconds(retry_after: str) -> float:
         return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
     except (ValueError, OverflowError):
         return 0.0
-
-
-class _Deadline:
-    """A moment that all parts of one exchange share."""
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self._until = time.monotonic() + seconds
-
-    def left(self, error: type[Exception]) -> float:
-        """Seconds left; raises `error` when there are none."""
-        left = self._until - time.monotonic()
-        if left <= 0:
-            raise error(f"no answer within {self._seconds:g} s")
-        return left
-
-
-class _InTime(httpcore.NetworkBackend):
-    """A network whose connections end at one deadline: a receiver that drips bytes gains nothing by each of them."""
-
-    def __init__(self, network: httpcore.NetworkBackend, seconds: float) -> None:
-        self._network = network
-        self._deadline = _Deadline(seconds)
-
-    def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,
-        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
-    ) -> httpcore.NetworkStream:
-        left = self._deadline.left(httpcore.ConnectTimeout)
-        return _Stream(self._network.connect_tcp(host, port, left, local_address, socket_options), self._deadline)
-
-
-class _Stream(httpcore.NetworkStream):
-    def __init__(self, stream: httpcore.NetworkStream, deadline: _Deadline) -> None:
-        self._stream = stream
-        self._deadline = deadline
-
-    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        return self._stream.read(min(max_bytes, _READ_BYTES), self._deadline.left(httpcore.ReadTimeout))
-
-    def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        for start in range(0, len(buffer), _WRITE_BYTES):
-            part = buffer[start : start + _WRITE_BYTES]
-            self._stream.write(part, self._deadline.left(httpcore.WriteTimeout))
-
-    def close(self) -> None:
-        self._stream.close()
-
-    def start_tls(
-        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
-    ) -> httpcore.NetworkStream:
-        left = self._deadline.left(httpcore.ConnectTimeout)
-        return _Stream(self._stream.start_tls(ssl_context, server_hostname, left), self._deadline)
-
-    def get_extra_info(self, info: str) -> object:
-        return self._stream.get_extra_info(info)

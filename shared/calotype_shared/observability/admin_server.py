@@ -108,8 +108,8 @@ def _handler(routes: Mapping[str, Route]) -> type[BaseHTTPRequestHandler]:
                 asked = AdminRequest(accept=self.headers.get("Accept", ""), query=dict(parse_qsl(parts.query)))
                 answer = route(asked)
             except Exception:
-                log.exception("an operator's request met a bug", extra={"path": parts.path})
-                answer = AdminResponse.of({"error": "a bug, which is in the log"}, status=500)
+                log.exception("unexpected error in an admin request", extra={"path": parts.path})
+                answer = AdminResponse.of({"error": "a bug; the log has the details"}, status=500)
             self._send(answer)
 
         def _send(self, answer: AdminResponse) -> None:

@@ -1,19 +1,21 @@
-"""`Telemetry`: spans of OpenTelemetry from a request to its upload, where a collector is named; else nothing at all.
+"""Spans of OpenTelemetry, from an HTTP request to the upload. Without OpenTelemetry's SDK they are no-ops.
 
 A span's `traceparent` (W3C Trace Context) travels in the job's record, so that the worker's spans join the trace of
-whoever submitted. No span holds a prompt, or anything else of a config but the model's name and sizes.
+the client that submitted it. No span holds a prompt, or anything else of a config but the model's name and sizes.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import re
-import sys
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
-from types import TracebackType
-from typing import TYPE_CHECKING, Literal, Protocol, Self
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from opentelemetry import trace
+from opentelemetry.context import Context
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from calotype_shared.errors import SettingsError
 
@@ -22,137 +24,89 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Kind = Literal["server", "producer", "consumer", "internal"]
-Attribute = str | int | float | bool
+TRACER_NAME = "calotype"
 
 _REMEDY = "run: pip install 'calotype[telemetry]'"
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
-_TRACEPARENT = re.compile(r"[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+_propagator = TraceContextTextMapPropagator()
 
 
-class Span(Protocol):
-    """One piece of work. As a context manager it is the current one, and ends with the block."""
+@dataclass(frozen=True, kw_only=True)
+class Telemetry:
+    """Where a process's spans begin, and what sends the last of them when it ends."""
 
-    @property
-    def traceparent(self) -> str | None:
-        """What to hand on to others; None where nothing is traced."""
-        ...
-
-    def rename(self, name: str) -> None: ...
-
-    def set(self, **attributes: Attribute) -> None:
-        """A name with a dot is of OpenTelemetry's conventions; all others are ours."""
-        ...
-
-    def fail(self, problem: str) -> None:
-        """It did not go well; `problem` is a kind or a code, as an error's words may quote what was asked for."""
-        ...
-
-    def child(self, name: str, **attributes: Attribute) -> AbstractContextManager[object]:
-        """A part of it that takes as long as the block."""
-        ...
-
-    def note(self, name: str, began: float, ended: float, **attributes: Attribute) -> None:
-        """A part of it that is over; seconds since the epoch."""
-        ...
-
-    def end(self) -> None: ...
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-
-class Telemetry(Protocol):
-    """Where spans begin. For any thread; never raises, never waits but in `close`."""
-
-    def begin(self, name: str, *, kind: Kind, parent: str | None = None, **attributes: Attribute) -> Span:
-        """A span in the trace of `parent`, a `traceparent`; without one, of the current span, or in a new trace."""
-        ...
-
-    def close(self) -> None:
-        """Send what waits, for a moment."""
-        ...
-
-
-class NoopSpan:
-    """The span of work that nobody traces."""
-
-    traceparent: str | None = None
-
-    def rename(self, name: str) -> None:
-        return
-
-    def set(self, **attributes: Attribute) -> None:
-        return
-
-    def fail(self, problem: str) -> None:
-        return
-
-    def child(self, name: str, **attributes: Attribute) -> AbstractContextManager[object]:
-        return _NO_BLOCK
-
-    def note(self, name: str, began: float, ended: float, **attributes: Attribute) -> None:
-        return
-
-    def end(self) -> None:
-        return
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return
-
-
-class NoopTelemetry:
-    """Traces nothing."""
-
-    def begin(self, name: str, *, kind: Kind, parent: str | None = None, **attributes: Attribute) -> Span:
-        return NOOP_SPAN
-
-    def close(self) -> None:
-        return
-
-
-_NO_BLOCK: AbstractContextManager[object] = nullcontext()
-NOOP_SPAN: Span = NoopSpan()
-NOOP_TELEMETRY: Telemetry = NoopTelemetry()
+    tracer: trace.Tracer = trace.NoOpTracer()  # noqa: RUF009 - it has no state
+    close: Callable[[], None] = lambda: None
 
 
 def make_telemetry(settings: Settings, *, service: str) -> Telemetry:
-    """What `CALOTYPE_TELEMETRY` asks for. OpenTelemetry is imported here, and only if it is wanted.
+    """What `CALOTYPE_TELEMETRY` asks for. An application that has set up OpenTelemetry itself keeps its own setup.
 
     Raises:
-        SettingsError: it is `on`, and its packages are missing.
+        SettingsError: it is `on`, and the SDK's packages are missing.
     """
-    if settings.telemetry == "off" or (settings.telemetry == "auto" and not _is_wanted(os.environ)):
-        return NOOP_TELEMETRY
+    if settings.telemetry == "off":
+        return Telemetry()
+    if not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
+        return Telemetry(tracer=trace.get_tracer(TRACER_NAME))
+    if settings.telemetry == "auto" and not _names_a_collector():
+        return Telemetry(tracer=trace.get_tracer(TRACER_NAME))  # no-op until the application sets a provider
     try:
-        from calotype_shared.observability.otlp import Otlp  # noqa: PLC0415 - an extra, and a third of a second to import
+        from calotype_shared.observability.otlp import export_spans  # noqa: PLC0415 - an extra
     except ImportError as error:
         if settings.telemetry == "on":
             raise SettingsError(f"CALOTYPE_TELEMETRY='on': {error.name} is missing; {_REMEDY}") from None
-        log.warning("nothing is traced", extra={"reason": f"{error.name} is missing", "remedy": _REMEDY})
-        return NOOP_TELEMETRY
-    return Otlp(service=service)
+        log.warning("tracing is disabled", extra={"reason": f"{error.name} is missing", "remedy": _REMEDY})
+        return Telemetry()
+    return export_spans(service=service)
 
 
-def _is_wanted(environment: Mapping[str, str]) -> bool:
-    """Whether OpenTelemetry's own variables name a collector, or this very application is traced already."""
-    if environment.get("OTEL_SDK_DISABLED", "").lower() == "true":
-        return False
-    if any(environment.get(name) for name in _ENDPOINTS):
-        return True
-    api, sdk = sys.modules.get("opentelemetry.trace"), sys.modules.get("opentelemetry.sdk.trace")
-    return api is not None and sdk is not None and isinstance(api.get_tracer_provider(), sdk.TracerProvider)
+def _names_a_collector() -> bool:
+    """Whether OpenTelemetry's own variables do."""
+    disabled = os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
+    return not disabled and any(os.environ.get(name) for name in _ENDPOINTS)
 
 
-def trace_id_of(traceparent: str | None) -> str | None:
-    """32 hexadecimal digits; None where it is none that can be read."""
-    found = _TRACEPARENT.fullmatch(traceparent or "")
-    return found[1] if found else None
+@contextmanager
+def span_block(
+    tracer: trace.Tracer,
+    name: str,
+    *,
+    within: Context | None = None,
+    kind: trace.SpanKind = trace.SpanKind.INTERNAL,
+    attributes: Mapping[str, str | int | float | bool] | None = None,
+) -> Iterator[trace.Span]:
+    """A span that is current in the block and ends with it; `within` is the current context unless given.
+
+    An exception is recorded by its type only: its message may quote a prompt.
+    """
+    span = tracer.start_span(name, within, kind=kind, attributes=attributes)
+    with trace.use_span(span, end_on_exit=True, record_exception=False, set_status_on_exception=False):
+        try:
+            yield span
+        except BaseException as error:
+            mark_failed(span, type(error).__name__)
+            raise
+
+
+def mark_failed(span: trace.Span, problem: str) -> None:
+    """`problem` is an error's type or code, never its message."""
+    span.set_status(trace.Status(trace.StatusCode.ERROR, problem))
+
+
+def context_of(traceparent: str) -> Context:
+    """The context of a remote span; an empty one if `traceparent` is malformed."""
+    return _propagator.extract({"traceparent": traceparent}, Context())
+
+
+def traceparent_of(span: trace.Span) -> str | None:
+    """What to hand on to others; None if the span belongs to no trace."""
+    carrier: dict[str, str] = {}
+    _propagator.inject(carrier, trace.set_span_in_context(span, Context()))
+    return carrier.get("traceparent")
+
+
+def trace_id_of(span: trace.Span) -> str | None:
+    """32 hexadecimal digits; None if the span belongs to no trace."""
+    context = span.get_span_context()
+    return trace.format_trace_id(context.trace_id) if context.is_valid else None

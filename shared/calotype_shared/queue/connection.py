@@ -114,13 +114,13 @@ def unavailable(error: RedisError, where: str) -> RedisUnavailable:
     if isinstance(error, AuthenticationError) or str(error).startswith(("NOAUTH", "WRONGPASS")):
         remedy = "check the user and password in CALOTYPE_REDIS_URL"
     elif isinstance(error, NoPermissionError):
-        remedy = "give its user all commands and channels on the keys under CALOTYPE_KEY_PREFIX"
+        remedy = "allow its user all commands and channels on the keys under CALOTYPE_KEY_PREFIX"
     elif isinstance(error, OutOfMemoryError):
-        remedy = "wait until jobs are done, lower CALOTYPE_MAX_QUEUED, or give it more memory (maxmemory)"
+        remedy = "wait until jobs have finished, lower CALOTYPE_MAX_QUEUED, or raise maxmemory"
     elif str(error).startswith("MISCONF"):
-        remedy = "make room on its disk"
+        remedy = "free space on its disk"
     elif "CERTIFICATE" in str(error).upper():
-        remedy = "give the file of its certificate authority as CALOTYPE_REDIS_CA_FILE"
+        remedy = "set CALOTYPE_REDIS_CA_FILE to the file of its certificate authority"
     return RedisUnavailable(f"Redis at {where} cannot be used ({error}); {remedy}")
 
 

@@ -38,7 +38,7 @@ class Fleet(Scripted):
     def announce_worker(self, info: WorkerInfo, *, ttl_seconds: float) -> None:
         """A live worker's report; it is forgotten after `ttl_seconds` unless renewed."""
         pipeline = self._redis.pipeline()
-        pipeline.set(self.keys.worker(info.name), info.model_dump_json(), px=int(ttl_seconds * 1000))
+        pipeline.set(self.keys.worker(info.name), info.model_dump_json(exclude_none=True), px=int(ttl_seconds * 1000))
         pipeline.sadd(self.keys.workers, info.name)
         pipeline.execute()
 

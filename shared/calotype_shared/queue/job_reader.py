@@ -7,9 +7,9 @@ import itertools
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from calotype_shared.errors import no_such_job
+from calotype_shared.errors import UnreadableRecord, no_such_job
 from calotype_shared.queue.fleet import Fleet
-from calotype_shared.queue.records import UnreadableRecord, read_record
+from calotype_shared.queue.records import read_record
 from calotype_shared.queue.scripts import said_clearly
 from calotype_shared.schema.enums import JobState
 from calotype_shared.schema.jobs import JobRecord, Preview, created_us

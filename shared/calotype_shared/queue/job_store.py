@@ -16,9 +16,9 @@ from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from calotype_shared.errors import IdempotencyConflict, no_such_job
+from calotype_shared.errors import IdempotencyConflict, UnreadableRecord, no_such_job
 from calotype_shared.queue.job_reader import JobReader
-from calotype_shared.queue.records import UnreadableRecord, read_record
+from calotype_shared.queue.records import read_record
 from calotype_shared.queue.scripts import said_clearly
 from calotype_shared.queue.submission import Idempotency, NewJob, queue_full
 from calotype_shared.schema.enums import JobState, Lane
@@ -38,8 +38,8 @@ QUARANTINE_CRASHES = 2  # crashes from which on a worker takes one such job at a
 _SILENCE_MS, _GRACE_MS = 20_000, 10_000
 _LOST = JobError(
     code="worker_lost",
-    message=f"{MAX_CRASHES} workers stopped without a word while they worked on this job; "
-    "look into it with: calotype dead show ID",
+    message=f"{MAX_CRASHES} workers died or disappeared while they ran this job; "
+    "see its history with: calotype dead show ID",
 )
 
 
@@ -310,7 +310,7 @@ def _accepted_before(answer: Sequence[str], idempotency: Idempotency | None) -> 
     _, job_id, request = answer
     if request != idempotency.request:
         raise IdempotencyConflict(
-            "was used before, for another request",
+            "was used before for a different request",
             field="idempotency_key",
             value=idempotency.key,
             remedy="use a new key for a new request",

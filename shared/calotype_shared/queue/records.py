@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from calotype_shared.errors import CalotypeError
+from calotype_shared.errors import UnreadableRecord
 from calotype_shared.schema.jobs import JobRecord
 from calotype_shared.schema.resolve import ResolvedConfig
 
@@ -38,12 +38,6 @@ _PLAIN = (
 )
 
 
-class UnreadableRecord(CalotypeError):
-    """A record that this version cannot read: written by a newer one, or damaged."""
-
-    code = "unreadable_record"
-
-
 def read_record(job_id: str, fields: Mapping[str, str], *, schema: int = SCHEMA) -> JobRecord:
     """The record of a job from its hash. That of a newer schema than this is shown as far as it is understood.
 
@@ -62,7 +56,7 @@ def read_record(job_id: str, fields: Mapping[str, str], *, schema: int = SCHEMA)
     except (KeyError, ValueError) as error:
         problem, remedy = "is damaged", "cancel or delete it"
         if newer:
-            problem, remedy = "is not understood", f"this version knows up to {schema}: upgrade this process"
+            problem, remedy = "cannot be read", f"this version reads up to schema {schema}: upgrade this process"
         raise UnreadableRecord(
             f"job {job_id}: its record, of schema {number!r}, {problem} ({in_short(error)}); {remedy}"
         ) from error

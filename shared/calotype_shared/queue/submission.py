@@ -13,7 +13,7 @@ from calotype_shared.schema.enums import Lane
 from calotype_shared.schema.jobs import new_job_id
 from calotype_shared.schema.resolve import ResolvedConfig
 
-_UNKNOWN_SECONDS = 10.0  # to wait where nobody knows how fast the queue moves
+_UNKNOWN_SECONDS = 10.0  # retry delay while the queue's rate is unknown
 _SLOWEST_SECONDS = 60.0
 
 
@@ -42,14 +42,14 @@ def queue_full(answer: Sequence[str], *, coming: int, accepted: Sequence[str]) -
     setting = "CALOTYPE_MAX_QUEUED_PER_TENANT" if whose == "tenant" else "CALOTYPE_MAX_QUEUED"
     those = "this tenant's jobs" if whose == "tenant" else "jobs"
     if coming > int(most):
-        remedy = f"submit them as a batch, which may have any number, or raise {setting}"
-        return QueueFull(f"{coming} jobs at once are more than the {most} that may wait; {remedy}", _SLOWEST_SECONDS)
+        remedy = f"submit them as a batch, or raise {setting}"
+        return QueueFull(f"{coming} jobs exceed the limit of {most} queued jobs; {remedy}", _SLOWEST_SECONDS)
     # Until as many are done as are to come, if jobs end as fast as they did lately.
     seconds = coming / float(pace) if pace and float(pace) else _UNKNOWN_SECONDS
     seconds = min(max(seconds, 1.0), _SLOWEST_SECONDS)
-    remedy = f"come again in {math.ceil(seconds)} s, submit a batch, start workers, or raise {setting}"
+    remedy = f"retry in {math.ceil(seconds)} s, submit a batch, start more workers, or raise {setting}"
     before = f" after {len(accepted)} of these were accepted" if accepted else ""
-    problem = f"the queue is full{before}: {pending} of {those} wait, and {most} may"
+    problem = f"the queue is full{before}: {pending} of {those} are queued, and the limit is {most}"
     return QueueFull(f"{problem}; {remedy}", seconds, accepted=accepted)
 
 

@@ -67,16 +67,11 @@ def refuse_weights(prompt: str, *, field: str) -> None:
     found = _NUMBERED.search(prompt)
     if found:
         raise InvalidRequest(
-            f"{found[0]!r} is a prompt weight, and this model reads prompts as they are written",
+            f"{found[0]!r} is a prompt weight, and this model does not support weights",
             field=field,
             value=prompt,
-            remedy="write it without brackets and number, or use another model",
+            remedy="remove the brackets and the number, or use another model",
         )
-
-
-def plain_text(prompt: str) -> str:
-    """The prompt without its weights and escapes."""
-    return "".join(fragment.text for fragment in parse_weights(prompt))
 
 
 def _closes(open_brackets: list[tuple[str, int]], bracket: str) -> bool:

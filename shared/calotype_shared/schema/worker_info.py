@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class StepRow(BaseModel):
-    """An image that is being made: its row of a step batch, or its two rows if it is guided."""
+    """An image that is being generated: one row of a step batch, or two if it is guided.
+
+    What a tenant sees of another tenant's image has no job, image or prompt.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    job: str
-    image: int  # of the job's
-    step: int  # network evaluations done
+    job: str | None = None
+    image: int | None = Field(None, description="Its index in the job.")
+    prompt: str | None = Field(None, description="Its first words; workers do not report them.")
+    step: int = Field(description="Network evaluations done.")
     total_steps: int
     guided: bool
 
@@ -25,11 +29,11 @@ class StepGroup(BaseModel):
     model: str
     width: int
     height: int
-    budget: int  # rows of a step, at most
-    running: int  # images in the step batch
-    waiting: int  # for a place
-    decoding: int  # done with their steps
-    rows: tuple[StepRow, ...]  # in their order; the first of them, where there are many
+    budget: int = Field(description="Rows of a step, at most. A guided image takes two.")
+    running: int = Field(description="Images in the step batch.")
+    waiting: int = Field(description="Images that wait for a free row.")
+    decoding: int = Field(description="Images that are done with their steps.")
+    rows: tuple[StepRow, ...] = Field(description="In their order; only the first of them if there are many.")
 
 
 class WorkerInfo(BaseModel):
@@ -66,4 +70,5 @@ class WorkerInfo(BaseModel):
 
     @property
     def mean_rows(self) -> float:
+        """Of a step batch, since the start; 0 before the first."""
         return self.rows / self.forward_passes if self.forward_passes else 0.0

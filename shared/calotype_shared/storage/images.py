@@ -31,7 +31,7 @@ def normalize_image(data: bytes, *, field: str = "image") -> tuple[str, bytes]:
     The image is turned as its EXIF says and becomes RGB (transparent parts over white); metadata is dropped.
 
     Raises:
-        InvalidRequest: too large, no PNG, JPEG or WebP, more pixels than `MAX_PIXELS`, animated, or broken.
+        InvalidRequest: too large, not a PNG, JPEG or WebP file, more than `MAX_PIXELS` pixels, animated, or broken.
     """
     if len(data) > MAX_BYTES:
         raise InvalidRequest(
@@ -51,7 +51,7 @@ def open_upload(data: bytes, upload_id: str) -> Image:
         InvalidRequest: it is not the file that the id names, or not an image we would have stored.
     """
     if hashlib.sha256(data).hexdigest() != upload_id:
-        raise InvalidRequest("the stored file is another", field="upload", value=upload_id, remedy="upload it again")
+        raise InvalidRequest("the stored file was changed", field="upload", value=upload_id, remedy="upload it again")
     return _decoded(data, "upload")
 
 
@@ -69,11 +69,11 @@ def _decoded(data: bytes, field: str) -> Image:
                         f"has more than {MAX_PIXELS} pixels",
                         field=field,
                         value=f"{width}x{height}",
-                        remedy="make it smaller",
+                        remedy="use a smaller image",
                     )
                 if getattr(image, "n_frames", 1) > 1:
                     raise InvalidRequest(
-                        "is animated", field=field, value=f"{image.format}", remedy="give a single image"
+                        "is animated", field=field, value=f"{image.format}", remedy="give a still image"
                     )
                 image.load()
                 turned = PIL.ImageOps.exif_transpose(image)
@@ -81,7 +81,7 @@ def _decoded(data: bytes, field: str) -> Image:
         raise
     except Exception as error:  # Pillow's plugins raise almost anything for a broken file
         raise InvalidRequest(
-            f"is no readable image ({type(error).__name__})",
+            f"is not a readable image ({type(error).__name__})",
             field=field,
             value=f"{len(data)} bytes",
             remedy=f"give a {', '.join(FORMATS)} file",

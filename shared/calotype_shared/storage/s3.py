@@ -10,13 +10,13 @@ winning attempt's keys, and only those are anyone's images.
 from __future__ import annotations
 
 import functools
-import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
+from calotype_shared.backoff import delays
 from calotype_shared.errors import ObjectMissing, StorageUnavailable
 from calotype_shared.schema.enums import OutputFormat
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 ATTEMPTS = 5
 SAFE_SECONDS = 3_600.0  # an object that is younger may be about to be used: no clean-up touches it
-_BACKOFF_BASE, _BACKOFF_CAP = 0.2, 5.0  # seconds; full jitter
+_BACKOFF_SECONDS = (0.4, 5.0)
 _REFUSED = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "403", "401", "InvalidToken"}
 
 P = ParamSpec("P")
@@ -56,13 +56,13 @@ def _retried(method: Callable[Concatenate[Storage, P], R]) -> Callable[Concatena
     def wrapped(self: Storage, *args: P.args, **kwargs: P.kwargs) -> R:
         from botocore.exceptions import BotoCoreError, ClientError  # noqa: PLC0415 - slow, and producers may not need it
 
-        for attempt in range(1, self._attempts + 1):
+        for attempt, pause in enumerate(delays(*_BACKOFF_SECONDS), start=1):
             try:
                 return method(self, *args, **kwargs)
             except (BotoCoreError, ClientError) as error:
                 if attempt == self._attempts or not _passing(error):
                     raise self._unavailable(error) from error
-                time.sleep(random.uniform(0, min(_BACKOFF_CAP, _BACKOFF_BASE * 2**attempt)))
+                time.sleep(pause)
         raise AssertionError("unreachable")
 
     return wrapped  # type: ignore[return-value]  # mypy names the first argument, nothing else differs
@@ -193,7 +193,7 @@ class Storage:
         for problem in answer.get("Errors", ()):
             raise StorageUnavailable(
                 f"storage: {problem.get('Key')} could not be removed: {problem.get('Code')} {problem.get('Message')}; "
-                "check that the key may delete objects of this bucket"
+                "check that the access key may delete objects in this bucket"
             )
 
     @_retried
@@ -316,15 +316,18 @@ class Storage:
         where = self._settings.s3_endpoint_url or "Amazon S3"
         code = _code(error)
         if type(error).__name__ == "NoCredentialsError":
-            problem, remedy = "no keys are set", "set CALOTYPE_S3_ACCESS_KEY_ID and CALOTYPE_S3_SECRET_ACCESS_KEY"
+            problem, remedy = (
+                "no access keys are set",
+                "set CALOTYPE_S3_ACCESS_KEY_ID and CALOTYPE_S3_SECRET_ACCESS_KEY",
+            )
         elif code in _REFUSED:
-            problem = f"the keys were refused ({code})"
-            remedy = "check CALOTYPE_S3_ACCESS_KEY_ID and CALOTYPE_S3_SECRET_ACCESS_KEY, and the key's rights"
+            problem = f"the access keys were refused ({code})"
+            remedy = "check CALOTYPE_S3_ACCESS_KEY_ID and CALOTYPE_S3_SECRET_ACCESS_KEY, and the key's permissions"
         elif code == "NoSuchKey":
-            return ObjectMissing(f"storage at {where}: there is no such object; it was deleted, or never written")
+            return ObjectMissing(f"storage at {where}: the object does not exist; it was deleted or never written")
         elif code in ("404", "NoSuchBucket"):
             problem = f"bucket {self._bucket!r} does not exist"
-            remedy = "create it, or point CALOTYPE_S3_BUCKET at one that does"
+            remedy = "create it, or set CALOTYPE_S3_BUCKET to an existing one"
         else:
             problem, remedy = f"{error}", "check CALOTYPE_S3_ENDPOINT_URL and that the server runs"
         return StorageUnavailable(f"storage at {where}: {problem}; {remedy}")

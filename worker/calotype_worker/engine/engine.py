@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from calotype_shared.errors import CalotypeError, GenerationFailed, InvalidRequest
+from calotype_shared.schema.worker_info import StepGroup
 from calotype_worker.engine.admission import Admission
 from calotype_worker.engine.compiled import CompiledStep, buckets_up_to
 from calotype_worker.engine.decoder import Decoder, Finished
@@ -28,10 +29,10 @@ from calotype_worker.engine.profile import Profile, sizes_up_to
 from calotype_worker.engine.profiler import profile_models
 from calotype_worker.engine.request_state import RequestState, prepare
 from calotype_worker.engine.row_budget import RowBudgets
-from calotype_worker.engine.running import RunningGroup, running_groups
+from calotype_worker.engine.running import running_groups
 from calotype_worker.engine.scheduler import Plan, Scheduler
 from calotype_worker.engine.settings import EngineSettings
-from calotype_worker.engine.stats import Counters, EngineStats
+from calotype_worker.engine.stats import EngineStats
 from calotype_worker.engine.step_batch import StepBatch
 from calotype_worker.engine.step_pacer import StepPacer, events_of, work_on
 from calotype_worker.engine.trace import NoopTracer, Tracer
@@ -68,14 +69,13 @@ class Engine:
         self._on_preview = on_preview
         self._tables = tables or TableCache()
         self._trace = trace or NoopTracer()
-        self._wake = threading.Condition()  # guards the five below
-        self._errands: deque[tuple[Callable[[], None], Future[None]]] = deque()
+        self._wake = threading.Condition()  # guards the four below
         self._inbox: deque[RequestState] = deque()
         self._cancelled: set[str] = set()
         self._states: dict[str, RequestState] = {}  # every request not yet resolved
         self._stop_at: float | None = None
         # From here on the engine's thread alone.
-        self._counters = Counters()
+        self._counters = EngineStats()
         self._budgets = RowBudgets(
             self.models,
             max_rows=self.settings.max_rows,
@@ -102,6 +102,8 @@ class Engine:
             limits=self._budgets.limit,
             steps_until_next=self._steps_until_next,
         )
+        self._profile_seconds: float | None = None
+        self._profiled: Future[None] = Future()
         self._threads = torch.get_num_threads()  # of the engine's own operators; others' threads may choose fewer
         self._thread = threading.Thread(target=self._main, name="calotype-engine", daemon=True)
 
@@ -162,8 +164,8 @@ class Engine:
             in_flight = len(self._states)
         return self._counters.snapshot(in_flight=in_flight)
 
-    def running(self) -> list[RunningGroup]:
-        """The step batches of this moment, row by row. The step loop is not held up."""
+    def running(self) -> tuple[StepGroup, ...]:
+        """The busiest step batches of this moment, row by row. The step loop is not held up."""
         with self._wake:
             states = list(self._states.values())
         return running_groups(states, self._batches.copy(), self._budgets.current)
@@ -185,42 +187,23 @@ class Engine:
         return 1 if isinstance(found, OpaqueModel) or not guided or found.embedded_guidance else 2
 
     def profile(self, *, seconds: float) -> list[Profile]:
-        """Measure steps of the models' native sizes, and keep row budgets at the knee from now on.
+        """Start the engine, measuring steps of the models' native sizes first; row budgets are then at the knee.
 
-        Starts the engine; requests wait meanwhile. Takes about `seconds` in all and, with graphs to compile, as long as
-        they need. Not in deterministic mode, where the number of rows must not depend on a measurement.
+        Takes about `seconds` in all and, with graphs to compile, as long as they need. Does nothing in deterministic
+        mode, where the number of rows must not depend on a measurement. If measuring fails, its error is raised, and
+        the engine runs with the budgets of its settings, unless the device is lost.
 
         Raises:
-            GenerationFailed: the engine is stopping or its device is lost.
+            GenerationFailed: the engine has been started already.
         """
         if self.settings.deterministic:
             return []
-        whole = self.settings.compile == "reduce-overhead"
-
-        def measure() -> None:
-            profile_models(
-                self.models,
-                self._budgets,
-                seconds=seconds,
-                sizes=buckets_up_to if whole else sizes_up_to,
-                tables=self._tables,
-                admission=self._admission,
-                make_batch=self._make_batch,
-            )
-
+        if self._thread.ident is not None:
+            raise GenerationFailed("the engine has been started already; profile it instead of starting it")
+        self._profile_seconds = seconds
         self.start()
-        self._in_thread(measure)
+        self._profiled.result()
         return self.profiles
-
-    def _in_thread(self, work: Callable[[], None]) -> None:
-        """Have the engine's thread do it between two steps: CUDA graphs are of the thread that recorded them."""
-        done: Future[None] = Future()
-        with self._wake:
-            if self._stop_at is not None or not self.alive:
-                raise GenerationFailed("the engine is not running")
-            self._errands.append((work, done))
-            self._wake.notify()
-        done.result()
 
     @property
     def profiles(self) -> list[Profile]:
@@ -250,21 +233,42 @@ class Engine:
         try:
             work_on(self._device)
             with torch.inference_mode():
+                if self._profile_seconds is not None:
+                    self._measure(self._profile_seconds)
                 while self._take_turn():
                     pass
         except BaseException as error:
-            log.exception("engine lost its device or met a bug; every request in it fails")
+            log.exception("engine stopped by a lost device or an unexpected error; all its requests fail")
             self._abandon(GenerationFailed(f"the engine stopped: {error}; the job can run on another worker"))
             if self._on_fatal is not None:
                 self._on_fatal(error)
         else:
             self._abandon(None)
 
+    def _measure(self, seconds: float) -> None:
+        """In this thread, as CUDA graphs belong to the thread that recorded them."""
+        try:
+            profile_models(
+                self.models,
+                self._budgets,
+                seconds=seconds,
+                sizes=buckets_up_to if self.settings.compile == "reduce-overhead" else sizes_up_to,
+                tables=self._tables,
+                admission=self._admission,
+                make_batch=self._make_batch,
+            )
+        except Exception as error:
+            self._profiled.set_exception(error)
+            if is_fatal(error):
+                raise
+        else:
+            self._profiled.set_result(None)
+
     def _take_turn(self) -> bool:
         """One round of the loop. False when the engine should end."""
         waited = time.monotonic()
         with self._wake:
-            while not (self._errands or self._inbox or self._cancelled or len(self._scheduler) or len(self._decoder)):
+            while not (self._inbox or self._cancelled or len(self._scheduler) or len(self._decoder)):
                 if self._stop_at is not None:
                     return False
                 self._wake.wait()
@@ -276,8 +280,6 @@ class Engine:
         self._trace.span("engine", "idle", waited, now)
         if stop_at is not None and time.monotonic() >= stop_at:
             return False
-        while self._errands:
-            _run_errand(*self._errands.popleft())
         for state in fresh:
             self._scheduler.add(state.id, state.group, state.rows, interactive=state.request.interactive)
         self._drop(cancelled)
@@ -364,7 +366,6 @@ class Engine:
                 self._fail(state, error)
                 continue
             state.admitted = state.admitted or began
-            self._counters.wait_seconds += began - state.submitted
             self._trace.wait("waiting for a place", state.id, state.submitted, began)
             state.encode_seconds += seconds
             ready.append(state.row)
@@ -496,26 +497,14 @@ class Engine:
         with self._wake:
             self._stop_at = self._stop_at or 0.0
             states, self._states = list(self._states.values()), {}
-            errands, self._errands = self._errands, deque()
             self._inbox.clear()
-        for _, done in errands:
-            done.set_exception(error or GenerationFailed("the engine has stopped"))
+        if self._profile_seconds is not None and not self._profiled.done():
+            self._profiled.set_exception(error or GenerationFailed("the engine has stopped"))
         for state in states:
             if error is None:
                 state.future.cancel()
             else:
                 state.resolve(error)
-
-
-def _run_errand(work: Callable[[], None], done: Future[None]) -> None:
-    try:
-        work()
-    except Exception as error:
-        done.set_exception(error)
-        if is_fatal(error):
-            raise
-    else:
-        done.set_result(None)
 
 
 def _said(error: Exception, request: GenerationRequest) -> str:

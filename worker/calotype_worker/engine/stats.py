@@ -1,4 +1,4 @@
-"""Counters of an engine's life so far: `Counters`, which its thread writes, and `EngineStats`, a snapshot of them."""
+"""`EngineStats`: what an engine has done since its start."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ if TYPE_CHECKING:
     from calotype_worker.engine.step_batch import StepReport
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class EngineStats:
+    """The engine's thread owns and writes one; other threads get copies, by `Engine.stats`."""
+
     forward_passes: int = 0
     rows: int = 0  # rows that belonged to a request, over all forward passes
     padding_rows: int = 0  # rows added to reach a bucket
@@ -22,7 +24,6 @@ class EngineStats:
     out_of_memory: int = 0  # passes that the device had too little memory for
     compiled_passes: int = 0  # forward passes that ran as a compiled graph
     in_flight: int = 0  # requests submitted and not yet resolved
-    wait_seconds: float = 0.0  # of requests for a place, summed
     encode_seconds: float = 0.0
     step_seconds: float = 0.0  # network, guidance and sampler
     decode_seconds: float = 0.0
@@ -32,26 +33,6 @@ class EngineStats:
     def mean_rows(self) -> float:
         """Useful rows a forward pass."""
         return self.rows / self.forward_passes if self.forward_passes else 0.0
-
-
-@dataclass(kw_only=True)
-class Counters:
-    """Written by the engine's thread; any thread may read, and sees each number whole."""
-
-    forward_passes: int = 0
-    rows: int = 0
-    padding_rows: int = 0
-    images: int = 0
-    failed: int = 0
-    cancelled: int = 0
-    fallback_steps: int = 0
-    out_of_memory: int = 0
-    compiled_passes: int = 0
-    wait_seconds: float = 0.0
-    encode_seconds: float = 0.0
-    step_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    idle_seconds: float = 0.0
 
     def count_step(self, report: StepReport, seconds: float) -> None:
         self.forward_passes += 1
@@ -65,4 +46,5 @@ class Counters:
         self.out_of_memory += 1
 
     def snapshot(self, *, in_flight: int) -> EngineStats:
-        return EngineStats(in_flight=in_flight, **dataclasses.asdict(self))
+        """For any thread: each number is whole, but two may be a step apart."""
+        return dataclasses.replace(self, in_flight=in_flight)

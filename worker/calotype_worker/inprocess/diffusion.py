@@ -216,7 +216,10 @@ class DiffusionModel:
         for upload in config.uploads:
             if upload not in self._uploads:
                 raise InvalidRequest(
-                    "no such upload", field="upload", value=upload, remedy="give the image to DiffusionModel.upload"
+                    "does not exist",
+                    field="upload",
+                    value=upload,
+                    remedy="pass the image to DiffusionModel.upload first",
                 )
             is_mask = upload == config.mask_image and upload != config.init_image
             found[upload] = np.array(fitted(self._uploads[upload], config.width, config.height, mask=is_mask))
@@ -306,6 +309,7 @@ class DiffusionPipeline:
         return GenerationConfig(prompt="", **quality_preset(quality))
 
     def to(self, device: str) -> Self:
+        """Move the model to a device: "cpu", "cuda" or "cuda:1"."""
         self.model.to(device)
         return self
 
@@ -342,7 +346,7 @@ def _pixels(image: ImageInput) -> bytes:
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim not in (2, 3):
             raise InvalidRequest(
-                f"is {image.dtype} {image.shape}",
+                f"has dtype {image.dtype} and shape {image.shape}",
                 field="image",
                 value="an array",
                 remedy="give uint8 (H, W, 3), 0 to 255",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -11,8 +10,10 @@ from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from queue import Empty, Full, Queue
 
+from opentelemetry.trace import INVALID_SPAN, Span
+
+from calotype_shared.backoff import delays
 from calotype_shared.errors import StorageUnavailable
-from calotype_shared.observability.tracing import NOOP_SPAN, Span
 from calotype_shared.schema.jobs import ImageRef
 from calotype_shared.storage.s3 import Storage
 from calotype_worker.jobs.heartbeat import RunningJob
@@ -33,7 +34,7 @@ class PendingResult:
     """Owned by one thread at a time."""
 
     job: RunningJob
-    span: Span = NOOP_SPAN  # of the attempt
+    span: Span = INVALID_SPAN  # of the attempt
     files: list[File] = field(default_factory=list)
     images: list[ImageRef] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)  # seconds by phase
@@ -106,7 +107,7 @@ class UploadQueue:
                     file.data = None
             self._waiting.put_nowait(pending)
         except (OSError, Full) as error:
-            log.warning("no room to spool", extra={"job_id": pending.job.claim.job_id, "reason": str(error)})
+            log.warning("images cannot be spooled", extra={"job_id": pending.job.claim.job_id, "reason": str(error)})
             return False
         log.info("images spooled", extra={"job_id": pending.job.claim.job_id, "bytes": self._spool.used})
         return True
@@ -117,8 +118,7 @@ class UploadQueue:
         Raises:
             CancelledError: the claim is lost, or to be handed back.
         """
-        pause, longest = _BACKOFF_SECONDS
-        while True:
+        for pause in delays(*_BACKOFF_SECONDS):
             try:
                 for file in pending.files:
                     if not file.stored:
@@ -127,10 +127,7 @@ class UploadQueue:
                 self._gone(error)
             else:
                 return
-            ends = time.monotonic() + random.uniform(0, pause)
-            while time.monotonic() < ends and not pending.job.given_up:
-                time.sleep(_LOOK_SECONDS)
-            pause = min(longest, pause * 2)
+            pending.job.wait_given_up(pause)
 
     def discard(self, pending: PendingResult) -> None:
         """Remove the pending's files from disk and, as nothing refers to them, from storage; there as far as it works.
@@ -141,7 +138,9 @@ class UploadQueue:
         try:
             self._storage.delete_many([file.key for file in pending.files if file.tried])
         except StorageUnavailable as error:
-            log.warning("orphans left", extra={"job_id": pending.job.claim.job_id, "reason": str(error)})
+            log.warning(
+                "orphaned objects left in storage", extra={"job_id": pending.job.claim.job_id, "reason": str(error)}
+            )
 
     def forget(self, pending: PendingResult) -> None:
         """Remove the pending's files from disk."""
@@ -162,7 +161,7 @@ class UploadQueue:
 
     def _gone(self, error: StorageUnavailable) -> None:
         if self._away_until == 0.0:
-            log.warning("storage is away", extra={"reason": str(error)})
+            log.warning("storage unavailable", extra={"reason": str(error)})
         self._away_until = time.monotonic() + _AWAY_SECONDS
 
     def _work(self) -> None:
@@ -174,4 +173,4 @@ class UploadQueue:
             try:
                 self._finish(pending)
             except Exception:  # this thread must not die
-                log.exception("the outbox met a bug")
+                log.exception("unexpected error in the upload queue")

@@ -6,12 +6,12 @@ Runs beside the step loop in threads of its own, so that neither a busy device n
 from __future__ import annotations
 
 import logging
-import random
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from calotype_shared.backoff import full_jitter
 from calotype_shared.errors import ServiceUnavailable
 from calotype_shared.observability import metric_names as names
 from calotype_shared.queue.job_store import Claim, JobStore, News
@@ -23,6 +23,7 @@ _PROGRESS_SECONDS = 0.3
 _REPORT_SECONDS = 1.0
 _LISTEN_SECONDS = 1.0
 _BACKOFF_SECONDS = 2.0
+_LOOK_SECONDS = 0.2
 
 
 @dataclass(kw_only=True, eq=False)
@@ -38,6 +39,13 @@ class RunningJob:
     @property
     def given_up(self) -> bool:
         return self.lost or self.released
+
+    def wait_given_up(self, seconds: float) -> bool:
+        """Sleep, but not much past the moment at which the job is given up; whether it is."""
+        ends = time.monotonic() + seconds
+        while not self.given_up and (left := ends - time.monotonic()) > 0:
+            time.sleep(min(_LOOK_SECONDS, left))
+        return self.given_up
 
 
 class Heartbeat:
@@ -123,9 +131,9 @@ class Heartbeat:
                     reported = time.monotonic()
             except ServiceUnavailable as error:
                 log.warning("heartbeat missed", extra={"reason": str(error)})
-                self._stopped.wait(random.uniform(0, _BACKOFF_SECONDS))
+                self._stopped.wait(full_jitter(_BACKOFF_SECONDS))
             except Exception:  # this thread must not die: the leases of good jobs depend on it
-                log.exception("heartbeat met a bug")
+                log.exception("unexpected error in the heartbeat")
 
     def _show_progress(self) -> None:
         updates = []
@@ -157,9 +165,9 @@ class Heartbeat:
                     while not self._stopped.is_set():
                         self._heard(wait(_LISTEN_SECONDS))
             except ServiceUnavailable:
-                self._stopped.wait(random.uniform(0.2, _BACKOFF_SECONDS))  # the heartbeat tells of it
+                self._stopped.wait(full_jitter(_BACKOFF_SECONDS))  # the heartbeat tells of it
             except Exception:
-                log.exception("the listener for news met a bug")
+                log.exception("unexpected error while listening for events")
                 self._stopped.wait(_BACKOFF_SECONDS)
 
     def _heard(self, news: News | None) -> None:

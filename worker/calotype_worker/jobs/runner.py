@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,10 +14,14 @@ from concurrent.futures import CancelledError, Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TypeVar
 
+from opentelemetry import trace as otel
+from opentelemetry.context import Context
+
+from calotype_shared.backoff import delays
 from calotype_shared.errors import CalotypeError, ObjectMissing, RedisUnavailable, ServiceUnavailable
 from calotype_shared.observability import metric_names as names
 from calotype_shared.observability.logs import about
-from calotype_shared.observability.tracing import NOOP_TELEMETRY, Span, Telemetry, trace_id_of
+from calotype_shared.observability.tracing import context_of, mark_failed, span_block, trace_id_of
 from calotype_shared.queue.job_store import QUARANTINE_CRASHES, Claim, JobStore
 from calotype_shared.queue.records import OLDEST
 from calotype_shared.schema.enums import Lane
@@ -62,7 +65,7 @@ class JobRunner:
         draining: Callable[[], bool],
         trace: Tracer | None = None,
         counters: Counters | None = None,
-        telemetry: Telemetry = NOOP_TELEMETRY,
+        tracer: otel.Tracer | None = None,
     ) -> None:
         self._store = store
         self._engine = engine
@@ -78,14 +81,14 @@ class JobRunner:
         self._draining = draining
         self._trace = trace or NoopTracer()
         self._counters = counters or Counters()
-        self._telemetry = telemetry
+        self._tracer = tracer or otel.NoOpTracer()
         self._quarantine = threading.Lock()  # held while this worker works on a job that may kill it
 
     def start(self) -> None:
         self._uploads.start()
 
     @property
-    def storage_away(self) -> bool:
+    def storage_unavailable(self) -> bool:
         """Whether images wait for the storage."""
         return self._uploads.away
 
@@ -125,7 +128,7 @@ class JobRunner:
         try:
             self._store.push_message(queue)
         except RedisUnavailable as error:
-            log.warning("message not given back", extra={"queue": queue, "reason": str(error)})  # the reaper will see
+            log.warning("message not returned", extra={"queue": queue, "reason": str(error)})  # the reaper will see
 
     def _next(self, queue: str) -> None:
         """Claim and work; again after a job that not every worker takes, for others of its kind may be left in line."""
@@ -181,18 +184,20 @@ class JobRunner:
     def _work(self, claim: Claim) -> None:
         ids = tuple(f"{claim.folder}/{index}" for index in range(claim.config.image_count))
         record, config = claim.record, claim.config
-        span = self._telemetry.begin(
+        span = self._tracer.start_span(
             "job",
-            kind="consumer",
-            parent=record.traceparent,
-            job_id=claim.job_id,
-            attempt=claim.attempt,
-            model="+".join(config.models),
-            lane=record.lane.value,
-            images=config.image_count,
-            rows=config.image_count * (2 if config.guidance_scale > 1.0 else 1),
-            steps=config.num_inference_steps,
-            queue_seconds=_queued(claim),
+            context_of(record.traceparent) if record.traceparent else None,
+            kind=otel.SpanKind.CONSUMER,
+            attributes={
+                "calotype.job_id": claim.job_id,
+                "calotype.attempt": claim.attempt,
+                "calotype.model": "+".join(config.models),
+                "calotype.lane": record.lane.value,
+                "calotype.images": config.image_count,
+                "calotype.rows": config.image_count * (2 if config.guidance_scale > 1.0 else 1),
+                "calotype.steps": config.num_inference_steps,
+                "calotype.queue_seconds": _queued(claim),
+            },
         )
         pending = PendingResult(job=self._heartbeat.hold(claim, ids), span=span)
         with _about(pending):
@@ -215,7 +220,7 @@ class JobRunner:
         except Exception as error:
             with _about(pending):
                 self._fail(job, error)
-            pending.span.fail(error.code if isinstance(error, CalotypeError) else type(error).__name__)
+            mark_failed(pending.span, error.code if isinstance(error, CalotypeError) else type(error).__name__)
         finally:
             for request_id in job.request_ids:
                 self._engine.cancel(request_id)
@@ -226,7 +231,8 @@ class JobRunner:
                     self._release(job.claim)
                 self._uploads.forget(pending) if done else self._uploads.discard(pending)
                 self._heartbeat.drop(job)
-                pending.span.set(outcome="succeeded" if done else "lost" if job.lost else "ended")
+                outcome = "succeeded" if done else "lost" if job.lost else "ended"
+                pending.span.set_attribute("calotype.outcome", outcome)
                 pending.span.end()
 
     def _make(self, pending: PendingResult) -> bool:
@@ -251,7 +257,7 @@ class JobRunner:
                 submitted.append(time.time())
         for index, future in enumerate(futures):
             generated = future.result()
-            _note_engine(pending.span, generated, began=submitted[index])
+            self._trace_engine(pending, generated, began=submitted[index])
             with self._phase(pending, "encode", timing="encode_image"):
                 files, reference = self._encoder.encode(claim, index, generated)
             pending.files += files
@@ -271,18 +277,34 @@ class JobRunner:
         with (
             _timed(pending.timings, timing or name),
             spanning(self._trace, _track(name), pending.job.claim.job_id),
-            pending.span.child(said or name),
+            self._part(pending, said or name),
         ):
             yield
+
+    def _part(self, pending: PendingResult, name: str, **attributes: bool) -> AbstractContextManager[otel.Span]:
+        """A span within the attempt's, which may be continued in another thread."""
+        return span_block(self._tracer, name, within=_within(pending), attributes=dict(attributes))
+
+    def _trace_engine(self, pending: PendingResult, generated: Generated, *, began: float) -> None:
+        """What the engine did with one image, phase after phase, from `began`, when the image was submitted."""
+        for phase, seconds in generated.timings.items():
+            span = self._tracer.start_span(
+                "encode prompt" if phase == "encode" else phase,
+                _within(pending),
+                attributes={"calotype.steps": generated.steps_taken} if phase == "denoise" else None,
+                start_time=int(began * 1e9),
+            )
+            began += seconds
+            span.end(int(began * 1e9))
 
     def _send(self, pending: PendingResult) -> bool:
         """The end of an attempt: everything is in storage, and the record says so. Raises CancelledError."""
         job, claim = pending.job, pending.job.claim
-        late = nullcontext() if pending.stored else pending.span.child("upload", late=True)
+        late = nullcontext() if pending.stored else self._part(pending, "upload", **{"calotype.late": True})
         with _timed(pending.timings, "upload"), late:
             self._uploads.deliver(pending)
         commit = functools.partial(self._store.commit, claim, images=pending.images, timings=pending.timings)
-        with spanning(self._trace, _track("commit"), claim.job_id), pending.span.child("commit"):
+        with spanning(self._trace, _track("commit"), claim.job_id), self._part(pending, "commit"):
             committed = self._patiently(commit, job)
         if not committed:
             job.lost = True
@@ -330,8 +352,7 @@ class JobRunner:
             CancelledError: the claim `held` is lost, or to be handed back.
             ServiceUnavailable: without `held`, once this worker drains; `ObjectMissing` at once.
         """
-        pause = 0.1
-        while True:
+        for pause in delays(0.1, 5.0):
             try:
                 return call()
             except ObjectMissing:
@@ -339,12 +360,11 @@ class JobRunner:
             except ServiceUnavailable:
                 if job is None and self._draining():
                     raise
-            ends = time.monotonic() + random.uniform(0, pause)
-            while time.monotonic() < ends:
-                if job is not None and job.given_up:
-                    raise CancelledError
-                time.sleep(min(0.2, pause))
-            pause = min(5.0, pause * 2)
+            if job is None:
+                time.sleep(pause)
+            elif job.wait_given_up(pause):
+                raise CancelledError
+        raise AssertionError("unreachable")
 
 
 def _track(phase: str) -> str:
@@ -361,15 +381,12 @@ def _queued(claim: Claim) -> float:
 def _about(pending: PendingResult) -> AbstractContextManager[None]:
     """Log lines within the block say which job and which trace they are of."""
     claim = pending.job.claim
-    return about(job_id=claim.job_id, trace_id=trace_id_of(pending.span.traceparent or claim.record.traceparent))
+    return about(job_id=claim.job_id, trace_id=trace_id_of(pending.span))
 
 
-def _note_engine(span: Span, generated: Generated, *, began: float) -> None:
-    """What the engine did with one image, phase after phase from when it was handed over."""
-    for phase, seconds in generated.timings.items():
-        name = "encode prompt" if phase == "encode" else phase
-        span.note(name, began, began + seconds, **({"steps": generated.steps_taken} if phase == "denoise" else {}))
-        began += seconds
+def _within(pending: PendingResult) -> Context:
+    """The attempt's span alone: what is current in this thread does not matter."""
+    return otel.set_span_in_context(pending.span, Context())
 
 
 def _is_quarantined(claim: Claim) -> bool:

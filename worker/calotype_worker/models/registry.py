@@ -81,7 +81,7 @@ def resolve_source(name: str, source: str | None) -> str:
     if name == "demo":
         return str(demo_folder())
     raise ModelLoadError(
-        f"model {name!r}: no source is known for it; give one as --model {name}=FOLDER or --model {name}=OWNER/NAME"
+        f"model {name!r}: it has no source; give one as --model {name}=FOLDER or --model {name}=OWNER/NAME"
     )
 
 
@@ -127,7 +127,7 @@ def load_model(
     if class_name in OPAQUE:
         if adapters != Adapters() or memory != Memory() or accelerations != EXACT:
             raise ModelLoadError(
-                f"model {name!r}: {class_name} runs as a whole, without adapters, savings of memory or "
+                f"model {name!r}: {class_name} cannot be stepped and supports no adapters, memory settings or "
                 "accelerations; leave out --lora, --embedding, --control, --offload, --deep-cache and the like, or "
                 "register them for another model"
             )
@@ -159,7 +159,7 @@ def _device(device: str) -> torch.device:
         raise ModelLoadError(f"device {device!r} is not a device; use cpu or cuda:0") from error
     if found.type == "cuda" and not (torch.cuda.is_available() and (found.index or 0) < torch.cuda.device_count()):
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        raise ModelLoadError(f"device {device!r} is not there: torch sees {count} CUDA devices; use --device cpu")
+        raise ModelLoadError(f"device {device!r} does not exist: torch sees {count} CUDA devices; use --device cpu")
     if found.type not in ("cpu", "cuda"):
         raise ModelLoadError(f"device {device!r} is not supported; use cpu or cuda:0")
     return found
@@ -171,7 +171,7 @@ def _check_folder(name: str, folder: Path) -> None:
         class_name = json.loads(index.read_text())["_class_name"]
     except FileNotFoundError as error:
         raise ModelLoadError(
-            f"model {name!r}: {str(folder)!r} has no model_index.json; give the folder of a whole diffusers pipeline"
+            f"model {name!r}: {str(folder)!r} has no model_index.json; give the folder of a complete diffusers pipeline"
         ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise ModelLoadError(f"model {name!r}: {str(index)!r} is not readable as JSON with a _class_name") from error

@@ -62,7 +62,7 @@ class AnimateDiff(WholePipeline):
         frames = self._frames(request)
         if not 1 <= frames <= self._max_frames:
             raise InvalidRequest(
-                f"the motion modules of model {self.card.name!r} span {self._max_frames} frames",
+                f"model {self.card.name!r} makes at most {self._max_frames} frames",
                 field="num_frames",
                 value=frames,
                 remedy=f"use 1 to {self._max_frames}",

@@ -111,10 +111,10 @@ class WholePipeline(ABC):
 
     def _unable(self, field: str, value: object) -> InvalidRequest:
         return InvalidRequest(
-            f"model {self.card.name!r} runs as a whole and cannot do that",
+            f"model {self.card.name!r} cannot be stepped and does not support this",
             field=field,
             value=value,
-            remedy=f"leave it out; the model can do {', '.join(sorted(self.card.features))}",
+            remedy=f"leave it out; the model supports {', '.join(sorted(self.card.features))}",
         )
 
 

@@ -1,0 +1,8 @@
+"""The client for asyncio: the same client, its short calls in threads and its sleeping on the event loop."""
+
+from calotype.aio.batches import AsyncBatches, AsyncBatchHandle
+from calotype.aio.client import AsyncClient
+from calotype.aio.dead import AsyncDeadJobs
+from calotype.aio.jobs import AsyncJobHandle
+
+__all__ = ["AsyncBatchHandle", "AsyncBatches", "AsyncClient", "AsyncDeadJobs", "AsyncJobHandle"]
