@@ -326,8 +326,11 @@ def figures(jobs: Sequence[Job], shares: Sequence[float]) -> dict[str, float]:
 
 
 def simulate_models(order: str, *, move_seconds: float, jobs: int, seed: int = 0) -> dict[str, float]:
-    """One worker, two models with a queue each. `order` is which queue it takes from: `first` while that has any (as
-    kombu's BRPOP does), `turns`, or `at hand`, whose model is on the device. The engine's patience is 50 steps."""
+    """One worker, two models with a queue each.
+
+    `order` is which queue it takes from: `first` while that has any (as kombu's BRPOP does), `turns`, or `at hand`,
+    whose model is on the device. The engine's patience is 50 steps.
+    """
     chance = random.Random(seed)
     device = Device()
     lines = {model: [Job(id=f"{model}{n:05}", size=SIZES[0], rows=2, steps=chance.choice(STEPS), tenant="a")

@@ -60,8 +60,10 @@ def paint(pipeline: Any, prompts: Sequence[str], **options: Any) -> list[Image.I
 
 
 def lora(files: Sequence[Path], count: int) -> tuple[Image.Image, dict[str, object]]:
-    """Shape, color and background as the checker reads them, and how much of an image is near white or near black:
-    what a sticker's rim and a neon's night change."""
+    """Shape, color and background as the checker reads them, and how much of an image is near white or near black.
+
+    The last two are what a sticker's rim and a neon's night change.
+    """
     prompts = PROMPTS.read_text().splitlines()
     wanted = [w for w in held_out_captions(4 * count) if not {"white", "black"} & {w[2], w[3]}][:count]
     pipeline = load()

@@ -42,7 +42,6 @@ class CalotypeError(Exception):
 class InvalidRequest(CalotypeError, ValueError):
     """A request that cannot be fulfilled as written.
 
-
     `field` names the field or option, `value` is the given value, `problem` says what is wrong with it, and
     `remedy` says what would work.
     """

@@ -309,8 +309,10 @@ class Site:
 
 
 class Undisturbed:
-    """What images look like where nothing goes wrong. Each is made when it is first asked for, by one worker at a site
-    of its own."""
+    """What images look like where nothing goes wrong.
+
+    Each is made when it is first asked for, by one worker at a site of its own.
+    """
 
     def __init__(self, site: Site) -> None:
         self._site = site

@@ -251,8 +251,10 @@ def test_a_suspect_is_not_moved_up_for_a_worker_that_must_leave_it(store: JobSto
 def test_a_worker_goes_on_with_the_size_it_runs(
     start_worker: Callable[..., WorkerProcess], store: JobStore, invariants: None, look: int, first: str
 ) -> None:
-    """A real worker with four bulk jobs in flight: of one size while there is room, and by turns if told so. Urgent
-    jobs come in their order, whatever runs."""
+    """A real worker with four bulk jobs in flight: of one size while there is room, and by turns if told so.
+
+    Urgent jobs come in their order, whatever runs.
+    """
     del invariants
     sizes = {"a": (64, 64), "b": (64, 32), "c": (32, 32), "d": (32, 64)}
     made = {}

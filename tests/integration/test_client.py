@@ -31,7 +31,8 @@ from calotype_shared.schema.jobs import ImageRef, JobError
 from calotype_shared.schema.model_card import ModelCard
 from calotype_shared.schema.worker_info import WorkerInfo
 from calotype_shared.settings import Settings
-from calotype_shared.storage.s3 import Storage, image_key
+from calotype_shared.storage.layout import image_key
+from calotype_shared.storage.s3 import Storage
 
 CARD = ModelCard(
     name="demo",

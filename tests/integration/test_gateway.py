@@ -142,7 +142,7 @@ def test_images_go_in_both_ways(gateway: Gateway, way: str) -> None:
         answer = gateway.http.post("/v1/uploads", content=data, headers={"content-type": "image/png"})
     elif way == "form":
         answer = gateway.http.post("/v1/uploads", files={"image": data})
-        wrong = gateway.http.post("/v1/uploads", files={"image": data})
+        wrong = gateway.http.post("/v1/uploads", files={"photo": data})
         assert (wrong.status_code, wrong.json()["field"]) == (400, "image")
     else:
         link = gateway.http.post("/v1/uploads/presigned").json()

@@ -22,7 +22,8 @@ from calotype.testing import ScriptedWorker
 from calotype_shared.queue.job_store import Claim, JobStore
 from calotype_shared.schema.jobs import JobError, new_job_id
 from calotype_shared.storage.images import upload_key
-from calotype_shared.storage.s3 import Storage, sidecar_key
+from calotype_shared.storage.layout import sidecar_key
+from calotype_shared.storage.s3 import Storage
 from tests.integration.conftest import until
 from tests.integration.test_fair_share import CARD, take
 from tests.invariants import check_bucket, check_store

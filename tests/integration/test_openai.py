@@ -226,7 +226,7 @@ def test_cancelling_a_batch(client: openai.OpenAI, gateway: Gateway) -> None:
     file = client.files.create(file=("lines.jsonl", manifest), purpose="batch")
     batch = client.batches.create(input_file_id=file.id, endpoint="/v1/images/generations", completion_window="24h")
     until(lambda: client.batches.retrieve(batch.id).status == "in_progress")
-    assert client.batches.cancel(batch.id).status == "cancelling"
+    assert client.batches.cancel(batch.id).status in ("cancelling", "cancelled")  # a dispatcher may be that fast
     until(lambda: client.batches.retrieve(batch.id).status == "cancelled")
     counts = client.batches.retrieve(batch.id).request_counts
     assert counts is not None

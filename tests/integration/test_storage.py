@@ -10,7 +10,8 @@ import pytest
 from calotype_shared.errors import StorageUnavailable
 from calotype_shared.schema.enums import OutputFormat
 from calotype_shared.settings import Settings
-from calotype_shared.storage.s3 import Storage, image_key, sidecar_key
+from calotype_shared.storage.layout import image_key, sidecar_key
+from calotype_shared.storage.s3 import Storage
 
 
 def changed(settings: Settings, **changes: object) -> Storage:

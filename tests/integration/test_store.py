@@ -290,7 +290,7 @@ def test_workers_hear_of_urgent_jobs_however_they_come_into_line(store: JobStore
 
 
 def test_an_unknown_job_is_told_from_a_queued_one(store: JobStore) -> None:
-    """ "Waiting" and "missing" must never look alike."""
+    """Waiting and missing must never look alike."""
     (job_id,) = store.create([CONFIG])
     assert store.get(job_id).state is JobState.QUEUED
     with pytest.raises(JobNotFound, match="'nothing'"):

@@ -103,6 +103,19 @@ def test_progress_is_seen_and_a_cancellation_noticed(sandbox: Sandbox) -> None:
     assert sandbox.worker.done[1] == slow.id
 
 
+def test_a_worker_that_stops_hands_its_job_back(servers: EmbeddedServers) -> None:
+    """At the next call of the script, and without a failure; another one makes it."""
+    with Sandbox(servers=servers) as sandbox:
+        sandbox.worker.pause()
+        with ScriptedWorker(sandbox.settings, [demo_card()], script=lambda context: context.wait(600), name="leaves"):
+            job = sandbox.client.submit("x")
+            until(lambda: job.status().state is JobState.RUNNING)
+        assert job.status().state is JobState.QUEUED
+        sandbox.worker.resume()
+        record = job.wait(60)
+        assert (record.failures, record.crashes, record.worker) == (0, 0, "scripted-worker")
+
+
 def test_a_crash_is_what_a_client_sees_of_one(servers: EmbeddedServers) -> None:
     """The lease runs out, the attempt counts as lost with its worker, and another one makes the images."""
 

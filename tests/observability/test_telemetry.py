@@ -355,7 +355,6 @@ def test_missing_packages_are_told(monkeypatch: pytest.MonkeyPatch, caplog: pyte
 
 def test_a_collector_that_is_away_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither who notes spans nor, for long, a process that ends."""
-
     heals, exported = threading.Event(), []
 
     class Stuck(SpanExporter):

@@ -113,8 +113,10 @@ def test_what_is_off_leaves_no_trace(shelf: Shelf, name: str, monkeypatch: pytes
 
 @pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux"])
 def test_a_full_pass_is_the_network_and_so_is_the_next_of_the_same_inputs(shelf: Shelf, name: str) -> None:
-    """What the caches do by hand is what diffusers does, for sizes too that the network must pad; and what they
-    remember is what they would compute."""
+    """What the caches do by hand is what diffusers does, for sizes too that the network must pad.
+
+    And what they remember is what they would compute.
+    """
     accelerations = {"first_block_cache": 0.5} if name in ("sd3", "flux") else {"deep_cache": 3}
     cached, exact = shelf.model(name, **accelerations), shelf.model(name)
     for size in [(64, 64), (72, 56)] if "deep_cache" in accelerations else [(64, 64), (96, 64)]:
@@ -448,8 +450,8 @@ def test_what_cannot_go_together_is_refused_at_the_start(
     shelf: Shelf, accelerations: dict[str, Any], settings: dict[str, Any], message: str
 ) -> None:
     """By an engine, and by a worker before it loads anything."""
+    from calotype_worker.loading import load_models
     from calotype_worker.settings import WorkerSettings
-    from calotype_worker.worker import load_models
 
     with pytest.raises(InvalidRequest, match=message):
         Engine(shelf.model("sd", **accelerations), EngineSettings(**settings))

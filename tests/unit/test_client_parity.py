@@ -1,5 +1,7 @@
-"""The sync and the async client are one interface: the same methods, parameters and words; and errors that can be
-imported from the package's root."""
+"""The sync and the async client are one interface: the same methods, parameters and words.
+
+And errors can be imported from the package's root.
+"""
 
 from __future__ import annotations
 

@@ -22,17 +22,16 @@ def page() -> str:
     document = inspect.getdoc(source) or ""
     first, tree, last = document.split("\n\n", 2)
     said = {match[1]: match[2] for match in re.finditer(r"^[ │├└─]*(\w+) *(.*)$", tree, re.M)}
-    rows = []
-    for error in _tree(CalotypeError):
-        rows.append(
-            (
-                code(error.__name__),
-                code(error.code),
-                said.get(error.__name__, ""),
-                str(exit_code(_example(error)).value),
-                str(next((STATUSES[kind] for kind in error.__mro__ if kind in STATUSES), 500)),
-            )
+    rows = [
+        (
+            code(error.__name__),
+            code(error.code),
+            said.get(error.__name__, ""),
+            str(exit_code(_example(error)).value),
+            str(next((STATUSES[kind] for kind in error.__mro__ if kind in STATUSES), 500)),
         )
+        for error in _tree(CalotypeError)
+    ]
     return "\n".join(
         [
             generated("Errors", "`calotype_shared/errors.py`"),

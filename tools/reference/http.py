@@ -59,10 +59,11 @@ def _says(operation: dict[str, Any]) -> str:
 
 def _takes(operation: dict[str, Any]) -> str:
     """Parameters, and what the body is."""
-    named = []
-    for parameter in operation.get("parameters", ()):
-        if parameter["in"] != "path":
-            named.append(code(parameter["name"]) + (" (header)" if parameter["in"] == "header" else ""))
+    named = [
+        code(parameter["name"]) + (" (header)" if parameter["in"] == "header" else "")
+        for parameter in operation.get("parameters", ())
+        if parameter["in"] != "path"
+    ]
     for media, content in operation.get("requestBody", {}).get("content", {}).items():
         name = str(content.get("schema", {}).get("$ref", "")).rpartition("/")[2]
         named.append(f"{media}: {code(name)}" if name and media == "application/json" else media)

@@ -1,5 +1,7 @@
-"""`python -m calotype_train`: train a LoRA, a textual inversion or a ControlNet. `calotype train` runs
-exactly this."""
+"""`python -m calotype_train`: train a LoRA, a textual inversion or a ControlNet.
+
+`calotype train` runs exactly this.
+"""
 
 from __future__ import annotations
 
@@ -129,7 +131,8 @@ def prepare(options: TrainOptions) -> tuple[Training, Recipe]:
 
 
 def read_prompts(path: Path | None) -> list[str]:
-    """
+    """The lines of a file, without empty ones; none without a file.
+
     Raises:
         InvalidRequest: the file does not exist or has no prompts.
     """

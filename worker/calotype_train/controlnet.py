@@ -1,5 +1,7 @@
-"""ControlNet (Zhang et al. 2023): a copy of the U-Net's encoder that reads a control image and steers the frozen
-U-Net through convolutions that start at zero."""
+"""ControlNet (Zhang et al. 2023): a copy of the U-Net's encoder that reads a control image.
+
+It steers the frozen U-Net through convolutions that start at zero.
+"""
 
 from __future__ import annotations
 

@@ -142,8 +142,10 @@ def _example(folder: Path, number: int, line: str, *, conditions: bool) -> Examp
 
 
 def hold_out(examples: Sequence[Example], *, share: float, most: int) -> tuple[list[Example], list[Example]]:
-    """Examples to learn from and examples to judge by. Which are held out depends on their names alone, so that more
-    images or another seed do not move one across."""
+    """Examples to learn from and examples to judge by.
+
+    Which are held out depends on their names alone, so that more images or another seed do not move one across.
+    """
     count = max(1, min(most, round(share * len(examples))))
     ranked = sorted(examples, key=lambda example: hashlib.sha256(example.image.name.encode()).digest())
     held = ranked[: min(count, len(examples) - 1)]

@@ -84,7 +84,8 @@ class Training:
         shots: Sequence[Shot],
         resume: bool = False,
     ) -> None:
-        """
+        """`work` is the folder that the run is kept in, `shots` the samples that it makes.
+
         Raises:
             InvalidRequest: `work` holds a run and `resume` was not given, or holds one with other settings.
         """

@@ -24,7 +24,8 @@ class Objective:
     """The forward process and the target of a model's own schedule (Ho et al. 2020; v: Salimans & Ho 2022)."""
 
     def __init__(self, scheduler: Any, *, weighting: Weighting = Weighting.UNIFORM, gamma: float = 5.0) -> None:
-        """
+        """`scheduler` is the model's own, a diffusers object; `gamma` belongs to MIN_SNR.
+
         Raises:
             InvalidRequest: the schedule predicts something other than epsilon or v.
         """

@@ -116,7 +116,8 @@ RECIPES: tuple[type[TrainOptions], ...] = (LoraOptions, TextualInversionOptions,
 
 
 def checked(kind: type[TrainOptions], given: dict[str, Any]) -> TrainOptions:
-    """
+    """Options as they were given on the command line, checked.
+
     Raises:
         SettingsError: names the option, its value and what would work.
     """

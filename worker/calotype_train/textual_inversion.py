@@ -21,7 +21,8 @@ class TextualInversionRecipe:
     name = "textual-inversion"
 
     def __init__(self, model: BaseModel, *, token: str, initialize_from: str, vectors: int = 1) -> None:
-        """
+        """`token` is the new word, which begins as `initialize_from` and has so many `vectors`.
+
         Raises:
             InvalidRequest: the token is a word already, or `initialize_from` is not one token.
         """
@@ -91,7 +92,8 @@ class TextualInversionRecipe:
 
 
 def check_captions(captions: Sequence[str], token: str) -> None:
-    """
+    """Make sure that the new word can be learned from these captions.
+
     Raises:
         InvalidRequest: no caption has the new word, so nothing could be learned.
     """

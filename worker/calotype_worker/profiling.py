@@ -7,9 +7,9 @@ from rich.table import Table
 
 from calotype_shared.errors import InvalidRequest
 from calotype_worker.engine import Engine, EngineSettings
+from calotype_worker.loading import load_models
 from calotype_worker.models import ModelPool
 from calotype_worker.settings import WorkerSettings
-from calotype_worker.worker import load_models
 
 _LEAST_SECONDS = 10.0
 _BAR = 32  # characters of the best throughput

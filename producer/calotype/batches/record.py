@@ -28,6 +28,7 @@ class BatchState(StrEnum):
 
     @property
     def final(self) -> bool:
+        """Whether the batch has ended."""
         return self in (BatchState.COMPLETED, BatchState.FAILED, BatchState.EXPIRED, BatchState.CANCELLED)
 
 
@@ -55,6 +56,7 @@ class BatchCounts(BaseModel):
 
     @property
     def done(self) -> int:
+        """Lines that have a result or an error."""
         return self.invalid + self.succeeded + self.failed + self.cancelled + self.expired
 
 

@@ -156,9 +156,8 @@ def batch_line(record: BatchRecord) -> str:
     """A batch in one line."""
     counts = record.counts
     told = [f"{counts.done} of {counts.total or '?'} lines done"]
-    for name in ("running", "queued", "waiting", "failed", "invalid", "cancelled", "expired"):
-        if value := getattr(counts, name):
-            told.append(f"{value} {name}")
+    names = ("running", "queued", "waiting", "failed", "invalid", "cancelled", "expired")
+    told += [f"{value} {name}" for name in names if (value := getattr(counts, name))]
     if not record.state.final and record.seconds_left is not None:
         told.append(f"{record.rate:.1f} per second, {record.seconds_left:.0f} s left")
     paused = " (paused)" if record.paused else ""

@@ -28,8 +28,10 @@ def gc(
     force: Annotated[bool, typer.Option("--force", help="Remove even if Redis seems to have lost data.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Remove from storage what no record refers to any more: images of expired jobs and batches, leftovers of
-    attempts, unused uploads and files. Also remove index entries in Redis that point to expired records.
+    """Remove from storage what no record refers to any more.
+
+    That is images of expired jobs and batches, leftovers of attempts, unused uploads and files. Also remove index
+    entries in Redis that point to expired records.
 
     Objects younger than an hour are kept, and so are uploads younger than the retention of records. Without --yes
     the command runs twice: first to show what would be removed, then, after confirmation, to remove it.

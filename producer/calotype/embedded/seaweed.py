@@ -75,7 +75,7 @@ class SeaweedServer:
     def stop(self) -> None:
         self.process.stop()
         for port in self._ports:  # its gRPC sockets have a fixed place, and a killed process leaves them
-            for socket in Path("/tmp").glob(f"seaweedfs-*-grpc-{port}.sock"):
+            for socket in Path("/tmp").glob(f"seaweedfs-*-grpc-{port}.sock"):  # noqa: S108 - its choice
                 socket.unlink(missing_ok=True)
 
     def _await_ready(self, bucket: str, timeout: float) -> None:

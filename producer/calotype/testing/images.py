@@ -14,7 +14,8 @@ from calotype_shared.schema.enums import OutputFormat
 from calotype_shared.schema.jobs import ImageRef
 from calotype_shared.schema.model_card import ModelCard
 from calotype_shared.storage.image_file import write_image
-from calotype_shared.storage.s3 import Storage, image_key, sidecar_key
+from calotype_shared.storage.layout import image_key, sidecar_key
+from calotype_shared.storage.s3 import Storage
 
 FORMATS = (OutputFormat.PNG, OutputFormat.WEBP, OutputFormat.JPEG)
 

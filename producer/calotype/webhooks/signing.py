@@ -7,7 +7,7 @@ import hmac
 
 from calotype_shared.errors import SettingsError
 
-SECRET_PREFIX = "whsec_"
+SECRET_PREFIX = "whsec_"  # noqa: S105 - what secrets begin with
 MIN_MASTER_CHARACTERS = 16
 
 

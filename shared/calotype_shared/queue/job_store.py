@@ -24,7 +24,7 @@ from calotype_shared.queue.submission import Idempotency, NewJob, queue_full
 from calotype_shared.schema.enums import JobState, Lane
 from calotype_shared.schema.jobs import ImageRef, JobError, JobRecord, Preview
 from calotype_shared.schema.resolve import ResolvedConfig
-from calotype_shared.storage.s3 import attempt_folder
+from calotype_shared.storage.layout import attempt_folder
 
 log = logging.getLogger(__name__)
 

@@ -21,6 +21,8 @@ class SamplerType(StrEnum):
 
 
 class OutputFormat(StrEnum):
+    """The kind of file that a job makes."""
+
     PNG = "png"
     WEBP = "webp"
     JPEG = "jpeg"
@@ -30,6 +32,7 @@ class OutputFormat(StrEnum):
 
     @property
     def content_type(self) -> str:
+        """Its media type, as HTTP and storage have it."""
         return {"mp4": "video/mp4", "ply": "model/ply"}.get(self.value, f"image/{self.value}")
 
 
@@ -57,6 +60,8 @@ class Lane(StrEnum):
 
 
 class JobState(StrEnum):
+    """Where a job is on its way; ARCHITECTURE.md has every transition."""
+
     QUEUED = "queued"
     RUNNING = "running"
     SUCCEEDED = "succeeded"

@@ -74,11 +74,6 @@ def refuse_weights(prompt: str, *, field: str) -> None:
         )
 
 
-def plain_text(prompt: str) -> str:
-    """The prompt without its weights and escapes."""
-    return "".join(fragment.text for fragment in parse_weights(prompt))
-
-
 def _closes(open_brackets: list[tuple[str, int]], bracket: str) -> bool:
     """Whether the innermost open bracket is this one; others opened inside it stay as text."""
     if bracket not in (opened for opened, _ in open_brackets):

@@ -44,10 +44,12 @@ class ResolvedConfig(GenerationConfig):
 
     @property
     def lora_names(self) -> tuple[str, ...]:
+        """The LoRAs that it uses, by the names that an operator has registered."""
         return tuple(lora.name for lora in self.loras)
 
     @property
     def control_names(self) -> tuple[str, ...]:
+        """The same of ControlNets."""
         return tuple(control.name for control in self.controls)
 
     @property

@@ -70,4 +70,5 @@ class WorkerInfo(BaseModel):
 
     @property
     def mean_rows(self) -> float:
+        """Of a step batch, since the start; 0 before the first."""
         return self.rows / self.forward_passes if self.forward_passes else 0.0

@@ -1,10 +1,6 @@
 """Images in S3-compatible storage. Any endpoint that boto3 can talk to will do.
 
-Layout: `{job}/{attempt}-{token}/{index}.png` and, beside each image, `….json` with its provenance.
-Images that go in are `uploads/{sha256}.png` (`uploads.py`), until `calotype gc` finds them unused and old.
-Batches have `batches/{id}/` and files that came in by HTTP `files/{tenant}/`.
-Attempts never share a key, so a late upload by a worker that lost its job harms nobody: the job's record names the
-winning attempt's keys, and only those are anyone's images.
+Where objects are in the bucket: `layout.py`.
 """
 
 from __future__ import annotations
@@ -17,8 +13,8 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 from calotype_shared.backoff import delays
-from calotype_shared.errors import ObjectMissing, StorageUnavailable
-from calotype_shared.schema.enums import OutputFormat
+from calotype_shared.errors import StorageUnavailable
+from calotype_shared.storage.s3_errors import error_code, is_transient, unavailable
 
 if TYPE_CHECKING:
     from calotype_shared.settings import Settings
@@ -26,27 +22,9 @@ if TYPE_CHECKING:
 ATTEMPTS = 5
 SAFE_SECONDS = 3_600.0  # an object that is younger may be about to be used: no clean-up touches it
 _BACKOFF_SECONDS = (0.4, 5.0)
-_REFUSED = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "403", "401", "InvalidToken"}
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-
-def attempt_folder(job_id: str, attempt: int, token: str) -> str:
-    return f"{job_id}/{attempt}-{token}"
-
-
-def image_key(folder: str, index: int, output_format: OutputFormat) -> str:
-    return f"{folder}/{index}.{output_format.value}"
-
-
-def sidecar_key(folder: str, index: int) -> str:
-    return f"{folder}/{index}.json"
-
-
-def sidecar_of(key: str) -> str:
-    """The provenance beside an image."""
-    return f"{key.rpartition('.')[0]}.json"
 
 
 def _retried(method: Callable[Concatenate[Storage, P], R]) -> Callable[Concatenate[Storage, P], R]:
@@ -60,7 +38,7 @@ def _retried(method: Callable[Concatenate[Storage, P], R]) -> Callable[Concatena
             try:
                 return method(self, *args, **kwargs)
             except (BotoCoreError, ClientError) as error:
-                if attempt == self._attempts or not _passing(error):
+                if attempt == self._attempts or not is_transient(error):
                     raise self._unavailable(error) from error
                 time.sleep(pause)
         raise AssertionError("unreachable")
@@ -108,11 +86,11 @@ class Storage:
             try:
                 client.head_bucket(Bucket=self._bucket)
             except ClientError as error:
-                if _code(error) not in ("404", "NoSuchBucket") or not create:
+                if error_code(error) not in ("404", "NoSuchBucket") or not create:
                     raise
                 client.create_bucket(Bucket=self._bucket, **self._location())
         except (BotoCoreError, ClientError) as error:
-            if _code(error) in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
+            if error_code(error) in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
                 return  # another worker was faster
             raise self._unavailable(error) from error
 
@@ -134,7 +112,7 @@ class Storage:
             window = f"bytes={start}-{start + size - 1}"
             data: bytes = self._client().get_object(Bucket=self._bucket, Key=key, Range=window)["Body"].read()
         except ClientError as error:
-            if _code(error) in ("InvalidRange", "416"):
+            if error_code(error) in ("InvalidRange", "416"):
                 return b""
             raise
         return data
@@ -148,35 +126,30 @@ class Storage:
     def content_type(self, key: str) -> str:
         return str(self._client().head_object(Bucket=self._bucket, Key=key)["ContentType"])
 
-    @_retried
     def exists(self, key: str) -> bool:
-        from botocore.exceptions import ClientError  # noqa: PLC0415
-
-        try:
-            self._client().head_object(Bucket=self._bucket, Key=key)
-        except ClientError as error:
-            if _code(error) in ("404", "NoSuchKey"):
-                return False
-            raise
-        return True
+        return self._head(key) is not None
 
     @_retried
     def now(self) -> float:
         """The storage's clock, to the second."""
         return _date(self._client().head_bucket(Bucket=self._bucket))
 
-    @_retried
     def age(self, key: str) -> float | None:
         """Seconds since an object was written, by the storage's clock; None if there is none."""
+        answer = self._head(key)
+        return None if answer is None else _date(answer) - float(answer["LastModified"].timestamp())
+
+    @_retried
+    def _head(self, key: str) -> Any:
+        """What the storage says of an object; None if there is none."""
         from botocore.exceptions import ClientError  # noqa: PLC0415
 
         try:
-            answer = self._client().head_object(Bucket=self._bucket, Key=key)
+            return self._client().head_object(Bucket=self._bucket, Key=key)
         except ClientError as error:
-            if _code(error) in ("404", "NoSuchKey"):
+            if error_code(error) in ("404", "NoSuchKey"):
                 return None
             raise
-        return _date(answer) - float(answer["LastModified"].timestamp())
 
     @_retried
     def delete(self, key: str) -> None:
@@ -313,41 +286,9 @@ class Storage:
         return {"CreateBucketConfiguration": {"LocationConstraint": self._settings.s3_region}}
 
     def _unavailable(self, error: Exception) -> StorageUnavailable:
-        where = self._settings.s3_endpoint_url or "Amazon S3"
-        code = _code(error)
-        if type(error).__name__ == "NoCredentialsError":
-            problem, remedy = (
-                "no access keys are set",
-                "set CALOTYPE_S3_ACCESS_KEY_ID and CALOTYPE_S3_SECRET_ACCESS_KEY",
-            )
-        elif code in _REFUSED:
-            problem = f"the access keys were refused ({code})"
-            remedy = "check CALOTYPE_S3_ACCESS_KEY_ID and CALOTYPE_S3_SECRET_ACCESS_KEY, and the key's permissions"
-        elif code == "NoSuchKey":
-            return ObjectMissing(f"storage at {where}: the object does not exist; it was deleted or never written")
-        elif code in ("404", "NoSuchBucket"):
-            problem = f"bucket {self._bucket!r} does not exist"
-            remedy = "create it, or set CALOTYPE_S3_BUCKET to an existing one"
-        else:
-            problem, remedy = f"{error}", "check CALOTYPE_S3_ENDPOINT_URL and that the server runs"
-        return StorageUnavailable(f"storage at {where}: {problem}; {remedy}")
+        return unavailable(error, endpoint=self._settings.s3_endpoint_url, bucket=self._bucket)
 
 
 def _date(answer: Any) -> float:
     """When the server answered, by its own clock."""
     return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"]).timestamp()
-
-
-def _code(error: Exception) -> str:
-    """S3's word for what went wrong, or nothing where no answer came."""
-    response = getattr(error, "response", None)
-    return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
-
-
-def _passing(error: Exception) -> bool:
-    """Whether the same call may well succeed a little later: no answer came, or the server said it was busy."""
-    response = getattr(error, "response", None)
-    if not isinstance(response, dict):
-        return type(error).__name__ not in ("NoCredentialsError", "ParamValidationError", "InvalidEndpoint")
-    status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-    return status >= 500 or status == 429 or _code(error) in ("SlowDown", "RequestTimeout", "RequestTimeTooSkewed")

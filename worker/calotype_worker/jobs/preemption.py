@@ -95,7 +95,7 @@ class AwsNotice:
     A rebalance recommendation is no notice: the machine may stay for hours after it.
     """
 
-    _TOKEN_HEADER = "X-aws-ec2-metadata-token"
+    _TOKEN_HEADER = "X-aws-ec2-metadata-token"  # noqa: S105 - a name
 
     def __init__(self, metadata: Metadata) -> None:
         self._metadata = metadata

@@ -1,5 +1,8 @@
-"""Shap-E (Jun & Nichol 2023): 3D objects. A prior denoises latents that are the weights of a small network, which says
-for every point in space its density, its signed distance to the surface and its color."""
+"""Shap-E (Jun & Nichol 2023): 3D objects.
+
+A prior denoises latents that are the weights of a small network, which says for every point in space its density, its
+signed distance to the surface and its color.
+"""
 
 from __future__ import annotations
 
@@ -202,6 +205,8 @@ def _drawn(mesh: Mesh | None, side: int) -> np.ndarray:
 
 
 def _srgb(linear: torch.Tensor) -> torch.Tensor:
-    """Linear light to sRGB (IEC 61966-2-1), both 0..1. The renderer gives a mesh's colors in linear light, which
-    programs that open a PLY would show too dark."""
+    """Linear light to sRGB (IEC 61966-2-1), both 0..1.
+
+    The renderer gives a mesh's colors in linear light, which programs that open a PLY would show too dark.
+    """
     return torch.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear.clamp(min=0.0031308) ** (1 / 2.4) - 0.055)
