@@ -57,7 +57,6 @@ def check_store(store: JobStore, redis: Redis) -> None:
 
     check_equal_jobs(records, redis, store)
     ours = {value for name in dir(keys) if isinstance(value := getattr(keys, name), str) and not name.startswith("_")}
-    ours.add(f"{keys.prefix}messages")  # which only the scripts read
     for queue in queues:
         ours |= {keys.waiting(queue), keys.queue_state(queue), keys.messages(queue), keys.tenant_tags(queue)}
     ours.add(f"{keys.prefix}messages")  # only scripts use it
