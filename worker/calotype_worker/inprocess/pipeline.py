@@ -27,6 +27,7 @@ class DiffusionPipeline:
         return GenerationConfig(prompt="", **quality_preset(quality))
 
     def to(self, device: str) -> Self:
+        """As `DiffusionModel.to`."""
         self.model.to(device)
         return self
 
