@@ -135,9 +135,12 @@ class Resolver:
 
     def _with_uploads(self, fields: dict[str, Any]) -> dict[str, Any]:
         """Images given in place of their ids are uploaded."""
-        for name in ("init_image", "mask_image"):
+        for name in ("init_image", "mask_image", "control_image"):
             if is_image(fields.get(name)):
                 fields[name] = self.upload(fields[name], field=name)
+        references = fields.get("images")
+        if isinstance(references, (list, tuple)):
+            fields["images"] = [self.upload(one, field="images") if is_image(one) else one for one in references]
         controls = fields.get("controls")
         if isinstance(controls, (list, tuple)):
             fields["controls"] = [

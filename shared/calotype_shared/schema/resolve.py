@@ -19,6 +19,7 @@ from calotype_shared.schema.model_card import ModelCard
 from calotype_shared.schema.prompt import parse_weights, refuse_weights
 
 DRAWN_SEED_BITS = 32
+IMAGE_FIELDS = ("init_image", "mask_image", "images", "control_image")
 
 
 class ResolvedConfig(GenerationConfig):
@@ -46,6 +47,11 @@ class ResolvedConfig(GenerationConfig):
     def lora_names(self) -> tuple[str, ...]:
         """The LoRAs that it uses, by the names that an operator has registered."""
         return tuple(lora.name for lora in self.loras)
+
+    @property
+    def given(self) -> frozenset[str]:
+        """Names of the image fields that are set."""
+        return frozenset(name for name in IMAGE_FIELDS if getattr(self, name))
 
     @property
     def control_names(self) -> tuple[str, ...]:
@@ -77,6 +83,10 @@ FILLED: Mapping[str, Callable[[GenerationConfig, ModelCard, Callable[[], int]], 
     "seed": lambda config, card, draw: draw(),
     "sampler": lambda config, card, draw: _own_or_first(config.sampler, card.samplers),
     "output_format": lambda config, card, draw: _own_or_first(config.output_format, card.output_formats),
+    "num_inference_steps": lambda config, card, draw: card.default_steps or config.num_inference_steps,
+    "guidance_scale": lambda config, card, draw: (
+        config.guidance_scale if card.default_guidance is None else card.default_guidance
+    ),
     "strength": lambda config, card, draw: DEFAULT_STRENGTH if config.init_image and not config.mask_image else 1.0,
 }
 
@@ -132,6 +142,10 @@ class Asked(Protocol):
     @property
     def num_frames(self) -> int | None: ...
     @property
+    def parameters(self) -> Mapping[str, Any]: ...
+    @property
+    def given(self) -> frozenset[str]: ...  # of the fields that hold images
+    @property
     def features(self) -> frozenset[Feature]: ...
     @property
     def lora_names(self) -> tuple[str, ...]: ...
@@ -148,8 +162,10 @@ _FIELDS = {
     Feature.PREVIEW: "preview_every",
     Feature.REFINER: "refiner",
     Feature.TEXT_TO_VIDEO: "num_frames",
+    Feature.EDIT: "images",
+    Feature.CONTROL_IMAGE: "control_image",
 }
-_FROM_TEXT = {Feature.TEXT_TO_IMAGE, Feature.TEXT_TO_VIDEO, Feature.TEXT_TO_3D}
+_FROM_TEXT = {Feature.TEXT_TO_IMAGE, Feature.TEXT_TO_VIDEO, Feature.TEXT_TO_3D, Feature.TEXT_TO_AUDIO}
 _BY_STEPS = {Feature.TEXT_TO_IMAGE, Feature.IMAGE_TO_IMAGE}  # latents that another model can take over
 
 
@@ -179,6 +195,11 @@ def check(asked: Asked, card: ModelCard) -> None:
         _check_one_of("loras", name, card.loras, card)
     for name in asked.control_names:
         _check_one_of("controls", name, card.controls, card)
+    for name in asked.parameters:
+        _check_one_of("parameters", name, card.parameters, card)
+    for name in card.needs:
+        if name not in asked.given:
+            raise InvalidRequest(f"model {card.name!r} needs it", field=name, value=None, remedy="give it")
     _check_prompts(asked, card)
 
 

@@ -27,7 +27,7 @@ class DiffusionPipeline:
         return GenerationConfig(prompt="", **quality_preset(quality))
 
     def to(self, device: str) -> Self:
-        """As `DiffusionModel.to`."""
+        """Move the model to a device: "cpu", "cuda" or "cuda:1"."""
         self.model.to(device)
         return self
 
