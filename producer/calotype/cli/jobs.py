@@ -16,8 +16,8 @@ from calotype.client import Client
 from calotype.fields import JobFields
 from calotype.jobs import require_success
 from calotype_shared.errors import InvalidRequest, JobNotFound
-from calotype_shared.schema.config import QUALITY_PRESETS
 from calotype_shared.schema.enums import JobState, Lane, OutputFormat, SamplerType
+from calotype_shared.schema.presets import QUALITY_PRESETS
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, including errors.")]
 JobId = Annotated[str, typer.Argument(metavar="ID")]
