@@ -32,4 +32,9 @@ class JobFields(TypedDict, total=False):
     ensemble: Sequence[str]
     preview_every: int
     num_frames: int | None
+    fps: float | None
+    audio_seconds: float | None
+    images: Sequence[ImageSource | str]
+    control_image: ImageSource | str | None
+    parameters: Mapping[str, Any]
     quality: str | None  # fast, balanced or high: steps and guidance at once

@@ -57,7 +57,7 @@ def test_redis_is_killed_and_restarted(
     [server] = own_valkey
     site = make_site(corner(redis_url=server.url))
     workers = [site.start_worker("--concurrency", "6") for _ in range(2)]
-    ids = site.submit(40 if FULL else 16, long=True)
+    ids = site.submit(40, long=True) if FULL else site.submit(16, num_inference_steps=24)
     until(lambda: final(site, ids) >= 3)
     site.redis.config_set("appendfsync", "always")  # from here on nothing acknowledged may be lost
     kill(server)

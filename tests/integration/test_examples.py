@@ -17,7 +17,7 @@ from calotype import Client, InvalidRequest
 from calotype_worker.output.mesh import read_provenance
 from calotype_worker.output.video import read_gif, read_mp4
 from tests.integration.conftest import CommandWorker
-from tests.opaque_models import write_tiny_animatediff, write_tiny_shap_e
+from tests.video_and_mesh_models import write_tiny_animatediff, write_tiny_shap_e
 
 pytestmark = pytest.mark.slow
 

@@ -25,14 +25,8 @@ from calotype.embedded.ports import free_ports
 from calotype_shared.errors import InvalidRequest, SettingsError
 from calotype_shared.observability.logs import about
 from calotype_shared.observability.otlp import export_spans
-from calotype_shared.observability.tracing import (
-    Telemetry,
-    context_of,
-    make_telemetry,
-    span_block,
-    trace_id_of,
-    traceparent_of,
-)
+from calotype_shared.observability.telemetry import make_telemetry
+from calotype_shared.observability.tracing import Telemetry, context_of, span_block, trace_id_of, traceparent_of
 from calotype_shared.queue.job_store import JobStore
 from calotype_shared.schema.model_card import ModelCard
 from calotype_shared.settings import Settings

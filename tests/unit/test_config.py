@@ -14,11 +14,10 @@ from calotype_shared.errors import InvalidRequest
 from calotype_shared.schema.config import (
     MAX_PROMPT_CHARACTERS,
     MAX_SEED,
-    QUALITY_PRESETS,
     GenerationConfig,
-    quality_preset,
 )
 from calotype_shared.schema.enums import SamplerType
+from calotype_shared.schema.presets import QUALITY_PRESETS, quality_preset
 
 
 @pytest.mark.parametrize(
@@ -100,6 +99,11 @@ def test_equal_configs_have_equal_digests_and_others_do_not() -> None:
         "ensemble": ["other"],
         "preview_every": 5,
         "num_frames": 8,
+        "fps": 12.0,
+        "audio_seconds": 2.5,
+        "images": ["d" * 64],
+        "control_image": "e" * 64,
+        "parameters": {"clip_skip": 1},
     }
     assert set(changes) == set(GenerationConfig.model_fields), "a new field must be tried here too"
     with_image = {name: {"init_image": "d" * 64} for name in ("mask_image", "strength")}

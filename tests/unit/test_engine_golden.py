@@ -19,6 +19,7 @@ from calotype_worker.engine import Engine, EngineSettings, Generated, Generation
 from calotype_worker.engine.step_batch import StepBatch
 from calotype_worker.models import StepModel, load_model
 from calotype_worker.sampling import make_scheduler
+from calotype_worker.sampling.samplers import SAMPLERS
 
 TOLERANCE = 1.0  # of 255 levels, after rounding to uint8
 CAUGHT = 12.0  # what a wrong timestep, guidance, generator or prompt must miss by, at least
@@ -39,7 +40,7 @@ def mixed_requests(size: tuple[int, int] = (64, 64)) -> list[GenerationRequest]:
             sampler=sampler,
         )
         for round_ in range(2)
-        for index, sampler in enumerate(SamplerType)
+        for index, sampler in enumerate(SAMPLERS)
     ]
 
 

@@ -16,6 +16,7 @@ import torch
 from calotype_shared.schema.enums import SamplerType
 from calotype_worker.engine import Engine, Generated, GenerationRequest
 from calotype_worker.models import Memory, ModelPool, StepModel, load_model, registry
+from calotype_worker.sampling.samplers import SAMPLERS
 from calotype_worker.sampling.table import TableCache
 from tests.fake_gpu import GPU, Far, pretended_gpu
 from tests.unit.stub_models import Shelf, batch_of, wanted
@@ -214,7 +215,7 @@ def test_samplers_without_a_table_step_there(shop: Shop) -> None:
     """Scheduler objects keep their own numbers here."""
     requests = [
         request(sampler.value, sampler=sampler)
-        for sampler in SamplerType
+        for sampler in SAMPLERS
         if sampler.value in shop.near("sd").card.samplers
     ]
     assert len(requests) > 8

@@ -40,6 +40,7 @@ def load_models(options: WorkerSettings) -> list[AnyModel]:
                 adapters=adapters,
                 memory=memory,
                 accelerations=accelerations,
+                as_pipeline=options.run_as == "pipeline",
             )
         )
     return models

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, Self, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
 
 from calotype_shared.errors import InvalidRequest
 from calotype_shared.schema.config import features_asked
@@ -69,6 +69,11 @@ class GenerationRequest:
     refiner_start: float = 0.8  # share of the steps
     preview_every: int = 0  # steps; 0: no previews
     num_frames: int | None = None  # of a video; None: the model's own
+    fps: float | None = None  # frames per second of a video; None: the model's own
+    audio_seconds: float | None = None  # None: the model's own
+    images: tuple[np.ndarray, ...] = ()  # references to edit or follow, each uint8 (H, W, 3) of any size
+    control_image: np.ndarray | None = None  # uint8 (H, W, 3), of the size above
+    parameters: Mapping[str, Any] = field(default_factory=dict)  # of the pipeline's own, by its names
     output_format: OutputFormat | None = None  # what will be written of it; None: it may be anything
 
     @property
@@ -82,6 +87,8 @@ class GenerationRequest:
         return features_asked(
             source=self.init_image is not None,
             mask=self.mask is not None,
+            references=bool(self.images),
+            control_image=self.control_image is not None,
             loras=bool(self.loras),
             controls=bool(self.controls),
             refiner=self.refiner is not None,
@@ -91,6 +98,16 @@ class GenerationRequest:
     @property
     def lora_names(self) -> tuple[str, ...]:
         return tuple(name for name, _ in self.loras)
+
+    @property
+    def given(self) -> frozenset[str]:
+        held = {
+            "init_image": self.init_image is not None,
+            "mask_image": self.mask is not None,
+            "images": bool(self.images),
+            "control_image": self.control_image is not None,
+        }
+        return frozenset(name for name, given in held.items() if given)
 
     @property
     def control_names(self) -> tuple[str, ...]:
@@ -108,8 +125,8 @@ class GenerationRequest:
     ) -> Self:
         """Image number `index` of a config; its seed is the config's plus `index`.
 
-        With an ensemble, all images of the first model come first. `images` holds the config's uploads, fitted
-        to its size: uint8 (H, W, 3).
+        With an ensemble, all images of the first model come first. `images` holds the config's uploads, uint8
+        (H, W, 3): references in their own sizes, the others fitted to the config's.
 
         Raises:
             InvalidRequest: the config has no such image.
@@ -148,6 +165,11 @@ class GenerationRequest:
             refiner_start=config.refiner.start if config.refiner else 0.8,
             preview_every=config.preview_every,
             num_frames=config.num_frames,
+            fps=config.fps,
+            audio_seconds=config.audio_seconds,
+            images=tuple(images[name] for name in config.images),
+            control_image=images[config.control_image] if config.control_image else None,
+            parameters=config.parameters,
             output_format=config.output_format,
         )
 
@@ -167,6 +189,8 @@ class Generated:
     model: str = ""
     frames: np.ndarray | None = None  # uint8 (F, H, W, 3)
     mesh: Mesh | None = None
+    audio: Audio | None = None
+    fps: float | None = None  # of the frames; None: the format's own
     accelerations: tuple[str, ...] = ()  # accelerations that cost likeness, see docs/accelerations.md
 
 
@@ -177,3 +201,11 @@ class Mesh:
     vertices: np.ndarray  # float32 (V, 3)
     faces: np.ndarray  # int64 (F, 3)
     colors: np.ndarray  # uint8 (V, 3)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Audio:
+    """Sound."""
+
+    samples: np.ndarray  # float32 (channels, N) in -1..1
+    rate: int  # samples per second

@@ -39,6 +39,8 @@ class WorkerSettings(StrictSettings):
     """Device of this process: cpu or cuda:N."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     """Data type of the weights. None: float32 on a CPU, bfloat16 on a GPU that supports it, otherwise float16."""
+    run_as: Literal["family", "pipeline"] = "family"
+    """`pipeline`: run every model by its own diffusers pipeline, also the families that have a faster engine path."""
     max_rows: Annotated[int, Field(ge=2, le=1024)] = 32
     """Maximum rows of a step batch at the model's native size. Larger images get fewer rows."""
     concurrency: Annotated[int, Field(ge=1, le=1024)] | None = None

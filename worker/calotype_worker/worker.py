@@ -17,7 +17,7 @@ from celery import signals
 
 from calotype_shared.errors import ServiceUnavailable, SettingsError
 from calotype_shared.observability import metric_names as names
-from calotype_shared.observability.tracing import make_telemetry
+from calotype_shared.observability.telemetry import make_telemetry
 from calotype_shared.queue.connection import connect_redis
 from calotype_shared.queue.job_store import JobStore
 from calotype_shared.queue.keys import together

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,8 +16,8 @@ from calotype.client import Client
 from calotype.fields import JobFields
 from calotype.jobs import require_success
 from calotype_shared.errors import InvalidRequest, JobNotFound
-from calotype_shared.schema.config import QUALITY_PRESETS
 from calotype_shared.schema.enums import JobState, Lane, OutputFormat, SamplerType
+from calotype_shared.schema.presets import QUALITY_PRESETS
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, including errors.")]
 JobId = Annotated[str, typer.Argument(metavar="ID")]
@@ -33,6 +34,17 @@ def _pair(entry: str, name: str, number: str) -> dict[str, Any]:
     """NAME or NAME:NUMBER as a part of a config."""
     written, colon, value = entry.rpartition(":")
     return {name: written, number: value} if colon else {name: value}
+
+
+def _parameter(entry: str) -> tuple[str, Any]:
+    """NAME=JSON; what is not JSON is text."""
+    name, equals, value = entry.partition("=")
+    if not equals:
+        raise InvalidRequest("has no value", field="--parameter", value=entry, remedy="write NAME=JSON")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def _control(entry: str) -> dict[str, Any]:
@@ -103,6 +115,23 @@ def submit(  # noqa: PLR0917 - the command's options; Typer passes them by name
     num_frames: Annotated[
         int | None, typer.Option("--num-frames", "--frames", help="Number of frames of a video.")
     ] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames per second of a video.")] = None,
+    audio_seconds: Annotated[float | None, typer.Option(help="Length of the audio in seconds.")] = None,
+    images: Annotated[
+        list[Path] | None,
+        typer.Option("--images", "--image", help="Reference image for an edit; may be repeated.", dir_okay=False),
+    ] = None,
+    control_image: Annotated[
+        Path | None, typer.Option(help="Control image, for models that take one.", dir_okay=False)
+    ] = None,
+    parameters: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--parameters",
+            "--parameter",
+            help="NAME=JSON, a parameter of the model's pipeline as listed by `calotype models`; may be repeated.",
+        ),
+    ] = None,
     lane: Annotated[Lane, typer.Option(help="Priority; interactive jobs go first.")] = Lane.INTERACTIVE,
     wait: Annotated[bool, typer.Option("--wait", help="Wait until the job ends.")] = False,
     timeout: Annotated[float | None, typer.Option(help="Maximum number of seconds to wait.", min=0)] = None,
@@ -121,6 +150,8 @@ def submit(  # noqa: PLR0917 - the command's options; Typer passes them by name
         fields["controls"] = [_control(entry) for entry in controls]
     if refiner:
         fields["refiner"] = _pair(refiner, "model", "start")
+    if parameters:
+        fields["parameters"] = dict(map(_parameter, parameters))
     with _client() as client:
         job = client.submit(prompt, lane=lane, **fields)
         if not (wait or output):

@@ -6,28 +6,16 @@ the client that submitted it. No span holds a prompt, or anything else of a conf
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from calotype_shared.errors import SettingsError
-
-if TYPE_CHECKING:
-    from calotype_shared.settings import Settings
-
-log = logging.getLogger(__name__)
-
 TRACER_NAME = "calotype"
 
-_REMEDY = "run: pip install 'calotype[telemetry]'"
-_ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 _propagator = TraceContextTextMapPropagator()
 
 
@@ -37,34 +25,6 @@ class Telemetry:
 
     tracer: trace.Tracer = trace.NoOpTracer()  # noqa: RUF009 - it has no state
     close: Callable[[], None] = lambda: None
-
-
-def make_telemetry(settings: Settings, *, service: str) -> Telemetry:
-    """What `CALOTYPE_TELEMETRY` asks for. An application that has set up OpenTelemetry itself keeps its own setup.
-
-    Raises:
-        SettingsError: it is `on`, and the SDK's packages are missing.
-    """
-    if settings.telemetry == "off":
-        return Telemetry()
-    if not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
-        return Telemetry(tracer=trace.get_tracer(TRACER_NAME))
-    if settings.telemetry == "auto" and not _names_a_collector():
-        return Telemetry(tracer=trace.get_tracer(TRACER_NAME))  # no-op until the application sets a provider
-    try:
-        from calotype_shared.observability.otlp import export_spans  # noqa: PLC0415 - an extra
-    except ImportError as error:
-        if settings.telemetry == "on":
-            raise SettingsError(f"CALOTYPE_TELEMETRY='on': {error.name} is missing; {_REMEDY}") from None
-        log.warning("tracing is disabled", extra={"reason": f"{error.name} is missing", "remedy": _REMEDY})
-        return Telemetry()
-    return export_spans(service=service)
-
-
-def _names_a_collector() -> bool:
-    """Whether OpenTelemetry's own variables do."""
-    disabled = os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
-    return not disabled and any(os.environ.get(name) for name in _ENDPOINTS)
 
 
 @contextmanager

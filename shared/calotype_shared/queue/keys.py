@@ -150,6 +150,10 @@ class Keys:
         return f"{self.prefix}open_batches"
 
     @property
+    def message_number(self) -> str:
+        return f"{self.prefix}messages"
+
+    @property
     def queues(self) -> str:
         return f"{self.prefix}queues"
 

@@ -18,6 +18,7 @@ NAMES: Mapping[SamplerType, str] = {
     SamplerType.DPMPP_2M_KARRAS: "DPM++ 2M Karras",
     SamplerType.UNIPC: "UniPC",
     SamplerType.LCM: "LCM",
+    SamplerType.MODEL: "Model's own",
 }
 _ALIASES = {"k_euler": "Euler", "k_euler_a": "Euler a", "k_heun": "Heun", "k_dpmpp_2m": "DPM++ 2M", "pndm": "PLMS"}
 SCHEDULERS = ("automatic", "karras")  # Karras' noise levels exist here for DPM++ 2M only

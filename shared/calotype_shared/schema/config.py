@@ -13,10 +13,9 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from calotype_shared.errors import InvalidRequest
 from calotype_shared.schema.enums import Feature, OutputFormat, SamplerType
 from calotype_shared.schema.refusal import invalid_request
 
@@ -112,7 +111,17 @@ class GenerationConfig(BaseModel):
     refiner: RefinerUse | None = None
     ensemble: Annotated[tuple[Name, ...], Field(max_length=7)] = ()  # further models that make the same images
     preview_every: Annotated[int, Field(ge=0, le=MAX_STEPS)] = 0  # steps between previews while it runs; 0: none
-    num_frames: Annotated[int, Field(ge=1, le=128)] | None = None  # of a video; None: the model's own
+    num_frames: Annotated[int, Field(ge=1, le=1024)] | None = None  # of a video; None: the model's own
+    fps: Annotated[float, Field(gt=0.0, le=120.0)] | None = None  # of a video; None: the model's own
+    audio_seconds: Annotated[float, Field(gt=0.0, le=600.0)] | None = None  # None: the model's own
+    # References that a model edits or follows, in their own sizes.
+    images: Annotated[tuple[UploadId, ...], Field(max_length=16)] = ()
+    control_image: UploadId | None = None  # for models that always follow one; fitted to width and height
+    # Of the pipeline's own, by its names, as far as its card lists them.
+    parameters: Annotated[dict[str, JsonValue], Field(max_length=32)] = Field(default_factory=dict)
+
+    def __hash__(self) -> int:
+        return hash(self.canonical_json())
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
@@ -191,7 +200,8 @@ class GenerationConfig(BaseModel):
     @property
     def uploads(self) -> tuple[str, ...]:
         """Uploaded images this refers to."""
-        named = (self.init_image, self.mask_image, *(control.image for control in self.controls))
+        controls = (self.control_image, *(control.image for control in self.controls))
+        named = (self.init_image, self.mask_image, *self.images, *controls)
         return tuple(dict.fromkeys(upload for upload in named if upload is not None))
 
     @property
@@ -200,6 +210,8 @@ class GenerationConfig(BaseModel):
         return features_asked(
             source=self.init_image is not None,
             mask=self.mask_image is not None,
+            references=bool(self.images),
+            control_image=self.control_image is not None,
             loras=bool(self.loras),
             controls=bool(self.controls),
             refiner=self.refiner is not None,
@@ -226,13 +238,24 @@ class GenerationConfig(BaseModel):
 
 
 def features_asked(
-    *, source: bool, mask: bool, loras: bool, controls: bool, refiner: bool, previews: bool, ensemble: bool = False
+    *,
+    source: bool,
+    mask: bool,
+    references: bool,
+    control_image: bool,
+    loras: bool,
+    controls: bool,
+    refiner: bool,
+    previews: bool,
+    ensemble: bool = False,
 ) -> frozenset[Feature]:
     """What a model must be able to do for a config, or for one image of it, that has these parts."""
     asked = {
         Feature.IMAGE_TO_IMAGE: source and not mask,
         Feature.INPAINTING: mask,
-        Feature.TEXT_TO_IMAGE: not source,
+        Feature.TEXT_TO_IMAGE: not source and not references,
+        Feature.EDIT: references,
+        Feature.CONTROL_IMAGE: control_image,
         Feature.LORA: loras,
         Feature.CONTROLNET: controls,
         Feature.REFINER: refiner,
@@ -259,21 +282,9 @@ _UNUSED: Mapping[str, Any] = {
     "ensemble": [],
     "preview_every": 0,
     "num_frames": None,
+    "fps": None,
+    "audio_seconds": None,
+    "images": [],
+    "control_image": None,
+    "parameters": {},
 }
-
-# Quality presets, by the numbers of the project's founding document.
-QUALITY_PRESETS: Mapping[str, Mapping[str, int | float]] = {
-    "fast": {"num_inference_steps": 20, "guidance_scale": 7.0},
-    "balanced": {"num_inference_steps": 50, "guidance_scale": 7.5},
-    "high": {"num_inference_steps": 100, "guidance_scale": 8.0},
-}
-
-
-def quality_preset(quality: str) -> Mapping[str, int | float]:
-    """Steps and guidance of a preset: `fast`, `balanced` or `high`."""
-    try:
-        return QUALITY_PRESETS[quality]
-    except KeyError:
-        raise InvalidRequest(
-            "unknown quality preset", field="quality", value=quality, remedy=f"use one of {', '.join(QUALITY_PRESETS)}"
-        ) from None

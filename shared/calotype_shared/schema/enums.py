@@ -18,6 +18,7 @@ class SamplerType(StrEnum):
     DPMPP_2M_KARRAS = "dpmpp_2m_karras"  # the same on Karras' noise levels
     UNIPC = "unipc"  # UniPC, Zhao et al. 2023
     LCM = "lcm"  # Latent Consistency Models, Luo et al. 2023
+    MODEL = "model"  # the scheduler that the model comes with, where it is none of these
 
 
 class OutputFormat(StrEnum):
@@ -29,11 +30,14 @@ class OutputFormat(StrEnum):
     GIF = "gif"  # video
     MP4 = "mp4"  # video
     PLY = "ply"  # 3D mesh with vertex colors
+    WAV = "wav"  # sound
+    FLAC = "flac"  # sound
 
     @property
     def content_type(self) -> str:
         """Its media type, as HTTP and storage have it."""
-        return {"mp4": "video/mp4", "ply": "model/ply"}.get(self.value, f"image/{self.value}")
+        others = {"mp4": "video/mp4", "ply": "model/ply", "wav": "audio/wav", "flac": "audio/flac"}
+        return others.get(self.value, f"image/{self.value}")
 
 
 class Feature(StrEnum):
@@ -50,6 +54,9 @@ class Feature(StrEnum):
     PREVIEW = "preview"
     TEXT_TO_VIDEO = "text_to_video"
     TEXT_TO_3D = "text_to_3d"
+    TEXT_TO_AUDIO = "text_to_audio"
+    EDIT = "edit"  # reference images, to change or to follow
+    CONTROL_IMAGE = "control_image"  # for pipelines that always follow one
 
 
 class Lane(StrEnum):

@@ -30,6 +30,10 @@ class ModelCard(BaseModel):
     controls: tuple[str, ...] = ()
     embeddings: tuple[str, ...] = ()  # tokens of textual inversions, to be written in prompts
     max_steps: int = 1000
+    parameters: tuple[str, ...] = ()  # of the pipeline's own that a config's `parameters` may set
+    needs: tuple[str, ...] = ()  # fields without which it makes nothing
+    default_steps: int | None = None
+    default_guidance: float | None = None
     description: str = ""
 
     def native_size(self, width: int | None, height: int | None) -> tuple[int, int]:

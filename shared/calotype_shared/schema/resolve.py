@@ -19,6 +19,7 @@ from calotype_shared.schema.model_card import ModelCard
 from calotype_shared.schema.prompt import parse_weights, refuse_weights
 
 DRAWN_SEED_BITS = 32
+IMAGE_FIELDS = ("init_image", "mask_image", "images", "control_image")
 
 
 class ResolvedConfig(GenerationConfig):
@@ -46,6 +47,11 @@ class ResolvedConfig(GenerationConfig):
     def lora_names(self) -> tuple[str, ...]:
         """The LoRAs that it uses, by the names that an operator has registered."""
         return tuple(lora.name for lora in self.loras)
+
+    @property
+    def given(self) -> frozenset[str]:
+        """Names of the image fields that are set."""
+        return frozenset(name for name in IMAGE_FIELDS if getattr(self, name))
 
     @property
     def control_names(self) -> tuple[str, ...]:
@@ -77,6 +83,10 @@ FILLED: Mapping[str, Callable[[GenerationConfig, ModelCard, Callable[[], int]], 
     "seed": lambda config, card, draw: draw(),
     "sampler": lambda config, card, draw: _own_or_first(config.sampler, card.samplers),
     "output_format": lambda config, card, draw: _own_or_first(config.output_format, card.output_formats),
+    "num_inference_steps": lambda config, card, draw: card.default_steps or config.num_inference_steps,
+    "guidance_scale": lambda config, card, draw: (
+        config.guidance_scale if card.default_guidance is None else card.default_guidance
+    ),
     "strength": lambda config, card, draw: DEFAULT_STRENGTH if config.init_image and not config.mask_image else 1.0,
 }
 
@@ -132,6 +142,14 @@ class Asked(Protocol):
     @property
     def num_frames(self) -> int | None: ...
     @property
+    def fps(self) -> float | None: ...
+    @property
+    def audio_seconds(self) -> float | None: ...
+    @property
+    def parameters(self) -> Mapping[str, Any]: ...
+    @property
+    def given(self) -> frozenset[str]: ...  # of the fields that hold images
+    @property
     def features(self) -> frozenset[Feature]: ...
     @property
     def lora_names(self) -> tuple[str, ...]: ...
@@ -147,9 +165,16 @@ _FIELDS = {
     Feature.CONTROLNET: "controls",
     Feature.PREVIEW: "preview_every",
     Feature.REFINER: "refiner",
-    Feature.TEXT_TO_VIDEO: "num_frames",
+    Feature.EDIT: "images",
+    Feature.CONTROL_IMAGE: "control_image",
 }
-_FROM_TEXT = {Feature.TEXT_TO_IMAGE, Feature.TEXT_TO_VIDEO, Feature.TEXT_TO_3D}
+# Fields that only models with a feature read.
+_ONLY_WITH = {
+    "num_frames": Feature.TEXT_TO_VIDEO,
+    "fps": Feature.TEXT_TO_VIDEO,
+    "audio_seconds": Feature.TEXT_TO_AUDIO,
+}
+_FROM_TEXT = {Feature.TEXT_TO_IMAGE, Feature.TEXT_TO_VIDEO, Feature.TEXT_TO_3D, Feature.TEXT_TO_AUDIO}
 _BY_STEPS = {Feature.TEXT_TO_IMAGE, Feature.IMAGE_TO_IMAGE}  # latents that another model can take over
 
 
@@ -162,10 +187,12 @@ def check(asked: Asked, card: ModelCard) -> None:
     _check_schedule(asked, card)
     if asked.output_format is not None:
         _check_one_of("output_format", asked.output_format, card.output_formats, card)
-    features = asked.features - {Feature.ENSEMBLE, Feature.REFINER, Feature.TEXT_TO_IMAGE}
-    for feature in sorted(features | ({Feature.TEXT_TO_VIDEO} if asked.num_frames is not None else set())):
+    for feature in sorted(asked.features - {Feature.ENSEMBLE, Feature.REFINER, Feature.TEXT_TO_IMAGE}):
         if feature not in card.features:
             raise _unable(card, feature)
+    for name, feature in _ONLY_WITH.items():
+        if getattr(asked, name) is not None and feature not in card.features:
+            raise _unable(card, feature, field=name)
     if Feature.TEXT_TO_IMAGE in asked.features and not card.features & _FROM_TEXT:
         raise InvalidRequest(
             f"model {card.name!r} does not support text_to_image",
@@ -179,6 +206,11 @@ def check(asked: Asked, card: ModelCard) -> None:
         _check_one_of("loras", name, card.loras, card)
     for name in asked.control_names:
         _check_one_of("controls", name, card.controls, card)
+    for name in asked.parameters:
+        _check_one_of("parameters", name, card.parameters, card)
+    for name in card.needs:
+        if name not in asked.given:
+            raise InvalidRequest(f"model {card.name!r} needs it", field=name, value=None, remedy="give it")
     _check_prompts(asked, card)
 
 
@@ -233,10 +265,10 @@ def _check_one_of(field: str, value: str, known: Collection[str], card: ModelCar
         )
 
 
-def _unable(card: ModelCard, feature: Feature) -> InvalidRequest:
+def _unable(card: ModelCard, feature: Feature, *, field: str | None = None) -> InvalidRequest:
     return InvalidRequest(
         f"model {card.name!r} does not support this",
-        field=_FIELDS.get(feature, "config"),
+        field=field or _FIELDS.get(feature, "config"),
         value=feature.value,
         remedy=f"it supports {', '.join(sorted(card.features))}; leave this out, or use another model",
     )

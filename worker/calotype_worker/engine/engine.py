@@ -6,13 +6,12 @@ decode finished latents a few at a time. `submit` does in the caller's thread al
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 
 import numpy as np
@@ -23,8 +22,9 @@ from calotype_shared.schema.worker_info import StepGroup
 from calotype_worker.engine.admission import Admission
 from calotype_worker.engine.compiled import CompiledStep, buckets_up_to
 from calotype_worker.engine.decoder import Decoder, Finished
-from calotype_worker.engine.failure_isolation import is_fatal, run_isolating_failures
+from calotype_worker.engine.failure_isolation import is_fatal
 from calotype_worker.engine.memory_limit import MemoryLimit, is_out_of_memory
+from calotype_worker.engine.pipeline_batches import PipelineBatches
 from calotype_worker.engine.profile import Profile, sizes_up_to
 from calotype_worker.engine.profiler import profile_models
 from calotype_worker.engine.request_state import RequestState, prepare
@@ -36,7 +36,8 @@ from calotype_worker.engine.stats import EngineStats
 from calotype_worker.engine.step_batch import StepBatch
 from calotype_worker.engine.step_pacer import StepPacer, events_of, work_on
 from calotype_worker.engine.trace import NoopTracer, Tracer
-from calotype_worker.models.base import OpaqueModel, StepModel
+from calotype_worker.models.base import StepModel
+from calotype_worker.models.pipeline.model import PipelineModel
 from calotype_worker.models.pool import AnyModel, ModelPool
 from calotype_worker.request import Generated, GenerationRequest, GroupKey
 from calotype_worker.sampling.table import TableCache
@@ -64,7 +65,7 @@ class Engine:
     ) -> None:
         self.models = models if isinstance(models, ModelPool) else ModelPool([models])
         self.settings = settings or EngineSettings()
-        self._check_accelerations()
+        self._check_models()
         self._on_fatal = on_fatal
         self._on_preview = on_preview
         self._tables = tables or TableCache()
@@ -91,6 +92,7 @@ class Engine:
             switch_delay_steps=self.settings.model_switch_delay_steps,
         )
         self._batches: dict[GroupKey, StepBatch] = {}
+        self._pipelines = PipelineBatches(self._budgets)
         self._graphs: dict[str, CompiledStep] = {}  # by model
         self._admission = Admission(
             cache_capacity=self.settings.conditioning_cache, together=not self.settings.deterministic
@@ -178,13 +180,17 @@ class Engine:
         """
         found = self.models.get(model)
         found.card.check_size(width, height)
-        shape = () if isinstance(found, OpaqueModel) else found.latent_shape(width, height)
+        if isinstance(found, PipelineModel):
+            return self._budgets.current(
+                GroupKey(model=found.card.name, latent_shape=("pipeline", width, height, None))
+            )
+        shape = found.latent_shape(width, height)
         return self._budgets.current(GroupKey(model=found.card.name, latent_shape=shape))
 
     def rows_of_image(self, model: str, guided: bool) -> int:
         """Rows that one image takes."""
         found = self.models.get(model)
-        return 1 if isinstance(found, OpaqueModel) or not guided or found.embedded_guidance else 2
+        return 1 if isinstance(found, PipelineModel) or not guided or found.embedded_guidance else 2
 
     def profile(self, *, seconds: float) -> list[Profile]:
         """Start the engine, measuring steps of the models' native sizes first; row budgets are then at the knee.
@@ -218,10 +224,13 @@ class Engine:
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join()
 
-    def _check_accelerations(self) -> None:
+    def _check_models(self) -> None:
         """Raises InvalidRequest: a model's accelerations do not go with the settings."""
         for model in map(self.models.get, self.models.names):
-            if not isinstance(model, OpaqueModel):
+            if isinstance(model, PipelineModel):
+                if self.settings.deterministic:
+                    model.calls.merging = False
+            else:
                 model.accelerations.check(
                     deterministic=self.settings.deterministic, compiled=self.settings.compile != "off"
                 )
@@ -287,8 +296,8 @@ class Engine:
         if plan is not None:
             admitted = [self._states[request_id] for request_id in plan.admitted]
             model = self.models.use(plan.group.model)
-            if isinstance(model, OpaqueModel):
-                self._run(model, plan.group, admitted)
+            if isinstance(model, PipelineModel):
+                self._step_pipeline(model, plan, admitted)
             else:
                 self._step(model, plan, admitted)
         self._decode()
@@ -400,43 +409,41 @@ class Engine:
             self._graphs[name] = CompiledStep(model, self.settings.compile)
         return self._graphs[name]
 
-    def _run(self, model: OpaqueModel, group: GroupKey, states: list[RequestState]) -> None:
-        """A whole run of a pipeline that cannot be stepped."""
+    def _step_pipeline(self, model: PipelineModel, plan: Plan[GroupKey], admitted: list[RequestState]) -> None:
+        """Admit, then run one merged network call of a group."""
+        group = plan.group
         began = time.monotonic()
-
-        def watch(steps_done: int) -> frozenset[str]:
-            with self._wake:
-                leaving = self._stop_at is not None and time.monotonic() >= self._stop_at
-                cancelled = set(self._cancelled)
-            for state in states:
-                state.steps_before = steps_done
-            return frozenset(t.id for t in states if leaving or t.id in cancelled or t.future.cancelled())
-
-        for state in states:
+        for state in admitted:
             state.admitted = began
-        limit = self._budgets.limit(group, self._budgets.max(group))
-
-        def run(chosen: Sequence[RequestState]) -> list[Generated | None]:
-            parts = limit.run(chosen, lambda part: model.run([state.request for state in part], watch))
-            return [generated for part in parts for generated in part]
-
-        results = run_isolating_failures(states, run)
+        self._pipelines.admit(model, group, admitted)
+        report = self._pacer.step(group, lambda: self._pipelines.step(group))
+        if report is None:
+            return
         now = time.monotonic()
-        self._counters.step_seconds += now - began
-        self._trace.span("engine", f"run {group.model}", began, now, model=group.model, requests=len(states))
-        for state, result in zip(states, results, strict=True):
-            if isinstance(result, Exception):
-                self._fail(state, result)
+        if report.calls:
+            self._counters.count_step(report, now - began)
+        self._trace.span(
+            "engine",
+            f"call {group.model} {report.component}",
+            began,
+            now,
+            model=group.model,
+            rows=report.rows,
+            calls=report.calls,
+            joined=report.joined,
+            finished=len(report.ended),
+            waiting=self._scheduler.waiting(),
+            reason=plan.reason,
+        )
+        for state, outcome in report.ended:
+            if isinstance(outcome, Exception):
+                self._fail(state, outcome)
                 continue
             self._leave(state)
             self._forget(state)
-            if result is None:
-                state.future.cancel()
-                self._counters.cancelled += 1
-                continue
             self._counters.images += 1
-            timings = {"wait": began - state.submitted, "denoise": now - began}
-            state.resolve(dataclasses.replace(result, timings=timings))
+            state.denoised = now
+            state.resolve(state.made(outcome, now))
 
     def _steps_until_next(self, model: str, shape: torch.Size) -> float:
         """After how many steps of theirs the next latents of a shape are finished; infinity where none will be."""
@@ -482,7 +489,10 @@ class Engine:
         """Out of the scheduler and its step batch, wherever it stands."""
         if self._scheduler.has(state.id):
             self._scheduler.remove(state.id)
-        batch = self._batches.get(state.group) if state.stages else None
+        if not state.stages:
+            self._pipelines.leave(state)
+            return
+        batch = self._batches.get(state.group)
         if batch is not None and any(row is state.row for row in batch.members):
             batch.leave([state.row])
             if not batch.members:
@@ -494,6 +504,7 @@ class Engine:
 
     def _abandon(self, error: Exception | None) -> None:
         """End every request that is left: with `error`, or as cancelled."""
+        self._pipelines.close()
         with self._wake:
             self._stop_at = self._stop_at or 0.0
             states, self._states = list(self._states.values()), {}

@@ -12,7 +12,8 @@ from calotype_worker.engine.profile import Profile, measure
 from calotype_worker.engine.request_state import prepare
 from calotype_worker.engine.row_budget import RowBudgets
 from calotype_worker.engine.step_batch import StepBatch
-from calotype_worker.models.base import OpaqueModel, StepModel
+from calotype_worker.models.base import StepModel
+from calotype_worker.models.pipeline.model import PipelineModel
 from calotype_worker.models.pool import ModelPool
 from calotype_worker.request import GenerationRequest, GroupKey
 from calotype_worker.sampling.table import TableCache
@@ -37,7 +38,7 @@ def profile_models(
     In the engine's thread, whose helpers are then those that were measured.
     """
     found = [models.get(name) for name in models.names]
-    steppable = [model for model in found if not isinstance(model, OpaqueModel)]
+    steppable = [model for model in found if not isinstance(model, PipelineModel)]
     share = seconds / max(1, sum(len(model.card.native_sizes) for model in steppable))
 
     def profile_one(model: StepModel, width: int, height: int) -> tuple[tuple[int, int], Profile]:

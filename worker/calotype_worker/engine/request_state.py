@@ -13,7 +13,9 @@ import torch
 from calotype_shared.errors import InvalidRequest
 from calotype_shared.schema.resolve import check, check_refiner
 from calotype_worker.engine.batch_row import BatchRow
-from calotype_worker.models.base import OpaqueModel, StepModel, Text
+from calotype_worker.models.base import StepModel, Text
+from calotype_worker.models.pipeline.model import PipelineModel
+from calotype_worker.models.pipeline.outputs import Output
 from calotype_worker.models.pool import ModelPool
 from calotype_worker.request import Generated, GenerationRequest, GroupKey
 from calotype_worker.sampling.row_scheduler import RowScheduler
@@ -48,7 +50,7 @@ class RequestState:
     request: GenerationRequest
     group: GroupKey
     rows: int
-    stages: list[Stage]  # the present one first; none for an opaque model
+    stages: list[Stage]  # the present one first; none for a pipeline
     total_steps: int
     future: Future[Generated] = field(default_factory=Future)
     submitted: float = field(default_factory=time.monotonic)
@@ -56,7 +58,7 @@ class RequestState:
     encode_seconds: float = 0.0
     denoised: float = 0.0
     accelerations: tuple[str, ...] = ()
-    steps_before: int = 0  # evaluations of earlier stages, or of an opaque run so far
+    steps_before: int = 0  # evaluations of earlier stages, or of a pipeline's run so far
 
     @property
     def id(self) -> str:
@@ -96,6 +98,21 @@ class RequestState:
             },
         )
 
+    def made(self, output: Output, now: float) -> Generated:
+        """What a pipeline made, and where its time went."""
+        return Generated(
+            request_id=self.id,
+            image=output.shown(self.request.width, self.request.height),
+            frames=output.frames,
+            mesh=output.mesh,
+            audio=output.audio,
+            fps=self.request.fps,
+            seed=self.request.seed,
+            steps_taken=self.total_steps,
+            model=self.request.model,
+            timings={"wait": self.admitted - self.submitted, "denoise": now - self.admitted},
+        )
+
     def resolve(self, outcome: Generated | Exception) -> None:
         """Set the future's outcome; dropped if the caller cancelled it in the same moment."""
         try:
@@ -117,13 +134,14 @@ def prepare(request: GenerationRequest, pool: ModelPool, tables: TableCache, *, 
     """
     model = pool.get(request.model)
     check(request, model.card)
-    if isinstance(model, OpaqueModel):
+    if isinstance(model, PipelineModel):
+        model.check(request)
         return RequestState(
             request=request,
-            group=GroupKey(model=model.card.name, latent_shape=model.batch_key(request)),
+            group=GroupKey(model=model.card.name, latent_shape=model.group(request)),
             rows=1,
             stages=[],
-            total_steps=model.total_steps(request),
+            total_steps=request.num_inference_steps,
         )
     _check_pixels(request)
     refiner = pool.steppable(request.refiner) if request.refiner else None

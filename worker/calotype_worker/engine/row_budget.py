@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Sequence
 
 from calotype_worker.engine.memory_limit import MemoryLimit
 from calotype_worker.engine.profile import Profile
-from calotype_worker.models.base import OpaqueModel
+from calotype_worker.models.pipeline.model import PipelineModel
 from calotype_worker.models.pool import ModelPool
 from calotype_worker.request import GroupKey
 
@@ -51,8 +51,9 @@ class RowBudgets:
     def max(self, group: GroupKey) -> int:
         """While there is memory enough."""
         model = self._models.get(group.model)
-        if isinstance(model, OpaqueModel):
-            return model.max_batch
+        if isinstance(model, PipelineModel):
+            width, height = model.card.native_sizes[0]
+            return max(2, min(self._max_rows, self._max_rows * width * height // model.area(group.latent_shape)))
         native_width, native_height = model.card.native_sizes[0]
         _, native_h, native_w = model.latent_shape(native_width, native_height)
         _, h, w = group.step_shape

@@ -4,10 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from calotype_worker.engine.step_batch import StepReport
+
+class Step(Protocol):
+    """What a forward pass reports."""
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def padding_rows(self) -> int: ...
+
+    @property
+    def compiled(self) -> bool: ...
+
+    @property
+    def fallback_steps(self) -> int: ...
 
 
 @dataclass(kw_only=True)
@@ -34,7 +47,7 @@ class EngineStats:
         """Useful rows a forward pass."""
         return self.rows / self.forward_passes if self.forward_passes else 0.0
 
-    def count_step(self, report: StepReport, seconds: float) -> None:
+    def count_step(self, report: Step, seconds: float) -> None:
         self.forward_passes += 1
         self.rows += report.rows
         self.padding_rows += report.padding_rows

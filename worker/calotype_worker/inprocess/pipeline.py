@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Self
 
-from calotype_shared.schema.config import quality_preset
+from calotype_shared.schema.presets import quality_preset
 from calotype_worker.inprocess.diffusion import DiffusionModel, GeneratedImage, GenerationConfig
 
 
@@ -27,6 +27,7 @@ class DiffusionPipeline:
         return GenerationConfig(prompt="", **quality_preset(quality))
 
     def to(self, device: str) -> Self:
+        """Move the model to a device: "cpu", "cuda" or "cuda:1"."""
         self.model.to(device)
         return self
 

@@ -16,7 +16,7 @@ class Inputs:
         self._storage = storage
 
     def fetch(self, config: ResolvedConfig) -> dict[str, np.ndarray]:
-        """Each upload of a config by its id: uint8 (H, W, 3), of the config's size.
+        """Each upload of a config by its id: uint8 (H, W, 3), of the config's size, or its own for references.
 
         Raises:
             InvalidRequest: what is stored is not what was uploaded.
@@ -25,6 +25,10 @@ class Inputs:
         found = {}
         for upload_id in config.uploads:
             image = open_upload(self._storage.get(upload_key(upload_id)), upload_id)
+            others = {config.init_image, config.mask_image, config.control_image, *(c.image for c in config.controls)}
+            if upload_id in config.images and upload_id not in others:
+                found[upload_id] = np.array(image)
+                continue
             is_mask = upload_id == config.mask_image and upload_id != config.init_image
             found[upload_id] = np.array(fitted(image, config.width, config.height, mask=is_mask))
         return found

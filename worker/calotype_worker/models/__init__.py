@@ -1,8 +1,9 @@
 """Model families behind one interface, found by name."""
 
 from calotype_worker.models.accelerations import Accelerations
-from calotype_worker.models.base import OpaqueModel, StepModel
+from calotype_worker.models.base import StepModel
 from calotype_worker.models.latent import Adapters, Memory
+from calotype_worker.models.pipeline.model import PipelineModel
 from calotype_worker.models.pool import AnyModel, ModelPool
 from calotype_worker.models.registry import default_dtype, demo_folder, load_model, resolve_source
 
@@ -12,7 +13,7 @@ __all__ = [
     "AnyModel",
     "Memory",
     "ModelPool",
-    "OpaqueModel",
+    "PipelineModel",
     "StepModel",
     "default_dtype",
     "demo_folder",

@@ -13,7 +13,7 @@ from calotype_shared.schema.model_card import ModelCard
 from calotype_worker.models.accelerations import Accelerations
 
 if TYPE_CHECKING:
-    from calotype_worker.request import Generated, GenerationRequest
+    from calotype_worker.request import GenerationRequest
 
 # Per-row inputs of a network by name: text embeddings, added conditioning, extra channels. A family chooses the names;
 # the engine stacks what has the same name, and where first dimensions differ pads with zeros and adds `{name}_mask`.
@@ -167,39 +167,4 @@ class StepModel(Protocol):
     @property
     def weight_bytes(self) -> int:
         """Memory of all weights."""
-        ...
-
-
-@runtime_checkable
-class OpaqueModel(Protocol):
-    """A pipeline that cannot be stepped from outside. One unit of work is a whole run of a static batch."""
-
-    card: ModelCard
-    device: torch.device
-    dtype: torch.dtype
-    max_batch: int  # requests of one run
-
-    def batch_key(self, request: GenerationRequest) -> tuple[Any, ...]:
-        """What requests must share to run together. Any thread. Raises InvalidRequest if this model cannot do it."""
-        ...
-
-    def total_steps(self, request: GenerationRequest) -> int:
-        """Network evaluations of a run. Any thread."""
-        ...
-
-    def run(self, requests: Sequence[GenerationRequest], watch: Watch) -> Sequence[Generated | None]:
-        """Make them all; None for those that `watch` says were cancelled meanwhile."""
-        ...
-
-    def to(self, device: torch.device) -> None: ...
-
-    @property
-    def weight_bytes(self) -> int: ...
-
-
-class Watch(Protocol):
-    """How a run tells of its progress and hears of cancellations. Called by the engine's thread."""
-
-    def __call__(self, steps_done: int) -> frozenset[str]:
-        """Note progress; returns the ids of requests cancelled so far. All of them: the run should end."""
         ...

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 import torch
 
 from calotype_shared.errors import InvalidRequest
-from calotype_worker.models.base import OpaqueModel, StepModel
+from calotype_worker.models.base import StepModel
+from calotype_worker.models.pipeline.model import PipelineModel
 
 log = logging.getLogger(__name__)
-AnyModel = StepModel | OpaqueModel
+AnyModel = StepModel | PipelineModel
 
 
 class ModelPool:
@@ -77,8 +78,10 @@ class ModelPool:
     def steppable(self, name: str) -> StepModel:
         """The model, which must be one that can be stepped."""
         model = self.get(name)
-        if isinstance(model, OpaqueModel):
-            raise InvalidRequest("cannot be stepped", field="model", value=name, remedy="use another model")
+        if isinstance(model, PipelineModel):
+            raise InvalidRequest(
+                "runs as a whole and cannot be stepped", field="model", value=name, remedy="use another model"
+            )
         return model
 
     def use(self, name: str) -> AnyModel:

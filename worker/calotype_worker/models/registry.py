@@ -17,7 +17,8 @@ from calotype_shared.schema.model_card import ModelCard
 from calotype_worker.models.accelerations import EXACT, Accelerations
 from calotype_worker.models.flux import Flux
 from calotype_worker.models.latent import Adapters, LatentModel, Memory, Setup
-from calotype_worker.models.opaque import OPAQUE, opaque_card
+from calotype_worker.models.pipeline.loading import check_class, class_of, load_pipeline, split_source
+from calotype_worker.models.pipeline.model import PipelineModel
 from calotype_worker.models.pool import AnyModel
 from calotype_worker.models.sd import StableDiffusion
 from calotype_worker.models.sd3 import StableDiffusion3
@@ -101,8 +102,12 @@ def load_model(
     adapters: Adapters | None = None,
     memory: Memory | None = None,
     accelerations: Accelerations = EXACT,
+    as_pipeline: bool = False,
 ) -> AnyModel:
     """Load a model onto a device, with the LoRAs, textual inversions and ControlNets that were registered for it.
+
+    A source is a folder, a hub id or a checkpoint file; `CLASS:SOURCE` runs it as that pipeline class of diffusers.
+    `as_pipeline` runs it as diffusers does also where there is a family of our own for it.
 
     Raises:
         ModelLoadError: the device is not there, the source is missing or broken, its weights are pickled, or its
@@ -110,29 +115,30 @@ def load_model(
     """
     torch_device = _device(device)
     torch_dtype = DTYPES[dtype] if dtype else default_dtype(torch_device)
-    location = resolve_source(name, source)
+    named, location = split_source(resolve_source(name, source))
+    if named is not None:
+        check_class(name, named)
     folder = Path(location)
     if is_single_file(location):
         pipeline = load_single_file(name, folder, torch_dtype)
     elif folder.is_dir():
         _check_folder(name, folder)
-        pipeline = _pipeline(name, location, torch_dtype)
+        pipeline = _pipeline(name, location, torch_dtype, named, as_pipeline=as_pipeline)
     elif folder.is_absolute() or location.startswith("."):
         raise ModelLoadError(f"model {name!r}: folder {location!r} does not exist; check the path after '='")
     else:
-        pipeline = _pipeline(name, location, torch_dtype)
+        pipeline = _pipeline(name, location, torch_dtype, named, as_pipeline=as_pipeline)
     adapters, memory = adapters or Adapters(), memory or Memory()
     notes, version = _notes(folder), _version(folder, location)
     class_name = type(pipeline).__name__
-    if class_name in OPAQUE:
+    if named is not None or as_pipeline or class_name not in FAMILIES:
         if adapters != Adapters() or memory != Memory() or accelerations != EXACT:
             raise ModelLoadError(
-                f"model {name!r}: {class_name} cannot be stepped and supports no adapters, memory settings or "
+                f"model {name!r}: {class_name} runs by its own pipeline, without adapters, memory settings or "
                 "accelerations; leave out --lora, --embedding, --control, --offload, --deep-cache and the like, or "
                 "register them for another model"
             )
-        card = opaque_card(name, pipeline, notes, version)
-        return OPAQUE[class_name](pipeline, card=card, device=torch_device, dtype=torch_dtype)  # type: ignore[call-arg]
+        return PipelineModel(pipeline, name=name, version=version, device=torch_device, dtype=torch_dtype, notes=notes)
     family, adapter = FAMILIES[class_name]
     if source is None:
         adapters = with_bundled(adapters)
@@ -166,16 +172,7 @@ def _device(device: str) -> torch.device:
 
 
 def _check_folder(name: str, folder: Path) -> None:
-    index = folder / "model_index.json"
-    try:
-        class_name = json.loads(index.read_text())["_class_name"]
-    except FileNotFoundError as error:
-        raise ModelLoadError(
-            f"model {name!r}: {str(folder)!r} has no model_index.json; give the folder of a complete diffusers pipeline"
-        ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelLoadError(f"model {name!r}: {str(index)!r} is not readable as JSON with a _class_name") from error
-    _check_family(name, class_name)
+    class_of(name, folder)
     for part in sorted(path.parent for path in folder.glob("*/config.json")):  # every part with weights has one
         if not list(part.glob("*.safetensors")):
             remedy = (
@@ -187,43 +184,13 @@ def _check_folder(name: str, folder: Path) -> None:
             raise ModelLoadError(f"model {name!r}: {part.name}/ should hold safetensors weights but holds {remedy}")
 
 
-def _check_family(name: str, class_name: str) -> None:
-    if class_name not in FAMILIES and class_name not in OPAQUE:
-        supported = ", ".join([*FAMILIES, *OPAQUE])
-        raise ModelLoadError(f"model {name!r}: pipeline class {class_name!r} is not supported; supported: {supported}")
-
-
-def _pipeline(name: str, location: str, dtype: torch.dtype) -> Any:
-    """The diffusers pipeline on the CPU, without safety checker; the adapter moves its parts to the device."""
-    import diffusers  # noqa: PLC0415 - takes seconds, and the checks above need none of it
-
-    # Those that a family does not know are ignored.
-    left_out = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    left_out |= _absent_parts(Path(location))
-    try:
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(
-            location,
-            torch_dtype=dtype,
-            use_safetensors=True,
-            **left_out,
-        )
-    except Exception as error:
-        # from_pretrained raises almost anything for a broken folder: OSError, KeyError, safetensors' own errors.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelLoadError(
-            f"model {name!r}: {location!r} could not be loaded: {reason}; "
-            "check that the folder or hub id is a complete diffusers pipeline with safetensors weights"
-        ) from error
-    _check_family(name, type(pipeline).__name__)
-    return pipeline
-
-
-def _absent_parts(folder: Path) -> dict[str, None]:
-    """Parts that a folder says it does without, such as Stable Diffusion 3's T5: diffusers wants that said again."""
-    index = folder / "model_index.json"
-    if not index.is_file():
-        return {}
-    return {part: None for part, kind in json.loads(index.read_text()).items() if kind == [None, None]}
+def _pipeline(name: str, location: str, dtype: torch.dtype, named: str | None, *, as_pipeline: bool) -> Any:
+    """The diffusers pipeline on the CPU; the adapter moves its parts to the device."""
+    folder = Path(location)
+    class_name = named or (class_of(name, folder) if folder.is_dir() else None)
+    if class_name not in FAMILIES or named is not None or as_pipeline:
+        return load_pipeline(name, location, class_name=named, dtype=dtype)
+    return load_pipeline(name, location, class_name=class_name, dtype=dtype, left_out=("feature_extractor",))
 
 
 def _notes(folder: Path) -> dict[str, Any]:

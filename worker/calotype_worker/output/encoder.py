@@ -13,6 +13,7 @@ from calotype_shared.schema.jobs import ImageRef
 from calotype_shared.schema.model_card import ModelCard
 from calotype_shared.storage.layout import image_key, sidecar_key
 from calotype_worker.engine import Generated
+from calotype_worker.output.audio import encode_audio
 from calotype_worker.output.file import File
 from calotype_worker.output.image import encode_image, parameters_line
 from calotype_worker.output.mesh import encode_ply
@@ -23,14 +24,18 @@ def encode(generated: Generated, output_format: OutputFormat, provenance: Mappin
     """The file of what was generated, with its provenance inside.
 
     Raises:
-        GenerationFailed: a mesh was asked for, and the object has no surface.
+        GenerationFailed: a mesh was asked for, and the object has no surface; or sound, and there is none.
     """
     if output_format is OutputFormat.PLY:
         return encode_ply(generated.mesh, provenance)
     if output_format in (OutputFormat.GIF, OutputFormat.MP4):
         frames = generated.image[None] if generated.frames is None else generated.frames
-        write = encode_gif if output_format is OutputFormat.GIF else encode_mp4
-        return write(frames, FRAMES_PER_SECOND, provenance)
+        fps = generated.fps or FRAMES_PER_SECOND
+        if output_format is OutputFormat.GIF:
+            return encode_gif(frames, fps, provenance)
+        return encode_mp4(frames, fps, provenance, audio=generated.audio)
+    if output_format in (OutputFormat.WAV, OutputFormat.FLAC):
+        return encode_audio(generated.audio, output_format, provenance)
     return encode_image(generated.image, output_format, provenance)
 
 

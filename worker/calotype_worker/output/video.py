@@ -17,6 +17,9 @@ import av
 import numpy as np
 from PIL import Image, ImageSequence
 
+from calotype_worker.output.audio import add_sound, write_sound
+from calotype_worker.request import Audio
+
 FRAMES_PER_SECOND = 8.0  # what AnimateDiff is trained at, and a fair pace for a turntable
 _GIF_CLOCK = 100  # a GIF counts delays in hundredths of a second,
 _SHORTEST_DELAY = 2  # and browsers slow down what asks for less than two
@@ -75,9 +78,10 @@ def read_gif(data: bytes) -> Video:
     )
 
 
-def encode_mp4(frames: np.ndarray, fps: float, provenance: Mapping[str, Any]) -> bytes:
-    """An MP4 of `frames`, uint8 (F, H, W, 3): H.264 with 4:2:0 chroma in BT.709, which every browser plays.
+def encode_mp4(frames: np.ndarray, fps: float, provenance: Mapping[str, Any], *, audio: Audio | None = None) -> bytes:
+    """An MP4 of `frames`, uint8 (F, H, W, 3), with AAC if there is audio.
 
+    Video is H.264 with 4:2:0 chroma in BT.709, which every browser plays.
     Odd sides are made even by repeating the last row or column. A build of FFmpeg without an H.264 encoder falls back
     to MPEG-4 part 2. H.264 is lossy, and x264 now and then encodes the same frames by a few levels differently.
 
@@ -100,10 +104,13 @@ def encode_mp4(frames: np.ndarray, fps: float, provenance: Mapping[str, Any]) ->
         context.thread_count = 1  # x264's decisions depend on it
         context.colorspace = context.color_primaries = context.color_trc = _BT709
         context.color_range = _LIMITED_RANGE
+        sound = None if audio is None else add_sound(container, audio)
         for pixels in frames:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
             container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace="ITU709")))
         container.mux(stream.encode())
+        if sound is not None and audio is not None:
+            write_sound(container, sound, audio)
     return buffer.getvalue()
 
 

@@ -1,0 +1,1 @@
+"""Pipelines of many classes, each with requests that run together and alone."""

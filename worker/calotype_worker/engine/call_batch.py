@@ -1,0 +1,131 @@
+"""`CallBatch`: the running requests of one pipeline, and which of their network calls run next, together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from calotype_worker.engine.failure_isolation import run_isolating_failures
+from calotype_worker.engine.memory_limit import MemoryLimit
+from calotype_worker.engine.pipeline_run import PipelineRun
+from calotype_worker.models.pipeline.network_calls import NetworkCalls, alone
+from calotype_worker.models.pipeline.roles import Place
+
+_LONGEST_WAIT = 16  # calls of others that one waits for at most, however cheap they are
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallReport:
+    """What one merged call did. The runs in `ended` have left the batch."""
+
+    place: Place
+    rows: int
+    calls: int
+    ended: Sequence[PipelineRun]
+
+
+class CallBatch:
+    """Owned by the engine's thread.
+
+    `order` ranks the networks' methods, the lowest first: cheap ones go before the denoiser, so that requests which are
+    out of step catch up with those that wait there, and what comes after the last step goes last.
+    """
+
+    def __init__(
+        self,
+        calls: NetworkCalls,
+        *,
+        order: Callable[[Place], float],
+        max_rows: int,
+        limit: Callable[[Place], MemoryLimit],
+    ) -> None:
+        self._calls = calls
+        self._order = order
+        self._max_rows = max_rows
+        self._limit = limit  # calls of a place that fit into memory together
+        self.runs: list[PipelineRun] = []  # in the order in which they joined
+
+    def join(self, run: PipelineRun) -> None:
+        """Take a run in and let it run up to its first network call. It may end there."""
+        run.begin()
+        self.runs.append(run)
+
+    def leave(self, run: PipelineRun) -> None:
+        """End a run, wherever it sleeps. The others go on as if it had never been."""
+        self.runs.remove(run)
+        run.cancel()
+
+    def step(self) -> CallReport | None:
+        """One merged call, and each of its runs up to its next call. None: nobody waits for one."""
+        ended = [run for run in self.runs if run.ended]
+        waiting = [run for run in self.runs if run.call is not None]
+        if not waiting:
+            self._drop(ended)
+            return CallReport(place=("", ""), rows=0, calls=0, ended=ended) if ended else None
+        lead = self._lead(waiting)
+        chosen = self._company(lead, waiting)
+        place = _place(lead)
+        outcomes = self._run(place, chosen)
+        rows = sum(run.described.rows if run.described is not None else 1 for run in chosen)
+        for run in waiting:
+            run.waited += 1
+        for run, outcome in zip(chosen, outcomes, strict=True):
+            if isinstance(outcome, Exception):
+                run.fail(outcome)
+            else:
+                run.resume(outcome)
+        ended = [run for run in self.runs if run.ended]
+        self._drop(ended)
+        return CallReport(place=place, rows=rows, calls=len(chosen), ended=ended)
+
+    def _drop(self, ended: Sequence[PipelineRun]) -> None:
+        gone = set(map(id, ended))
+        self.runs = [run for run in self.runs if id(run) not in gone]
+
+    def _lead(self, waiting: Sequence[PipelineRun]) -> PipelineRun:
+        """Whose call goes next: the one that has waited too long, or the one that ranks first."""
+        oldest = max(waiting, key=lambda run: run.waited)
+        if oldest.waited >= _LONGEST_WAIT:
+            return oldest
+        return min(waiting, key=lambda run: (self._order(_place(run)), -run.waited))
+
+    def _company(self, lead: PipelineRun, waiting: Sequence[PipelineRun]) -> list[PipelineRun]:
+        """The runs whose calls go with the lead's, up to the rows of one pass."""
+        described: dict[int, PipelineRun] = {}
+        for run in waiting:
+            if run.call is not None and run.call.place == _place(lead):
+                run.described = run.described or self._calls.describe(run.call)
+                if run.described is not None:
+                    described[id(run.described)] = run
+        if lead.described is None:
+            return [lead]
+        chosen: list[PipelineRun] = []
+        rows = 0
+        for call in self._calls.company(lead.described, [run.described for run in described.values() if run.described]):
+            if chosen and rows + call.rows > self._max_rows:
+                continue
+            rows += call.rows
+            chosen.append(described[id(call)])
+        return chosen
+
+    def _run(self, place: Place, runs: Sequence[PipelineRun]) -> list[Any]:
+        """Each run's result, or what its call raises even when alone."""
+        limit = self._limit(place)
+
+        def work(part: Sequence[PipelineRun]) -> list[Any]:
+            if len(part) == 1:
+                call = part[0].call
+                assert call is not None
+                return [alone(call)]
+            return self._calls.run([run.described for run in part if run.described is not None])
+
+        def within_memory(part: Sequence[PipelineRun]) -> list[Any]:
+            return [result for results in limit.run(part, work) for result in results]
+
+        return run_isolating_failures(runs, within_memory)
+
+
+def _place(run: PipelineRun) -> Place:
+    assert run.call is not None
+    return run.call.place

@@ -1,0 +1,96 @@
+"""`PipelineRun`: one request's run of a pipeline's own `__call__`, which sleeps at each network call."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from greenlet import GreenletExit, getcurrent
+
+from calotype_worker.models.pipeline.call import Described
+from calotype_worker.models.pipeline.module_state import ModuleState
+from calotype_worker.models.pipeline.stand_in import Call, CallingGreenlet
+
+_LAST_CALLS = 8  # network calls that a run may make while it ends
+
+
+class PipelineRun:
+    """Owned by the engine's thread, in which all its code runs.
+
+    After `begin` and each `resume` or `fail` it either sleeps, with `call` set, or has ended, with `result` or `error`.
+    """
+
+    def __init__(self, request_id: str, *, seed: int, watched: ModuleState | None = None) -> None:
+        """`work` must be set before `begin`. `watched`: the networks as others need them, where this changes them."""
+        self.request_id = request_id
+        self.work: Callable[[], Any]
+        self.call: Call | None = None
+        self.described: Described | None = None  # of the call, by whoever merges it
+        self.waited = 0  # calls of others since this one sleeps
+        self.result: Any = None
+        self.error: Exception | None = None
+        self.calls = 0  # made so far
+        self.changed = False  # whether it has changed the networks at any of them
+        self.steps_done = 0
+        self.total_steps = 0
+        self._greenlet = CallingGreenlet(self._work, parent=getcurrent(), seed=seed, watched=watched)
+
+    def _work(self) -> Any:
+        return self.work()
+
+    @property
+    def ended(self) -> bool:
+        return self._greenlet.dead
+
+    def begin(self) -> None:
+        """Run up to the first network call."""
+        self._switch(self._greenlet.resume)
+
+    def resume(self, value: Any) -> None:
+        """Go on with the result of its call."""
+        self._switch(self._greenlet.resume, value)
+
+    def fail(self, error: Exception) -> None:
+        """Raise in place of its call's result."""
+        self._switch(self._greenlet.fail, error)
+
+    def cancel(self) -> None:
+        """End it where it sleeps."""
+        for _ in range(_LAST_CALLS):
+            if self.ended:
+                break
+            self._switch(self._greenlet.fail, GreenletExit())
+        self.result = None
+
+    def follow(self, scheduler: Any) -> None:
+        """Count the steps of its own scheduler as progress."""
+        step, set_timesteps = scheduler.step, scheduler.set_timesteps
+
+        @functools.wraps(step)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.steps_done += 1
+            return step(*args, **kwargs)
+
+        @functools.wraps(set_timesteps)
+        def begun(*args: Any, **kwargs: Any) -> Any:
+            result = set_timesteps(*args, **kwargs)
+            self.total_steps = max(self.total_steps, self.steps_done + len(scheduler.timesteps))
+            return result
+
+        scheduler.step, scheduler.set_timesteps = counted, begun
+
+    def _switch(self, switch: Callable[..., Any], *values: Any) -> None:
+        self.call = self.described = None
+        self.waited = 0
+        try:
+            value = switch(*values)
+        except Exception as error:
+            self.error = error
+            return
+        self.changed = self.changed or bool(self._greenlet.changes)
+        if self.ended:
+            self.result = value
+        else:
+            self.call = value
+            self.calls += 1

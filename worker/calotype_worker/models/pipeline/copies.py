@@ -1,0 +1,121 @@
+"""A request's own copy of a pipeline: its networks are stand-ins, and what keeps state of a run is its own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from calotype_worker.models.pipeline.stand_in import stand_in
+
+
+class StandIns:
+    """The stand-ins of one pipeline's networks. They keep nothing of a request, so all requests share them."""
+
+    def __init__(self, pipeline: Any) -> None:
+        self.modules: dict[str, torch.nn.Module] = {}  # the real ones, by name
+        self._by_module: dict[int, torch.nn.Module] = {}
+        _find_modules(pipeline, "", self.modules)
+        for name, module in self.modules.items():
+            upcast = _overflows(module)
+            if upcast:
+                module.to(torch.float32)
+            self._by_module[id(module)] = stand_in(name, module, upcast=upcast)
+        self._pipeline = pipeline
+
+    def copy(self) -> Any:
+        """The pipeline for one request."""
+        return _Copy(self._by_module).of(self._pipeline)
+
+
+def is_pipeline(value: Any) -> bool:
+    """A diffusers pipeline, or one of blocks."""
+    return any(base.__name__ in ("DiffusionPipeline", "ModularPipeline") for base in type(value).__mro__)
+
+
+def is_stateful(value: Any) -> bool:
+    """A scheduler or a guider: a run leaves its traces in it."""
+    if callable(getattr(value, "set_timesteps", None)) and callable(getattr(value, "step", None)):
+        return True
+    return any(base.__name__ == "BaseGuidance" for base in type(value).__mro__)
+
+
+def parts(pipeline: Any) -> list[tuple[str, Any]]:
+    """Networks, schedulers, tokenizers and the like, of nested pipelines, too, by name."""
+    found = []
+    for name, value in vars(pipeline).items():
+        for label, part in _named_parts(name, value):
+            if is_pipeline(part):
+                found += [(f"{label}.{inner}", own) for inner, own in parts(part)]
+            elif part is not None:
+                found.append((label, part))
+    return found
+
+
+def _find_modules(pipeline: Any, prefix: str, found: dict[str, torch.nn.Module]) -> None:
+    known = {id(module) for module in found.values()}
+    for name, value in vars(pipeline).items():
+        for label, part in _named_parts(f"{prefix}{name}", value):
+            if is_pipeline(part):
+                _find_modules(part, f"{label}.", found)
+            elif isinstance(part, torch.nn.Module) and id(part) not in known:
+                known.add(id(part))
+                found[label] = part
+
+
+def _overflows(module: torch.nn.Module) -> bool:
+    """Whether this is an autoencoder whose activations overflow float16.
+
+    Its pipelines cast it to float32 around each call. That would cast it for all requests, so it is kept in float32
+    from the start.
+    """
+    config = getattr(module, "config", None)
+    return bool(getattr(config, "force_upcast", False)) and getattr(module, "dtype", None) is torch.float16
+
+
+def _named_parts(name: str, value: Any) -> list[tuple[str, Any]]:
+    if isinstance(value, list | tuple):
+        return [(f"{name}.{index}", part) for index, part in enumerate(value)]
+    if isinstance(value, Mapping) and not name.rpartition(".")[2].startswith("_"):
+        return [(f"{name}.{key}", part) for key, part in value.items()]
+    return [(name, value)]
+
+
+class _Copy:
+    def __init__(self, stand_ins: Mapping[int, torch.nn.Module]) -> None:
+        self._stand_ins = stand_ins
+        self._made: dict[int, Any] = {}  # what two nested pipelines share, they share in the copy
+
+    def of(self, pipeline: Any) -> Any:
+        if id(pipeline) in self._made:
+            return self._made[id(pipeline)]
+        made = object.__new__(type(pipeline))
+        self._made[id(pipeline)] = made
+        # Not by setattr, which a pipeline answers by rewriting its config.
+        made.__dict__.update({name: self._value(value) for name, value in vars(pipeline).items()})
+        made.__dict__["_progress_bar_config"] = {"disable": True}
+        # Where weights are is the engine's business, and hooks that move them are others' hooks, too.
+        made.__dict__["maybe_free_model_hooks"] = _nothing
+        return made
+
+    def _value(self, value: Any) -> Any:
+        kind = type(value)
+        if isinstance(value, torch.nn.Module):
+            return self._stand_ins.get(id(value), value)
+        if is_pipeline(value):
+            return self.of(value)
+        if is_stateful(value):
+            if id(value) not in self._made:
+                self._made[id(value)] = copy.deepcopy(value)
+            return self._made[id(value)]
+        if kind is list or kind is tuple:
+            return kind(self._value(part) for part in value)
+        if kind is dict:
+            return {key: self._value(part) for key, part in value.items()}
+        return value
+
+
+def _nothing() -> None:
+    return None

@@ -1,0 +1,145 @@
+"""`NetworkCalls`: which calls of a pipeline's networks go together, and their results."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+from calotype_worker.models.pipeline.call import Described, Describer
+from calotype_worker.models.pipeline.merge import CannotCut, cut, learn, merge, padded_paths
+from calotype_worker.models.pipeline.roles import Kind, Roles
+from calotype_worker.models.pipeline.stand_in import Call
+from calotype_worker.models.pipeline.thread_state import ThreadState
+from calotype_worker.models.pipeline.tree import rebuilt
+from calotype_worker.models.pipeline.trust import Trust, difference, drew
+
+_VERIFIED = 3  # calls of the first merge of a pattern, which run apart, too
+
+# What calls must have equal, from least to most; whether their scalars are repeated for each row.
+_LEVELS = (("key", True), ("even", True), ("exact", False))
+
+
+class NetworkCalls:
+    """Owned by the engine's thread. `merging` off: each call goes alone, with the bits of the plain pipeline."""
+
+    def __init__(self, roles: Roles, *, merging: bool = True) -> None:
+        self._describer = Describer(roles)
+        self.trust = Trust()
+        self.merging = merging
+
+    def describe(self, call: Call) -> Described | None:
+        """None: the call goes alone."""
+        return self._describer.describe(call) if self.merging and not call.caller.changes else None
+
+    def company(self, lead: Described, waiting: Sequence[Described]) -> list[Described]:
+        """Those of the waiting calls that go with `lead`, which is among them; in their order, `lead` first."""
+        members = [lead, *(call for call in waiting if call is not lead and call.key == lead.key)]
+        for attribute, expand in _LEVELS:
+            members = [call for call in members if getattr(call, attribute) == getattr(lead, attribute)]
+            if len(members) == 1:
+                break
+            verdict = self.trust.of(_pattern(members, expand=expand))
+            if verdict is None:
+                members, all_members = members[:_VERIFIED], members
+                verdict = self.trust.of(_pattern(members, expand=expand))
+                if verdict is None:
+                    return members
+                if verdict.cuts is None:
+                    members = all_members
+            if verdict.cuts is not None:
+                return members
+        return [lead]
+
+    def run(self, calls: Sequence[Described]) -> list[Any]:
+        """The results of calls that go together.
+
+        Raises:
+            Exception: what the network raises, for any of them.
+        """
+        for attribute, expand in _LEVELS if len(calls) > 1 else ():
+            if len({getattr(call, attribute) for call in calls}) > 1:
+                break
+            pattern = _pattern(calls, expand=expand)
+            verdict = self.trust.of(pattern)
+            if verdict is None:
+                return self._verify(calls, pattern, expand=expand)
+            if verdict.cuts is not None:
+                merged = self._merged(calls, expand=expand)
+                try:
+                    return cut(calls, merged, verdict.cuts)
+                except CannotCut as error:
+                    self.trust.refuse(pattern, str(error))
+                    break
+        return [alone(call.call) for call in calls]
+
+    def _merged(self, calls: Sequence[Described], *, expand: bool) -> Any:
+        args, kwargs = merge(calls, expand=expand)
+        call = calls[0].call
+        with _autocast_of(call.caller.state):
+            return call.function()(*args, **kwargs)
+
+    def _verify(self, calls: Sequence[Described], pattern: Hashable, *, expand: bool) -> list[Any]:
+        """The calls apart; and whether merged they would have given the same."""
+        generators = [value for call in calls for _, value, role in call.roles if role.kind is Kind.GENERATOR]
+        before = [generator.get_state() for generator in generators]
+        merged, problem = None, ""
+        scratch = ThreadState.fresh(0)
+        try:
+            with scratch.entered():
+                merged = self._merged(calls, expand=expand)
+        except Exception as error:
+            if _is_of_device(error):
+                raise
+            problem = f"{type(error).__name__}: {error}"
+        for generator, state in zip(generators, before, strict=True):
+            generator.set_state(state)
+        states = [draw for call in calls for draw in call.call.caller.state.draws]
+        results = [alone(call.call) for call in calls]
+        after = [generator.get_state() for generator in generators]
+        if drew(before, after) or drew(states, [d for call in calls for d in call.call.caller.state.draws]):
+            problem = "it draws random numbers"
+        if problem:
+            self.trust.refuse(pattern, problem)
+            return results
+        try:
+            cuts = learn(calls, merged, results)
+            for index, own in enumerate(cut(calls, merged, cuts)):
+                problem = problem or difference(own, results[index])
+        except CannotCut as error:
+            problem = str(error)
+        if problem:
+            self.trust.refuse(pattern, problem)
+        else:
+            self.trust.accept(pattern, cuts)
+        return results
+
+
+def alone(call: Call) -> Any:
+    """One call as its pipeline made it, with its own random numbers."""
+    with call.caller.calling():
+        return call.function()(*rebuilt(call.args, {}), **rebuilt(call.kwargs, {}))
+
+
+def _is_of_device(error: Exception) -> bool:
+    """Whether it says nothing of the pattern: too little memory, or a lost device."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        words in str(error) for words in ("memory", "CUDA error")
+    )
+
+
+def _pattern(calls: Sequence[Described], *, expand: bool) -> Hashable:
+    uneven = len({call.even for call in calls}) > 1
+    return calls[0].pattern, expand, uneven, padded_paths(calls)
+
+
+@contextmanager
+def _autocast_of(state: ThreadState) -> Iterator[None]:
+    on_cpu, cpu_dtype, on_cuda, cuda_dtype = state.autocast
+    with (
+        torch.autocast("cpu", dtype=cpu_dtype) if on_cpu else nullcontext(),
+        torch.autocast("cuda", dtype=cuda_dtype) if on_cuda else nullcontext(),
+    ):
+        yield

@@ -1,0 +1,129 @@
+"""`CallSignature`: what a pipeline's `__call__` takes, of classes and of blocks alike."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from calotype_shared.errors import InvalidRequest
+
+# Set by the engine from other fields of a request, or not at all.
+_OURS = frozenset(
+    {
+        "prompt", "negative_prompt", "height", "width", "num_inference_steps", "generator", "image", "mask_image",
+        "control_image", "strength", "num_frames", "num_images_per_prompt", "num_videos_per_prompt",
+        "num_waveforms_per_prompt", "batch_size", "output_type", "return_dict", "latents", "output", "state", "video",
+    }
+)  # fmt: skip
+_REFUSED_ENDS = ("_embeds", "_embeds_mask", "_latents", "_kwargs", "_path", "_image", "_images", "_video", "_mask")
+_REFUSED_TYPES = ("Callable", "Tensor", "Generator", "Image", "Path", "ndarray")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameter:
+    name: str
+    default: Any  # None, too, where there is none
+    required: bool
+    annotation: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallSignature:
+    """The parameters of a pipeline by name."""
+
+    parameters: Mapping[str, Parameter]
+    modular: bool
+
+    @classmethod
+    def of(cls, pipeline: Any) -> Self:
+        if hasattr(pipeline, "blocks"):
+            found = {
+                given.name: Parameter(
+                    name=given.name,
+                    default=given.default,
+                    required=bool(given.required),
+                    annotation=str(given.type_hint),
+                )
+                for given in pipeline.blocks.inputs
+                if given.name
+            }
+            return cls(parameters=found, modular=True)
+        empty = inspect.Parameter.empty
+        kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        return cls(
+            parameters={
+                name: Parameter(
+                    name=name,
+                    default=None if given.default is empty else given.default,
+                    required=given.default is empty,
+                    annotation=str(given.annotation),
+                )
+                for name, given in inspect.signature(type(pipeline).__call__).parameters.items()
+                if name != "self" and given.kind not in kinds
+            },
+            modular=False,
+        )
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.parameters
+
+    def default(self, name: str) -> Any:
+        """None where there is no such parameter."""
+        return self.parameters[name].default if name in self.parameters else None
+
+    def free(self) -> list[str]:
+        """What a request's `parameters` may name: all that JSON can say and no other field does."""
+        return [name for name, given in self.parameters.items() if name not in _OURS and _free(given)]
+
+    def check(self, model: str, parameters: Mapping[str, Any]) -> None:
+        """Refuse what the pipeline does not take.
+
+        Raises:
+            InvalidRequest: no such parameter, or not of its type.
+        """
+        free = self.free()
+        for name, value in parameters.items():
+            if name not in free:
+                raise InvalidRequest(
+                    f"model {model!r} has no such parameter",
+                    field=f"parameters.{name}",
+                    value=value,
+                    remedy=f"use one of: {', '.join(free) or 'none'}",
+                )
+            wanted = _types(self.parameters[name])
+            if value is not None and wanted and not _is_one_of(value, wanted):
+                raise InvalidRequest(
+                    "is not of its type",
+                    field=f"parameters.{name}",
+                    value=value,
+                    remedy=f"use {' or '.join(sorted(kind.__name__ for kind in wanted))}",
+                )
+
+
+def _free(given: Parameter) -> bool:
+    if given.name.startswith(("callback", "_")) or given.name.endswith(_REFUSED_ENDS):
+        return False
+    if given.default is not None:
+        return isinstance(given.default, bool | int | float | str | list | tuple | dict)
+    return not any(word in given.annotation for word in _REFUSED_TYPES)
+
+
+def _types(given: Parameter) -> set[type]:
+    """Python types that the parameter takes; empty: unknown."""
+    found: set[type] = set()
+    for kind in (bool, int, float, str, list, tuple, dict):
+        if kind.__name__ in given.annotation.lower().replace("typing.", ""):
+            found.add(kind)
+    if given.default is not None:
+        found.add(type(given.default))
+    if found & {int, float}:
+        found |= {int, float} if float in found else set()
+    return found | ({list} if tuple in found else set())
+
+
+def _is_one_of(value: Any, wanted: set[type]) -> bool:
+    if isinstance(value, bool):
+        return bool in wanted
+    return isinstance(value, tuple(wanted))
