@@ -169,7 +169,7 @@ def test_open_batches_are_bounded(settings: Settings) -> None:
     client.batches.cancel(first.id)
     with Dispatcher(settings):
         until(lambda: client.batches.status(first.id).state.final)
-        until(lambda: len(client._redis.zrange(client.batches._store.keys.open_batches, 0, -1)) < 3)  # type: ignore[arg-type]
+        until(lambda: len(client._redis.zrange(client.batches._store.keys.open_batches, 0, -1)) < 3)
     client.batches.submit(configs(1), tenant="busy", idempotency_key="k")
 
 

@@ -322,7 +322,7 @@ def test_useless_manifests_fail_with_the_reason(client: Client, run: None, stora
     assert "is missing in storage" in str(lost.problem)
     for options, said in (({"window": 0}, "window=0"), ({"expires_in": 0.5}, "expires_in=0.5")):
         with pytest.raises(InvalidRequest, match=said):
-            client.batches.submit(lines(1), **options)  # type: ignore[arg-type]
+            client.batches.submit(lines(1), **options)
     with pytest.raises(InvalidRequest, match=r"give a pathlib\.Path"):
         client.batches.submit("jobs.jsonl")
     with pytest.raises(BatchNotFound, match="'batch_x'"):

@@ -147,8 +147,9 @@ def test_errors_are_theirs(client: openai.OpenAI, fields: dict[str, Any], kind: 
     """The SDK's own exceptions, with the field and the remedy."""
     with pytest.raises(kind) as refused:
         client.images.generate(**{"model": "tiny", "prompt": "a cat", **fields})
-    assert refused.value.param == param
-    assert said in refused.value.message
+    error: Any = refused.value
+    assert error.param == param
+    assert said in error.message
 
 
 def test_errors_of_keys(client: openai.OpenAI, gateway: Gateway) -> None:

@@ -53,7 +53,7 @@ def plain_pipeline(tiny_folder: Path) -> Any:
     return pipeline
 
 
-def alone(pipeline: Any, model: StepModel, request: GenerationRequest) -> np.ndarray:
+def alone(pipeline: Any, model: Any, request: GenerationRequest) -> np.ndarray:
     """The same image by plain diffusers: uint8 (H, W, 3)."""
     pipeline.scheduler = make_scheduler(request.sampler, model.scheduler_config, request.num_inference_steps)
     image = pipeline(
