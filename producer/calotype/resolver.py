@@ -14,9 +14,10 @@ from calotype.job_image import ImageSource, image_bytes, is_image
 from calotype_shared.errors import InvalidRequest, ObjectMissing, ServiceUnavailable, UnknownModel
 from calotype_shared.queue.job_store import JobStore
 from calotype_shared.queue.submission import Idempotency, NewJob
-from calotype_shared.schema.config import GenerationConfig, digest_of, quality_preset
+from calotype_shared.schema.config import GenerationConfig, digest_of
 from calotype_shared.schema.enums import Lane
 from calotype_shared.schema.model_card import ModelCard
+from calotype_shared.schema.presets import quality_preset
 from calotype_shared.schema.resolve import ResolvedConfig, draw_seed, resolve
 from calotype_shared.settings import TENANT_PATTERN, Settings
 from calotype_shared.storage.images import normalize_image, upload_key

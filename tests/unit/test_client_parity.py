@@ -144,7 +144,7 @@ def test_the_tree_of_errors_is_true() -> None:
     assert drawn == {name: base for name, base in real.items() if name != "CalotypeError"}
     said = " ".join(below.split())
     for name, builtin in BUILT_IN.items():
-        assert re.search(rf"{name}\b[^;:.]* as {builtin.__name__}\b", said), name
+        assert re.search(rf"{name}\b[^;:.]* from {builtin.__name__}\b", said), name
 
 
 def test_what_the_package_exports_is_there() -> None:

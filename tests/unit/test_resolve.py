@@ -125,6 +125,8 @@ def test_a_resolved_config_may_be_submitted_again() -> None:
         ([card(features=PLAIN)], {"init_image": IMAGE, "mask_image": MASK}, "mask_image='inpainting'"),
         ([card(features=PLAIN)], {"preview_every": 1}, "preview_every='preview'"),
         ([card()], {"num_frames": 8}, "num_frames='text_to_video'"),
+        ([card()], {"fps": 8}, "fps='text_to_video'"),
+        ([VIDEO], {"audio_seconds": 8}, "audio_seconds='text_to_audio'"),
         ([card(features={Feature.INPAINTING})], {}, "model='demo': .* does not support text_to_image"),
         ([card()], {"prompt": "a (red:99) cat"}, r"prompt=.* weight 99 is out of range"),
         ([card(features=PLAIN)], {"negative_prompt": "a (red:1.3) cat"}, "negative_prompt=.* is a prompt weight"),
@@ -173,4 +175,4 @@ def test_what_can_be_made_is_not_refused() -> None:
         ensemble=["two"],
         refiner={"model": "three"},
     )
-    resolved(VIDEO, num_frames=8)
+    resolved(VIDEO, num_frames=8, fps=8)

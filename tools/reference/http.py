@@ -12,8 +12,8 @@ from calotype_shared.settings import Settings
 from tools.reference.markdown import code, generated, table
 
 _INTRODUCTION = """
-A running gateway serves its OpenAPI document at `/openapi.json`; here it is [openapi.json](openapi.json). For examples
-see [the HTTP API](../http-api.md).
+A running gateway serves its OpenAPI document at `/openapi.json`, also as [openapi.json](openapi.json). Examples are in
+[the HTTP API](../http-api.md).
 
 All routes except those of health checks can also return {common}: [what they mean](../http-api.md#authentication).
 """

@@ -16,8 +16,8 @@ from calotype.client import Client
 from calotype.fields import JobFields
 from calotype.jobs import require_success
 from calotype_shared.errors import InvalidRequest, JobNotFound
-from calotype_shared.schema.config import QUALITY_PRESETS
 from calotype_shared.schema.enums import JobState, Lane, OutputFormat, SamplerType
+from calotype_shared.schema.presets import QUALITY_PRESETS
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, including errors.")]
 JobId = Annotated[str, typer.Argument(metavar="ID")]
@@ -37,7 +37,7 @@ def _pair(entry: str, name: str, number: str) -> dict[str, Any]:
 
 
 def _parameter(entry: str) -> tuple[str, Any]:
-    """NAME=JSON; what is not JSON is text."""
+    """Parses NAME=JSON; a value that is not JSON is text."""
     name, equals, value = entry.partition("=")
     if not equals:
         raise InvalidRequest("has no value", field="--parameter", value=entry, remedy="write NAME=JSON")

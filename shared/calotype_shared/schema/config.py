@@ -16,7 +16,6 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from calotype_shared.errors import InvalidRequest
 from calotype_shared.schema.enums import Feature, OutputFormat, SamplerType
 from calotype_shared.schema.refusal import invalid_request
 
@@ -289,20 +288,3 @@ _UNUSED: Mapping[str, Any] = {
     "control_image": None,
     "parameters": {},
 }
-
-# Quality presets, by the numbers of the project's founding document.
-QUALITY_PRESETS: Mapping[str, Mapping[str, int | float]] = {
-    "fast": {"num_inference_steps": 20, "guidance_scale": 7.0},
-    "balanced": {"num_inference_steps": 50, "guidance_scale": 7.5},
-    "high": {"num_inference_steps": 100, "guidance_scale": 8.0},
-}
-
-
-def quality_preset(quality: str) -> Mapping[str, int | float]:
-    """Steps and guidance of a preset: `fast`, `balanced` or `high`."""
-    try:
-        return QUALITY_PRESETS[quality]
-    except KeyError:
-        raise InvalidRequest(
-            "unknown quality preset", field="quality", value=quality, remedy=f"use one of {', '.join(QUALITY_PRESETS)}"
-        ) from None

@@ -142,6 +142,10 @@ class Asked(Protocol):
     @property
     def num_frames(self) -> int | None: ...
     @property
+    def fps(self) -> float | None: ...
+    @property
+    def audio_seconds(self) -> float | None: ...
+    @property
     def parameters(self) -> Mapping[str, Any]: ...
     @property
     def given(self) -> frozenset[str]: ...  # of the fields that hold images
@@ -161,9 +165,14 @@ _FIELDS = {
     Feature.CONTROLNET: "controls",
     Feature.PREVIEW: "preview_every",
     Feature.REFINER: "refiner",
-    Feature.TEXT_TO_VIDEO: "num_frames",
     Feature.EDIT: "images",
     Feature.CONTROL_IMAGE: "control_image",
+}
+# Fields that only models with a feature read.
+_ONLY_WITH = {
+    "num_frames": Feature.TEXT_TO_VIDEO,
+    "fps": Feature.TEXT_TO_VIDEO,
+    "audio_seconds": Feature.TEXT_TO_AUDIO,
 }
 _FROM_TEXT = {Feature.TEXT_TO_IMAGE, Feature.TEXT_TO_VIDEO, Feature.TEXT_TO_3D, Feature.TEXT_TO_AUDIO}
 _BY_STEPS = {Feature.TEXT_TO_IMAGE, Feature.IMAGE_TO_IMAGE}  # latents that another model can take over
@@ -178,10 +187,12 @@ def check(asked: Asked, card: ModelCard) -> None:
     _check_schedule(asked, card)
     if asked.output_format is not None:
         _check_one_of("output_format", asked.output_format, card.output_formats, card)
-    features = asked.features - {Feature.ENSEMBLE, Feature.REFINER, Feature.TEXT_TO_IMAGE}
-    for feature in sorted(features | ({Feature.TEXT_TO_VIDEO} if asked.num_frames is not None else set())):
+    for feature in sorted(asked.features - {Feature.ENSEMBLE, Feature.REFINER, Feature.TEXT_TO_IMAGE}):
         if feature not in card.features:
             raise _unable(card, feature)
+    for name, feature in _ONLY_WITH.items():
+        if getattr(asked, name) is not None and feature not in card.features:
+            raise _unable(card, feature, field=name)
     if Feature.TEXT_TO_IMAGE in asked.features and not card.features & _FROM_TEXT:
         raise InvalidRequest(
             f"model {card.name!r} does not support text_to_image",
@@ -254,10 +265,10 @@ def _check_one_of(field: str, value: str, known: Collection[str], card: ModelCar
         )
 
 
-def _unable(card: ModelCard, feature: Feature) -> InvalidRequest:
+def _unable(card: ModelCard, feature: Feature, *, field: str | None = None) -> InvalidRequest:
     return InvalidRequest(
         f"model {card.name!r} does not support this",
-        field=_FIELDS.get(feature, "config"),
+        field=field or _FIELDS.get(feature, "config"),
         value=feature.value,
         remedy=f"it supports {', '.join(sorted(card.features))}; leave this out, or use another model",
     )

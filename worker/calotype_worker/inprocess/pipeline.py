@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Self
 
-from calotype_shared.schema.config import quality_preset
+from calotype_shared.schema.presets import quality_preset
 from calotype_worker.inprocess.diffusion import DiffusionModel, GeneratedImage, GenerationConfig
 
 
