@@ -1,7 +1,7 @@
-"""API keys of the gateway: who may do what, as which tenant, and how much of it.
+"""API keys of the gateway, with their tenants, scopes and limits.
 
-A token is `ct_{id}_{secret}`. Redis keeps a SHA-256 of the secret only: it has 256 random bits, which nobody can guess
-through a fast hash, so a slow one would add nothing.
+A token is `ct_{id}_{secret}`. Redis stores only a SHA-256 hash of the secret. The secret has 256 random bits, so a slow
+hash would not be safer.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from calotype_shared.settings import TENANT_PATTERN
 
 _TOKEN = re.compile(r"ct_([a-z0-9]{8})_([A-Za-z0-9_-]{43})")
 _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
-_REMEMBERED_SECONDS = 2.0  # a revoked key works for at most so long
+_REMEMBERED_SECONDS = 2.0  # a revoked key is valid for at most this long
 _REMEMBERED = 1_000
 _LONGEST_NAME = 100
 
@@ -43,7 +43,7 @@ class TooManyRequests(TooBusy):
 
 
 class Scope(StrEnum):
-    """What a key may do. Each covers only its tenant's own, but for `admin`."""
+    """What a key allows. All scopes except `admin` cover only the key's tenant."""
 
     JOBS_READ = "jobs:read"
     JOBS_WRITE = "jobs:write"
@@ -71,7 +71,7 @@ class ApiKey(BaseModel):
     @field_validator("scopes", mode="before")
     @classmethod
     def _known(cls, scopes: Collection[str]) -> list[str]:
-        """A newer version may have made the key: scopes that mean nothing here allow nothing here."""
+        """Ignores unknown scopes, because a newer version may have created the key."""
         return [scope for scope in scopes if scope in set(Scope)]
 
     def require(self, scope: Scope) -> None:
@@ -101,7 +101,7 @@ class ApiKeys(Scripted):
         requests_per_minute: int | None = None,
         images_per_day: int | None = None,
     ) -> tuple[str, ApiKey]:
-        """A new key: its token, which is shown this once, and what is stored of it. Raises InvalidRequest."""
+        """Create a key. Returns its token, which is not stored, and the stored key. Raises InvalidRequest."""
         if not re.fullmatch(TENANT_PATTERN, tenant):
             raise InvalidRequest(
                 "is not a valid tenant name",
@@ -151,21 +151,21 @@ class ApiKeys(Scripted):
 
     @said_clearly
     def restore(self, keys: Iterable[ApiKey]) -> list[ApiKey]:
-        """Keys as `all` gave them once, into a Redis that has lost them; returns those that were not there.
+        """Restore keys, as returned by `all`, to a Redis that has lost them; returns those that were missing.
 
-        One that is there stays as it is. A key that was revoked since works again: revoke it once more.
+        Existing keys stay as they are. A key that was revoked since is valid again: revoke it again.
         """
         return [key for key in keys if self._redis.hsetnx(self.keys.api_keys, key.id, key.model_dump_json())]
 
     @said_clearly
     def revoke(self, key_id: str) -> bool:
-        """Within seconds nobody accepts it any more. False if there was no such key."""
+        """Revoke a key; gateways refuse it within seconds. False if it does not exist."""
         self._redis.delete(self.keys.rate_limit(key_id))
         return bool(self._redis.hdel(self.keys.api_keys, key_id))
 
     @said_clearly
     def authenticate(self, token: str) -> ApiKey:
-        """The key of a token. Raises Unauthorized, which does not say what was wrong with it."""
+        """The key of a token. Raises Unauthorized, without saying why the token is invalid."""
         match = _TOKEN.fullmatch(token)
         if match is None:
             raise Unauthorized("this is not an API key; send one as `Authorization: Bearer ct_…`")
@@ -186,11 +186,11 @@ class ApiKeys(Scripted):
 
     @said_clearly
     def allow(self, key: ApiKey, *, images: int = 0) -> None:
-        """Count a request, and images asked for, against the key's limits. A refused call counts nothing.
+        """Count a request and its images against the key's limits. A refused call counts nothing.
 
         Raises:
-            TooManyRequests: with the seconds after which it may work.
-            Forbidden: so many images are more than this key may ever make in a day.
+            TooManyRequests: with the seconds after which to retry.
+            Forbidden: the images exceed the key's daily quota.
         """
         if key.images_per_day is not None and images > key.images_per_day:
             raise Forbidden(

@@ -1,4 +1,4 @@
-"""`Connections`: Redis, storage and what is built on them, as the parts of one client share them."""
+"""`Connections`: the Redis and storage services that the parts of one client share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`Settings`: one frozen object a process, read once from `CALOTYPE_*`. Nothing else reads the environment."""
+"""`Settings`: one frozen object per process, read once from `CALOTYPE_*`. Nothing else reads the environment."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from calotype_shared.errors import SettingsError
 from calotype_shared.queue.address import RedisAddress
 
 PREFIX = "CALOTYPE_"
-TENANT_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"  # for `re.fullmatch`: `$` alone lets a newline through
-# Variables of other parts of Calotype, which check them themselves.
+TENANT_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"  # for `re.fullmatch`: `$` alone allows a final newline
+# Variables of other parts of Calotype, which validate them.
 OTHER_PREFIXES = ("CALOTYPE_WORKER_", "CALOTYPE_GATEWAY_")
 
 
@@ -38,10 +38,10 @@ class StrictSettings(BaseSettings):
 
     @classmethod
     def load(cls, **overrides: Any) -> Self:
-        """Read the environment; `overrides` that are not None win over it.
+        """Read the environment; `overrides` that are not None take precedence.
 
         Raises:
-            SettingsError: naming the variable or option, its value and what would do.
+            SettingsError: names the variable or option, its value and what would work.
         """
         prefix = str(cls.model_config["env_prefix"])
         others = tuple(other for other in OTHER_PREFIXES if other != prefix)
@@ -65,7 +65,7 @@ class StrictSettings(BaseSettings):
 
 
 class Settings(StrictSettings):
-    """What producers and workers both need: where Redis and storage are, and how long things are kept."""
+    """Settings of producers and workers: Redis, storage, limits and retention."""
 
     redis_url: Annotated[str, Field(repr=False)] = "redis://127.0.0.1:6379/0"
     """Address of Redis 7 or Valkey: `redis://`, `rediss://` (TLS), `unix://`, `redis+sentinel://HOST,HOST/NAME/DB`

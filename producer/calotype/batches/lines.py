@@ -1,10 +1,10 @@
-"""How one line of a manifest is read and one line of a result is written: Calotype's own way, and OpenAI's.
+"""Reads lines of manifests and writes lines of results, in Calotype's and in OpenAI's format.
 
-A line of our own is a config, with a `custom_id` if its submitter wants to find it again:
+A line in Calotype's format is a config with an optional `custom_id`:
 
     {"custom_id": "cover-1", "prompt": "a red circle", "num_inference_steps": 20, "seed": 7}
 
-OpenAI's is a request with such a config, spelled as their images API does (`openai_images.py`), as its body.
+A line in OpenAI's format is a request whose body follows their images API (`openai_images.py`):
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from calotype_shared.schema.config import GenerationConfig
 LONGEST_LINE = 2**20  # bytes
 MAX_CUSTOM_ID = 512  # characters
 OPENAI_URL = "/v1/images/generations"
-_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON can say it, UTF-8 cannot
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: allowed in JSON, but not in UTF-8
 
 
 class Request(NamedTuple):
     """One line of a manifest."""
 
     custom_id: str
-    config: GenerationConfig  # not resolved yet
+    config: GenerationConfig  # not resolved
 
 
 class Finished(NamedTuple):
-    """What a result says of a job that is final."""
+    """The fields of a final job that a result contains."""
 
     line: int
     custom_id: str
@@ -134,7 +134,7 @@ def problem(error: CalotypeError) -> dict[str, str]:
 
 
 def read_custom_id(value: object, number: int) -> str:
-    """The name of a line, or the one it gets. Raises InvalidRequest."""
+    """The custom id of a line, or the default one. Raises InvalidRequest."""
     if value is None:
         return f"line-{number}"
     if not isinstance(value, str) or not 0 < len(value) <= MAX_CUSTOM_ID or _SURROGATE.search(value):

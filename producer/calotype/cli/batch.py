@@ -153,7 +153,7 @@ def batch_json(record: BatchRecord) -> dict[str, Any]:
 
 
 def batch_line(record: BatchRecord) -> str:
-    """A batch in one line."""
+    """A batch as one line."""
     counts = record.counts
     told = [f"{counts.done} of {counts.total or '?'} lines done"]
     names = ("running", "queued", "waiting", "failed", "invalid", "cancelled", "expired")

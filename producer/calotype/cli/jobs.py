@@ -37,7 +37,7 @@ def _pair(entry: str, name: str, number: str) -> dict[str, Any]:
 
 
 def _parameter(entry: str) -> tuple[str, Any]:
-    """NAME=JSON; what is not JSON is text."""
+    """Parses NAME=JSON; a value that is not JSON is text."""
     name, equals, value = entry.partition("=")
     if not equals:
         raise InvalidRequest("has no value", field="--parameter", value=entry, remedy="write NAME=JSON")

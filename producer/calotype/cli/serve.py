@@ -1,4 +1,4 @@
-"""The commands that run things: up, worker, demo."""
+"""The commands `up`, `worker` and `demo`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`make_telemetry`: where a process's spans go, as `CALOTYPE_TELEMETRY` and OpenTelemetry's own variables say."""
+"""`make_telemetry`: where a process's spans go, by `CALOTYPE_TELEMETRY` and OpenTelemetry's variables."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT
 
 
 def make_telemetry(settings: Settings, *, service: str) -> Telemetry:
-    """What `CALOTYPE_TELEMETRY` asks for. An application that has set up OpenTelemetry itself keeps its own setup.
+    """The telemetry that `CALOTYPE_TELEMETRY` selects. An application that has set up OpenTelemetry keeps its setup.
 
     Raises:
         SettingsError: it is `on`, and the SDK's packages are missing.

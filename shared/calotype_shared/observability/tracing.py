@@ -21,7 +21,7 @@ _propagator = TraceContextTextMapPropagator()
 
 @dataclass(frozen=True, kw_only=True)
 class Telemetry:
-    """Where a process's spans begin, and what sends the last of them when it ends."""
+    """Begins a process's spans, and sends the remaining ones when the process ends."""
 
     tracer: trace.Tracer = trace.NoOpTracer()  # noqa: RUF009 - it has no state
     close: Callable[[], None] = lambda: None
@@ -38,7 +38,7 @@ def span_block(
 ) -> Iterator[trace.Span]:
     """A span that is current in the block and ends with it; `within` is the current context unless given.
 
-    An exception is recorded by its type only: its message may quote a prompt.
+    An exception is recorded by its type only, because its message can contain a prompt.
     """
     span = tracer.start_span(name, within, kind=kind, attributes=attributes)
     with trace.use_span(span, end_on_exit=True, record_exception=False, set_status_on_exception=False):
@@ -60,7 +60,7 @@ def context_of(traceparent: str) -> Context:
 
 
 def traceparent_of(span: trace.Span) -> str | None:
-    """What to hand on to others; None if the span belongs to no trace."""
+    """The `traceparent` to pass on; None if the span belongs to no trace."""
     carrier: dict[str, str] = {}
     _propagator.inject(carrier, trace.set_span_in_context(span, Context()))
     return carrier.get("traceparent")

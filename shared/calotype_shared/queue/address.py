@@ -1,4 +1,4 @@
-"""`RedisAddress`: a Redis URL, taken apart. No password is in any text made of it.
+"""`RedisAddress`: a parsed Redis URL. Its text never contains a password.
 
     redis://[user:password@]host[:port][/db]        rediss://… over TLS
     unix:///path/to/socket[?db=0]
@@ -18,7 +18,7 @@ PORT, SENTINEL_PORT = 6379, 26379
 
 @dataclass(frozen=True, kw_only=True)
 class RedisAddress:
-    """A Redis URL, taken apart. `name` is that of the primary which the sentinels at `hosts` watch."""
+    """A parsed Redis URL. `name` is the primary that the sentinels at `hosts` watch."""
 
     scheme: str
     hosts: tuple[tuple[str, int], ...] = ()

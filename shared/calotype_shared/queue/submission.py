@@ -1,4 +1,4 @@
-"""What is handed to the script that accepts jobs."""
+"""The arguments of the script that accepts jobs, and its refusals."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SLOWEST_SECONDS = 60.0
 
 
 class NewJob(NamedTuple):
-    """One job as `create.lua` takes it, field by field."""
+    """The fields of one job, in the order of `create.lua`."""
 
     id: str
     queue: str
@@ -37,14 +37,14 @@ class NewJob(NamedTuple):
 
 
 def queue_full(answer: Sequence[str], *, coming: int, accepted: Sequence[str]) -> QueueFull:
-    """What to raise where `create.lua` has found the queue full."""
+    """The error to raise if `create.lua` has found the queue full."""
     _, whose, pending, most, pace = answer
     setting = "CALOTYPE_MAX_QUEUED_PER_TENANT" if whose == "tenant" else "CALOTYPE_MAX_QUEUED"
     those = "this tenant's jobs" if whose == "tenant" else "jobs"
     if coming > int(most):
         remedy = f"submit them as a batch, or raise {setting}"
         return QueueFull(f"{coming} jobs exceed the limit of {most} queued jobs; {remedy}", _SLOWEST_SECONDS)
-    # Until as many are done as are to come, if jobs end as fast as they did lately.
+    # The time until as many jobs have finished as are submitted, at the recent rate.
     seconds = coming / float(pace) if pace and float(pace) else _UNKNOWN_SECONDS
     seconds = min(max(seconds, 1.0), _SLOWEST_SECONDS)
     remedy = f"retry in {math.ceil(seconds)} s, submit a batch, start more workers, or raise {setting}"
@@ -54,7 +54,7 @@ def queue_full(answer: Sequence[str], *, coming: int, accepted: Sequence[str]) -
 
 
 class Idempotency(NamedTuple):
-    """A key that its submitter never uses for two requests, and a hash of the request as it was written."""
+    """A key that its submitter uses for one request only, and a hash of that request."""
 
     key: str
     request: str

@@ -1,4 +1,4 @@
-"""Samplers as AUTOMATIC1111's web UI names them: in the images it writes, and in what its clients ask for."""
+"""Sampler names of AUTOMATIC1111's web UI, as used in its image files and by its clients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The words of the wire format that stand for themselves: samplers, formats, features, lanes, job states."""
+"""The enums of the wire format: samplers, formats, features, lanes, job states."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class SamplerType(StrEnum):
     DPMPP_2M_KARRAS = "dpmpp_2m_karras"  # the same on Karras' noise levels
     UNIPC = "unipc"  # UniPC, Zhao et al. 2023
     LCM = "lcm"  # Latent Consistency Models, Luo et al. 2023
-    MODEL = "model"  # the scheduler that the model comes with, where it is none of these
+    MODEL = "model"  # the model's own scheduler, if it is not one of these
 
 
 class OutputFormat(StrEnum):
@@ -41,7 +41,7 @@ class OutputFormat(StrEnum):
 
 
 class Feature(StrEnum):
-    """What a config may ask for beyond a prompt. A model's card says which of these it can do."""
+    """A capability that a config can need. A model's card lists those that the model supports."""
 
     TEXT_TO_IMAGE = "text_to_image"
     IMAGE_TO_IMAGE = "image_to_image"
@@ -60,14 +60,14 @@ class Feature(StrEnum):
 
 
 class Lane(StrEnum):
-    """A queue's urgency. Workers always look at `interactive` first."""
+    """A queue's priority class. Workers always take `interactive` jobs first."""
 
     INTERACTIVE = "interactive"
     BULK = "bulk"
 
 
 class JobState(StrEnum):
-    """Where a job is on its way; ARCHITECTURE.md has every transition."""
+    """The state of a job; ARCHITECTURE.md lists every transition."""
 
     QUEUED = "queued"
     RUNNING = "running"

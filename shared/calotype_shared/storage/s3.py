@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from calotype_shared.settings import Settings
 
 ATTEMPTS = 5
-SAFE_SECONDS = 3_600.0  # an object that is younger may be about to be used: no clean-up touches it
+SAFE_SECONDS = 3_600.0  # younger objects may be about to be used, so no clean-up removes them
 _BACKOFF_SECONDS = (0.4, 5.0)
 
 P = ParamSpec("P")
@@ -28,7 +28,7 @@ R = TypeVar("R")
 
 
 def _retried(method: Callable[Concatenate[Storage, P], R]) -> Callable[Concatenate[Storage, P], R]:
-    """Repeats a call over passing trouble, and turns the rest into StorageUnavailable with a remedy."""
+    """Retries a call on transient errors, and turns other errors into StorageUnavailable with a remedy."""
 
     @functools.wraps(method)
     def wrapped(self: Storage, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -55,7 +55,7 @@ class StoredObject(NamedTuple):
 
 
 class UnfinishedUpload(NamedTuple):
-    """An object that comes in parts and is not there yet."""
+    """A multipart upload that has not been completed."""
 
     key: str
     id: str
@@ -66,7 +66,7 @@ class Storage:
     """One bucket. Thread-safe; connects at the first call."""
 
     def __init__(self, settings: Settings, *, attempts: int = ATTEMPTS) -> None:
-        """`attempts` at each call, before it raises over passing trouble."""
+        """`attempts` per call before a transient error is raised."""
         self._settings = settings
         self._attempts = attempts
         self._bucket = settings.s3_bucket
@@ -74,10 +74,10 @@ class Storage:
         self._clients: dict[str | None, Any] = {}
 
     def check(self, *, create: bool = False) -> None:
-        """Make sure that the bucket is there and may be used; with `create`, make it when missing.
+        """Check that the bucket exists and can be used; with `create`, create it if it is missing.
 
         Raises:
-            StorageUnavailable: unreachable, refused, or no such bucket: which, and what to do.
+            StorageUnavailable: unreachable, refused, or the bucket does not exist; with the remedy.
         """
         from botocore.exceptions import BotoCoreError, ClientError  # noqa: PLC0415
 
@@ -105,7 +105,7 @@ class Storage:
 
     @_retried
     def get_range(self, key: str, start: int, size: int) -> bytes:
-        """At most `size` bytes from `start` on; fewer at the object's end, none behind it."""
+        """At most `size` bytes from `start` on; fewer at the object's end, none after it."""
         from botocore.exceptions import ClientError  # noqa: PLC0415
 
         try:
@@ -153,12 +153,12 @@ class Storage:
 
     @_retried
     def delete(self, key: str) -> None:
-        """Remove an object; none there is fine."""
+        """Delete an object, if it exists."""
         self._client().delete_object(Bucket=self._bucket, Key=key)
 
     @_retried
     def delete_many(self, keys: Sequence[str]) -> None:
-        """Remove up to a thousand objects in one call; those that are not there are fine."""
+        """Delete up to a thousand objects in one call, if they exist."""
         if not keys:
             return
         objects = [{"Key": key} for key in keys]
@@ -171,7 +171,7 @@ class Storage:
 
     @_retried
     def begin_upload(self, key: str, content_type: str) -> str:
-        """Start an object that comes in parts; returns the upload's id."""
+        """Start a multipart upload; returns its id."""
         answer = self._client().create_multipart_upload(Bucket=self._bucket, Key=key, ContentType=content_type)
         return str(answer["UploadId"])
 
@@ -191,7 +191,7 @@ class Storage:
         self._client().abort_multipart_upload(Bucket=self._bucket, Key=key, UploadId=upload)
 
     def unfinished_uploads(self) -> Iterator[UnfinishedUpload]:
-        """Objects that come in parts and have not been completed."""
+        """Multipart uploads that have not been completed."""
         marker: Mapping[str, str] = {}
         while True:
             page = self._uploads_page(marker)
@@ -228,14 +228,14 @@ class Storage:
         return self._client().list_objects_v2(Bucket=self._bucket, Prefix=prefix, **token)
 
     def presigned_url(self, key: str, *, expires_seconds: int | None = None) -> str:
-        """A link that lets anyone fetch one object for a while. Made here, without asking the server."""
+        """A presigned link to download one object. Computed locally, without a request."""
         endpoint = self._settings.s3_public_endpoint_url or self._settings.s3_endpoint_url
         expires = expires_seconds or self._settings.url_expires_seconds
         parameters = {"Bucket": self._bucket, "Key": key}
         return str(self._client(endpoint).generate_presigned_url("get_object", Params=parameters, ExpiresIn=expires))
 
     def presigned_put(self, key: str, *, expires_seconds: int) -> str:
-        """A link that lets anyone write one object for a while."""
+        """A presigned link to upload one object."""
         endpoint = self._settings.s3_public_endpoint_url or self._settings.s3_endpoint_url
         parameters = {"Bucket": self._bucket, "Key": key}
         client = self._client(endpoint)
@@ -269,7 +269,7 @@ class Storage:
             config=Config(
                 connect_timeout=5,
                 read_timeout=30,
-                retries={"total_max_attempts": 1},  # ours are jittered and say what failed
+                retries={"total_max_attempts": 1},  # our own retries have jitter and a clear error
                 max_pool_connections=32,
                 signature_version="s3v4",
                 # Virtual-host addressing needs a DNS name a bucket, which self-hosted servers do not have.

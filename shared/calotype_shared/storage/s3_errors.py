@@ -1,4 +1,4 @@
-"""What an error of boto3 means: whether to try again, and what to tell the operator."""
+"""Interprets boto3's errors: whether to retry, and what the operator should do."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def error_code(error: Exception) -> str:
 
 
 def is_transient(error: Exception) -> bool:
-    """Whether the same call may well succeed a little later: no answer came, or the server said it was busy."""
+    """Whether a retry may succeed: there was no response, or the server reported that it was busy."""
     response = getattr(error, "response", None)
     if not isinstance(response, dict):
         return type(error).__name__ not in ("NoCredentialsError", "ParamValidationError", "InvalidEndpoint")
@@ -23,7 +23,7 @@ def is_transient(error: Exception) -> bool:
 
 
 def unavailable(error: Exception, *, endpoint: str | None, bucket: str) -> StorageUnavailable:
-    """What to raise for it, with a remedy; ObjectMissing if the object does not exist."""
+    """The error to raise, with a remedy; ObjectMissing if the object does not exist."""
     where = endpoint or "Amazon S3"
     code = error_code(error)
     if type(error).__name__ == "NoCredentialsError":

@@ -1,1 +1,1 @@
-"""The scripts that run inside Redis; `prelude.lua` comes before each."""
+"""The scripts that run inside Redis; `prelude.lua` precedes each of them."""
