@@ -67,7 +67,8 @@ def lora(files: Sequence[Path], count: int) -> tuple[Image.Image, dict[str, obje
     prompts = PROMPTS.read_text().splitlines()
     wanted = [w for w in held_out_captions(4 * count) if not {"white", "black"} & {w[2], w[3]}][:count]
     pipeline = load()
-    rows, measured = {"the model": paint(pipeline, prompts)}, {"the model": _read(pipeline, wanted)}
+    rows = {"the model": paint(pipeline, prompts)}
+    measured: dict[str, object] = {"the model": _read(pipeline, wanted)}
     for file in files:
         pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=file.stem)
         pipeline.set_adapters([file.stem], [1.0])

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from redis import Redis
@@ -238,7 +239,7 @@ def test_there_is_no_room_to_spool(
     with Proxy.before(settings.s3_endpoint_url) as proxy:
         behind = settings.model_copy(update={"s3_endpoint_url": proxy.url(settings.s3_endpoint_url)})
         site = make_site(settings, worker_settings=behind)
-        room = {} if how == "disk-full" else {"CALOTYPE_WORKER_SPOOL_MIB": "0"}
+        room: dict[str, Any] = {} if how == "disk-full" else {"CALOTYPE_WORKER_SPOOL_MIB": "0"}
         worker = site.start_worker("--concurrency", "4", stop=["disk-full"] if how == "disk-full" else [], **room)
         proxy.set("cut")
         ids = site.submit(12)

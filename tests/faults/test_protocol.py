@@ -101,7 +101,7 @@ class Replay:
         if verb in ("pop", "lose"):
             assert self.redis.rpop(queue)
         elif verb == "double":
-            self.redis.lpush(queue, self.redis.lrange(queue, 0, 0)[0])  # type: ignore[index]
+            self.redis.lpush(queue, self.redis.lrange(queue, 0, 0)[0])
         elif verb == "claim":
             found = self.store.claim("demo.bulk", worker=f"w{argument}", lease_seconds=3600)
             assert (found is not None) == (after.tokens > world.tokens)
@@ -112,10 +112,10 @@ class Replay:
         elif verb == "commit":
             assert claim is not None
             stored = {"key": f"{claim.folder}/0.png", "content_type": "image/png", "sha256": "0" * 64}
-            image = ImageRef(**stored, seed=1, width=64, height=64, bytes=1)  # type: ignore[arg-type]
+            image = ImageRef(**stored, seed=1, width=64, height=64, bytes=1)
             job = after.redis.jobs[worker.job]
-            mine = self.protocol.folder(worker.job, worker.attempt, worker.token)
-            assert self.store.commit(claim, images=[image], timings={}) == (job.winner == mine)
+            folder = self.protocol.folder(worker.job, worker.attempt, worker.token)
+            assert self.store.commit(claim, images=[image], timings={}) == (job.winner == folder)
         elif verb == "renew":
             assert claim is not None
             assert self.store.renew([claim], lease_seconds=3600) == set()

@@ -97,7 +97,7 @@ def test_images_are_counted_by_the_day(keys: ApiKeys) -> None:
     keys.allow(key)
     with pytest.raises(TooManyRequests, match="10 images a day"):
         keys.allow(key, images=1)
-    with pytest.raises(Forbidden, match=r"11 images at once .* \(10\); ask for fewer"):
+    with pytest.raises(Forbidden, match=r"11 images exceed .* \(10\); request fewer"):
         keys.allow(key, images=11)  # tomorrow neither
 
 

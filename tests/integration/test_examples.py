@@ -43,7 +43,7 @@ def run(environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[..., N
                 assert "out/" in ran.stdout
 
     def example(name: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, EXAMPLES / f"{name}.py"]
+        command = [sys.executable, str(EXAMPLES / f"{name}.py")]
         return subprocess.run(
             command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400, check=False
         )

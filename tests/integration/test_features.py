@@ -92,7 +92,7 @@ def test_every_feature_goes_through_the_queue(service: Service, storage: Storage
     assert np.abs(pixels(images[0]) - plain).max() <= 1
     assert np.abs(pixels(images[2]) - plain).max() > 12, "the second model made the second pair"
 
-    again = GenerationConfig.parse(images[3].image.text["calotype"] and _config_of(images[3]))
+    again = GenerationConfig.parse(images[3].image.info["calotype"] and _config_of(images[3]))
     assert (again.model, again.ensemble, again.seed) == ("other", (), 6)
     assert np.abs(pixels(client.submit(again).result(timeout=120)[0]) - pixels(images[3])).max() <= 1
     repeat = _config_of(jobs["two loras"].images()[0])
@@ -141,7 +141,7 @@ def test_what_cannot_be_done_is_refused_at_submission(
     wide.save(packed, "PNG")
     moving = io.BytesIO()
     SOURCE.save(moving, "WEBP", save_all=True, append_images=[Image.fromarray(sample_image(2))])
-    refused = {
+    refused: dict[str, dict[str, Any]] = {
         r"init_image.*not a readable image.*PNG": {"init_image": b"not an image"},
         r"init_image.*not a readable image.*JPEG": {"init_image": buffer.getvalue()},
         r"init_image.*more than 64000000 pixels": {"init_image": packed.getvalue()},
@@ -160,7 +160,7 @@ def test_what_cannot_be_done_is_refused_at_submission(
     }
     for said, asked in refused.items():
         with pytest.raises(InvalidRequest, match=said):
-            client.submit({**BASE, **asked})
+            client.submit(dict(BASE, **asked))
     assert sum(client.counts().values()) == 0
     assert len(list(storage.list("uploads/"))) == 1, "only the good image was stored"
 

@@ -243,8 +243,8 @@ def test_limits_of_keys_and_bodies(guarded: Gateway) -> None:
     ]
     assert [answer.status_code for answer in asked] == [202, 429]
     other, _ = keys.create(name="other", images_per_day=1)
-    for body, status in (({**FAST, "width": 60}, 400), ({**FAST, "sampler": "none"}, 400), (FAST, 202)):
-        answer = guarded.http.post("/v1/jobs", json=body, headers={"x-api-key": other})
+    for asked_for, status in (({**FAST, "width": 60}, 400), ({**FAST, "sampler": "none"}, 400), (FAST, 202)):
+        answer = guarded.http.post("/v1/jobs", json=asked_for, headers={"x-api-key": other})
         assert answer.status_code == status, "what is refused takes nothing"
     batch = {"input_file_id": "file-x"}
     assert guarded.http.post("/v1/batches", json=batch, headers={"x-api-key": other}).status_code == 403

@@ -44,7 +44,7 @@ def client(settings: Settings, store: JobStore, redis: Redis) -> Iterator[Client
 def collector(settings: Settings, redis: Redis, storage: Storage, **changes: Any) -> Collector:
     ages = {"retention_seconds": AT_ONCE, "safe_seconds": AT_ONCE, "older_than_seconds": AT_ONCE}
     names = {"key_prefix": settings.key_prefix, "bucket": settings.s3_bucket}
-    return Collector(redis, storage, **{**names, **ages, **changes})  # type: ignore[arg-type]
+    return Collector(redis, storage, **{**names, **ages, **changes})
 
 
 def sample_image(color: str) -> bytes:
@@ -74,7 +74,7 @@ def a_bucket_full(client: Client, settings: Settings, store: JobStore, storage: 
         storage.put(key, b"nobody's", "application/octet-stream")
         garbage.add(key)
 
-    fields = {"lane": Lane.BULK, "num_inference_steps": 5}
+    fields: dict[str, Any] = {"lane": Lane.BULK, "num_inference_steps": 5}
     # Done: its own images, and what an attempt left that was lost with its worker.
     done = client.submit("a", seed=1, **fields).id
     finish(store, storage)
@@ -326,9 +326,9 @@ def test_a_redis_that_has_lost_its_data_wipes_nothing(
     storage.put(leftover, b"nobody's", "image/png")
     refused("the bucket has recorded earlier collections, and it has not", key_prefix="other:")
     refused("its last collection was for the bucket", bucket="elsewhere")
-    copy = redis.hgetall(store.keys.gc)
+    copy: Any = redis.hgetall(store.keys.gc)
     collector(settings, redis, storage, older_than_seconds=1e6, retention_seconds=1e6).run()
-    newest = redis.hgetall(store.keys.gc)
+    newest: Any = redis.hgetall(store.keys.gc)
     redis.hset(store.keys.gc, mapping=copy)
     refused("has recorded 1 collections and the bucket 2: it is an older copy")
     redis.hset(store.keys.gc, mapping={**newest, "name": "another"})

@@ -41,7 +41,7 @@ def take(store: JobStore, *, worker: str = "w") -> Claim:
 def expire_leases(store: JobStore, redis: Redis) -> None:
     """As if every lease had just run out, without waiting."""
     for job_id in redis.zrange(store.keys.leases, 0, -1):
-        redis.zadd(store.keys.leases, {job_id: 1})
+        redis.zadd(store.keys.leases, {str(job_id): 1})
 
 
 def lose(store: JobStore, redis: Redis) -> None:

@@ -60,7 +60,9 @@ def made_at_once(model: StepModel, requests: list[GenerationRequest]) -> np.ndar
 @torch.inference_mode()
 def stepped(model: StepModel, requests: list[GenerationRequest]) -> tuple[list[np.ndarray], float]:
     """Images of requests of which another joins at every second step; and the mean number of rows of a pass."""
-    waiting, rows, finished = list(batch_of(model, requests).members), [], {}
+    waiting = list(batch_of(model, requests).members)
+    rows: list[int] = []
+    finished: dict[str, Any] = {}
     batch = batch_of(model, requests[:1])
     batch.leave(batch.members)
     while waiting or batch.members:
@@ -421,14 +423,16 @@ def test_a_lossy_image_says_so(shelf: Shelf) -> None:
         with running(own) as engine:
             generated = engine.submit(GenerationRequest.from_config(config, request_id="r")).result(120)
         files, _ = encoder.encode(claim, 0, generated)
-        assert read_provenance(files[0].data).get("accelerations") == said
-        assert json.loads(files[1].data).get("accelerations") == said
+        image, beside = (file.data or b"" for file in files)
+        assert read_provenance(image).get("accelerations") == said
+        assert json.loads(beside).get("accelerations") == said
 
 
 def test_settings_out_of_range_are_named() -> None:
     from calotype_worker.settings import WorkerSettings
 
-    for field, value in (("deep_cache", 0), ("first_block_cache", 1.5), ("token_merging", 0.9)):
+    beyond: list[tuple[str, Any]] = [("deep_cache", 0), ("first_block_cache", 1.5), ("token_merging", 0.9)]
+    for field, value in beyond:
         with pytest.raises(InvalidRequest, match=rf"{field}={value}.*use .* \(off\) to"):
             Accelerations(**{field: value})
         with pytest.raises(SettingsError, match=f"CALOTYPE_WORKER_{field.upper()}={value}"):

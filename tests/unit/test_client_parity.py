@@ -86,26 +86,26 @@ def test_a_difference_is_noticed() -> None:
     """The control: each kind of it, in two classes that differ in each."""
 
     class Sync:
-        def missing(self) -> int:
+        def missing(self) -> None:
             """One."""
 
-        def default(self, x: int = 1) -> int:
+        def default(self, x: int = 1) -> None:
             """One."""
 
-        def blocking(self) -> int:
+        def blocking(self) -> None:
             """One."""
 
-        def words(self) -> int:
+        def words(self) -> None:
             """One."""
 
     class Async:
-        async def default(self, x: int = 2) -> int:
+        async def default(self, x: int = 2) -> None:
             """One."""
 
-        def blocking(self) -> int:
+        def blocking(self) -> None:
             """One."""
 
-        async def words(self) -> int:
+        async def words(self) -> None:
             """Two."""
 
     found = sorted(difference.split(":")[0] for difference in differences(Sync, Async))

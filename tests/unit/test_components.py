@@ -64,7 +64,7 @@ def test_the_parts_put_together_make_the_models_image() -> None:
         for timestep in scheduler.timesteps:
             latents = scheduler.step(unet(latents, timestep, embedding), timestep, latents, return_dict=False)[0]
         made = decoder.decode(latents)[0]
-        with pytest.raises(InvalidRequest, match="model='second': is not one of the models here; use one of: demo"):
+        with pytest.raises(InvalidRequest, match="model='second': is not a known model; use one of: demo"):
             model.generate_batch([GenerationConfig(prompt="a", ensemble=("second",))])
     assert np.abs(made.astype(int) - expected.astype(int)).max() <= 1
 

@@ -281,7 +281,8 @@ def adapted_alone(folder: Path, adapters: Adapters, model: StepModel, request: G
                 text_encoder=getattr(text_to_image, f"text_encoder{number}"),
             )
     stem = type(text_to_image).__name__.removesuffix("Pipeline")
-    parts, arguments = text_to_image.components, {}
+    parts = text_to_image.components
+    arguments: dict[str, Any] = {}
     if "Flux" not in stem:
         arguments["negative_prompt"] = request.negative_prompt or None
     if request.mask is not None:

@@ -38,7 +38,7 @@ def example() -> Iterator[ModuleType]:
 
 
 def asked(name: str, **fields: object) -> GenerationRequest:
-    values = {"width": 64, "height": 64, "num_inference_steps": 12, "guidance_scale": 1.0, "seed": 3}
+    values: dict[str, object] = {"width": 64, "height": 64, "num_inference_steps": 12, "guidance_scale": 1.0, "seed": 3}
     values |= {"sampler": SamplerType.DDIM, "prompt": f"a {name} wall", "request_id": name}
     return GenerationRequest(**{**values, **fields})  # type: ignore[arg-type]
 

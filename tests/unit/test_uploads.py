@@ -46,7 +46,8 @@ def test_images_stand_upright_and_opaque() -> None:
     turned = normalize_image(encoded(Image.fromarray(sample_image(1, 64, 32)), "JPEG", exif=exif, quality=95))
     assert open_upload(turned[1], turned[0]).size == (32, 64)
     clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
-    assert open_upload(*reversed(normalize_image(encoded(clear, "PNG")))).getpixel((0, 0)) == (255, 255, 255)
+    name, data = normalize_image(encoded(clear, "PNG"))
+    assert open_upload(data, name).getpixel((0, 0)) == (255, 255, 255)
     for mode in ("L", "P", "1", "LA"):
         upload_id, stored = normalize_image(encoded(Image.new(mode, (8, 8)), "PNG"))
         assert open_upload(stored, upload_id).mode == "RGB"

@@ -46,7 +46,7 @@ def test_every_schema_has_its_folder_and_no_file_of_it_changes() -> None:
 def test_it_is_read(file: Path) -> None:
     """Every form that there ever was has a meaning to this version."""
     found = json.loads(file.read_text())
-    read = READERS[file.stem.partition("-")[0]] if file.stem not in READERS else READERS[file.stem]
+    read: Any = READERS[file.stem.partition("-")[0]] if file.stem not in READERS else READERS[file.stem]
     read(found)
 
 

@@ -185,7 +185,8 @@ def test_changed_networks_are_no_one_elses() -> None:
     plain = [model.plain(request) for request in requests]
     running = batch(model)
     runs = [run_of(model, request) for request in requests]
-    processors = dict(model.modules["unet"].attn_processors)
+    unet: Any = model.modules["unet"]
+    processors = dict(unet.attn_processors)
     with torch.no_grad():
         for run in runs:
             running.join(run)
