@@ -17,7 +17,7 @@ demo: $(VENV)/.demo ## a real queue, worker and storage on this machine; images 
 # order of files is that of tests/conftest.py.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test: $(VENV)/.dev ## all that a change can break: static checks, unit, integration, a fault of each kind, the web UI
+test: $(VENV)/.dev ## static checks, unit and integration tests, one fault of each kind, the web UI
 	@$(MAKE) --no-print-directory --jobs=2 static test-fast
 
 test-fast: $(VENV)/.dev
@@ -26,16 +26,16 @@ test-fast: $(VENV)/.dev
 test-slow: $(VENV)/.dev ## documents as pasted, examples, packaging, every fault, fuzzing
 	$(PYTEST) -m slow
 
-check: static audit prometheus infra ## formatter, linter, types, import contracts, vulnerabilities, what deploys it, unit tests
+check: static audit prometheus infra ## formatter, linter, types, import contracts, vulnerabilities, manifests, unit tests
 	$(BIN)/python -m pytest tests/unit tests/observability
 
-audit: $(VENV)/.dev ## known vulnerabilities of what is installed
+audit: $(VENV)/.dev ## known vulnerabilities of installed packages
 	$(BIN)/python tools/audit.py
 
 prometheus:
 	@command -v promtool prometheus >/dev/null || { echo "make check needs promtool and prometheus, to test alerts and \
 	dashboards; install them (Debian: apt-get install prometheus), or run make test, which leaves those out" >&2; exit 1; }
-infra: .venv-infra/.installed ## manifests as rendered, Dockerfiles and the Compose file, by tools of their own environment
+infra: .venv-infra/.installed ## checks of manifests, Dockerfiles and the Compose file, in a separate environment
 	.venv-infra/bin/python tools/check.py
 
 static: $(VENV)/.dev
@@ -48,13 +48,13 @@ format: $(VENV)/.dev ## format and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-faults: $(VENV)/.dev ## every fault at full length, and the table of what was lost: nothing; half an hour
+faults: $(VENV)/.dev ## every fault at full length, with the table of results; half an hour
 	FAULTS=full $(BIN)/python -m pytest tests/faults -m "slow or not slow" --timeout 1800
 
-lock: $(VENV)/.dev ## write requirements.lock anew, after a change of pyproject.toml or constraints.txt
+lock: $(VENV)/.dev ## update requirements.lock, after a change of pyproject.toml or constraints.txt
 	$(BIN)/python -m tools.lock
 
-reference: $(VENV)/.dev ## write the generated pages of docs/ anew
+reference: $(VENV)/.dev ## update the generated pages of docs/
 	$(BIN)/python -m tools.reference
 
 docs: $(VENV)/.dev ## the generated pages, and the site in site/, with every link checked
@@ -62,7 +62,7 @@ docs: $(VENV)/.dev ## the generated pages, and the site in site/, with every lin
 	$(BIN)/python -m tools.site build/docs
 	$(BIN)/zensical build --strict
 
-bench: $(VENV)/.bench ## the short benchmark against what one could take instead; half an hour
+bench: $(VENV)/.bench ## the short benchmark against the alternatives; half an hour
 	$(BIN)/python benchmarks/throughput.py
 
 build: $(VENV)/.dev ## sdist and wheel in dist/, checked as the package index would
@@ -70,7 +70,7 @@ build: $(VENV)/.dev ## sdist and wheel in dist/, checked as the package index wo
 	$(BIN)/python -m build --outdir dist --no-isolation
 	$(BIN)/python tools/release.py dist
 
-clean: ## remove the environment and all that was made
+clean: ## remove the environments and all generated files
 	rm -rf $(VENV) .venv-infra out dist build site .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # Stamps: an environment is installed once, and again when what it depends on changes.

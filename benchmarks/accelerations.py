@@ -119,7 +119,7 @@ def demo(options: argparse.Namespace) -> tuple[dict[str, dict[str, float]], int,
     for engine in engines.values():
         engine.start()
     try:
-        runs = {name: (lambda name=name: make(name)) for name in WAYS}
+        runs: dict[str, Callable[[], object]] = {name: functools.partial(make, name) for name in WAYS}
         make("exact")  # warm-up: kernels, tables, allocator
         faster = interleaved(runs, rounds=options.rounds, device=models["exact"].device)
     finally:
@@ -228,7 +228,9 @@ def shaped(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     }
     for network in networks.values():
         network.steps(1)
-    runs = {name: (lambda network=network: network.steps(6)) for name, network in networks.items()}
+    runs: dict[str, Callable[[], object]] = {
+        name: functools.partial(network.steps, 6) for name, network in networks.items()
+    }
     faster = interleaved(runs, rounds=options.rounds, device=torch.device(options.device))
     whole = weight_bytes(networks["exact"].unet)
     return {

@@ -27,7 +27,7 @@ import json
 import random
 import statistics
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,7 +87,7 @@ class Job:
     record: Claim = field(init=False)
 
     def __post_init__(self) -> None:
-        config = ResolvedConfig.model_construct(
+        config = ResolvedConfig.model_construct(  # type: ignore[call-arg]  # as much as the affinity looks at
             model="simulated",
             width=self.size[0],
             height=self.size[1],
@@ -95,7 +95,9 @@ class Job:
             ensemble=(),
             guidance_scale=5.0 if self.rows == 2 else 1.0,
         )
-        record = JobRecord.model_construct(id=self.id, state=JobState.RUNNING, lane=Lane.BULK, config=config)
+        record = JobRecord.model_construct(  # type: ignore[call-arg]
+            id=self.id, state=JobState.RUNNING, lane=Lane.BULK, config=config
+        )
         self.record = Claim(job_id=self.id, attempt=1, token="t", record=record)
         self.left = self.steps
 
@@ -114,7 +116,7 @@ def area(size: tuple[int, int]) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """`max_rows` rows of the native size are the knee, as a profile finds it; `places` jobs are in flight."""
+    """`max_rows` rows of the native size are the knee, as a profile finds it; `slots` jobs are in flight."""
 
     max_rows: int = 16
     slots: int = 24
@@ -145,7 +147,7 @@ class SimulatedWorker:
 
     @property
     def free(self) -> bool:
-        return len(self.jobs) < self.device.places
+        return len(self.jobs) < self.device.slots
 
     def take(self, job: Job) -> None:
         self.jobs[job.id] = job
@@ -155,7 +157,7 @@ class SimulatedWorker:
     def begin_step(self) -> tuple[float, int] | None:
         """Its seconds and rows, or None if there is nothing to do."""
         plan = self.scheduler.plan()
-        self.steps_at = plan and plan.group
+        self.steps_at = plan.group if plan else None
         if plan is None:
             return None
         self.rows[plan.group] += sum(self.jobs[job_id].rows for job_id in plan.admitted)
@@ -257,7 +259,7 @@ def simulate(
     number = itertools.count()
     coming, now, passes, rows = iter(jobs), 0.0, 0, 0
     arriving = next(coming, None)
-    served: Counter[str] = Counter()  # work claimed while every tenant had jobs in line
+    served: dict[str, float] = defaultdict(float)  # work claimed while every tenant had jobs in line
     emptied: tuple[float, float] | None = None  # when, and the work done by then
 
     def begin(worker: SimulatedWorker) -> None:
@@ -326,8 +328,11 @@ def figures(jobs: Sequence[Job], shares: Sequence[float]) -> dict[str, float]:
 
 
 def simulate_models(order: str, *, move_seconds: float, jobs: int, seed: int = 0) -> dict[str, float]:
-    """One worker, two models with a queue each. `order` is which queue it takes from: `first` while that has any (as
-    kombu's BRPOP does), `turns`, or `at hand`, whose model is on the device. The engine's patience is 50 steps."""
+    """One worker, two models with a queue each.
+
+    `order` is which queue it takes from: `first` while that has any (as kombu's BRPOP does), `turns`, or `at hand`,
+    whose model is on the device. The engine's patience is 50 steps.
+    """
     chance = random.Random(seed)
     device = Device()
     lines = {model: [Job(id=f"{model}{n:05}", size=SIZES[0], rows=2, steps=chance.choice(STEPS), tenant="a")
@@ -343,7 +348,7 @@ def simulate_models(order: str, *, move_seconds: float, jobs: int, seed: int = 0
     held: dict[str, Job] = {}
     ends: dict[str, list[float]] = {"a": [], "b": []}
     while any(lines.values()) or held:
-        while len(held) < device.places and any(lines.values()):
+        while len(held) < device.slots and any(lines.values()):
             model = {"first": "a", "turns": next(turn), "at hand": resident}[order]
             model = model if lines[model] else ("b" if model == "a" else "a")
             job = lines[model].pop(0)
@@ -407,13 +412,16 @@ def main() -> None:
         for look in (0, 64):
             add(f"poisson {share}", few, Load(jobs=2 * options.jobs, sizes=SIZES, at=share), look)
     models = [
-        {"order": order, "move_seconds": seconds}
-        | mean(
-            lambda seed, order=order, seconds=seconds: simulate_models(  # type: ignore[misc]
-                order, move_seconds=seconds, jobs=200, seed=seed
+        {
+            "order": order,
+            "move_seconds": seconds,
+            **mean(
+                lambda seed, order=order, seconds=seconds: simulate_models(  # type: ignore[misc]
+                    order, move_seconds=seconds, jobs=200, seed=seed
+                ),
+                options.seeds,
             ),
-            options.seeds,
-        )
+        }
         for seconds in (0.5, 3.0)
         for order in ("first", "turns", "at hand")
     ]

@@ -29,13 +29,14 @@ import torch
 from affinity import SIZES, Device, Job, Load, figures
 from workload import surroundings
 
+import calotype_worker.loading
 import calotype_worker.worker
 from calotype import Client
 from calotype.embedded import EmbeddedServers
+from calotype_shared.observability.logs import set_up_logging
 from calotype_shared.schema.enums import JobState, Lane
 from calotype_shared.schema.jobs import JobRecord
 from calotype_shared.settings import Settings
-from calotype_worker.logs import set_up_logging
 from calotype_worker.models import AnyModel
 from calotype_worker.settings import WorkerSettings
 
@@ -72,8 +73,11 @@ def work(settings: Settings, look: int, device: Device, counts: tuple[Count, Cou
         os.dup2(file.fileno(), 2)
     set_up_logging(log_format="text", level="info")
     torch.set_num_threads(1)
-    real = calotype_worker.worker.load_models
-    calotype_worker.worker.load_models = lambda options: [make_clock(model, device, *counts) for model in real(options)]
+    real = calotype_worker.loading.load_models
+    # The worker has the name already.
+    vars(calotype_worker.worker)["load_models"] = lambda options: [
+        make_clock(model, device, *counts) for model in real(options)
+    ]
     options = WorkerSettings.load(
         model="demo",
         affinity=look,
@@ -91,7 +95,7 @@ class Fleet:
     def __init__(self, servers: EmbeddedServers, look: int, workers: int, device: Device, folder: Path) -> None:
         self.look = look
         self.settings = servers.settings(key_prefix=f"affinity-{look}:", coalesce=False)
-        self._counts: list[tuple[Count, Count]] = [(FORK.Value("q"), FORK.Value("q")) for _ in range(workers)]  # type: ignore[misc]
+        self._counts: list[tuple[Count, Count]] = [(FORK.Value("q"), FORK.Value("q")) for _ in range(workers)]
         self._processes = [
             FORK.Process(
                 target=work, args=(self.settings, look, device, counts, folder / f"worker-{look}-{number}.log")
@@ -123,7 +127,7 @@ class Fleet:
 
 def one_round(client: Client, fleet: Fleet, jobs: Sequence[Job], least: float) -> dict[str, float]:
     passes, rows = fleet.counted
-    ids = {}
+    ids: dict[str, Job] = {}
     for tenant in sorted({job.tenant for job in jobs}):
         own = [job for job in jobs if job.tenant == tenant]
         asked = [

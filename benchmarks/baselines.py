@@ -75,7 +75,7 @@ def serve_celery(redis_url: str, model: str, device: str) -> None:
     plain = Plain(model, device=device)
     plain.one(WARM_UP)
 
-    @app.task(base=Batches, name="generate", flush_every=BATCH, flush_interval=COLLECT_SECONDS)
+    @app.task(base=Batches, name="generate", flush_every=BATCH, flush_interval=COLLECT_SECONDS)  # type: ignore[untyped-decorator]
     def generate(requests: list[Any]) -> None:
         batch = [Wanted(**request.args[0]) for request in requests]
         plain.many(batch, size=BATCH)

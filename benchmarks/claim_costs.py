@@ -58,7 +58,7 @@ def cost(redis: Redis, store: JobStore, size: tuple[int, int], look: int, claims
         redis.hdel(store.keys.job(claim.job_id), "history")  # it would grow
         redis.delete(store.keys.orphans)
         for job_id in redis.zrange(store.keys.waiting(QUEUE), 0, 127):
-            redis.hdel(store.keys.job(job_id), "passed")  # else the first is due after `look` claims
+            redis.hdel(store.keys.job(str(job_id)), "passed")  # else the first is due after `look` claims
     return round(statistics.median(spent), 1)
 
 

@@ -120,7 +120,7 @@ def main() -> None:
     options = parser.parse_args()
     quiet()
     name, _, source = options.model.partition("=")
-    model = apart(lambda: load_model(name, source=source or None, device=options.device))
+    model: Any = apart(lambda: load_model(name, source=source or None, device=options.device))
     settings = EngineSettings(max_rows=options.max_rows, compile=options.compile)
     engines = {
         "normal": Engine(model, settings),

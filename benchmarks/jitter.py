@@ -74,7 +74,9 @@ class Steps(NoopTracer):
 def photograph() -> np.ndarray:
     """Pixels that compress as those of an image do: smooth, with some grain."""
     random = np.random.default_rng(0)
-    smooth = Image.fromarray(random.integers(0, 255, (24, 24, 3), dtype=np.uint8)).resize((SIDE, SIDE), Image.BICUBIC)
+    smooth = Image.fromarray(random.integers(0, 255, (24, 24, 3), dtype=np.uint8)).resize(
+        (SIDE, SIDE), Image.Resampling.BICUBIC
+    )
     return np.clip(np.asarray(smooth).astype(int) + random.integers(-4, 5, (SIDE, SIDE, 3)), 0, 255).astype(np.uint8)
 
 
@@ -133,7 +135,7 @@ def main() -> None:
     sys.setswitchinterval(options.switch)
     model = Sleeping(load_model("demo", source=None, device="cpu"), seconds=options.step, launches=options.launches)
     steps = Steps()
-    engine = Engine(model, EngineSettings(), trace=steps)  # type: ignore[arg-type]
+    engine = Engine(model, EngineSettings(), trace=steps)
     engine.start()
     pixels = photograph()
     provenance = {"prompt": "a photograph", "parameters": "Steps: 20"}

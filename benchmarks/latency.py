@@ -281,11 +281,13 @@ def measure(
         found = in_turns(ways)
         seconds_each = found["sequential"]["seconds_each"]
         came_of_it.append(len(arrivals) / arrivals[-1] * seconds_each)
-        for way, answer in found.items():
+        for name, answer in found.items():
             latencies = sorted(answer["latencies"])
-            figures[way]["mean"].append(statistics.mean(latencies))
-            figures[way]["p95"].append(latencies[int(0.95 * len(latencies))])
-            print(load, way, f"mean {figures[way]['mean'][-1]:.2f} s, p95 {figures[way]['p95'][-1]:.2f} s", flush=True)
+            figures[name]["mean"].append(statistics.mean(latencies))
+            figures[name]["p95"].append(latencies[int(0.95 * len(latencies))])
+            print(
+                load, name, f"mean {figures[name]['mean'][-1]:.2f} s, p95 {figures[name]['p95'][-1]:.2f} s", flush=True
+            )
         print(f"load {came_of_it[-1]:.2f}", flush=True)
     best = [min(figures[way]["p95"][n] for way in ways if way != "engine") for n in range(options.rounds)]
     ratio = statistics.median(ours / other for ours, other in zip(figures["engine"]["p95"], best, strict=True))

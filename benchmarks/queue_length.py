@@ -9,6 +9,7 @@ all depths; medians and 99th percentiles of calls on a local Valkey.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import tempfile
@@ -51,10 +52,10 @@ def one(servers: EmbeddedServers, length: int, calls: int) -> dict[str, Any]:
             return result
 
         for number in range(calls):  # as many leave as come
-            [handle] = timed("submit", lambda n=number: client.submit_many([job(10**9 + n)]))
+            [handle] = timed("submit", functools.partial(client.submit_many, [job(10**9 + number)]))
             claim = timed("claim", lambda: store.claim(QUEUE, worker="one", lease_seconds=60))
-            timed("status", lambda h=handle: client.status(h.id))
-            assert timed("commit", lambda c=claim: store.commit(c, images=[sample_image(c)], timings={}))
+            timed("status", handle.status)
+            assert timed("commit", functools.partial(store.commit, claim, images=[sample_image(claim)], timings={}))
             timed("depths", client.depths)
     return {
         "waiting": length,

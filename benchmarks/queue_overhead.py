@@ -45,7 +45,7 @@ def bare_celery(redis_url: str) -> Any:
     app = Celery("bare", broker=redis_url, backend=redis_url)
     app.conf.update(worker_hijack_root_logger=False, broker_connection_retry_on_startup=True)
 
-    @app.task(name="echo")
+    @app.task(name="echo")  # type: ignore[untyped-decorator]
     def echo(value: int) -> int:
         return value
 
@@ -64,7 +64,7 @@ class Commands:
         self._thread = threading.Thread(target=self._count, daemon=True)
 
     def _count(self) -> None:
-        with self._redis.monitor() as monitor:
+        with self._redis.monitor() as monitor:  # type: ignore[no-untyped-call]
             self._ready.set()
             for seen in monitor.listen():
                 if self._stop.is_set():

@@ -104,7 +104,7 @@ def alone(model: StepModel, rows: int) -> float:
     return apart(lambda: network_seconds_a_row(model, rows))
 
 
-def set_up(options: argparse.Namespace, stack: ExitStack) -> tuple[dict[str, Way], Engine, StepModel]:
+def set_up(options: argparse.Namespace, stack: ExitStack) -> tuple[dict[str, Way], Engine, Any]:
     quiet()
     name, _, source = options.model.partition("=")
     model = apart(lambda: load_model(name, source=source or None, device=options.device))

@@ -86,7 +86,7 @@ class Plain:
         """`model` is NAME or NAME=SOURCE."""
         quiet()
         name, _, source = model.partition("=")
-        loaded = load_model(name, source=source or None, device=device)  # for its scheduler's config and its size
+        loaded: Any = load_model(name, source=source or None, device=device)  # for its scheduler's config and its size
         self.base = loaded.scheduler_config
         self.size: tuple[int, int] = loaded.card.native_sizes[0]
         self._pipeline = diffusers.DiffusionPipeline.from_pretrained(

@@ -27,7 +27,12 @@ COLORS: Mapping[str, tuple[float, float, float]] = {  # in -1..1, as latents are
     "yellow": (0.9, 0.7, -0.6),
 }
 CELL = 8  # pixels a latent cell
-SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+SCHEDULE: dict[str, Any] = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "steps_offset": 1,
+}
 CHOSEN = {kind: SAMPLERS[kind] for kind in (SamplerType.DDIM, SamplerType.EULER, SamplerType.DPMPP_2M)}
 
 

@@ -21,5 +21,6 @@ for color in ("red", "green"):
         size="128x128",
         extra_body={"num_inference_steps": 15, "guidance_scale": 5, "sampler": "euler", "seed": 7},
     )
-    images.append((Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json))), color))
+    [made] = answer.data or []
+    images.append((Image.open(io.BytesIO(base64.b64decode(made.b64_json or ""))), color))
 save_sheet("openai_client", images)

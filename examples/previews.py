@@ -14,7 +14,7 @@ with Client() as client:
     job = client.submit(
         "a red ring on a yellow background", seed=5, num_inference_steps=60, guidance_scale=5, preview_every=10
     )
-    images = [
+    images: list[tuple[Image.Image, str]] = [
         (Image.open(io.BytesIO(preview.data)), f"after step {preview.step}")
         for preview in job.follow_previews(timeout=60)
     ]

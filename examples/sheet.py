@@ -11,7 +11,7 @@ from calotype.contact_sheet import Print, contact_sheet
 
 
 def save_sheet(name: str, images: Sequence[tuple[Image, str]]) -> None:
-    """Write out/NAME.png, and each image as out/NAME-0.png, out/NAME-1.png …"""
+    """Write out/NAME.png, and each image as out/NAME-0.png, out/NAME-1.png and so on."""
     folder = Path("out")
     folder.mkdir(exist_ok=True)
     for index, (image, _) in enumerate(images):

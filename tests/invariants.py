@@ -59,9 +59,12 @@ def check_store(store: JobStore, redis: Redis) -> None:
     ours = {value for name in dir(keys) if isinstance(value := getattr(keys, name), str) and not name.startswith("_")}
     for queue in queues:
         ours |= {keys.waiting(queue), keys.queue_state(queue), keys.messages(queue), keys.tenant_tags(queue)}
+    ours.add(f"{keys.prefix}messages")  # only scripts use it
     celerys = {f"{keys.prefix}{name}" for name in ("unacked", "unacked_index", "unacked_mutex")}
-    families = ("job", "worker", "preview", "recent", "batch", "batches", "leader", "live", "done", "parts", "finished")
-    families += ("in_flight", "followers", "idempotency", "hook", "rate_limit", "files", "options")
+    families = [
+        *("job", "worker", "preview", "recent", "batch", "batches", "leader", "live", "done", "parts", "finished"),
+        *("in_flight", "followers", "idempotency", "hook", "rate_limit", "files", "options"),
+    ]
     known = (*(f"{keys.prefix}{family}:" for family in families), f"{keys.prefix}_kombu.binding")
     unknown = {name for name in names - ours - celerys if not name.startswith(known)}
     assert not unknown, f"keys that nothing documents: {unknown}"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from calotype.testing import GenerationFailed, JobContext, ScriptedWorker
+from calotype import GenerationFailed
+from calotype.testing import JobContext, ScriptedWorker
 from calotype_shared.queue.job_store import Claim
 from calotype_shared.schema.enums import Lane
 from calotype_shared.schema.jobs import ImageRef

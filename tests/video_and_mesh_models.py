@@ -145,8 +145,9 @@ def _shape(renderer: Any, *, solid: bool) -> None:
 
 
 def marching_cubes() -> tuple[torch.Tensor, torch.Tensor]:
-    """Triangles for each of the 256 ways that a cube's corners can be inside (Lorensen & Cline 1987): edges
-    (256, 5, 3), and which of them count (256, 5). A published Shap-E has them among its weights.
+    """Triangles for each of the 256 ways that a cube's corners can be inside (Lorensen & Cline 1987).
+
+    Edges (256, 5, 3), and which of them count (256, 5). A published Shap-E has them among its weights.
 
     Corner number x + 2y + 4z; edges along x, y and z in turn, each four in the order of their first corners. On every
     side of the cube, each run of inside corners is cut off by a segment; segments join to loops, loops are fanned.

@@ -75,14 +75,9 @@ def checks(folder: Path, overlays: dict[str, str]) -> Sequence[tuple[str, bool, 
     for dockerfile in DOCKERFILES:
         (folder / dockerfile.name).write_text(dockerfile.read_text())
     done.append(("Dockerfiles: hadolint", *run("hadolint", *DOCKERFILES)))
-    done.append(
-        (
-            "overlays and Dockerfiles: checkov",
-            *run("checkov", "--config-file", CHECKOV, "-d", folder),
-        )
-    )
-    schema = ("--builtin-schema", "vendor.compose-spec", COMPOSE)
-    done.append(("docker-compose.yml: Compose specification", *run("check-jsonschema", *schema)))
+    done.append(("overlays and Dockerfiles: checkov", *run("checkov", "--config-file", CHECKOV, "-d", folder)))
+    compose = ("--builtin-schema", "vendor.compose-spec", COMPOSE)
+    done.append(("docker-compose.yml: Compose specification", *run("check-jsonschema", *compose)))
     return done
 
 

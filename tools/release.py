@@ -1,5 +1,7 @@
-"""What a release needs to know: `release.py dist` checks the distributions, `tag TAG` that tag, version and changelog
-agree, `notes TAG` prints that part of the changelog. `docs/how-to/release.md` says when.
+"""Checks a release: its distributions, its tag and its part of the changelog.
+
+`release.py dist` checks the distributions, `tag TAG` that tag, version and changelog agree, and `notes TAG` prints that
+part of the changelog. `docs/how-to/release.md` says when.
 """
 
 from __future__ import annotations

@@ -60,12 +60,15 @@ def paint(pipeline: Any, prompts: Sequence[str], **options: Any) -> list[Image.I
 
 
 def lora(files: Sequence[Path], count: int) -> tuple[Image.Image, dict[str, object]]:
-    """Shape, color and background as the checker reads them, and how much of an image is near white or near black:
-    what a sticker's rim and a neon's night change."""
+    """Shape, color and background as the checker reads them, and how much of an image is near white or near black.
+
+    The last two are what a sticker's rim and a neon's night change.
+    """
     prompts = PROMPTS.read_text().splitlines()
     wanted = [w for w in held_out_captions(4 * count) if not {"white", "black"} & {w[2], w[3]}][:count]
     pipeline = load()
-    rows, measured = {"the model": paint(pipeline, prompts)}, {"the model": _read(pipeline, wanted)}
+    rows = {"the model": paint(pipeline, prompts)}
+    measured: dict[str, object] = {"the model": _read(pipeline, wanted)}
     for file in files:
         pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=file.stem)
         pipeline.set_adapters([file.stem], [1.0])

@@ -1,7 +1,7 @@
-"""API keys of the gateway: who may do what, as which tenant, and how much of it.
+"""API keys of the gateway, with their tenants, scopes and limits.
 
-A token is `ct_{id}_{secret}`. Redis keeps a SHA-256 of the secret only: it has 256 random bits, which nobody can guess
-through a fast hash, so a slow one would add nothing.
+A token is `ct_{id}_{secret}`. Redis stores only a SHA-256 hash of the secret. The secret has 256 random bits, so a slow
+hash would not be safer.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from calotype_shared.settings import TENANT_PATTERN
 
 _TOKEN = re.compile(r"ct_([a-z0-9]{8})_([A-Za-z0-9_-]{43})")
 _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
-_REMEMBERED_SECONDS = 2.0  # a revoked key works for at most so long
+_REMEMBERED_SECONDS = 2.0  # a revoked key is valid for at most this long
 _REMEMBERED = 1_000
 _LONGEST_NAME = 100
 
@@ -43,7 +43,7 @@ class TooManyRequests(TooBusy):
 
 
 class Scope(StrEnum):
-    """What a key may do. Each covers only its tenant's own, but for `admin`."""
+    """What a key allows. All scopes except `admin` cover only the key's tenant."""
 
     JOBS_READ = "jobs:read"
     JOBS_WRITE = "jobs:write"
@@ -71,13 +71,13 @@ class ApiKey(BaseModel):
     @field_validator("scopes", mode="before")
     @classmethod
     def _known(cls, scopes: Collection[str]) -> list[str]:
-        """A newer version may have made the key: scopes that mean nothing here allow nothing here."""
+        """Ignores unknown scopes, because a newer version may have created the key."""
         return [scope for scope in scopes if scope in set(Scope)]
 
     def require(self, scope: Scope) -> None:
         """Raises Forbidden."""
         if scope not in self.scopes:
-            raise Forbidden(f"this key has not the scope {scope.value!r}; use one that has it, see: calotype keys list")
+            raise Forbidden(f"this key lacks the scope {scope.value!r}; use one that has it, see: calotype keys list")
 
 
 class ApiKeys(Scripted):
@@ -101,30 +101,33 @@ class ApiKeys(Scripted):
         requests_per_minute: int | None = None,
         images_per_day: int | None = None,
     ) -> tuple[str, ApiKey]:
-        """A new key: its token, which is shown this once, and what is stored of it. Raises InvalidRequest."""
+        """Create a key. Returns its token, which is not stored, and the stored key. Raises InvalidRequest."""
         if not re.fullmatch(TENANT_PATTERN, tenant):
             raise InvalidRequest(
-                "is no tenant's name",
+                "is not a valid tenant name",
                 field="tenant",
                 value=tenant,
-                remedy="use lower-case letters, digits, '.', '_' and '-', at most 64",
+                remedy="use at most 64 lower-case letters, digits, '.', '_' and '-'",
             )
         if not name.isprintable() or not 1 <= len(name) <= _LONGEST_NAME:
             raise InvalidRequest(
-                "is no name for a key",
+                "is not a valid key name",
                 field="name",
                 value=name,
-                remedy=f"use 1 to {_LONGEST_NAME} characters, and none that controls a terminal",
+                remedy=f"use 1 to {_LONGEST_NAME} characters, without control characters",
             )
         unknown = sorted(str(scope) for scope in scopes if scope not in set(Scope))
         if unknown or not scopes:
             raise InvalidRequest(
-                "are no scopes", field="scopes", value=unknown, remedy=f"use one or more of: {', '.join(Scope)}"
+                "are not scopes", field="scopes", value=unknown, remedy=f"use one or more of: {', '.join(Scope)}"
             )
         for field, limit in (("requests_per_minute", requests_per_minute), ("images_per_day", images_per_day)):
             if limit is not None and (type(limit) is not int or not 1 <= limit <= 10**9):
                 raise InvalidRequest(
-                    "is no limit", field=field, value=limit, remedy="use a whole number from 1 to 1000000000, or none"
+                    "is not a valid limit",
+                    field=field,
+                    value=limit,
+                    remedy="use an integer from 1 to 1000000000, or none",
                 )
         key_id, secret = "".join(secrets.choice(_LETTERS) for _ in range(8)), secrets.token_urlsafe(32)
         key = ApiKey(
@@ -148,24 +151,24 @@ class ApiKeys(Scripted):
 
     @said_clearly
     def restore(self, keys: Iterable[ApiKey]) -> list[ApiKey]:
-        """Keys as `all` gave them once, into a Redis that has lost them; returns those that were not there.
+        """Restore keys, as returned by `all`, to a Redis that has lost them; returns those that were missing.
 
-        One that is there stays as it is. A key that was revoked since works again: revoke it once more.
+        Existing keys stay as they are. A key that was revoked since is valid again: revoke it again.
         """
         return [key for key in keys if self._redis.hsetnx(self.keys.api_keys, key.id, key.model_dump_json())]
 
     @said_clearly
     def revoke(self, key_id: str) -> bool:
-        """Within seconds nobody accepts it any more. False if there was no such key."""
+        """Revoke a key; gateways refuse it within seconds. False if it does not exist."""
         self._redis.delete(self.keys.rate_limit(key_id))
         return bool(self._redis.hdel(self.keys.api_keys, key_id))
 
     @said_clearly
     def authenticate(self, token: str) -> ApiKey:
-        """The key of a token. Raises Unauthorized, which does not say what was wrong with it."""
+        """The key of a token. Raises Unauthorized, without saying why the token is invalid."""
         match = _TOKEN.fullmatch(token)
         if match is None:
-            raise Unauthorized("this is no API key; send one as `Authorization: Bearer ct_…`")
+            raise Unauthorized("this is not an API key; send one as `Authorization: Bearer ct_…`")
         key_id, hashed = match[1], _hash(match[2])
         with self._lock:
             until, key = self._remembered.get((key_id, hashed), (0.0, None))
@@ -183,16 +186,16 @@ class ApiKeys(Scripted):
 
     @said_clearly
     def allow(self, key: ApiKey, *, images: int = 0) -> None:
-        """Count a request, and images asked for, against the key's limits. A refused call counts nothing.
+        """Count a request and its images against the key's limits. A refused call counts nothing.
 
         Raises:
-            TooManyRequests: with the seconds after which it may work.
-            Forbidden: so many images are more than this key may ever make in a day.
+            TooManyRequests: with the seconds after which to retry.
+            Forbidden: the images exceed the key's daily quota.
         """
         if key.images_per_day is not None and images > key.images_per_day:
             raise Forbidden(
-                f"{images} images at once are more than key {key.id} may make in a day "
-                f"({key.images_per_day}); ask for fewer, or use another key"
+                f"{images} images exceed the daily quota of key {key.id} "
+                f"({key.images_per_day}); request fewer, or use another key"
             )
         if key.requests_per_minute is None and (key.images_per_day is None or not images):
             return

@@ -1,4 +1,4 @@
-"""`Client`: the producer's door. Submits jobs, follows them and fetches their images."""
+"""`Client`: submits jobs, follows them and fetches their images."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ class Client(Jobs):
         job.result()[0].save("circle.png")
     ```
 
-    `batches` and `dead_jobs` are about many jobs from one file and about jobs that failed for good. Where a job is
-    asked for, its id will do as well as its handle. Every call may raise `RedisUnavailable` or `StorageUnavailable`;
-    nothing is then half-written. `on_warning` is called with what a person should know while waiting, such as that
+    `batches` and `dead_jobs` handle batches and jobs that failed permanently. Wherever a job is
+    expected, pass its id or its handle. Every call can raise `RedisUnavailable` or `StorageUnavailable`;
+    nothing is half-written then. `on_warning` is called with messages for the user during a wait, such as that
     no worker serves the model.
     """
 
@@ -74,7 +74,7 @@ class Client(Jobs):
         self.dead_jobs = DeadJobs(self._connections, submit=self.submit)
 
     def batch(self, batch_id: str) -> BatchHandle:
-        """A handle of the batch. Makes no round trip: that there is no such batch shows at the first use."""
+        """A handle of the batch, without a round trip: a missing batch raises an error at the first use."""
         return BatchHandle(self.batches, batch_id)
 
     def submit(
@@ -90,13 +90,13 @@ class Client(Jobs):
     ) -> JobHandle:
         """Queue one job. `config` is a config or a prompt; `fields` are any of `GenerationConfig`'s, and `quality`.
 
-        A second submission with the same `idempotency_key` gets the first one's job. `webhook_url` is told when the
+        A second submission with the same `idempotency_key` returns the first job. `webhook_url` is called when the
         job is final.
 
         Raises:
-            InvalidRequest: a field is wrong; nothing was queued. `UnknownModel` if no worker ever announced the model,
-                `IdempotencyConflict` if the key was used for another request.
-            QueueFull: too many jobs wait; its `retry_after_seconds` is when to come again. Nothing was queued.
+            InvalidRequest: a field is invalid; nothing was queued. `UnknownModel` if no worker ever announced the
+                model, `IdempotencyConflict` if the key was used for a different request.
+            QueueFull: the limit of queued jobs is reached; retry after `retry_after_seconds`. Nothing was queued.
         """
         tenant = self._resolver.tenant(tenant)
         parsed = self._resolver.parse(config, fields)
@@ -126,9 +126,9 @@ class Client(Jobs):
         """Queue many jobs in few round trips. All are checked before the first is queued.
 
         Raises:
-            InvalidRequest: its `field` names the index of the first bad one; nothing was queued.
-            QueueFull: there is no room for all of them, and nothing was queued. Only if others take that room
-                meanwhile, and it stays so for a minute, some were: their ids are in its `accepted`.
+            InvalidRequest: its `field` names the index of the first invalid config; nothing was queued.
+            QueueFull: the limit does not allow all of them, and nothing was queued. Only if other jobs come in
+                between, and the queue stays full for a minute, some were queued: their ids are in `accepted`.
         """
         if isinstance(configs, (str, bytes, Mapping, GenerationConfig)) or not isinstance(configs, Iterable):
             raise InvalidRequest(
@@ -161,7 +161,7 @@ class Client(Jobs):
         tenant: str,
         traceparent: str | None,
     ) -> list[str]:
-        """Again, for a while, where others have taken the room. Raises QueueFull."""
+        """Retries for a while if other jobs have filled the queue. Raises QueueFull."""
         ids: list[str] = []
         ends = self._clock() + _PATIENCE_SECONDS
         while len(ids) < len(new):
@@ -185,7 +185,7 @@ class Client(Jobs):
         """Store an image for use as `init_image`, `mask_image` or a control; returns its id.
 
         Raises:
-            InvalidRequest: it is no PNG, JPEG or WebP, or too large. Nothing was stored.
+            InvalidRequest: not a PNG, JPEG or WebP image, or too large. Nothing was stored.
         """
         return self._resolver.upload(image, field=field)
 
@@ -196,7 +196,7 @@ class Client(Jobs):
         return self._store.jobs(state=state, limit=limit, tenant=tenant, after=after)
 
     def models(self) -> dict[str, ModelCard]:
-        """Every model that a worker has announced, served at the moment or not."""
+        """Every model that a worker has ever announced."""
         return self._store.models()
 
     def workers(self) -> list[WorkerInfo]:
@@ -212,11 +212,11 @@ class Client(Jobs):
         return self._store.depths()
 
     def overview(self, *, tenant: str | None = None) -> Overview:
-        """Queues, workers and what they work on. With `tenant`, only its own jobs are told apart."""
+        """Queues, workers and their step batches. With `tenant`, only its own jobs are identified."""
         return look(self._store, tenant=tenant)
 
     def close(self) -> None:
-        """Close what the first use opened."""
+        """Close the connections."""
         self._connections.close()
 
     def __enter__(self) -> Self:

@@ -1,4 +1,4 @@
-"""`Connections`: Redis, storage and what is built on them, as the parts of one client share them."""
+"""`Connections`: the Redis and storage services that the parts of one client share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from redis import Redis
 
 from calotype.job_changes import JobChangeListener
 from calotype.resolver import Resolver
-from calotype_shared.observability.tracing import Telemetry, make_telemetry
+from calotype_shared.observability.telemetry import make_telemetry
+from calotype_shared.observability.tracing import Telemetry
 from calotype_shared.queue.connection import connect_redis
 from calotype_shared.queue.job_store import JobStore
 from calotype_shared.settings import Settings

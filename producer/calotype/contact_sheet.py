@@ -21,7 +21,7 @@ _PAPER, _INK, _FAINT = (250, 249, 246), (30, 30, 30), (110, 110, 110)
 
 @dataclass(frozen=True, kw_only=True)
 class Print:
-    """One image on the sheet: `title` in full ink, wrapped; `details` fainter, one a line."""
+    """One image on the sheet: `title` in black, wrapped; `details` in gray, one per line."""
 
     image: Image
     title: str

@@ -1,4 +1,4 @@
-"""`DeadJobs`: jobs that failed for good. Look at them, try them again, or let them go."""
+"""`DeadJobs`: lists, retries and drops jobs that failed permanently."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class DeadJobs:
         self._submit = submit
 
     def retry(self, job: JobRef) -> JobHandle:
-        """Submit a dead job's config once more, as a new job, and take the old one off the list; its record stays.
+        """Submit a dead job's config again as a new job, and remove the old one from the list; its record stays.
 
-        Repeated after a lost answer, it gives the same new job.
+        If the call is repeated, it returns the same new job.
 
         Raises:
             JobNotFound: the job is not on the list.
@@ -32,7 +32,7 @@ class DeadJobs:
         record = self._dead(job_id)
         if record.newer:
             raise InvalidRequest(
-                f"is of a newer version (schema {record.schema_number}), and not all of it is understood here",
+                f"was written by a newer version (schema {record.schema_number}) and cannot be fully read here",
                 field="job_id",
                 value=job_id,
                 remedy="upgrade this process",
@@ -50,7 +50,7 @@ class DeadJobs:
         return handle
 
     def drop(self, job: JobRef) -> None:
-        """Take a dead job off the list; its record stays for its time. Raises JobNotFound."""
+        """Remove a dead job from the list; its record stays until it expires. Raises JobNotFound."""
         job_id = one_id(job, AnyJobHandle)
         if not self._store.forget_dead(job_id):
             raise JobNotFound(_not_there(job_id))
@@ -61,9 +61,9 @@ class DeadJobs:
         return self._store.get(job_id)
 
     def list(self, *, limit: int = 50, tenant: str | None = None) -> list[JobRecord]:
-        """Jobs that failed for good, newest first; `history` tells of each attempt.
+        """Dead jobs, newest first; `history` has each attempt.
 
-        Bad lines of a batch are in its errors instead; here are only those on which workers have died.
+        Failed lines of a batch are in its errors instead; only those on which workers died are listed here.
         """
         return self._store.dead(limit=limit, tenant=tenant)
 

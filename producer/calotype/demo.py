@@ -1,4 +1,4 @@
-"""`calotype demo`: everything started, the example image_count made, measured and laid out, everything stopped."""
+"""`calotype demo`: starts all services, makes the example images and a contact sheet, and stops all services."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from calotype_shared.schema.worker_info import WorkerInfo
 _READY_SECONDS = 300.0
 _ALL_JOBS_SECONDS = 1800.0
 _REPORT_SECONDS = 15.0  # workers report every few seconds
-_PLAIN_SECONDS = 5.0  # between progress lines where there is no terminal
+_PLAIN_SECONDS = 5.0  # between progress lines without a terminal
 _ENGINE_PHASES = ("prepare", "wait", "encode", "denoise", "decode")
 _OUTPUT_PHASES = ("encode_image", "upload")
 
@@ -40,7 +40,7 @@ def run_demo(
     """Run it; returns how many jobs did not succeed.
 
     Raises:
-        InvalidRequest: a line of `prompts` is wrong. ServiceUnavailable: a server or worker did not start.
+        InvalidRequest: a line of `prompts` is invalid. ServiceUnavailable: a server or worker did not start.
     """
     console = console or Console()
     configs = read_prompts(prompts, model.partition("=")[0])
@@ -79,10 +79,10 @@ def run_demo(
 
 
 def read_prompts(path: Path | None, model: str) -> list[GenerationConfig]:
-    """Configs from JSON lines; by default the examples that come with the package. `model` fills in where none is said.
+    """Configs from JSON lines; by default the bundled examples. `model` is used where a line has none.
 
     Raises:
-        InvalidRequest: naming the line.
+        InvalidRequest: names the line.
     """
     text = path.read_text() if path else (resources.files("calotype") / "assets" / "prompts.jsonl").read_text()
     configs = []
@@ -93,16 +93,22 @@ def read_prompts(path: Path | None, model: str) -> list[GenerationConfig]:
         try:
             fields = json.loads(line)
         except json.JSONDecodeError as error:
-            raise InvalidRequest(str(error), field=where, value=line, remedy="write one JSON object a line") from error
+            raise InvalidRequest(
+                str(error), field=where, value=line, remedy="write one JSON object per line"
+            ) from error
         if not isinstance(fields, Mapping):
-            raise InvalidRequest("is no JSON object", field=where, value=line, remedy="write one JSON object a line")
+            raise InvalidRequest(
+                "is not a JSON object", field=where, value=line, remedy="write one JSON object per line"
+            )
         try:
             configs.append(GenerationConfig.parse({"model": model, **fields}))
         except InvalidRequest as error:
             field = f"{where}: {error.field}"
             raise InvalidRequest(error.problem, field=field, value=error.value, remedy=error.remedy) from error
     if not configs:
-        raise InvalidRequest("has no prompts", field="prompts", value=str(path), remedy="write one JSON object a line")
+        raise InvalidRequest(
+            "has no prompts", field="prompts", value=str(path), remedy="write one JSON object per line"
+        )
     return configs
 
 
@@ -154,7 +160,7 @@ def follow(
 
 
 def final_reports(client: Client, images: int) -> list[WorkerInfo]:
-    """The workers' reports, once they count every image."""
+    """The workers' reports, once they include every image."""
     deadline = time.monotonic() + _REPORT_SECONDS
     while True:
         reports = client.workers()
@@ -182,7 +188,7 @@ def save(records: Sequence[JobRecord], downloaded: Mapping[str, Sequence[JobImag
 
 
 def summary(records: Sequence[JobRecord], reports: Sequence[WorkerInfo], submit_seconds: float) -> Table:
-    """What the run amounted to."""
+    """The measurements of the run."""
     done = [record for record in records if record.state is JobState.SUCCEEDED]
     table = Table(title="Demo", show_header=False)
     table.add_row("images", f"{sum(len(record.images) for record in done)} from {len(done)} of {len(records)} jobs")

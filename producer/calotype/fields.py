@@ -10,7 +10,7 @@ from calotype_shared.schema.config import ControlUse, LoraUse, RefinerUse
 
 
 class JobFields(TypedDict, total=False):
-    """Every field of `GenerationConfig`, and `quality`. Images may be given in place of their uploads' ids."""
+    """Every field of `GenerationConfig`, and `quality`. Images can be given instead of the ids of their uploads."""
 
     prompt: str
     negative_prompt: str

@@ -1,4 +1,4 @@
-"""`FileStore`: files that came in by HTTP, such as manifests of batches. Bytes in storage, names in Redis."""
+"""`FileStore`: files uploaded by HTTP, such as manifests of batches. Bytes are in storage, names in Redis."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class FileStore(Scripted):
         self._storage = storage
 
     def key(self, tenant: str, file_id: str) -> str:
-        """Where in storage its bytes are."""
+        """The storage key of its bytes."""
         return f"files/{tenant}/{file_id}"
 
     @said_clearly

@@ -98,7 +98,7 @@ class JobChangeListener:
             except RedisError:
                 pass  # those who wait tell of it
             except Exception:
-                log.exception("the listener for notices met a bug")
+                log.exception("unexpected error while listening for job changes")
             with self._lock:
                 self._live.clear()
             self._closed.wait(full_jitter(_BACKOFF_SECONDS))

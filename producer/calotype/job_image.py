@@ -43,7 +43,7 @@ def image_bytes(image: object, field: str) -> bytes:
 
     if not isinstance(image, PIL.Image.Image):
         raise InvalidRequest(
-            f"is a {type(image).__name__}",
+            f"is of type {type(image).__name__}",
             field=field,
             value="an object",
             remedy="give a path, the bytes of a file, or a Pillow image",
@@ -66,7 +66,7 @@ class JobImage:
         if hashlib.sha256(self.data).hexdigest() != self.ref.sha256:
             raise StorageUnavailable(
                 f"object {self.ref.key!r} is not the image its job recorded ({len(self.data)} bytes, "
-                f"{self.ref.bytes} expected); something else wrote to the bucket, submit the job again"
+                f"{self.ref.bytes} expected); the object was overwritten, submit the job again"
             )
 
     @property

@@ -27,7 +27,7 @@ class Jobs:
         self.waiter = JobWaiter(connections.store, on_warning=on_warning, clock=connections.clock)
 
     def job(self, job_id: str) -> JobHandle:
-        """A handle of the job. Makes no round trip: that there is no such job shows at the first use."""
+        """A handle of the job, without a round trip: a missing job raises an error at the first use."""
         return JobHandle(self, job_id)
 
     def status(self, job: JobRef) -> JobRecord:
@@ -176,7 +176,7 @@ class JobHandle(AnyJobHandle[Jobs]):
         return self._client.follow(self.id, timeout=timeout)
 
     def cancel(self) -> JobState:
-        """Cancel it at once and for good. Raises JobNotFound."""
+        """Cancel the job immediately. Raises JobNotFound."""
         return self._client.cancel(self.id)
 
     def images(self) -> list[JobImage]:

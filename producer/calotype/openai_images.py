@@ -96,10 +96,10 @@ def inverted_mask(data: bytes) -> bytes:
         raise _wrong("mask", f"{len(data)} bytes", "send a PNG with transparent parts") from error
     if not alpha.histogram()[:128].count(0) < 128:
         raise InvalidRequest(
-            "is nowhere transparent",
+            "has no transparent pixels",
             field="mask",
             value=f"{alpha.width}x{alpha.height}",
-            remedy="make transparent what is to be painted anew",
+            remedy="make the area to repaint transparent",
         )
     painted = io.BytesIO()
     PIL.ImageOps.invert(alpha).save(painted, "PNG")

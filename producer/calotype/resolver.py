@@ -14,9 +14,10 @@ from calotype.job_image import ImageSource, image_bytes, is_image
 from calotype_shared.errors import InvalidRequest, ObjectMissing, ServiceUnavailable, UnknownModel
 from calotype_shared.queue.job_store import JobStore
 from calotype_shared.queue.submission import Idempotency, NewJob
-from calotype_shared.schema.config import GenerationConfig, digest_of, quality_preset
+from calotype_shared.schema.config import GenerationConfig, digest_of
 from calotype_shared.schema.enums import Lane
 from calotype_shared.schema.model_card import ModelCard
+from calotype_shared.schema.presets import quality_preset
 from calotype_shared.schema.resolve import ResolvedConfig, draw_seed, resolve
 from calotype_shared.settings import TENANT_PATTERN, Settings
 from calotype_shared.storage.images import normalize_image, upload_key
@@ -90,7 +91,7 @@ class Resolver:
         wanted = set(config.models)
         if len(wanted) > 1 and not any(wanted <= served for served in self._store.served_together()):
             raise InvalidRequest(
-                "no worker serves these models together",
+                "no worker serves all of these models",
                 field="ensemble" if config.ensemble else "refiner",
                 value=", ".join(config.models),
                 remedy=f"start one: calotype worker {' '.join(f'--model {name}' for name in config.models)}",
@@ -109,7 +110,7 @@ class Resolver:
                     age = None
             if age is None:
                 raise InvalidRequest(
-                    "no such upload", field="upload", value=upload_id, remedy="upload the image first: Client.upload"
+                    "does not exist", field="upload", value=upload_id, remedy="upload the image first: Client.upload"
                 )
             self._remember(upload_id)
 
@@ -172,10 +173,10 @@ class Resolver:
             return self._settings.tenant
         if not re.fullmatch(TENANT_PATTERN, name):
             raise InvalidRequest(
-                "is no tenant's name",
+                "is not a valid tenant name",
                 field="tenant",
                 value=name,
-                remedy="use lower-case letters, digits, '.', '_' and '-', at most 64",
+                remedy="use at most 64 lower-case letters, digits, '.', '_' and '-'",
             )
         return name
 
@@ -185,7 +186,7 @@ class Resolver:
             return None
         if self._settings.webhook_secret is None:
             raise InvalidRequest(
-                "webhooks are not set up here",
+                "webhooks are not enabled",
                 field="webhook_url",
                 value=url,
                 remedy="set CALOTYPE_WEBHOOK_SECRET for this process and the dispatcher",
@@ -193,7 +194,7 @@ class Resolver:
         try:
             from calotype.webhooks.addresses import check_webhook_url  # noqa: PLC0415 - only where they are used
         except ImportError:
-            raise ServiceUnavailable("webhooks need packages; run: pip install 'calotype[gateway]'") from None
+            raise ServiceUnavailable("webhooks need optional packages; run: pip install 'calotype[gateway]'") from None
         check_webhook_url(url, allow_private=self._settings.webhook_allow_private)
         return url
 
@@ -212,7 +213,7 @@ def storable(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
         if len(written) <= _METADATA_BYTES:
             return plain
     except ValueError:
-        problem = "is no JSON that can be stored"
+        problem = "cannot be stored as JSON"
     raise InvalidRequest(
         problem,
         field="metadata",
@@ -227,7 +228,10 @@ def idempotency(key: str | None, *asked: object) -> Idempotency | None:
         return None
     if not _IDEMPOTENCY_KEY.fullmatch(key):
         raise InvalidRequest(
-            "is no idempotency key", field="idempotency_key", value=key, remedy="use 1 to 200 printable characters"
+            "is not a valid idempotency key",
+            field="idempotency_key",
+            value=key,
+            remedy="use 1 to 200 printable characters",
         )
     return Idempotency(key, digest_of(json.dumps(asked, sort_keys=True, default=str)))
 

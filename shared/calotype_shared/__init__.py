@@ -1,1 +1,1 @@
-"""What producers and workers both serialize or address: configs, jobs, keys, storage, settings, errors."""
+"""What producers and workers share: configs, job records, Redis keys, storage, settings, errors."""

@@ -1,55 +1,56 @@
-"""Every error Calotype raises on purpose.
+"""Every error that Calotype raises deliberately.
 
 CalotypeError
-├── InvalidRequest          the caller's fault, said before anything is queued
-│   ├── UnknownModel        no worker has ever announced that model
-│   └── IdempotencyConflict an idempotency key was used before, for another request
-├── SettingsError           a CALOTYPE_* variable or option is unknown or malformed
-├── JobNotFound             no record under that id: never created, or expired
-├── BatchNotFound           no batch under that id: never submitted, or its record has expired
-├── JobFailed               the job ended in `failed`; the message has the reason
-├── JobCancelled            the job ended in `cancelled`
-├── WaitTimeout             a wait ended before the job did; the job goes on
-├── ModelLoadError          a model folder or hub id cannot be used (fatal for a worker)
-├── GenerationFailed        one request failed inside the engine; its neighbours go on
-├── UnreadableRecord        a record that this version cannot read: written by a newer one, or damaged
-├── TooBusy                 nothing is wrong, there is only too much; says when to come again
-│   └── QueueFull           as many jobs or batches wait as may
-└── ServiceUnavailable      worth a retry: nothing was lost, nothing half-written
-    ├── RedisUnavailable
-    └── StorageUnavailable  S3 is away, refuses the keys, or has no such bucket
-        └── ObjectMissing   it answers, and has no such object
+├── InvalidRequest          the request is invalid; nothing was queued
+│   ├── UnknownModel        no worker has ever announced this model
+│   └── IdempotencyConflict the idempotency key was used before for a different request
+├── SettingsError           a CALOTYPE_* variable or an option is unknown or malformed
+├── JobNotFound             there is no record with this id: never created, or expired
+├── BatchNotFound           there is no batch with this id: never submitted, or expired
+├── JobFailed               the job ended in the state `failed`; the message has the reason
+├── JobCancelled            the job ended in the state `cancelled`
+├── WaitTimeout             the wait timed out; the job continues
+├── ModelLoadError          a model or adapter cannot be loaded; the worker does not start
+├── GenerationFailed        one request failed in the engine; the others continue
+├── UnreadableRecord        this version cannot read the record: a newer version wrote it, or it is damaged
+├── TooBusy                 a rate or capacity limit is reached; retry after `retry_after_seconds`
+│   └── QueueFull           the limit of queued jobs or open batches is reached
+└── ServiceUnavailable      a service cannot be used; retry later. Nothing was lost or half-written
+    ├── RedisUnavailable    Redis is unreachable or refuses requests
+    └── StorageUnavailable  storage is unreachable, refuses the keys, or lacks the bucket
+        └── ObjectMissing   storage answers, but the object does not exist
 
-Every message says what was wrong, the value, and what to do about it. Some are a built-in exception too, and are
-caught as that: InvalidRequest and SettingsError as ValueError; JobNotFound, BatchNotFound and ObjectMissing as
-LookupError; WaitTimeout as TimeoutError; RedisUnavailable as ConnectionError. All of them are exported by `calotype`.
+Every message says what is wrong, the value, and the remedy. Some errors also derive from a built-in exception:
+InvalidRequest and SettingsError from ValueError; JobNotFound, BatchNotFound and ObjectMissing from LookupError;
+WaitTimeout from TimeoutError; RedisUnavailable from ConnectionError. All of them are exported by `calotype`.
+
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-_LONGEST_NAME = 80  # of a field: whoever asks may have made it up
+_LONGEST_NAME = 80  # characters of a field name, which may come from an untrusted request
 
 
 class CalotypeError(Exception):
-    """The root. `code` is a stable word for programs; the message is for people."""
+    """Base class. `code` is stable and for programs; the message is for people."""
 
     code = "error"
 
 
 class InvalidRequest(CalotypeError, ValueError):
-    """A request that cannot be honoured as written.
+    """A request that cannot be fulfilled as written.
 
-    `field` names the offending field or option, `value` is what was given, `problem` what is wrong with it and
-    `remedy` what would work.
+    `field` names the field or option, `value` is the given value, `problem` says what is wrong with it, and
+    `remedy` says what would work.
     """
 
     code = "invalid_request"
 
     def __init__(self, problem: str, *, field: str, value: object, remedy: str) -> None:
         self.problem = problem
-        if len(field) > _LONGEST_NAME:  # the end says more than the middle: `line 2 of /a/long/path: steps`
+        if len(field) > _LONGEST_NAME:  # keep both ends: `line 2 of /a/long/path: steps`
             field = f"{field[: _LONGEST_NAME // 2]}…{field[-_LONGEST_NAME // 2 :]}"
         self.field = field
         self.value = value
@@ -102,7 +103,7 @@ class UnreadableRecord(CalotypeError):
 
 
 class TooBusy(CalotypeError):
-    """`retry_after_seconds` is when it may work again."""
+    """`retry_after_seconds` says when a retry can succeed."""
 
     code = "too_busy"
 
@@ -112,7 +113,7 @@ class TooBusy(CalotypeError):
 
 
 class QueueFull(TooBusy):
-    """`accepted` are the ids of those jobs of one call that were queued before the queue was full."""
+    """`accepted` holds the ids of the jobs of this call that were queued before the limit was reached."""
 
     code = "queue_full"
 
@@ -138,26 +139,26 @@ class ObjectMissing(StorageUnavailable, LookupError):
 
 
 def shown(value: object, limit: int = 80) -> str:
-    """The value as it goes into a message: a long prompt is cut, not repeated whole."""
+    """The value for use in a message, cut if it is long."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # thousands of digits, or of brackets
-        return f"({type(value).__name__} that is too large to be written)"
+        return f"({type(value).__name__} that is too large to be shown)"
     return text if len(text) <= limit else f"{text[:limit]}… ({len(text)} characters)"
 
 
 def no_such_job(job_id: str) -> JobNotFound:
-    """Also for one of another tenant: nobody is told that there is one."""
+    """Also for another tenant's job, so that its existence is not revealed."""
     return JobNotFound(_not_known(f"job {job_id!r}"))
 
 
 def no_such_batch(batch_id: str) -> BatchNotFound:
-    """As `no_such_job`."""
+    """Also for another tenant's batch."""
     return BatchNotFound(_not_known(f"batch {batch_id!r}"))
 
 
 def _not_known(what: str) -> str:
     return (
-        f"{what} is not known: it was never submitted here, or its record has expired; check the id, and that this is "
-        "the queue it was submitted to"
+        f"{what} does not exist: it was never submitted here, or its record has expired; check the id, and that this "
+        "is the Redis it was submitted to"
     )

@@ -1,4 +1,4 @@
-"""Command-line options made from a model of settings: each is named and described as its field is.
+"""Command-line options generated from a settings model: names and help texts come from its fields.
 
 Values are only split and converted here. Whether they are allowed, the model says, with one message for variable and
 option.
@@ -22,7 +22,7 @@ from calotype_shared.errors import SettingsError
 
 R = TypeVar("R")
 
-_AS_THEY_ARE = (bool, int, float, Path)  # what Typer converts; all else is handed on as it was written
+_AS_THEY_ARE = (bool, int, float, Path)  # types that Typer converts; other values are passed on as text
 _SUMS = (types.UnionType, typing.Union)
 
 
@@ -34,7 +34,7 @@ def new_app() -> typer.Typer:
 def with_options(
     model: type[BaseModel], *, repeated: Collection[str] = ()
 ) -> Callable[[Callable[..., R]], Callable[..., R]]:
-    """A decorator: the command takes an option for each field of the model, beside those of its own.
+    """A decorator that adds an option for each field of the model to the command's own options.
 
     It is called with those that were given. Options in `repeated` may be given more than once, and are joined by
     commas, as their variable has them.
@@ -57,7 +57,7 @@ def with_options(
 
 
 def parsed(app: typer.Typer, arguments: Sequence[str] | None, *, name: str) -> Any:
-    """What the command returned that the arguments chose; 0 if they only asked for help.
+    """The return value of the selected command; 0 if only help was requested.
 
     Raises:
         SettingsError: an option is unknown or malformed.
@@ -83,7 +83,7 @@ def _parameter(name: str, field: FieldInfo, repeated: bool) -> inspect.Parameter
 
 
 def _kind(annotation: Any) -> Any:
-    """What Typer is told that a field is."""
+    """The type of a field's option for Typer."""
     parts = typing.get_args(annotation) if typing.get_origin(annotation) in _SUMS else (annotation,)
     [part, *_] = [each for each in parts if each is not type(None)]
     if typing.get_origin(part) is Annotated:
@@ -94,5 +94,5 @@ def _kind(annotation: Any) -> Any:
 
 
 def _written(default: object) -> str:
-    """As one would write it on the command line."""
+    """The value as it is written on the command line."""
     return ",".join(map(str, default)) if isinstance(default, tuple) else f"{default}"

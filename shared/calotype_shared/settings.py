@@ -1,4 +1,4 @@
-"""`Settings`: one frozen object a process, read once from `CALOTYPE_*`. Nothing else reads the environment."""
+"""`Settings`: one frozen object per process, read once from `CALOTYPE_*`. Nothing else reads the environment."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from calotype_shared.errors import SettingsError
 from calotype_shared.queue.address import RedisAddress
 
 PREFIX = "CALOTYPE_"
-TENANT_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"  # for `re.fullmatch`: `$` alone lets a newline through
-# Variables of other parts of Calotype, which check them themselves.
+TENANT_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"  # for `re.fullmatch`: `$` alone allows a final newline
+# Variables of other parts of Calotype, which validate them.
 OTHER_PREFIXES = ("CALOTYPE_WORKER_", "CALOTYPE_GATEWAY_")
 
 
@@ -38,10 +38,10 @@ class StrictSettings(BaseSettings):
 
     @classmethod
     def load(cls, **overrides: Any) -> Self:
-        """Read the environment; `overrides` that are not None win over it.
+        """Read the environment; `overrides` that are not None take precedence.
 
         Raises:
-            SettingsError: naming the variable or option, its value and what would do.
+            SettingsError: names the variable or option, its value and what would work.
         """
         prefix = str(cls.model_config["env_prefix"])
         others = tuple(other for other in OTHER_PREFIXES if other != prefix)
@@ -55,67 +55,69 @@ class StrictSettings(BaseSettings):
             return cls(**{name: value for name, value in overrides.items() if value is not None})
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-            if not first["loc"]:  # about several together; its input would show all of them
-                raise SettingsError(f"{first['msg']}; correct the variables or options") from None
+            problem = first["msg"].removeprefix("Value error, ")
+            if not first["loc"]:  # about several settings; its input would show the values of all of them
+                raise SettingsError(f"{problem}; correct the variables or options") from None
             field = str(first["loc"][0])
             name = f"{prefix}{field.upper()}"
             shown = "(hidden)" if "secret" in field or "url" in field else repr(first.get("input"))
-            raise SettingsError(f"{name}={shown}: {first['msg']}; correct the variable or option") from None
+            raise SettingsError(f"{name}={shown}: {problem}; correct the variable or option") from None
 
 
 class Settings(StrictSettings):
-    """What producers and workers both need: where Redis and storage are, and how long things are kept."""
+    """Settings of producers and workers: Redis, storage, limits and retention."""
 
     redis_url: Annotated[str, Field(repr=False)] = "redis://127.0.0.1:6379/0"
-    """Redis 7 or Valkey: `redis://`, `rediss://` (TLS), `unix://`, `redis+sentinel://HOST,HOST/NAME/DB`,
-    `rediss+sentinel://`."""
+    """Address of Redis 7 or Valkey: `redis://`, `rediss://` (TLS), `unix://`, `redis+sentinel://HOST,HOST/NAME/DB`
+    or `rediss+sentinel://`."""
     redis_ca_file: str | None = None
-    """PEM file of who signed the server's certificate; none: the system's authorities."""
+    """PEM file of the certificate authority that signed the server's certificate. None: the system's authorities."""
     redis_cert_file: str | None = None
-    """PEM file with this side's own certificate, where the server wants one."""
+    """PEM file of the client certificate, if the server requires one."""
     redis_key_file: str | None = None
-    """PEM file with the key of that certificate."""
+    """PEM file of the private key of that certificate."""
     redis_sentinel_password: SecretStr | None = None
-    """The sentinels' own; that of the servers is in the URL."""
+    """Password of the sentinels themselves. The data servers' password belongs in the URL."""
     key_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,64}$")] = "calotype:"
-    """Of every Redis key."""
+    """Prefix of every Redis key."""
     s3_endpoint_url: str | None = None
-    """Storage as workers reach it; none: Amazon's own."""
+    """Storage endpoint that producers and workers connect to. None: Amazon S3."""
     s3_public_endpoint_url: str | None = None
-    """Storage as links to images name it; none: the same."""
+    """Storage endpoint used in links to images. None: the same endpoint."""
     s3_bucket: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")] = "calotype"
-    """Where images, uploads and the files of batches are kept."""
+    """Bucket for images, uploads and batch files."""
     s3_region: str = "us-east-1"
-    """Region that requests to the storage are signed for."""
+    """Region used to sign storage requests."""
     s3_access_key_id: str | None = None
-    """None: boto3's own search (environment, instance role, …)."""
+    """Storage access key. None: boto3's credential chain (environment, instance role, …)."""
     s3_secret_access_key: SecretStr | None = None
-    """The secret that belongs to the access key."""
+    """Secret of the access key."""
     tenant: Annotated[str, Field(pattern=TENANT_PATTERN)] = "default"
-    """Whose jobs this process submits; tenants share the workers fairly."""
+    """Tenant that this process submits for. Tenants share the workers fairly."""
     coalesce: bool = True
-    """Equal jobs with a given seed, in flight together, are made once."""
+    """Generate equal jobs with a given seed only once while one of them is unfinished; the others share its result."""
     reuse_finished: bool = False
-    """And may get the images of an equal job that has finished."""
+    """Return the stored images of an equal finished job instead of generating them again. Needs coalesce."""
     webhook_secret: SecretStr | None = None
-    """Every tenant's signing secret comes from it; none: no webhooks."""
+    """Master secret from which every tenant's signing secret is derived. None: webhooks are disabled."""
     webhook_allow_private: bool = False
-    """Webhooks to addresses inside this network too, and by plain http."""
+    """Allow webhooks to private network addresses and over plain HTTP."""
     # Jobs of batches are not counted: a batch bounds itself by its window.
     max_queued: Annotated[int, Field(ge=1)] = 100_000
-    """Jobs outside batches that may wait, about 2 KB each in Redis; more are refused, with a time to come again."""
+    """Maximum number of queued jobs outside batches; each takes about 2 KB in Redis. Further jobs are refused, and
+    the error says when to retry."""
     max_queued_per_tenant: Annotated[int, Field(ge=1)] | None = None
-    """The same, of one tenant; none: no bound of its own."""
+    """The same limit per tenant. None: no limit per tenant."""
     max_open_batches: Annotated[int, Field(ge=1)] = 1_000
-    """Batches that are not final."""
+    """Maximum number of unfinished batches."""
     max_open_batches_per_tenant: Annotated[int, Field(ge=1)] = 100
-    """The same, of one tenant."""
+    """The same limit per tenant."""
     retention_seconds: Annotated[float, Field(gt=0)] = 7 * 86_400.0
-    """How long finished jobs' records stay."""
+    """How long records of finished jobs are kept."""
     telemetry: Literal["auto", "on", "off"] = "auto"
-    """Spans by OpenTelemetry; "auto": where its own variable OTEL_EXPORTER_OTLP_ENDPOINT names a collector."""
+    """Send OpenTelemetry spans. `auto`: only if OTEL_EXPORTER_OTLP_ENDPOINT names a collector."""
     url_expires_seconds: Annotated[int, Field(ge=1, le=604_800)] = 3_600
-    """How long links to images work; S3 allows a week."""
+    """How long links to images are valid. S3 allows at most one week."""
 
     @field_validator("redis_url")
     @classmethod
@@ -127,13 +129,13 @@ class Settings(StrictSettings):
     @classmethod
     def _file(cls, name: str | None) -> str | None:
         if name is not None and not os.access(name, os.R_OK):
-            raise ValueError("is no file that can be read")
+            raise ValueError("is not a readable file")
         return name
 
     @model_validator(mode="after")
     def _whole_certificate(self) -> Self:
         if (self.redis_cert_file is None) != (self.redis_key_file is None):
-            raise ValueError("redis_cert_file and redis_key_file belong together; give both, or neither")
+            raise ValueError("redis_cert_file and redis_key_file must be set together; set both, or neither")
         return self
 
     @property

@@ -277,7 +277,7 @@ def test_a_key_is_asked_for_where_one_is_needed(visit: Visit, site: Gateway) -> 
     try:
         page = visit.open("gallery", guarded.url)
         dialog = page.get_by_role("dialog", name="API key")
-        expect(dialog).to_contain_text("an API key is needed")
+        expect(dialog).to_contain_text("an API key is required")
         dialog.get_by_label("Key").fill("ct_wrong")
         dialog.get_by_role("button", name="Use it").click()
         expect(dialog.get_by_label("Key")).to_have_value("")

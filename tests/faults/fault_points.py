@@ -50,14 +50,14 @@ def _wrap(owner: Any, method: str, *, before: Callable[..., None] | None = None,
 def _claimed() -> None:
     from calotype_shared.queue.job_store import JobStore
 
-    _wrap(JobStore, "claim", after=lambda claim: claim and _reach("claimed"))
+    _wrap(JobStore, "claim", after=lambda claim: _reach("claimed") if claim else None)
 
 
 def _step() -> None:
     from calotype_worker.models.sd import StableDiffusion
 
     passes = iter(range(10**9))
-    _wrap(StableDiffusion, "predict", after=lambda _: next(passes) >= STEPS_BEFORE and _reach("step"))
+    _wrap(StableDiffusion, "predict", after=lambda _: _reach("step") if next(passes) >= STEPS_BEFORE else None)
 
 
 def _decode() -> None:

@@ -309,8 +309,10 @@ class Site:
 
 
 class Undisturbed:
-    """What images look like where nothing goes wrong. Each is made when it is first asked for, by one worker at a site
-    of its own."""
+    """What images look like where nothing goes wrong.
+
+    Each is made when it is first asked for, by one worker at a site of its own.
+    """
 
     def __init__(self, site: Site) -> None:
         self._site = site
@@ -352,9 +354,9 @@ class Table:
         width = max(len(row[0]) for row in self.rows)
         return [
             "",
-            f"{'fault':{width}}  {'jobs':>5}  {'lost':>4}  {'seen twice':>10}  {'recovery s':>10}",
+            f"{'fault':{width}}  {'jobs':>5}  {'lost':>4}  {'visible twice':>13}  {'recovery s':>10}",
             *(
-                f"{fault:{width}}  {jobs:>5}  {lost:>4}  {twice:>10}  {seconds:>10.1f}"
+                f"{fault:{width}}  {jobs:>5}  {lost:>4}  {twice:>13}  {seconds:>10.1f}"
                 for fault, jobs, lost, twice, seconds in self.rows
             ),
         ]

@@ -18,7 +18,7 @@ _SLOW_SECONDS = 0.5
 
 
 class Proxy:
-    """Forwards to `target` (host, port). `mode` may be changed at any time:
+    """Forwards to `target` (host, port). `mode` may be changed at any time.
 
     pass: everything; cut: connections are closed and new ones refused at once; swallow: connections stay open and
     accepted, and no byte goes through (a black hole, no reset); slow: half a second for whatever comes at once; busy

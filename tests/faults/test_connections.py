@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trustme
@@ -86,11 +87,11 @@ def test_tls_with_a_private_authority_client_certificates_and_a_user(
         ids = site.submit(6)
         site.wait(ids)
         took = time.monotonic() - began
-        table.add("none: TLS, client certificates, a user", site.check(ids), recovery_seconds=took)
+        table.add("no fault: TLS, client certificates, a user", site.check(ids), recovery_seconds=took)
         assert worker.alive
         asyncio.run(_ask_as_the_gateway_does(settings, ids[0]))
 
-        wrong = {
+        wrong: dict[str, tuple[dict[str, Any], str, str]] = {
             "no authority": (
                 {"redis_ca_file": None},
                 "self-signed certificate in certificate chain",
@@ -155,7 +156,7 @@ def _command(settings: Settings, site: Site, module: str, *arguments: str) -> su
     )
 
 
-class RequestMetricsMiddleware:
+class SentinelGroup:
     """A primary, a replica, and three sentinels that watch them, all with a password."""
 
     def __init__(self, folder: Path) -> None:
@@ -167,7 +168,7 @@ class RequestMetricsMiddleware:
                 redis.config_set("masterauth", PASSWORD)
                 redis.config_set("requirepass", PASSWORD)
         with self.open(self.replica) as redis:
-            redis.replicaof(LOOPBACK, self.primary.port)  # type: ignore[no-untyped-call]
+            redis.replicaof(LOOPBACK, self.primary.port)
             until(lambda: redis.info("replication").get("master_link_status") == "up")
         self.ports = free_ports(3)
         self._sentinels = [self._watch(port) for port in self.ports]
@@ -212,12 +213,14 @@ class RequestMetricsMiddleware:
             return _offset(redis, "slave_repl_offset")
 
     def stop(self) -> None:
-        for process in (*self._sentinels, self.replica, self.primary):
-            process.stop()
+        for sentinel in self._sentinels:
+            sentinel.stop()
+        for server in (self.replica, self.primary):
+            server.stop()
 
 
 def _offset(redis: Redis, name: str) -> int:
-    return int(redis.info("replication")[name])  # type: ignore[index]
+    return int(redis.info("replication")[name])
 
 
 def _listens(port: int) -> bool:
@@ -226,15 +229,15 @@ def _listens(port: int) -> bool:
 
 
 @pytest.fixture
-def watched(tmp_path: Path) -> Iterator[RequestMetricsMiddleware]:
-    watched = RequestMetricsMiddleware(tmp_path)
+def watched(tmp_path: Path) -> Iterator[SentinelGroup]:
+    watched = SentinelGroup(tmp_path)
     yield watched
     watched.stop()
 
 
 @pytest.mark.slow
 def test_the_primary_is_killed_and_a_replica_takes_its_place(
-    watched: RequestMetricsMiddleware, corner: Callable[..., Settings], make_site: Callable[..., Site], table: Table
+    watched: SentinelGroup, corner: Callable[..., Settings], make_site: Callable[..., Site], table: Table
 ) -> None:
     """Workers and clients follow the sentinels, and nothing that was acknowledged is lost."""
     site = make_site(corner(redis_url=watched.url, redis_sentinel_password="sentinels"))
@@ -259,9 +262,9 @@ def test_the_primary_is_killed_and_a_replica_takes_its_place(
     assert {record.failures for record in records} == {0}
     asyncio.run(_ask_as_the_gateway_does(site.settings, ids[0]))
     with watched.open(watched.replica) as redis:
-        assert redis.info("replication")["role"] == "master"  # type: ignore[index]
+        assert redis.info("replication")["role"] == "master"
     assert all(PASSWORD not in each.text() and QUOTED not in each.text() for each in workers)
-    table.add("Redis' primary killed, failover by sentinels", site.check(ids), recovery_seconds=took)
+    table.add("Redis primary killed, failover by Sentinel", site.check(ids), recovery_seconds=took)
 
 
 def test_a_socket_of_this_machine(tmp_path: Path, corner: Callable[..., Settings]) -> None:

@@ -82,7 +82,7 @@ def test_the_dispatcher_is_killed(site: Site, start_dispatcher: StartDispatcher,
     batch.wait(120)
     outcome = check_batch(site, batch)
     site.check_bucket(image["key"] for result in batch.results() for image in result["images"])
-    table.add("dispatcher and worker killed in mid-batch", outcome, recovery_seconds=took)
+    table.add("dispatcher and worker killed during a batch", outcome, recovery_seconds=took)
 
 
 @pytest.mark.slow
@@ -117,6 +117,6 @@ def test_redis_comes_back_as_it_was_before(
         batch.wait(120)
         took = time.monotonic() - began
         assert worker.alive
-        table.add("Redis restored from an older copy, in mid-batch", check_batch(site, batch), recovery_seconds=took)
+        table.add("Redis restored from an older copy during a batch", check_batch(site, batch), recovery_seconds=took)
     finally:
         server.stop()

@@ -75,7 +75,7 @@ class Place:
         check_store(self.site.store, self.site.redis)
         outcome = Outcome(jobs=len(ids), lost=lost, twice=0)
         said = ", ".join(f"{count} {answer}" for answer, count in sorted(self.answers.items()))
-        table.add(f"{tried} bad {kind} ({said})", outcome, recovery_seconds=time.monotonic() - began)
+        table.add(f"{tried} invalid {kind} ({said})", outcome, recovery_seconds=time.monotonic() - began)
 
     def _busy(self) -> int:
         counts = self.site.store.counts()
@@ -178,9 +178,9 @@ def test_lines_of_manifests(place: Place, table: Table, tmp_path: Path) -> None:
         counts = record.counts
         assert counts.succeeded + len(told) == counts.total
         place.answers["refused"] += len(told)
-        place.answers["made"] += counts.succeeded - 5
+        place.answers["accepted"] += counts.succeeded - 5
     assert place.answers["refused"] > tried / 2
-    place.check([*ids, *place.good()], table, "lines of manifests", tried)
+    place.check([*ids, *place.good()], table, "manifest lines", tried)
 
 
 def test_uploads(place: Place, table: Table) -> None:

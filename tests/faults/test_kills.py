@@ -79,7 +79,7 @@ def test_a_message_dies_with_its_worker(site: Site, table: Table) -> None:
     site.start_worker()
     site.wait(ids)
     took = time.monotonic() - began
-    table.add("message handed to a worker that was frozen, then killed", site.check(ids), recovery_seconds=took)
+    table.add("message delivered to a worker that was frozen, then killed", site.check(ids), recovery_seconds=took)
 
 
 @pytest.mark.slow
@@ -96,7 +96,9 @@ def test_the_same_message_twice(site: Site, table: Table) -> None:
         worker.wait_for("worker ready")
     records = site.wait(ids)
     assert {record.attempt for record in records} == {1}
-    table.add("every message three times, two workers", site.check(ids), recovery_seconds=time.monotonic() - began)
+    table.add(
+        "every message delivered three times, two workers", site.check(ids), recovery_seconds=time.monotonic() - began
+    )
 
 
 @pytest.mark.slow
@@ -120,7 +122,7 @@ def test_a_poison_job_among_good_ones(site: Site, table: Table) -> None:
     assert len({attempt.worker for attempt in record.history}) == MAX_CRASHES
     assert [dead.id for dead in site.store.dead()] == [poison]
     assert max(r.crashes for r in site.wait(good)) < MAX_CRASHES
-    table.add("poison job among good ones", site.check([*good, poison], failed=[poison]), recovery_seconds=took)
+    table.add("poison job among valid ones", site.check([*good, poison], failed=[poison]), recovery_seconds=took)
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from tests.invariants import check_store
 WORLDS = {
     "crash, freeze, late lease, cancel": Protocol(budget=Budget(crash=1, freeze=1, late=1, cancel=1)),
     "crash, freeze, lost write": Protocol(budget=Budget(crash=1, freeze=1, undo=1)),
-    "messages lost and doubled, drain": Protocol(budget=Budget(lose=1, double=1, late=1, release=1)),
+    "messages lost and duplicated, drain": Protocol(budget=Budget(lose=1, double=1, late=1, release=1)),
     "poison": Protocol(budget=Budget(crash=3, late=1), max_crashes=2),
     "two jobs": Protocol(jobs=2, budget=Budget(crash=1, freeze=1)),
 }
@@ -101,7 +101,7 @@ class Replay:
         if verb in ("pop", "lose"):
             assert self.redis.rpop(queue)
         elif verb == "double":
-            self.redis.lpush(queue, self.redis.lrange(queue, 0, 0)[0])  # type: ignore[index]
+            self.redis.lpush(queue, self.redis.lrange(queue, 0, 0)[0])
         elif verb == "claim":
             found = self.store.claim("demo.bulk", worker=f"w{argument}", lease_seconds=3600)
             assert (found is not None) == (after.tokens > world.tokens)
@@ -112,10 +112,10 @@ class Replay:
         elif verb == "commit":
             assert claim is not None
             stored = {"key": f"{claim.folder}/0.png", "content_type": "image/png", "sha256": "0" * 64}
-            image = ImageRef(**stored, seed=1, width=64, height=64, bytes=1)  # type: ignore[arg-type]
+            image = ImageRef(**stored, seed=1, width=64, height=64, bytes=1)
             job = after.redis.jobs[worker.job]
-            mine = self.protocol.folder(worker.job, worker.attempt, worker.token)
-            assert self.store.commit(claim, images=[image], timings={}) == (job.winner == mine)
+            folder = self.protocol.folder(worker.job, worker.attempt, worker.token)
+            assert self.store.commit(claim, images=[image], timings={}) == (job.winner == folder)
         elif verb == "renew":
             assert claim is not None
             assert self.store.renew([claim], lease_seconds=3600) == set()

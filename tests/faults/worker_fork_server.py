@@ -72,7 +72,7 @@ def _fork(asked: dict[str, Any]) -> int:
         if asked["program"] == "worker":
             from calotype_worker.__main__ import main as run
         else:
-            from calotype.cli import main as run
+            from calotype.cli import main as run  # type: ignore[assignment]
         status = run(asked["arguments"])
     except SystemExit as leaving:
         status = leaving.code if isinstance(leaving.code, int) else 1

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
@@ -93,7 +94,7 @@ class AffinityMachine(RuleBasedStateMachine):
         forget(self.redis, self.store)
 
     def line(self) -> list[str]:
-        return self.redis.zrange(self.store.keys.waiting(QUEUE), 0, -1)
+        return [str(job_id) for job_id in self.redis.zrange(self.store.keys.waiting(QUEUE), 0, -1)]
 
     def entered(self, job_ids: list[str]) -> None:
         """Somebody came into line: later claims of them, where they stand before others, are their right."""
@@ -139,8 +140,8 @@ class AffinityMachine(RuleBasedStateMachine):
         assert max(self.overtaken.values()) <= LOOK, "passed over too often"
         assert min((self.due[other] for other in line), default=0) >= 0, "it waits for longer than promised"
         # New tenants start where the line began at the claim, as if its first had been taken.
-        tag = float(self.redis.hget(self.store.keys.job(line[0]), "tag"))
-        virtual = float(self.redis.hget(self.store.keys.queue_state(QUEUE), "virtual"))
+        tag = float(self.redis.hget(self.store.keys.job(line[0]), "tag") or "nan")
+        virtual = float(self.redis.hget(self.store.keys.queue_state(QUEUE), "virtual") or "nan")
         assert virtual == max(self.virtual, tag)
         self.virtual = virtual
 
@@ -165,7 +166,7 @@ class AffinityMachine(RuleBasedStateMachine):
 @pytest.mark.timeout(300)
 def test_nobody_is_passed_over_more_often_than_promised(redis: Redis) -> None:
     """In any order of events, whatever the workers run; and everybody is claimed in the end."""
-    machine = type("Machine", (AffinityMachine,), {"redis": redis}).TestCase
+    machine = type("Machine", (AffinityMachine,), {"redis": redis}).TestCase  # type: ignore[attr-defined]
     machine.settings = settings(
         max_examples=40,
         stateful_step_count=25,
@@ -251,11 +252,13 @@ def test_a_suspect_is_not_moved_up_for_a_worker_that_must_leave_it(store: JobSto
 def test_a_worker_goes_on_with_the_size_it_runs(
     start_worker: Callable[..., WorkerProcess], store: JobStore, invariants: None, look: int, first: str
 ) -> None:
-    """A real worker with four bulk jobs in flight: of one size while there is room, and by turns if told so. Urgent
-    jobs come in their order, whatever runs."""
+    """A real worker with four bulk jobs in flight: of one size while there is room, and by turns if told so.
+
+    Urgent jobs come in their order, whatever runs.
+    """
     del invariants
     sizes = {"a": (64, 64), "b": (64, 32), "c": (32, 32), "d": (32, 64)}
-    made = {}
+    made: dict[str, Any] = {}
     for lane, names in ((Lane.BULK, "ab" * 4), (Lane.INTERACTIVE, "cd" * 2)):
         jobs = [
             config("64x64", model="tiny", seed=n, num_inference_steps=30, guidance_scale=1.0).model_copy(

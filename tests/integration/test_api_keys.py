@@ -43,7 +43,7 @@ def test_anything_else_is_refused(keys: ApiKeys, change: str) -> None:
         "shape": "Bearer " + token,
         "empty": "",
     }[change]
-    with pytest.raises(Unauthorized, match="is no API key" if change in ("shape", "empty") else "is not valid"):
+    with pytest.raises(Unauthorized, match="is not an API key" if change in ("shape", "empty") else "is not valid"):
         keys.authenticate(wrong)
 
 
@@ -97,7 +97,7 @@ def test_images_are_counted_by_the_day(keys: ApiKeys) -> None:
     keys.allow(key)
     with pytest.raises(TooManyRequests, match="10 images a day"):
         keys.allow(key, images=1)
-    with pytest.raises(Forbidden, match=r"11 images at once .* \(10\); ask for fewer"):
+    with pytest.raises(Forbidden, match=r"11 images exceed .* \(10\); request fewer"):
         keys.allow(key, images=11)  # tomorrow neither
 
 

@@ -111,7 +111,7 @@ def test_bad_lines_are_told_by_number_and_the_rest_runs(
     assert "is not an object" in told[7]
     assert "model='unheard-of'" in told[8]
     assert (errors[9]["state"], errors[9]["error"]) == ("failed", {"code": "generation_failed", "message": "as asked"})
-    assert "use a text of 1 to 512 characters" in told[10]
+    assert "use a string of 1 to 512 characters" in told[10]
     assert "custom_id='\\ud800'" in told[11]
     assert "seed=nan" in told[12]
 
@@ -252,7 +252,7 @@ def test_a_batch_expires_with_what_it_has(client: Client, settings: Settings) ->
     """Lines that were not done in time are told as expired."""
     with SimulatedWorker(settings, limit=10), Dispatcher(settings):
         batch = client.batches.submit(lines(60), window=20, expires_in=3600)
-        with pytest.raises(InvalidRequest, match="wait for it, or cancel it first"):
+        with pytest.raises(InvalidRequest, match="wait until it ends, or cancel it"):
             batch.retry()
         until(lambda: batch.status().counts.succeeded == 10)
         client._redis.hset(client._store.keys.batch(batch.id), "expires_at", 1)  # and now it is late
@@ -319,10 +319,10 @@ def test_useless_manifests_fail_with_the_reason(client: Client, run: None, stora
     assert (record.state, record.problem) == (BatchState.FAILED, "no line of the manifest can be used")
     assert [error["line"] for error in bad.errors()] == [1]
     lost = client.batches.submit_stored("files/nothing", input_file="file-x", format=BatchFormat.NATIVE).wait(120)
-    assert "is not in storage" in str(lost.problem)
+    assert "is missing in storage" in str(lost.problem)
     for options, said in (({"window": 0}, "window=0"), ({"expires_in": 0.5}, "expires_in=0.5")):
         with pytest.raises(InvalidRequest, match=said):
-            client.batches.submit(lines(1), **options)  # type: ignore[arg-type]
+            client.batches.submit(lines(1), **options)
     with pytest.raises(InvalidRequest, match=r"give a pathlib\.Path"):
         client.batches.submit("jobs.jsonl")
     with pytest.raises(BatchNotFound, match="'batch_x'"):
@@ -333,7 +333,7 @@ def test_batches_are_listed_and_made_once(client: Client, run: None, storage: St
     """The same key gives the same batch, and its second manifest is not kept."""
     first = client.batches.submit(lines(2), idempotency_key="night-1")
     assert client.batches.submit(lines(2), idempotency_key="night-1").id == first.id
-    with pytest.raises(IdempotencyConflict, match=r"idempotency_key='night-1'.*another request"):
+    with pytest.raises(IdempotencyConflict, match=r"idempotency_key='night-1'.*different request"):
         client.batches.submit(lines(3), idempotency_key="night-1")
     second = client.batches.submit(lines(1))
     other = client.batches.submit(lines(1), tenant="other")

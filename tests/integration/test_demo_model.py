@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from calotype_shared.schema.enums import SamplerType
 from calotype_train.demo.checker import look
 from calotype_train.demo.scenes import held_out_captions
 from calotype_worker.engine import Engine, EngineSettings, GenerationRequest
@@ -31,7 +32,7 @@ def images() -> dict[str, np.ndarray]:
                     num_inference_steps=20,
                     guidance_scale=5.0,
                     seed=1000 + index,
-                    sampler="ddim",
+                    sampler=SamplerType.DDIM,
                 )
             )
             for index, (caption, *_) in enumerate(held_out_captions(24))

@@ -134,7 +134,7 @@ def test_each_way_in_leads_to_the_same_queue(gateway: Gateway, environment: dict
     environment |= {"OPENAI_BASE_URL": f"{gateway.url}/v1", "WEBHOOK_SECRET": tenant_secret(MASTER, "default")}
     out = tmp_path / "out"
     for name in ("batch", "asyncio_client", "openai_client", "webhook_receiver"):
-        command = [sys.executable, ROOT / "examples" / f"{name}.py"]
+        command = [sys.executable, str(ROOT / "examples" / f"{name}.py")]
         ran = subprocess.run(
             command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=150, check=False
         )

@@ -104,7 +104,7 @@ def test_a_child_that_ignores_sigterm_is_killed_after_its_grace(tmp_path: Path) 
 def test_a_child_dies_when_its_guard_is_killed(tmp_path: Path) -> None:
     """Killing the supervisor, not the parent, leaves no orphan either."""
     child = ChildProcess("sleeper", [sys.executable, "-c", "import time; time.sleep(60)"], log=tmp_path / "log")
-    child._guard.kill()
+    child._supervisor.kill()
     assert _until(lambda: _gone(child.pid))
     child.stop()
 

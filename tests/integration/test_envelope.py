@@ -19,7 +19,7 @@ def test_it_says_what_celerys_own_producer_says(settings: Settings, redis: Redis
     app = Celery(broker=settings.redis_url, set_as_current=False)
     app.conf.broker_transport_options = {"global_keyprefix": settings.key_prefix}
     app.send_task(TASK_NAME, args=["m.bulk"], task_id="number-1", queue="m.bulk", ignore_result=True)
-    theirs = json.loads(redis.lpop(f"{settings.key_prefix}m.bulk"))
+    theirs = json.loads(str(redis.lpop(f"{settings.key_prefix}m.bulk")))
     ours = json.loads(message("number-1", "m.bulk"))
 
     def body(sent: dict[str, Any]) -> Any:

@@ -138,7 +138,7 @@ def test_an_idempotency_key_makes_a_submission_happen_once(client: Client, store
     assert client.submit(config(), idempotency_key="order-1").id == first.id
     assert client.submit(config(), idempotency_key="order-2").id != first.id
     assert client.submit(config(), idempotency_key="order-1", tenant="other").id != first.id
-    with pytest.raises(IdempotencyConflict, match=r"idempotency_key='order-1'.*another request"):
+    with pytest.raises(IdempotencyConflict, match=r"idempotency_key='order-1'.*different request"):
         client.submit(config(steps=11), idempotency_key="order-1")
     with pytest.raises(InvalidRequest, match="1 to 200 printable characters"):
         client.submit(config(), idempotency_key="")

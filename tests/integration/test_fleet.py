@@ -17,7 +17,7 @@ from calotype_shared.queue.job_store import JobStore
 from calotype_shared.schema.enums import Lane
 from calotype_shared.schema.jobs import JobError
 from calotype_shared.schema.worker_info import StepGroup, StepRow, WorkerInfo
-from calotype_shared.storage.s3 import sidecar_of
+from calotype_shared.storage.layout import sidecar_of
 from tests.integration.gateway import Gateway, own_settings
 from tests.integration.test_fair_share import CARD
 from tests.simulated import image_of

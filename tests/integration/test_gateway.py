@@ -142,7 +142,7 @@ def test_images_go_in_both_ways(gateway: Gateway, way: str) -> None:
         answer = gateway.http.post("/v1/uploads", content=data, headers={"content-type": "image/png"})
     elif way == "form":
         answer = gateway.http.post("/v1/uploads", files={"image": data})
-        wrong = gateway.http.post("/v1/uploads", files={"image": data})
+        wrong = gateway.http.post("/v1/uploads", files={"photo": data})
         assert (wrong.status_code, wrong.json()["field"]) == (400, "image")
     else:
         link = gateway.http.post("/v1/uploads/presigned").json()
@@ -158,7 +158,7 @@ def test_images_go_in_both_ways(gateway: Gateway, way: str) -> None:
     shown = np.asarray(Image.open(io.BytesIO(httpx2.get(url).content)))
     assert np.array_equal(shown, sample_image(4)), "strength 0 gives the source back"
     broken = gateway.http.post("/v1/uploads", content=b"GIF89a", headers={"content-type": "image/png"})
-    assert (broken.status_code, "is no readable image" in broken.text) == (400, True)
+    assert (broken.status_code, "is not a readable image" in broken.text) == (400, True)
 
 
 def test_bad_requests_say_what_and_what_to_do(gateway: Gateway) -> None:
@@ -243,8 +243,8 @@ def test_limits_of_keys_and_bodies(guarded: Gateway) -> None:
     ]
     assert [answer.status_code for answer in asked] == [202, 429]
     other, _ = keys.create(name="other", images_per_day=1)
-    for body, status in (({**FAST, "width": 60}, 400), ({**FAST, "sampler": "none"}, 400), (FAST, 202)):
-        answer = guarded.http.post("/v1/jobs", json=body, headers={"x-api-key": other})
+    for asked_for, status in (({**FAST, "width": 60}, 400), ({**FAST, "sampler": "none"}, 400), (FAST, 202)):
+        answer = guarded.http.post("/v1/jobs", json=asked_for, headers={"x-api-key": other})
         assert answer.status_code == status, "what is refused takes nothing"
     batch = {"input_file_id": "file-x"}
     assert guarded.http.post("/v1/batches", json=batch, headers={"x-api-key": other}).status_code == 403
@@ -277,7 +277,9 @@ def test_the_command_serves_until_it_is_told_to_stop(environment: dict[str, str]
     command = [sys.executable, "-m", "calotype", "gateway", "--port"]
     with subprocess.Popen([*command, "0"], env=environment, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
-        found = re.search(r"gateway at (http://127\.0\.0\.1:(\d+)), which needs no key", process.stderr.readline())
+        found = re.search(
+            r"gateway listens on (http://127\.0\.0\.1:(\d+)); requests need no API key", process.stderr.readline()
+        )
         assert found is not None
         assert httpx2.get(f"{found[1]}/readyz").status_code == 200
         taken = subprocess.run([*command, found[2]], env=environment, capture_output=True, text=True, check=False)

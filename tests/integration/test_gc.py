@@ -22,7 +22,8 @@ from calotype.testing import ScriptedWorker
 from calotype_shared.queue.job_store import Claim, JobStore
 from calotype_shared.schema.jobs import JobError, new_job_id
 from calotype_shared.storage.images import upload_key
-from calotype_shared.storage.s3 import Storage, sidecar_key
+from calotype_shared.storage.layout import sidecar_key
+from calotype_shared.storage.s3 import Storage
 from tests.integration.conftest import until
 from tests.integration.test_fair_share import CARD, take
 from tests.invariants import check_bucket, check_store
@@ -43,7 +44,7 @@ def client(settings: Settings, store: JobStore, redis: Redis) -> Iterator[Client
 def collector(settings: Settings, redis: Redis, storage: Storage, **changes: Any) -> Collector:
     ages = {"retention_seconds": AT_ONCE, "safe_seconds": AT_ONCE, "older_than_seconds": AT_ONCE}
     names = {"key_prefix": settings.key_prefix, "bucket": settings.s3_bucket}
-    return Collector(redis, storage, **{**names, **ages, **changes})  # type: ignore[arg-type]
+    return Collector(redis, storage, **{**names, **ages, **changes})
 
 
 def sample_image(color: str) -> bytes:
@@ -73,7 +74,7 @@ def a_bucket_full(client: Client, settings: Settings, store: JobStore, storage: 
         storage.put(key, b"nobody's", "application/octet-stream")
         garbage.add(key)
 
-    fields = {"lane": Lane.BULK, "num_inference_steps": 5}
+    fields: dict[str, Any] = {"lane": Lane.BULK, "num_inference_steps": 5}
     # Done: its own images, and what an attempt left that was lost with its worker.
     done = client.submit("a", seed=1, **fields).id
     finish(store, storage)
@@ -188,7 +189,7 @@ def test_nothing_young_goes_by_the_command(
     assert sum(said[kind]["removed"] for kind in said if kind != "index") == 0
     assert sum(said[kind]["young"] for kind in said) == len(before) - 1, "all but the foreign one"
     assert set(storage.list()) == {*before, "calotype-gc.json"}
-    for age, problem in (("59m", "too young"), ("soon", "is no age")):
+    for age, problem in (("59m", "too short"), ("soon", "is not a valid age")):
         status, out, err = command("--older-than", age)
         assert (status, out) == (2, "")
         assert problem in err
@@ -258,7 +259,7 @@ def test_an_upload_is_renewed_when_it_is_used(
     assert (storage.age(upload_key(upload)) or 0) <= 2
     storage.delete(upload_key(upload))
     client._resolver._uploaded.clear()
-    with pytest.raises(InvalidRequest, match="no such upload"):
+    with pytest.raises(InvalidRequest, match="does not exist"):
         client.submit("x", init_image=upload, lane=Lane.BULK)
 
 
@@ -323,22 +324,22 @@ def test_a_redis_that_has_lost_its_data_wipes_nothing(
     client.submit("x", lane=Lane.BULK)
     assert collector(settings, redis, storage).run().removed == 1
     storage.put(leftover, b"nobody's", "image/png")
-    refused("knows nothing of the collections that the bucket remembers", key_prefix="other:")
-    refused("it was last collected for the bucket", bucket="elsewhere")
-    copy = redis.hgetall(store.keys.gc)
+    refused("the bucket has recorded earlier collections, and it has not", key_prefix="other:")
+    refused("its last collection was for the bucket", bucket="elsewhere")
+    copy: Any = redis.hgetall(store.keys.gc)
     collector(settings, redis, storage, older_than_seconds=1e6, retention_seconds=1e6).run()
-    newest = redis.hgetall(store.keys.gc)
+    newest: Any = redis.hgetall(store.keys.gc)
     redis.hset(store.keys.gc, mapping=copy)
-    refused("remembers 1 collections and the bucket 2: it is an older copy")
+    refused("has recorded 1 collections and the bucket 2: it is an older copy")
     redis.hset(store.keys.gc, mapping={**newest, "name": "another"})
-    refused("the bucket belongs to another one")
+    refused("the bucket belongs to another Redis")
     kept = storage.get("calotype-gc.json")
     storage.delete("calotype-gc.json")
     redis.hset(store.keys.gc, mapping=newest)
-    refused("the bucket has forgotten the collections")
+    refused("it has recorded earlier collections, and the bucket has not")
     storage.put("calotype-gc.json", kept, "application/json")
     redis.delete(store.keys.gc)
-    refused("knows nothing of the collections that the bucket remembers")
+    refused("the bucket has recorded earlier collections, and it has not")
     assert collector(settings, redis, storage).run(force=True).removed == 1
     assert collector(settings, redis, storage).run().removed == 0, "from now on it is right again"
 

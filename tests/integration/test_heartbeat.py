@@ -14,7 +14,8 @@ CONFIG = ResolvedConfig(prompt="a red circle", width=64, height=64, seed=1)
 
 def test_a_lost_claim_is_counted_once(store: JobStore) -> None:
     """Whoever hears of it first, the listener or a renewal; the engine may be told twice."""
-    counters, stopped = Counters(), []
+    counters = Counters()
+    stopped: list[str] = []
     heartbeat = Heartbeat(
         store,
         lease_seconds=20,
@@ -28,11 +29,11 @@ def test_a_lost_claim_is_counted_once(store: JobStore) -> None:
     assert claim is not None
     job = heartbeat.hold(claim, ["image"])
     heartbeat._renew()
-    assert not job.lost
+    was_lost = job.lost
     store.cancel(job_id)
     heartbeat._heard(News("cancelled", job_id))
     heartbeat._renew()
-    assert job.lost
+    assert (was_lost, job.lost) == (False, True)
     assert stopped == ["image", "image"]
     assert counters.counted(names.LOST_CLAIMS) == {(): 1}
     assert counters.counted(names.LEASE_RENEWALS) == {(): 1}

@@ -192,7 +192,7 @@ def test_a_task_hears_too(client: Client, settings: Settings, store: JobStore) -
             hearing: Callable[[], bool] = lambda: all(hears(other._sync, job_id) for job_id in ids)  # noqa: E731
             await asyncio.to_thread(until, hearing)
             for job_id in ids:
-                await asyncio.to_thread(lambda job_id=job_id: commit(store, claim(store, job_id)))
+                await asyncio.to_thread(lambda job_id=job_id: commit(store, claim(store, job_id)))  # type: ignore[misc]
             records = await asyncio.wait_for(asyncio.gather(*waits), SOON)
             assert {record.state for record in records} == {JobState.SUCCEEDED}
 

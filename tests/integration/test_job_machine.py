@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -189,7 +190,7 @@ class JobMachine(RuleBasedStateMachine):
 @pytest.mark.parametrize("histories", [10, pytest.param(100, marks=pytest.mark.slow)])
 def test_job_machine(store: JobStore, histories: int) -> None:
     """So many random histories."""
-    machine = type("Machine", (JobMachine,), {"redis": store._redis})
+    machine: Any = type("Machine", (JobMachine,), {"redis": store._redis})
     test = machine.TestCase
     test.settings = settings(
         max_examples=histories, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
@@ -240,7 +241,7 @@ def test_the_machine_notices_a_broken_fence(
         return text.replace(broken.fence, broken.instead) if name == broken.script else text
 
     monkeypatch.setattr(scripts_module, "script_source", broken_source)
-    machine = type("Machine", (JobMachine,), {"redis": store._redis})
+    machine: Any = type("Machine", (JobMachine,), {"redis": store._redis})
     test = machine.TestCase
     test.settings = settings(
         max_examples=2000,  # it stops at the first that shows it; 60 have missed it

@@ -164,7 +164,7 @@ def test_keys_come_back_as_they_were(
         assert keys.all() == made[1:]
         file.write_text(exported)
         assert main(["keys", "import", str(file)]) == 0
-        assert "1 of 2 keys were not there" in capsys.readouterr().err
+        assert "restored 1 of 2 keys" in capsys.readouterr().err
         assert keys.all() == made
 
 

@@ -147,8 +147,9 @@ def test_errors_are_theirs(client: openai.OpenAI, fields: dict[str, Any], kind: 
     """The SDK's own exceptions, with the field and the remedy."""
     with pytest.raises(kind) as refused:
         client.images.generate(**{"model": "tiny", "prompt": "a cat", **fields})
-    assert refused.value.param == param
-    assert said in refused.value.message
+    error: Any = refused.value
+    assert error.param == param
+    assert said in error.message
 
 
 def test_errors_of_keys(client: openai.OpenAI, gateway: Gateway) -> None:
@@ -226,7 +227,7 @@ def test_cancelling_a_batch(client: openai.OpenAI, gateway: Gateway) -> None:
     file = client.files.create(file=("lines.jsonl", manifest), purpose="batch")
     batch = client.batches.create(input_file_id=file.id, endpoint="/v1/images/generations", completion_window="24h")
     until(lambda: client.batches.retrieve(batch.id).status == "in_progress")
-    assert client.batches.cancel(batch.id).status == "cancelling"
+    assert client.batches.cancel(batch.id).status in ("cancelling", "cancelled")  # a dispatcher may be that fast
     until(lambda: client.batches.retrieve(batch.id).status == "cancelled")
     counts = client.batches.retrieve(batch.id).request_counts
     assert counts is not None
@@ -234,10 +235,10 @@ def test_cancelling_a_batch(client: openai.OpenAI, gateway: Gateway) -> None:
     other, _ = gateway.app.state.services.keys.create(name="other", tenant="other")
     stranger = client.with_options(api_key=other)
     for ask, unknown in (
-        (lambda: stranger.batches.retrieve(batch.id), f"batch '{batch.id}' is not known"),
-        (lambda: stranger.batches.cancel(batch.id), f"batch '{batch.id}' is not known"),
+        (lambda: stranger.batches.retrieve(batch.id), f"batch '{batch.id}' does not exist"),
+        (lambda: stranger.batches.cancel(batch.id), f"batch '{batch.id}' does not exist"),
         (lambda: stranger.files.content(file.id), file.id),
-        (lambda: stranger.files.content(f"file-{batch.id}-errors"), f"batch '{batch.id}' is not known"),
+        (lambda: stranger.files.content(f"file-{batch.id}-errors"), f"batch '{batch.id}' does not exist"),
         (lambda: stranger.files.delete(file.id), file.id),
     ):
         with pytest.raises(openai.NotFoundError, match=unknown):

@@ -10,7 +10,8 @@ import pytest
 from calotype_shared.errors import StorageUnavailable
 from calotype_shared.schema.enums import OutputFormat
 from calotype_shared.settings import Settings
-from calotype_shared.storage.s3 import Storage, image_key, sidecar_key
+from calotype_shared.storage.layout import image_key, sidecar_key
+from calotype_shared.storage.s3 import Storage
 
 
 def changed(settings: Settings, **changes: object) -> Storage:
@@ -31,7 +32,7 @@ def test_objects_come_back_as_they_went(storage: Storage) -> None:
     for _ in range(2):
         storage.delete(key)
     assert list(storage.list("job/")) == [beside]
-    with pytest.raises(StorageUnavailable, match="no such object"):
+    with pytest.raises(StorageUnavailable, match="the object does not exist"):
         storage.get(key)
 
 

@@ -41,7 +41,7 @@ def take(store: JobStore, *, worker: str = "w") -> Claim:
 def expire_leases(store: JobStore, redis: Redis) -> None:
     """As if every lease had just run out, without waiting."""
     for job_id in redis.zrange(store.keys.leases, 0, -1):
-        redis.zadd(store.keys.leases, {job_id: 1})
+        redis.zadd(store.keys.leases, {str(job_id): 1})
 
 
 def lose(store: JobStore, redis: Redis) -> None:
@@ -290,7 +290,7 @@ def test_workers_hear_of_urgent_jobs_however_they_come_into_line(store: JobStore
 
 
 def test_an_unknown_job_is_told_from_a_queued_one(store: JobStore) -> None:
-    """ "Waiting" and "missing" must never look alike."""
+    """Waiting and missing must never look alike."""
     (job_id,) = store.create([CONFIG])
     assert store.get(job_id).state is JobState.QUEUED
     with pytest.raises(JobNotFound, match="'nothing'"):

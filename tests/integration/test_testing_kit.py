@@ -41,11 +41,11 @@ def sandbox(servers: EmbeddedServers) -> Iterator[Sandbox]:
 def test_images_are_what_was_asked_for(sandbox: Sandbox) -> None:
     """In size, format, number, seeds and provenance; equal for equal configs and different for others."""
     job = sandbox.client.submit("a", seed=7, num_images=2, width=160, height=96, output_format="webp")
-    first, second = job.images(timeout=60)
+    first, second = job.result(60)
     assert [image.ref.seed for image in (first, second)] == [7, 8]
     assert (first.image.size, first.image.format) == ((160, 96), "WEBP")
     assert first.data != second.data
-    alone = sandbox.client.submit("a", seed=8, width=160, height=96, output_format="webp").images(timeout=60)[0]
+    alone = sandbox.client.submit("a", seed=8, width=160, height=96, output_format="webp").result(60)[0]
     assert alone.image.getpixel((0, 0)) == second.image.getpixel((0, 0))
     said = read_provenance(alone.data)
     assert (said["config"]["prompt"], said["seed"], said["model"]) == ("a", 8, "demo")
@@ -91,16 +91,29 @@ def test_progress_is_seen_and_a_cancellation_noticed(sandbox: Sandbox) -> None:
 
     sandbox.worker.script = script
     long = sandbox.client.submit("long", num_inference_steps=10)
-    until(lambda: long.progress == 0.5)
+    until(lambda: long.status().progress == 0.5)
     go.set()
     assert long.wait(60).progress == 1.0
     slow = sandbox.client.submit("slow")
-    until(lambda: slow.progress > 0)
+    until(lambda: slow.status().progress > 0)
     assert slow.cancel() is JobState.CANCELLED
     assert sandbox.client.submit("next").wait(60).state is JobState.SUCCEEDED
     with pytest.raises(JobCancelled):
         slow.wait(60)
     assert sandbox.worker.done[1] == slow.id
+
+
+def test_a_worker_that_stops_hands_its_job_back(servers: EmbeddedServers) -> None:
+    """At the next call of the script, and without a failure; another one makes it."""
+    with Sandbox(servers=servers) as sandbox:
+        sandbox.worker.pause()
+        with ScriptedWorker(sandbox.settings, [demo_card()], script=lambda context: context.wait(600), name="leaves"):
+            job = sandbox.client.submit("x")
+            until(lambda: job.status().state is JobState.RUNNING)
+        assert job.status().state is JobState.QUEUED
+        sandbox.worker.resume()
+        record = job.wait(60)
+        assert (record.failures, record.crashes, record.worker) == (0, 0, "scripted-worker")
 
 
 def test_a_crash_is_what_a_client_sees_of_one(servers: EmbeddedServers) -> None:
@@ -133,7 +146,7 @@ def test_models_are_those_of_their_cards(servers: EmbeddedServers) -> None:
     """An ensemble of two is made by both; what a card does not have is refused before it is queued."""
     cards = [demo_card(), demo_card("other", version="2", features=frozenset({"text_to_image"}))]
     with Sandbox(servers=servers, cards=cards, tenant="acme") as sandbox:
-        images = sandbox.client.submit("x", ensemble=["other"]).images(timeout=60)
+        images = sandbox.client.submit("x", ensemble=["other"]).result(60)
         assert [read_provenance(image.data)["model_version"] for image in images] == ["test", "2"]
         assert sandbox.client.submit("x").status().tenant == "acme"
         buffer = io.BytesIO()

@@ -142,7 +142,7 @@ def test_an_old_client_follows_cancels_and_lists_a_new_job(client: Client, newer
     assert client.status(waiting).newer
     assert {record.id for record in client.jobs()} == {done, failed, waiting}
     assert [record.id for record in client.dead_jobs.list()] == [failed]
-    with pytest.raises(InvalidRequest, match=r"is of a newer version \(schema 2\).* upgrade this process"):
+    with pytest.raises(InvalidRequest, match=r"was written by a newer version \(schema 2\).* upgrade this process"):
         client.dead_jobs.retry(failed)
     assert client.cancel(waiting) is JobState.CANCELLED
 

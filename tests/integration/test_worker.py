@@ -67,7 +67,7 @@ def test_jobs_become_images_with_their_provenance(
     said = read_provenance(image.data)
     assert said["config"] == json.loads(records[1].config.canonical_json())
     assert (said["seed"], said["model"], said["job_id"]) == (1, "tiny", jobs[1].id)
-    assert image.image.text["parameters"].startswith("cat 1\nSteps: 7, Sampler: Euler a, CFG scale: 7.5, Seed: 1")
+    assert image.image.info["parameters"].startswith("cat 1\nSteps: 7, Sampler: Euler a, CFG scale: 7.5, Seed: 1")
     key = records[1].images[0].key
     assert re.fullmatch(rf"{jobs[1].id}/1-[0-9a-f]{{8}}/0\.png", key)
     assert json.loads(storage.get(key.replace(".png", ".json")))["digest"] == said["digest"]

@@ -71,7 +71,7 @@ def test_bad_settings_and_services(refused: Any, variables: dict[str, str], stat
     ("arguments", "said"),
     [
         (["--model", "tiny=/no/such/folder"], "'/no/such/folder' does not exist"),
-        (["--model", "other"], "no source is known"),
+        (["--model", "other"], "has no source"),
         (["--device", "cuda:7"], "torch sees 0 CUDA devices"),
     ],
 )

@@ -78,7 +78,7 @@ def test_a_worker_tells_what_it_has_done(stack: Stack) -> None:
     assert scrape.value("calotype_batch_rows_sum", model="tiny") >= report.rows > 0
     assert scrape.value("calotype_engine_seconds_total", phase="step") >= report.step_seconds > 0
     made = scrape.value("calotype_images_total", outcome="succeeded")
-    for name in ("encode_image", "upload", "place_wait"):
+    for name in ("encode_image", "upload", "admission_wait"):
         assert scrape.value(f"calotype_{name}_seconds_count") == made
     for name in ("commit", "fetch", "encode", "decode"):
         assert scrape.value(f"calotype_{name}_seconds_count") > 0
@@ -265,7 +265,7 @@ def server() -> Iterator[AdminServer]:
 
 def test_a_bug_in_a_route_is_an_answer_and_a_taken_port_is_told(server: AdminServer) -> None:
     """Neither shows what was wrong inside; the second names the setting."""
-    assert answer_of(f"http://127.0.0.1:{server.port}/broken") == (500, '{"error": "a bug, which is in the log"}')
+    assert answer_of(f"http://127.0.0.1:{server.port}/broken") == (500, '{"error": "a bug; the log has the details"}')
     with pytest.raises(
         SettingsError, match=rf"X={server.port}: cannot listen at '127.0.0.1' \(Address already in use\)"
     ):

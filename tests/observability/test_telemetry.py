@@ -25,14 +25,8 @@ from calotype.embedded.ports import free_ports
 from calotype_shared.errors import InvalidRequest, SettingsError
 from calotype_shared.observability.logs import about
 from calotype_shared.observability.otlp import export_spans
-from calotype_shared.observability.tracing import (
-    Telemetry,
-    context_of,
-    make_telemetry,
-    span_block,
-    trace_id_of,
-    traceparent_of,
-)
+from calotype_shared.observability.telemetry import make_telemetry
+from calotype_shared.observability.tracing import Telemetry, context_of, span_block, trace_id_of, traceparent_of
 from calotype_shared.queue.job_store import JobStore
 from calotype_shared.schema.model_card import ModelCard
 from calotype_shared.settings import Settings
@@ -343,19 +337,18 @@ def test_an_untraced_process_passes_a_trace_on(said: str, kept: bool) -> None:
 
 def test_missing_packages_are_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """An error where our setting asks for traces, one line where only the environment does."""
-    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
     monkeypatch.delitem(sys.modules, "calotype_shared.observability.otlp", raising=False)
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
     with caplog.at_level(logging.WARNING):
         assert make_telemetry(Settings.load(), service="x") == Telemetry()
-    assert "nothing is traced" in caplog.text
+    assert "tracing is disabled" in caplog.text
     with pytest.raises(SettingsError, match=r"CALOTYPE_TELEMETRY='on': .*pip install 'calotype\[telemetry\]'"):
         make_telemetry(Settings.load(telemetry="on"), service="x")
 
 
 def test_a_collector_that_is_away_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither who notes spans nor, for long, a process that ends."""
-
     heals, exported = threading.Event(), []
 
     class Stuck(SpanExporter):

@@ -24,7 +24,8 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_step_model(tiny_folder: Path) -> StepModel:
     from calotype_worker.models import load_model
 
-    return load_model("tiny", source=str(tiny_folder))
+    model: Any = load_model("tiny", source=str(tiny_folder))
+    return model
 
 
 @pytest.fixture

@@ -59,7 +59,7 @@ class Shelf:
 
 def wanted(name: str) -> list[GenerationRequest]:
     """Guided and not, previews, from an image, and what the family can beside: inpainting, a LoRA, a ControlNet."""
-    common = {"prompt": "a thing", "width": 64, "height": 64, "sampler": SamplerType.EULER}
+    common: dict[str, Any] = {"prompt": "a thing", "width": 64, "height": 64, "sampler": SamplerType.EULER}
     plain = [
         GenerationRequest(
             request_id=f"plain-{index}",

@@ -60,7 +60,9 @@ def made_at_once(model: StepModel, requests: list[GenerationRequest]) -> np.ndar
 @torch.inference_mode()
 def stepped(model: StepModel, requests: list[GenerationRequest]) -> tuple[list[np.ndarray], float]:
     """Images of requests of which another joins at every second step; and the mean number of rows of a pass."""
-    waiting, rows, finished = list(batch_of(model, requests).members), [], {}
+    waiting = list(batch_of(model, requests).members)
+    rows: list[int] = []
+    finished: dict[str, Any] = {}
     batch = batch_of(model, requests[:1])
     batch.leave(batch.members)
     while waiting or batch.members:
@@ -113,8 +115,10 @@ def test_what_is_off_leaves_no_trace(shelf: Shelf, name: str, monkeypatch: pytes
 
 @pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux"])
 def test_a_full_pass_is_the_network_and_so_is_the_next_of_the_same_inputs(shelf: Shelf, name: str) -> None:
-    """What the caches do by hand is what diffusers does, for sizes too that the network must pad; and what they
-    remember is what they would compute."""
+    """What the caches do by hand is what diffusers does, for sizes too that the network must pad.
+
+    And what they remember is what they would compute.
+    """
     accelerations = {"first_block_cache": 0.5} if name in ("sd3", "flux") else {"deep_cache": 3}
     cached, exact = shelf.model(name, **accelerations), shelf.model(name)
     for size in [(64, 64), (72, 56)] if "deep_cache" in accelerations else [(64, 64), (96, 64)]:
@@ -419,14 +423,16 @@ def test_a_lossy_image_says_so(shelf: Shelf) -> None:
         with running(own) as engine:
             generated = engine.submit(GenerationRequest.from_config(config, request_id="r")).result(120)
         files, _ = encoder.encode(claim, 0, generated)
-        assert read_provenance(files[0].data).get("accelerations") == said
-        assert json.loads(files[1].data).get("accelerations") == said
+        image, beside = (file.data or b"" for file in files)
+        assert read_provenance(image).get("accelerations") == said
+        assert json.loads(beside).get("accelerations") == said
 
 
 def test_settings_out_of_range_are_named() -> None:
     from calotype_worker.settings import WorkerSettings
 
-    for field, value in (("deep_cache", 0), ("first_block_cache", 1.5), ("token_merging", 0.9)):
+    beyond: list[tuple[str, Any]] = [("deep_cache", 0), ("first_block_cache", 1.5), ("token_merging", 0.9)]
+    for field, value in beyond:
         with pytest.raises(InvalidRequest, match=rf"{field}={value}.*use .* \(off\) to"):
             Accelerations(**{field: value})
         with pytest.raises(SettingsError, match=f"CALOTYPE_WORKER_{field.upper()}={value}"):
@@ -438,9 +444,9 @@ def test_settings_out_of_range_are_named() -> None:
 @pytest.mark.parametrize(
     ("accelerations", "settings", "message"),
     [
-        ({"deep_cache": 2}, {"deterministic": True}, r"deep_cache=2.*do without deterministic"),
-        ({"token_merging": 0.5}, {"deterministic": True}, r"token_merging=0.5.*do without deterministic"),
-        ({"deep_cache": 2}, {"compile": "default"}, r"deep_cache=2.*do without compile"),
+        ({"deep_cache": 2}, {"deterministic": True}, r"deep_cache=2.*turn off deterministic"),
+        ({"token_merging": 0.5}, {"deterministic": True}, r"token_merging=0.5.*turn off deterministic"),
+        ({"deep_cache": 2}, {"compile": "default"}, r"deep_cache=2.*turn off compile"),
     ],
     ids=str,
 )
@@ -448,8 +454,8 @@ def test_what_cannot_go_together_is_refused_at_the_start(
     shelf: Shelf, accelerations: dict[str, Any], settings: dict[str, Any], message: str
 ) -> None:
     """By an engine, and by a worker before it loads anything."""
+    from calotype_worker.loading import load_models
     from calotype_worker.settings import WorkerSettings
-    from calotype_worker.worker import load_models
 
     with pytest.raises(InvalidRequest, match=message):
         Engine(shelf.model("sd", **accelerations), EngineSettings(**settings))
@@ -460,10 +466,10 @@ def test_what_cannot_go_together_is_refused_at_the_start(
 @pytest.mark.parametrize(
     ("name", "accelerations", "message"),
     [
-        ("sd3", {"deep_cache": 2}, r"'sd3': deep_cache=2 is for the U-Nets .* SD3Transformer2DModel; leave it off"),
-        ("sd", {"first_block_cache": 0.1}, r"first_block_cache=0.1 is for the transformers .* UNet2DConditionModel"),
-        ("flux", {"token_merging": 0.5}, r"token_merging=0.5 is for U-Nets .* FluxTransformer2DModel"),
-        ("sd", {"quantized": "float8"}, r"float8 on device 'cpu': .* 8.9 or newer .* use quantized=int8"),
+        ("sd3", {"deep_cache": 2}, r"'sd3': deep_cache=2 needs a U-Net .* SD3Transformer2DModel; leave it off"),
+        ("sd", {"first_block_cache": 0.1}, r"first_block_cache=0.1 needs a transformer .* UNet2DConditionModel"),
+        ("flux", {"token_merging": 0.5}, r"token_merging=0.5 needs a U-Net .* FluxTransformer2DModel"),
+        ("sd", {"quantized": "float8"}, r"float8 on device 'cpu': .* 8.9 or newer .* or quantized=int8"),
     ],
     ids=str,
 )

@@ -1,5 +1,7 @@
-"""The sync and the async client are one interface: the same methods, parameters and words; and errors that can be
-imported from the package's root."""
+"""The sync and the async client are one interface: the same methods, parameters and words.
+
+And errors can be imported from the package's root.
+"""
 
 from __future__ import annotations
 
@@ -84,26 +86,26 @@ def test_a_difference_is_noticed() -> None:
     """The control: each kind of it, in two classes that differ in each."""
 
     class Sync:
-        def missing(self) -> int:
+        def missing(self) -> None:
             """One."""
 
-        def default(self, x: int = 1) -> int:
+        def default(self, x: int = 1) -> None:
             """One."""
 
-        def blocking(self) -> int:
+        def blocking(self) -> None:
             """One."""
 
-        def words(self) -> int:
+        def words(self) -> None:
             """One."""
 
     class Async:
-        async def default(self, x: int = 2) -> int:
+        async def default(self, x: int = 2) -> None:
             """One."""
 
-        def blocking(self) -> int:
+        def blocking(self) -> None:
             """One."""
 
-        async def words(self) -> int:
+        async def words(self) -> None:
             """Two."""
 
     found = sorted(difference.split(":")[0] for difference in differences(Sync, Async))
@@ -142,7 +144,7 @@ def test_the_tree_of_errors_is_true() -> None:
     assert drawn == {name: base for name, base in real.items() if name != "CalotypeError"}
     said = " ".join(below.split())
     for name, builtin in BUILT_IN.items():
-        assert re.search(rf"{name}\b[^;:.]* as {builtin.__name__}\b", said), name
+        assert re.search(rf"{name}\b[^;:.]* from {builtin.__name__}\b", said), name
 
 
 def test_what_the_package_exports_is_there() -> None:

@@ -50,7 +50,7 @@ def test_arrays_come_back_as_arrays() -> None:
 
 
 def test_the_parts_put_together_make_the_models_image() -> None:
-    """Text encoder, network, schedule and decoder by hand, against `generate`."""
+    """Text encoder, network, schedule and decoder by hand, against `generate`, which has this one model."""
     with DiffusionModel() as model:
         config = GenerationConfig(
             prompt="a red circle", width=64, height=64, num_inference_steps=6, guidance_scale=1.0, seed=3
@@ -64,6 +64,8 @@ def test_the_parts_put_together_make_the_models_image() -> None:
         for timestep in scheduler.timesteps:
             latents = scheduler.step(unet(latents, timestep, embedding), timestep, latents, return_dict=False)[0]
         made = decoder.decode(latents)[0]
+        with pytest.raises(InvalidRequest, match="model='second': is not a known model; use one of: demo"):
+            model.generate_batch([GenerationConfig(prompt="a", ensemble=("second",))])
     assert np.abs(made.astype(int) - expected.astype(int)).max() <= 1
 
 

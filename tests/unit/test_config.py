@@ -14,11 +14,10 @@ from calotype_shared.errors import InvalidRequest
 from calotype_shared.schema.config import (
     MAX_PROMPT_CHARACTERS,
     MAX_SEED,
-    QUALITY_PRESETS,
     GenerationConfig,
-    quality_preset,
 )
 from calotype_shared.schema.enums import SamplerType
+from calotype_shared.schema.presets import QUALITY_PRESETS, quality_preset
 
 
 @pytest.mark.parametrize(

@@ -45,16 +45,16 @@ def test_a_socket() -> None:
     [
         ("http://x", "must start with"),
         ("redis", "must start with"),
-        ("rediss://h/0?ssl_cert_reqs=none", "no \\?options"),
-        ("redis://h:99999", "host"),
-        ("redis://h:0", "host"),
+        ("rediss://h/0?ssl_cert_reqs=none", "does not allow \\?options"),
+        ("redis://h:99999", "invalid host"),
+        ("redis://h:0", "invalid host"),
         ("redis://a,b/0", "several hosts"),
-        ("redis://h/zero", "no number"),
-        ("redis://h/0/1", "more than a database"),
+        ("redis://h/zero", "invalid database"),
+        ("redis://h/0/1", "only a database number"),
         ("redis+sentinel://a,b", "name the primary"),
         ("redis+sentinel://a,b/", "name the primary"),
-        ("unix:///x?timeout=3", "nothing but"),
-        ("redis://[::1", "host"),
+        ("unix:///x?timeout=3", "allows only"),
+        ("redis://[::1", "invalid host"),
     ],
 )
 def test_an_address_that_makes_no_sense(url: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,10 +70,10 @@ def test_a_certificate_needs_its_key_and_files_must_be_there(tmp_path: Path, mon
     file = tmp_path / "x.pem"
     file.touch()
     monkeypatch.setenv("CALOTYPE_S3_SECRET_ACCESS_KEY", "hunter2")
-    with pytest.raises(SettingsError, match="belong together") as refused:
+    with pytest.raises(SettingsError, match="must be set together") as refused:
         Settings.load(redis_cert_file=str(file))
     assert "hunter2" not in str(refused.value)
-    with pytest.raises(SettingsError, match=r"REDIS_CA_FILE.*no file"):
+    with pytest.raises(SettingsError, match=r"REDIS_CA_FILE.*not a readable file"):
         Settings.load(redis_ca_file=str(tmp_path / "none.pem"))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -46,8 +47,8 @@ def test_prompts_name_the_model_only_where_they_do_not(tmp_path: Path) -> None:
     ("text", "said"),
     [
         ('{"prompt": "a"}\n{"prompt": "b", "steps": 3}\n', "line 2 .*: steps"),
-        ('{"prompt": "a"}\n{"prompt": \n', "line 2 .*one JSON object a line"),
-        ('["a"]\n', "line 1 .*is no JSON object"),
+        ('{"prompt": "a"}\n{"prompt": \n', "line 2 .*one JSON object per line"),
+        ('["a"]\n', "line 1 .*is not a JSON object"),
         ("\n", "has no prompts"),
     ],
 )
@@ -74,7 +75,8 @@ def test_a_contact_sheet_shows_every_image_enlarged_with_its_caption() -> None:
     assert [sheet.getpixel(cell) for cell in cells] == colors
     for (x, _), top in zip(cells, (272, 272, sheet.height // 2 + 264), strict=True):
         below = sheet.crop((x - 120, top, x + 120, top + 60)).convert("L")
-        assert below.getextrema()[0] < 90  # dark ink on light paper
+        darkest: Any = below.getextrema()[0]
+        assert darkest < 90  # dark ink on light paper
     assert sheet.getpixel((half + half // 2, sheet.height - 150)) == (250, 249, 246)  # no fourth image
 
 

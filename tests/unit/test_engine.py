@@ -15,7 +15,7 @@ from calotype_shared.errors import GenerationFailed, InvalidRequest
 from calotype_shared.schema.enums import SamplerType
 from calotype_worker.engine import EngineSettings, GenerationRequest
 from calotype_worker.engine.failure_isolation import run_isolating_failures
-from calotype_worker.models import StepModel
+from calotype_worker.models import ModelPool, StepModel
 from calotype_worker.models.base import Conditioning, Rows, Text
 
 
@@ -157,11 +157,28 @@ def test_what_the_model_cannot_do_is_refused_at_submit(make_engine: Any) -> None
         engine.submit(request("a", prompt="x" * 400))
     with pytest.raises(InvalidRequest, match=r"negative_prompt=.*windows"):
         engine.submit(request("a", negative_prompt="x" * 400))
+    with pytest.raises(InvalidRequest, match=r"loras='lora': .* does not support this"):
+        engine.submit(request("a", loras=(("neon", 1.0),)))
+    source = np.zeros((32, 64, 3), dtype=np.uint8)
+    with pytest.raises(InvalidRequest, match=r"init_image=.*has 64x32 pixels, and the request 64x64"):
+        engine.submit(request("a", init_image=source))
     first = engine.submit(request("a"))
     with pytest.raises(InvalidRequest, match="already in the engine"):
         engine.submit(request("a"))
     first.result(timeout=120)
     assert engine.stats().in_flight == 0
+
+
+def test_a_refiner_is_asked_too(make_engine: Any, tiny_step_model: StepModel) -> None:
+    """By its own card: here it has the size, but not the sampler that the first model begins with."""
+    second = Faulty(tiny_step_model, fault="")
+    second.card = tiny_step_model.card.model_copy(update={"name": "second", "samplers": ("ddim",)})  # type: ignore[attr-defined]
+    engine = make_engine(ModelPool([tiny_step_model, second]))
+    with pytest.raises(
+        InvalidRequest, match=r"sampler='euler_a': is not available for model 'second'; available: ddim"
+    ):
+        engine.submit(request("a", refiner="second"))
+    assert engine.submit(request("b", refiner="second", sampler=SamplerType.DDIM)).result(timeout=30).steps_taken == 6
 
 
 def test_stop_finishes_what_fits_and_cancels_the_rest(make_engine: Any) -> None:

@@ -5,6 +5,8 @@ The negative controls break one thing each and must miss by far: a comparison th
 
 from __future__ import annotations
 
+import math
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +19,7 @@ import torch
 from calotype_shared.schema.enums import SamplerType
 from calotype_worker.engine import Engine, EngineSettings, Generated, GenerationRequest
 from calotype_worker.engine.step_batch import StepBatch
+from calotype_worker.engine.trace import NoopTracer
 from calotype_worker.models import StepModel, load_model
 from calotype_worker.sampling import make_scheduler
 from calotype_worker.sampling.samplers import SAMPLERS
@@ -53,7 +56,7 @@ def plain_pipeline(tiny_folder: Path) -> Any:
     return pipeline
 
 
-def alone(pipeline: Any, model: StepModel, request: GenerationRequest) -> np.ndarray:
+def alone(pipeline: Any, model: Any, request: GenerationRequest) -> np.ndarray:
     """The same image by plain diffusers: uint8 (H, W, 3)."""
     pipeline.scheduler = make_scheduler(request.sampler, model.scheduler_config, request.num_inference_steps)
     image = pipeline(
@@ -73,14 +76,41 @@ def levels(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(a.astype(int) - b.astype(int)).max())
 
 
+class Gate(NoopTracer):
+    """Holds the engine's thread after a step until it is let through, so that a busy machine changes no batch."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._allowed = 0.0  # steps
+        self.holds = False
+
+    def span(self, track: str, name: str, began: float, ended: float, **facts: Any) -> None:
+        if not name.startswith("step"):
+            return
+        with self._changed:
+            self.holds = True
+            self._changed.wait_for(lambda: self._allowed > 0)
+            self._allowed -= 1
+            self.holds = False
+
+    def allow(self, steps: float) -> None:
+        with self._changed:
+            self._allowed += steps
+            self._changed.notify()
+
+
 def run_staggered(engine: Engine, requests: list[GenerationRequest]) -> list[Generated]:
     """Submit a request whenever the engine has taken another two steps, so that rows join batches in mid-flight."""
+    gate = engine._trace = Gate()
     futures = []
-    for request in requests:
-        futures.append(engine.submit(request))
-        seen = engine.stats().forward_passes
-        while engine.stats().forward_passes < seen + 2 and not futures[-1].done():
-            time.sleep(0.001)
+    try:
+        for request in requests:
+            futures.append(engine.submit(request))
+            gate.allow(2)
+            while not (gate.holds and gate._allowed == 0) and not all(future.done() for future in futures):
+                time.sleep(0.001)
+    finally:
+        gate.allow(math.inf)
     return [future.result(timeout=120) for future in futures]
 
 

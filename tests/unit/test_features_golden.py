@@ -147,14 +147,15 @@ class Plain:
             "guidance_scale": request.guidance_scale,
             "generator": torch.Generator().manual_seed(request.seed),
         }
+        source: Any = request.init_image
         kind, parts = diffusers.StableDiffusionPipeline, dict(self._pipeline.components)
         if request.mask is not None:
             kind = diffusers.StableDiffusionInpaintPipeline
-            arguments |= {"image": Image.fromarray(request.init_image), "mask_image": Image.fromarray(request.mask)}
+            arguments |= {"image": Image.fromarray(source), "mask_image": Image.fromarray(request.mask)}
             arguments |= {"strength": request.strength, "width": request.width, "height": request.height}
         elif request.init_image is not None:
             kind = diffusers.StableDiffusionImg2ImgPipeline
-            arguments |= {"image": Image.fromarray(request.init_image), "strength": request.strength}
+            arguments |= {"image": Image.fromarray(source), "strength": request.strength}
         elif request.controls:
             kind = diffusers.StableDiffusionControlNetPipeline
             arguments |= {
@@ -180,7 +181,7 @@ class Plain:
                 pipeline.unload_lora_weights()
         if request.mask is None:
             return made
-        return np.where(request.mask[:, :, None], made, request.init_image)
+        return np.where(request.mask[:, :, None], made, source)
 
     def _texts(self, request: GenerationRequest) -> dict[str, Any]:
         """Plain text, or compel's embeddings where a prompt is long or weighted."""

@@ -36,8 +36,11 @@ print(share, "boto3" in sys.modules)
 
 
 def test_the_producer_imports_as_fast_as_its_dependencies_without_the_workers_packages() -> None:
-    """In a fresh interpreter where those packages cannot be imported: its own part takes half as long as pydantic's and
-    redis' do. Processor time, and of one process, so that a slow or busy machine passes."""
+    """In a fresh interpreter where those packages cannot be imported.
+
+    Its own part takes half as long as pydantic's and redis' do. Processor time, and of one process, so that a slow or
+    busy machine passes.
+    """
     least = 99.0
     for _ in range(3):  # the first run may also compile bytecode
         done = subprocess.run(

@@ -132,7 +132,9 @@ def objects() -> list[dict[str, Any]]:
     ]
     literals = [literal.partition("=") for part in parts for literal in part["configMapGenerator"][0]["literals"]]
     data = {name: value for name, _, value in literals}
-    found = [{"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "worker"}, "data": data}]
+    found: list[dict[str, Any]] = [
+        {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "worker"}, "data": data}
+    ]
     found += [thing for file in files for thing in yaml.safe_load_all(file.read_text()) if "metadata" in (thing or {})]
     for thing in found:
         for container in thing.get("spec", {}).get("template", {}).get("spec", {}).get("containers", ()):

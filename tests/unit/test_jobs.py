@@ -65,7 +65,7 @@ def test_every_key_is_documented_and_under_the_prefix() -> None:
         if inspect.isfunction(value) and not name.startswith("_"):
             made.append(value(keys, *["Q"] * (len(inspect.signature(value).parameters) - 1)))
     assert len(made) > 30
-    document = __import__("calotype_shared.queue.keys", fromlist=["x"]).__doc__
+    document = __import__("calotype_shared.queue.keys", fromlist=["x"]).__doc__ or ""
     for key in made:
         assert key.startswith("p:")
         name = key.removeprefix("p:").split(":")[0]

@@ -38,7 +38,7 @@ def example() -> Iterator[ModuleType]:
 
 
 def asked(name: str, **fields: object) -> GenerationRequest:
-    values = {"width": 64, "height": 64, "num_inference_steps": 12, "guidance_scale": 1.0, "seed": 3}
+    values: dict[str, object] = {"width": 64, "height": 64, "num_inference_steps": 12, "guidance_scale": 1.0, "seed": 3}
     values |= {"sampler": SamplerType.DDIM, "prompt": f"a {name} wall", "request_id": name}
     return GenerationRequest(**{**values, **fields})  # type: ignore[arg-type]
 
@@ -106,7 +106,7 @@ def test_the_denoiser_finds_the_noise_that_was_put_in(example: ModuleType) -> No
 def test_what_it_cannot_do_is_refused(example: ModuleType) -> None:
     with pytest.raises(InvalidRequest, match="sampler="):
         made(example.PlainColors(), [asked("red", sampler=SamplerType.HEUN)])
-    with pytest.raises(InvalidRequest, match=r"loras='lora': model 'colors' cannot do that"):
+    with pytest.raises(InvalidRequest, match=r"loras='lora': model 'colors' does not support this"):
         made(example.PlainColors(), [asked("red", loras=(("neon", 1.0),))])
 
 

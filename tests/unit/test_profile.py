@@ -161,7 +161,7 @@ def test_the_engine_keeps_to_the_knee(make_engine: Any, tiny_step_model: StepMod
 
 
 def test_steps_are_measured_where_they_are_run(make_engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CUDA graph is of the thread that recorded it. What goes wrong is told to who asked, and the engine goes on."""
+    """A CUDA graph belongs to the thread that recorded it. The caller gets an error, and the engine runs on."""
     threads: list[str] = []
 
     def fails(*_: Any, **__: Any) -> tuple[Point, ...]:
@@ -172,12 +172,28 @@ def test_steps_are_measured_where_they_are_run(make_engine: Any, monkeypatch: py
     made: Engine = make_engine(start=False)
     with pytest.raises(RuntimeError, match="no kernel image"):
         made.profile(seconds=1)
-    made.start()
     assert made.submit(request("after")).result(120).image.any()
     assert threads == ["calotype-engine"]
-    made.stop()
-    with pytest.raises(GenerationFailed, match="not running"):
+    with pytest.raises(GenerationFailed, match="started already"):
         made.profile(seconds=1)
+
+
+def test_a_profile_of_a_lost_device_ends(make_engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The caller gets the error whether the device fails while it is set up or while steps are measured."""
+
+    def lost(*_: Any, **__: Any) -> None:
+        raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+    for target in ("calotype_worker.engine.engine.work_on", "calotype_worker.engine.engine.profile_models"):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, lost)
+            fatal: list[BaseException] = []
+            made: Engine = make_engine(start=False, on_fatal=fatal.append)
+            with pytest.raises((GenerationFailed, torch.AcceleratorError), match="device-side assert"):
+                made.profile(seconds=1)
+            made.stop()
+            assert len(fatal) == 1
+            assert not made.alive
 
 
 def test_a_fixed_number_of_rows_is_not_measured(make_engine: Any) -> None:

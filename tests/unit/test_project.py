@@ -20,9 +20,9 @@ SOURCES = ("producer", "worker", "shared", "tools", "tests", "benchmarks", "exam
 LEFT_OUT = {"torch", "celery-batches"}
 # Where the code uses what its library does not document.
 UNDOCUMENTED = {
-    "celery": ("worker/calotype_worker/worker.py", "celery_state.should_stop"),
+    "celery": ("worker/calotype_worker/jobs/drain.py", "celery_state.should_stop"),
     "kombu": ("worker/calotype_worker/jobs/transport.py", "_brpop_read"),
-    "diffusers": ("worker/calotype_worker/models/opaque/animatediff.py", "running._interrupt"),
+    "diffusers": ("worker/calotype_worker/models/pipeline/copies.py", "_progress_bar_config"),
     "transformers": ("worker/calotype_train/demo/tokenizer.py", "transformers.convert_slow_tokenizer"),
     "torch": ("worker/calotype_worker/engine/compiled.py", "torch._dynamo"),
     "compel": ("worker/calotype_worker/models/clip_text.py", "get_token_ids_and_expand_weights"),

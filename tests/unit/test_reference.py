@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import re
 import shutil
@@ -69,6 +71,16 @@ def test_everything_public_is_on_the_page_of_python() -> None:
     for package in (calotype, calotype_worker):
         missing = {name for name in package.__all__ if (package.__name__, name) not in shown} - elsewhere
         assert missing <= {"SamplerType"}, missing  # `calotype_worker` has the one of `calotype`
+
+
+def test_everything_public_is_described() -> None:
+    """Each class that the page shows, and each of its methods and properties."""
+    silent = []
+    for package, name in python_api.documented():
+        cls = getattr(importlib.import_module(package), name)
+        parts = {name: cls, **{f"{name}.{part}": member for part, member in python_api.members(cls)}}
+        silent += [part for part, member in parts.items() if not inspect.getdoc(member)]
+    assert not silent, "write a docstring for each"
 
 
 def test_every_route_and_every_option_is_there() -> None:

@@ -169,9 +169,10 @@ def test_a_release_is_tested_before_it_is_published() -> None:
 def test_workflows_are_what_the_service_takes() -> None:
     """By its published schema, and by an auditor of workflows, both offline."""
     tools = Path(sys.executable).parent
-    for command in (
+    commands: list[list[str | Path]] = [
         [tools / "check-jsonschema", "--builtin-schema", "vendor.github-workflows", *WORKFLOWS],
         [tools / "zizmor", "--offline", "--quiet", ROOT / ".github"],
-    ):
+    ]
+    for command in commands:
         ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         assert ran.returncode == 0, ran.stdout + ran.stderr

@@ -66,9 +66,9 @@ def test_sampler_and_format_become_the_models_own_only_where_they_were_left_open
     assert (config.sampler, config.output_format) == (SamplerType.DDIM, OutputFormat.GIF)
     flow = card(samplers=("euler", "heun"))
     assert resolved(flow).sampler is SamplerType.EULER
-    with pytest.raises(InvalidRequest, match=r"sampler='ddim': .* it has: euler, heun"):
+    with pytest.raises(InvalidRequest, match=r"sampler='ddim': .* available: euler, heun"):
         resolved(flow, sampler="ddim")
-    with pytest.raises(InvalidRequest, match=r"output_format='png': .* it has: gif, mp4"):
+    with pytest.raises(InvalidRequest, match=r"output_format='png': .* available: gif, mp4"):
         resolved(VIDEO, output_format="png")
 
 
@@ -119,33 +119,35 @@ def test_a_resolved_config_may_be_submitted_again() -> None:
         ([card()], {"width": 256, "height": 512}, r"height=512: 256x512 is .* native sizes are 128x128, 160x96"),
         ([card()], {"seed": MAX_SEED, "num_images": 2}, "seed=9007199254740991: image 2 would use a seed above"),
         ([card(max_steps=4)], {"num_inference_steps": 5}, "num_inference_steps=5: .* at most 4 steps; use at most 4"),
-        ([card()], {"loras": [{"name": "sketch"}]}, "loras='sketch': .* it has: neon"),
-        ([card()], {"controls": [{"name": "depth", "image": IMAGE}]}, "controls='depth': .* it has: outline"),
-        ([card(features=PLAIN)], {"init_image": IMAGE}, "init_image='image_to_image': .* cannot do that"),
+        ([card()], {"loras": [{"name": "sketch"}]}, "loras='sketch': .* available: neon"),
+        ([card()], {"controls": [{"name": "depth", "image": IMAGE}]}, "controls='depth': .* available: outline"),
+        ([card(features=PLAIN)], {"init_image": IMAGE}, "init_image='image_to_image': .* does not support this"),
         ([card(features=PLAIN)], {"init_image": IMAGE, "mask_image": MASK}, "mask_image='inpainting'"),
         ([card(features=PLAIN)], {"preview_every": 1}, "preview_every='preview'"),
         ([card()], {"num_frames": 8}, "num_frames='text_to_video'"),
-        ([card(features={Feature.INPAINTING})], {}, "model='demo': .* cannot do text_to_image"),
+        ([card()], {"fps": 8}, "fps='text_to_video'"),
+        ([VIDEO], {"audio_seconds": 8}, "audio_seconds='text_to_audio'"),
+        ([card(features={Feature.INPAINTING})], {}, "model='demo': .* does not support text_to_image"),
         ([card()], {"prompt": "a (red:99) cat"}, r"prompt=.* weight 99 is out of range"),
         ([card(features=PLAIN)], {"negative_prompt": "a (red:1.3) cat"}, "negative_prompt=.* is a prompt weight"),
-        ([VIDEO], {"width": 64, "refiner": {"model": "demo"}}, "model='demo': is not one of the models here"),
-        ([VIDEO, card()], {"refiner": {"model": "demo"}}, "refiner='refiner': model 'video' cannot do that"),
-        ([card(), VIDEO], {"refiner": {"model": "video"}}, "refiner='video': .* cannot take over unfinished images"),
-        ([card(), card("two", samplers=("euler",))], {"refiner": {"model": "two"}}, "sampler='ddim': model 'two'"),
+        ([VIDEO], {"width": 64, "refiner": {"model": "demo"}}, "model='demo': is not a known model"),
+        ([VIDEO, card()], {"refiner": {"model": "demo"}}, "refiner='refiner': model 'video' does not support this"),
+        ([card(), VIDEO], {"refiner": {"model": "video"}}, "refiner='video': .* cannot be used as a refiner"),
+        ([card(), card("two", samplers=("euler",))], {"refiner": {"model": "two"}}, "sampler='ddim': .* model 'two'"),
         ([card(), card("two", max_pixels=99)], {"refiner": {"model": "two"}}, "width=128: .* model 'two'"),
         (
             [card(), card("two", features=PLAIN)],
             {"refiner": {"model": "two"}, "prompt": "a (red:1.3) cat"},
             "is a prompt weight",
         ),
-        ([card(), card("two", samplers=("euler",))], {"ensemble": ["two"]}, "sampler='ddim': model 'two'"),
+        ([card(), card("two", samplers=("euler",))], {"ensemble": ["two"]}, "sampler='ddim': .* model 'two'"),
         ([card(), card("two", loras=())], {"ensemble": ["two"], "loras": [{"name": "neon"}]}, "model 'two'.* none"),
         (
             [card(), card("two", features=PLAIN)],
             {"ensemble": ["two"], "prompt": "a (red:1.3) cat"},
             "is a prompt weight",
         ),
-        ([card()], {"ensemble": ["two"]}, "model='two': is not one of the models here; use one of: demo"),
+        ([card()], {"ensemble": ["two"]}, "model='two': is not a known model; use one of: demo"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
@@ -154,7 +156,7 @@ def test_what_cannot_be_made_is_refused(cards: list[ModelCard], fields: dict[str
     with pytest.raises(InvalidRequest, match=said) as caught:
         resolved(*cards, **fields)
     assert caught.value.remedy
-    assert isinstance(caught.value, UnknownModel) == ("not one of" in said)
+    assert isinstance(caught.value, UnknownModel) == ("not a known model" in said)
 
 
 def test_what_can_be_made_is_not_refused() -> None:
@@ -173,4 +175,4 @@ def test_what_can_be_made_is_not_refused() -> None:
         ensemble=["two"],
         refiner={"model": "three"},
     )
-    resolved(VIDEO, num_frames=8)
+    resolved(VIDEO, num_frames=8, fps=8)

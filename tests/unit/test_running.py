@@ -15,7 +15,7 @@ def test_the_rows_of_this_moment(make_engine: Any) -> None:
     """Every request once: in its group's batch with its steps, or waiting for a place; none when all are done."""
     engine = make_engine(max_rows=4)
     assert engine.running() == ()
-    long = {"steps": 900, "prompt": "x"}
+    long: dict[str, Any] = {"steps": 900, "prompt": "x"}
     futures = [engine.submit(request(f"guided{n}/1-abcd/{n}", **long)) for n in range(3)]
     futures += [engine.submit(request("small", guidance=1.0, width=32, height=32, **long))]
     until(lambda: [row.step > 1 for group in engine.running() for row in group.rows] == [True] * 3)

@@ -116,5 +116,7 @@ def test_more_steps_than_a_sampler_can_do_is_refused_clearly() -> None:
 
 def test_steps_off_the_end_of_the_schedule_are_refused_clearly() -> None:
     """A thousand steps with an offset of one ask for timestep 1000 of 0 to 999: diffusers' IndexError says nothing."""
-    with pytest.raises(InvalidRequest, match="num_inference_steps=1000: DDIMScheduler cannot step"):
+    with pytest.raises(
+        InvalidRequest, match="num_inference_steps=1000: DDIMScheduler does not support this number of steps"
+    ):
         build_table(Trajectory.whole(make_scheduler(SamplerType.DDIM, SD_CONFIG, 1000)))

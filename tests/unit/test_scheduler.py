@@ -165,7 +165,7 @@ def test_urgent_requests_join_first() -> None:
     scheduler.add("urgent too", "group", 1, interactive=True)
     assert scheduler.plan().admitted == ()  # type: ignore[union-attr]
     scheduler.remove("running")
-    order = []
+    order: list[str] = []
     while scheduler.waiting():
         admitted = scheduler.plan().admitted  # type: ignore[union-attr]
         order += admitted

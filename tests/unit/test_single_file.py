@@ -60,8 +60,8 @@ def test_what_is_no_checkpoint_is_refused(checkpoint: Path, tmp_path: Path) -> N
     for file, said in {
         "old.ckpt": r"pickle.*never opens.*save_file\(torch.load\(\"old.ckpt\"",
         "text.safetensors": "no safetensors file",
-        "cut.safetensors": r"cut short at \d+ of \d+ bytes",
-        "lora.safetensors": "no checkpoint of a known family.*not a LoRA",
+        "cut.safetensors": r"truncated at \d+ of \d+ bytes",
+        "lora.safetensors": "not a checkpoint of a known family.*not a LoRA",
         "absent.safetensors": "does not exist",
     }.items():
         with pytest.raises(ModelLoadError, match=said):

@@ -305,15 +305,15 @@ def test_bad_input_is_one_line_with_a_remedy(
         return shown
 
     assert "has no metadata.jsonl" in said("lora", data=tmp_path)
-    assert "--model='nowhere': no model there; give demo" in said("lora", model=Path("nowhere"))
-    assert "--targets='to_x': names no layer" in said("lora", "--targets", "to_q,to_x")
+    assert "--model='nowhere': is not a model; give demo" in said("lora", model=Path("nowhere"))
+    assert "--targets='to_x': matches no layer" in said("lora", "--targets", "to_q,to_x")
     assert "'zebra': is 5 tokens" in said("textual-inversion", "--initialize-from", "zebra")
-    assert "--token='<y>': is in no caption" in said("textual-inversion", "--token", "<y>")
-    assert "--token='a</w>': is no new word" in said(
+    assert "--token='<y>': does not occur in any caption" in said("textual-inversion", "--token", "<y>")
+    assert "--token='a</w>': is not a new word" in said(
         "textual-inversion", "--token", "a</w>", data=images_with(tmp_path, images, text="a</w>")
     )
     assert "2 widths" in said("controlnet", "--embedding-channels", "4,4")
-    assert "--device='abacus': torch has no such device" in said("lora", "--device", "abacus")
+    assert "--device='abacus': is not available to torch" in said("lora", "--device", "abacus")
     assert "--validation-prompts" in said("lora", "--validation-prompts", str(tmp_path / "none.txt"))
     assert "metadata.jsonl:8 file_name='gone.png'" in said(
         "lora", data=images_with(tmp_path, images, file_name="gone.png")

@@ -46,7 +46,7 @@ def test_every_schema_has_its_folder_and_no_file_of_it_changes() -> None:
 def test_it_is_read(file: Path) -> None:
     """Every form that there ever was has a meaning to this version."""
     found = json.loads(file.read_text())
-    read = READERS[file.stem.partition("-")[0]] if file.stem not in READERS else READERS[file.stem]
+    read: Any = READERS[file.stem.partition("-")[0]] if file.stem not in READERS else READERS[file.stem]
     read(found)
 
 
@@ -150,13 +150,13 @@ def test_a_size_that_only_a_newer_version_allows_is_shown_as_it_is_written() -> 
 def test_what_makes_no_sense_at_all_is_told() -> None:
     """Of a newer version: upgrade; of this one: it is damaged."""
     fields = form("job-queued")
-    with pytest.raises(UnreadableRecord, match=r"of schema '2', is not understood .state: .* upgrade this process"):
+    with pytest.raises(UnreadableRecord, match=r"of schema '2', cannot be read .state: .* upgrade this process"):
         read_record("id", {**fields, "schema": "2", "state": "dreaming"})
     with pytest.raises(UnreadableRecord, match="of schema '1', is damaged"):
         read_record("id", {**fields, "config": '{"prompt": "x", "mood": "blue"}'})
     with pytest.raises(UnreadableRecord, match="of schema '', is damaged"):
         read_record("id", {name: value for name, value in fields.items() if name != "schema"})
-    with pytest.raises(UnreadableRecord, match="batch_01: its record, of schema '2', is not understood"):
+    with pytest.raises(UnreadableRecord, match="batch_01: its record, of schema '2', cannot be read"):
         BatchRecord.read("batch_01", {**form("batch-validating"), "schema": "2", "format": "haiku"}, now=1.0)
 
 

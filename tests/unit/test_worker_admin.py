@@ -106,5 +106,5 @@ def test_a_tracer_that_raises_is_dropped_and_nobody_notices(make_engine: Callabl
     stats = engine.stats()
     assert f'calotype_step_seconds_count{{model="tiny"}} {float(stats.forward_passes)}' in said
     assert f'calotype_batch_rows_sum{{model="tiny"}} {float(stats.rows)}' in said
-    assert "calotype_place_wait_seconds_count 3.0" in said
+    assert "calotype_admission_wait_seconds_count 3.0" in said
     assert broken.calls == 1

@@ -1,4 +1,4 @@
-"""The page of commands: the `calotype` command with all its options, and the worker's and the training's own."""
+"""The page of commands: the `calotype` command with all options, including those of worker and training."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ _KINDS = {
 _OTHERS = {"calotype worker": worker_app, "calotype train": training_app}
 
 _INTRODUCTION = """
-Settings come from variables ([settings](settings.md)); an option wins over its variable. Commands that scripts want
-have `--json`: the result, or the error, is then one line of JSON. `calotype --version` prints the version.
+Settings come from environment variables ([settings](settings.md)). An option overrides its variable. Commands for use
+in scripts have `--json`: the result, or the error, is then one line of JSON. `calotype --version` prints the version.
+
 """
 
 

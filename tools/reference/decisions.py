@@ -16,8 +16,8 @@ def page() -> str:
         number, _, title = note.read_text().partition("\n")[0].removeprefix("# ").partition(". ")
         lines.append(f"{int(number)}. [{title}]({note.name})")
     return (
-        generated("Decisions", "the notes beside it")
-        + "\nChoices that someone may question, each with its reasons and what was tried and rejected.\n\n"
+        generated("Decisions", "the notes in this folder")
+        + "\nDesign decisions with their reasons, and what was tried and rejected.\n\n"
         + "\n".join(lines)
         + "\n"
     )

@@ -1,4 +1,4 @@
-"""The page of errors: the tree, and what each means to a program."""
+"""The page of errors: the tree, and the code and statuses of each error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from calotype_shared.errors import CalotypeError
 from tools.reference.markdown import code, generated, table
 
 _AFTER = """
-`code` is stable and for programs; messages are for people and may change. A job that failed has the code and the
+`code` is stable and for programs; messages are for people and can change. A failed job has the code and the
 message in its record's `error`.
 """
 
@@ -22,17 +22,16 @@ def page() -> str:
     document = inspect.getdoc(source) or ""
     first, tree, last = document.split("\n\n", 2)
     said = {match[1]: match[2] for match in re.finditer(r"^[ │├└─]*(\w+) *(.*)$", tree, re.M)}
-    rows = []
-    for error in _tree(CalotypeError):
-        rows.append(
-            (
-                code(error.__name__),
-                code(error.code),
-                said.get(error.__name__, ""),
-                str(exit_code(_example(error)).value),
-                str(next((STATUSES[kind] for kind in error.__mro__ if kind in STATUSES), 500)),
-            )
+    rows = [
+        (
+            code(error.__name__),
+            code(error.code),
+            said.get(error.__name__, ""),
+            str(exit_code(_example(error)).value),
+            str(next((STATUSES[kind] for kind in error.__mro__ if kind in STATUSES), 500)),
         )
+        for error in _tree(CalotypeError)
+    ]
     return "\n".join(
         [
             generated("Errors", "`calotype_shared/errors.py`"),

@@ -12,19 +12,19 @@ from calotype_shared.settings import Settings
 from tools.reference.markdown import code, generated, table
 
 _INTRODUCTION = """
-What a running gateway answers at `/openapi.json`: [openapi.json](openapi.json), for programs that make clients. How the
-parts go together, with examples: [the HTTP API](../http-api.md).
+A running gateway serves its OpenAPI document at `/openapi.json`, also as [openapi.json](openapi.json). Examples are in
+[the HTTP API](../http-api.md).
 
-Every route but those of health may answer {common} too; [what they mean](../http-api.md#who-may).
+All routes except those of health checks can also return {common}: [what they mean](../http-api.md#authentication).
 """
 # The tags of the routers, in the order of the page, with a heading each.
 _TAGS = {
     "jobs": "Jobs",
     "uploads": "Uploads",
-    "openai": "As OpenAI's API: images and models",
-    "batches": "As OpenAI's API: files and batches",
-    "automatic1111": "As AUTOMATIC1111's API",
-    "operating": "Operating",
+    "openai": "OpenAI's API: images and models",
+    "batches": "OpenAI's API: files and batches",
+    "automatic1111": "AUTOMATIC1111's API",
+    "operating": "Operation",
 }
 
 
@@ -49,7 +49,7 @@ def page() -> str:
     for tag in [*_TAGS, *sorted(by_tag.keys() - _TAGS)]:
         if tag in by_tag:
             parts.append(f"\n## {_TAGS.get(tag, tag)}\n")
-            parts.append(table(("route", "what it does", "takes", "answers"), by_tag[tag]))
+            parts.append(table(("route", "purpose", "parameters and body", "status"), by_tag[tag]))
     return "\n".join(parts)
 
 
@@ -59,10 +59,11 @@ def _says(operation: dict[str, Any]) -> str:
 
 def _takes(operation: dict[str, Any]) -> str:
     """Parameters, and what the body is."""
-    named = []
-    for parameter in operation.get("parameters", ()):
-        if parameter["in"] != "path":
-            named.append(code(parameter["name"]) + (" (header)" if parameter["in"] == "header" else ""))
+    named = [
+        code(parameter["name"]) + (" (header)" if parameter["in"] == "header" else "")
+        for parameter in operation.get("parameters", ())
+        if parameter["in"] != "path"
+    ]
     for media, content in operation.get("requestBody", {}).get("content", {}).items():
         name = str(content.get("schema", {}).get("$ref", "")).rpartition("/")[2]
         named.append(f"{media}: {code(name)}" if name and media == "application/json" else media)
@@ -75,7 +76,7 @@ def _answers(path: str, operation: dict[str, Any]) -> str:
 
 @cache
 def _common() -> frozenset[str]:
-    """What all routes with a version in their path may answer."""
+    """The statuses that all routes with a version in their path can return."""
     paths = _document()["paths"].items()
     answers = [set(operation["responses"]) for path, ways in paths if "/v1/" in path for operation in ways.values()]
     return frozenset(set.intersection(*answers))

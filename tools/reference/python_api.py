@@ -118,7 +118,7 @@ def _class(cls: type, package: str) -> str:
         parts.append(table(("field", "type", "default", ""), fields))
     elif cls.__init__ is not object.__init__ and base is None:
         parts.append(_function(f"{cls.__name__}", cls.__init__, bound=True, heading=False))
-    for name, member in _members(cls):
+    for name, member in members(cls):
         if isinstance(member, property):
             parts.append(f"\n#### `{cls.__name__}.{name}`\n\n{docstring(inspect.getdoc(member))}")
         else:
@@ -146,7 +146,7 @@ def _owners(cls: type) -> list[type]:
     return [owner for owner in cls.__mro__ if owner.__module__.startswith("calotype") and owner not in above]
 
 
-def _members(cls: type) -> Iterator[tuple[str, Any]]:
+def members(cls: type) -> Iterator[tuple[str, Any]]:
     """Public methods and properties, the class's own and those of its parts, in the order of their source."""
     seen = set()
     for owner in _owners(cls):

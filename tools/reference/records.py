@@ -13,7 +13,7 @@ from tools.reference.markdown import generated, table
 _BATCHES = """
 ## States of a batch
 
-{names}. What each means: [batches](../batches.md#who-does-the-work).
+{names}. Their meaning: [batches](../batches.md#dispatchers).
 """
 
 
@@ -24,9 +24,9 @@ def page() -> str:
     return "\n".join(
         [
             generated("States and keys", "`calotype_shared/schema/jobs.py` and `keys.py`"),
-            "Why it is so: [the record is the truth](../explanation/record.md).\n",
+            "Background: [why the record is the source of truth](../explanation/record.md).\n",
             "## States of a job\n",
-            "![the five states, and what leads from each to each](../images/job-states.svg)\n",
+            "![the five states and the transitions between them](../images/job-states.svg)\n",
             table(("from", "to", "by"), [(old.value, new.value, by) for (old, new), by in TRANSITIONS.items()]),
             f"Final: {', '.join(f'`{state.value}`' for state in JobState if state.final)}. A final job never changes.",
             _BATCHES.format(names=names),

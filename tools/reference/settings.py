@@ -1,4 +1,4 @@
-"""The page of settings: every variable that a process reads."""
+"""The page of settings: every environment variable that a process reads."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from calotype_worker.settings import WorkerSettings
 from tools.reference.markdown import code, generated, table
 
 GROUPS: tuple[tuple[str, str, type[StrictSettings]], ...] = (
-    ("Every process", "Producers, workers and gateways read these.", Settings),
-    ("Workers", "Read by `calotype worker`, whose options override them.", WorkerSettings),
-    ("The gateway", "Read by `calotype gateway`, and by `calotype up` for the gateway it starts.", GatewaySettings),
+    ("All processes", "Read by producers, workers and gateways.", Settings),
+    ("Workers", "Read by `calotype worker`. Its options override them.", WorkerSettings),
+    ("The gateway", "Read by `calotype gateway`, and by `calotype up` for its gateway.", GatewaySettings),
 )
 
 _LONGEST_PATTERN = 60  # characters that say more than the description does
 
 _INTRODUCTION = """
-Variables of the environment, read once at start. An unknown or malformed one stops the process and is named.
+Settings are environment variables, read once at start-up. If one is unknown or malformed, the process stops and
+names it.
 """
 
 
@@ -37,23 +38,23 @@ def page() -> str:
             for name, field in settings.model_fields.items()
         ]
         parts.append(f"\n## {title}\n\n{sentence}\n")
-        parts.append(table(("variable", "type, allowed", "default", "what it says"), rows))
+        parts.append(table(("variable", "type, allowed values", "default", "meaning"), rows))
     return "\n".join(parts)
 
 
 def _arms(schema: dict[str, Any]) -> list[dict[str, Any]]:
-    """What a value may be, but for absent."""
+    """The alternatives of a type, without null."""
     return [arm for arm in schema.get("anyOf", [schema]) if arm.get("type") != "null"]
 
 
 def kind(schema: dict[str, Any]) -> str:
-    """A word for the type."""
+    """The type as text."""
     names = []
     for arm in _arms(schema):
         if arm.get("format") == "password":
             names.append("secret")
         elif arm.get("type") == "array":
-            names.append("list, with commas")
+            names.append("list, separated by commas")
         else:
             words = {"string": "text", "integer": "integer", "number": "number", "boolean": "true or false"}
             names.append(words[arm["type"]])
@@ -69,7 +70,7 @@ def default(value: object) -> str:
 
 
 def constraints(schema: dict[str, Any], *, words: bool = True) -> str:
-    """What a value must keep to, beyond its type. Without `words` of numbers alone."""
+    """The constraints of a value beyond its type. Without `words`, only those of numbers."""
     found = []
     for arm in _arms(schema):
         if words and "enum" in arm:

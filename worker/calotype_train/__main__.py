@@ -1,5 +1,7 @@
-"""`python -m calotype_train`: teach a model a style, a word or a kind of control. `calotype train` runs
-exactly this."""
+"""`python -m calotype_train`: train a LoRA, a textual inversion or a ControlNet.
+
+`calotype train` runs exactly this.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,7 @@ _SHOTS = 6  # of a sample sheet without --validation-prompts
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0 done, 1 a file cannot be written, 2 bad usage or data, 130 interrupted."""
+    """Returns the exit status: 0 success, 1 a file cannot be written, 2 invalid usage or data, 130 interrupted."""
     name = "calotype train"
     try:
         options = parse(arguments)
@@ -47,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{name}: {error}", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
-        print("interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        print("interrupted; --resume continues from the last checkpoint", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 
@@ -60,7 +62,7 @@ def parse(arguments: Sequence[str] | None) -> TrainOptions | None:
 def build_app() -> typer.Typer:
     """A command for each recipe, which returns its options."""
     app = new_app()
-    app.callback(help="Train an addition to a model.")(lambda: None)
+    app.callback(help="Train a LoRA, a textual inversion or a ControlNet for a model.")(lambda: None)
     for kind in RECIPES:
         app.command(kind.recipe, help=kind.__doc__)(_command(kind))
     return app
@@ -75,7 +77,7 @@ def _command(kind: type[TrainOptions]) -> Callable[..., TrainOptions]:
 
 
 def train(options: TrainOptions) -> None:
-    """Train, save, say how it went. Raises what `prepare` raises."""
+    """Train, save and print the result. Raises what `prepare` raises."""
     training, recipe = prepare(options)
     training.run(checkpoint_every=options.checkpoint_every, sample_every=options.sample_every)
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -87,10 +89,10 @@ def train(options: TrainOptions) -> None:
 
 
 def prepare(options: TrainOptions) -> tuple[Training, Recipe]:
-    """Read the data, load the model, encode; the run is ready to start or to go on.
+    """Read the data, load the model and encode the data, ready to start or resume the run.
 
     Raises:
-        InvalidRequest: what is wrong with the data, the model or an option.
+        InvalidRequest: the data, the model or an option is invalid.
     """
     from calotype_train.data import hold_out, read_examples  # noqa: PLC0415 - torch takes seconds
 
@@ -129,19 +131,20 @@ def prepare(options: TrainOptions) -> tuple[Training, Recipe]:
 
 
 def read_prompts(path: Path | None) -> list[str]:
-    """
+    """The lines of a file, without empty ones; none without a file.
+
     Raises:
-        InvalidRequest: no such file, or nothing in it.
+        InvalidRequest: the file does not exist or has no prompts.
     """
     if path is None:
         return []
     prompts = [line.strip() for line in path.read_text().splitlines() if line.strip()] if path.is_file() else []
     if not prompts:
         raise InvalidRequest(
-            "no prompts there",
+            "contains no prompts",
             field="--validation-prompts",
             value=str(path),
-            remedy="give a text file, a prompt a line",
+            remedy="give a text file with one prompt per line",
         )
     return prompts
 

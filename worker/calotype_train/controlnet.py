@@ -1,5 +1,7 @@
-"""ControlNet (Zhang et al. 2023): a copy of the U-Net's encoder that reads a control image and steers the frozen
-U-Net through convolutions that start at zero."""
+"""ControlNet (Zhang et al. 2023): a copy of the U-Net's encoder that reads a control image.
+
+It steers the frozen U-Net through convolutions that start at zero.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,7 @@ class ControlNetRecipe:
         halvings = len(model.vae.config.block_out_channels) - 1
         if len(embedding_channels) != halvings + 1:
             raise InvalidRequest(
-                f"has {len(embedding_channels)} widths and this VAE halves an image {halvings} times",
+                f"has {len(embedding_channels)} widths, and the VAE of this model halves an image {halvings} times",
                 field="--embedding-channels",
                 value=",".join(map(str, embedding_channels)),
                 remedy=f"give {halvings + 1} widths, such as {','.join(str(8 * i) for i in range(1, halvings + 2))}",

@@ -101,7 +101,7 @@ def read_examples(folder: Path, *, conditions: bool = False) -> list[Example]:
             f"the data folder has no {METADATA}",
             field="--data",
             value=str(folder),
-            remedy='write one, with a line {"file_name": "1.png", "text": "what it shows"} an image',
+            remedy='create it, with a line {"file_name": "1.png", "text": "what it shows"} for each image',
         )
     lines = [(number, line) for number, line in enumerate(listing.read_text().splitlines(), start=1) if line.strip()]
     examples = [_example(folder, number, line, conditions=conditions) for number, line in lines]
@@ -110,7 +110,7 @@ def read_examples(folder: Path, *, conditions: bool = False) -> list[Example]:
             f"{METADATA} lists fewer than two images",
             field="--data",
             value=str(folder),
-            remedy="list at least one to learn from and one to hold out",
+            remedy="list at least one for training and one for validation",
         )
     return examples
 
@@ -124,7 +124,7 @@ def _example(folder: Path, number: int, line: str, *, conditions: bool) -> Examp
             raise TypeError
     except (ValueError, KeyError, TypeError) as error:
         raise InvalidRequest(
-            "the line is not an example",
+            "is not an example",
             field=f"{METADATA}:{number}",
             value=line,
             remedy=f"write a JSON object with the strings {', '.join(keys)}",
@@ -133,7 +133,7 @@ def _example(folder: Path, number: int, line: str, *, conditions: bool) -> Examp
     for key, path in paths.items():
         if not path.is_file():
             raise InvalidRequest(
-                "no such image in the data folder",
+                "does not exist in the data folder",
                 field=f"{METADATA}:{number} {key}",
                 value=values[key],
                 remedy="add the file or remove the line",
@@ -142,8 +142,10 @@ def _example(folder: Path, number: int, line: str, *, conditions: bool) -> Examp
 
 
 def hold_out(examples: Sequence[Example], *, share: float, most: int) -> tuple[list[Example], list[Example]]:
-    """Examples to learn from and examples to judge by. Which are held out depends on their names alone, so that more
-    images or another seed do not move one across."""
+    """Examples to learn from and examples to judge by.
+
+    Which are held out depends on their names alone, so that more images or another seed do not move one across.
+    """
     count = max(1, min(most, round(share * len(examples))))
     ranked = sorted(examples, key=lambda example: hashlib.sha256(example.image.name.encode()).digest())
     held = ranked[: min(count, len(examples) - 1)]
@@ -206,7 +208,7 @@ def _open(path: Path) -> Image.Image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except (UnidentifiedImageError, OSError) as error:
         raise InvalidRequest(
-            "the file is not an image that Pillow reads",
+            "is not an image that Pillow can read",
             field="--data",
             value=path.name,
             remedy="replace it or remove its line",

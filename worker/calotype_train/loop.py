@@ -84,7 +84,8 @@ class Training:
         shots: Sequence[Shot],
         resume: bool = False,
     ) -> None:
-        """
+        """`work` is the folder that the run is kept in, `shots` the samples that it makes.
+
         Raises:
             InvalidRequest: `work` holds a run and `resume` was not given, or holds one with other settings.
         """
@@ -113,10 +114,10 @@ class Training:
             self._resume()
         elif work.exists() and any(work.iterdir()):
             raise InvalidRequest(
-                "an earlier run left its checkpoints and log here",
+                "contains checkpoints of an earlier run",
                 field="--out",
                 value=str(work),
-                remedy="give --resume to go on with it, another --out, or remove the folder",
+                remedy="continue it with --resume, give another --out, or remove the folder",
             )
         work.mkdir(parents=True, exist_ok=True)
 
@@ -251,7 +252,7 @@ class Training:
                     f"the run in {self._work.name} was started with {facts['settings'].get(name)!r}",
                     field=name,
                     value=value,
-                    remedy="resume with the same options, or start anew with another --out",
+                    remedy="resume with the same options, or start a new run with another --out",
                 )
         with torch.no_grad():
             for name, parameter in self._recipe.parameters.items():

@@ -97,8 +97,8 @@ def _check_targets(unet: Any, targets: Sequence[str]) -> None:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             endings = sorted({name.rpartition(".")[2] for name in names} - {"0", "2"})
             raise InvalidRequest(
-                "names no layer of this U-Net",
+                "matches no layer of this U-Net",
                 field="--targets",
                 value=target,
-                remedy=f"use endings of layer names, such as {', '.join([*ATTENTION, *endings][:12])}",
+                remedy=f"use suffixes of layer names, such as {', '.join([*ATTENTION, *endings][:12])}",
             )

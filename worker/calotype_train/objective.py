@@ -24,14 +24,15 @@ class Objective:
     """The forward process and the target of a model's own schedule (Ho et al. 2020; v: Salimans & Ho 2022)."""
 
     def __init__(self, scheduler: Any, *, weighting: Weighting = Weighting.UNIFORM, gamma: float = 5.0) -> None:
-        """
+        """`scheduler` is the model's own, a diffusers object; `gamma` belongs to MIN_SNR.
+
         Raises:
             InvalidRequest: the schedule predicts something other than epsilon or v.
         """
         kind = scheduler.config.prediction_type
         if kind not in ("epsilon", "v_prediction"):
             raise InvalidRequest(
-                "cannot be trained",
+                "is not supported for training",
                 field="prediction_type",
                 value=kind,
                 remedy="use a model whose scheduler predicts epsilon or v_prediction",

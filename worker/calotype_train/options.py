@@ -1,4 +1,4 @@
-"""The options of `calotype train`, a model for each recipe: names, bounds, defaults and help are written here alone."""
+"""The options of `calotype train`, one model per recipe: names, bounds, defaults and help texts."""
 
 from __future__ import annotations
 
@@ -23,102 +23,103 @@ def _numbers(value: Any) -> Any:
 
 
 class TrainOptions(BaseModel):
-    """What all recipes take."""
+    """The options of all recipes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
     recipe: ClassVar[str]
 
     model: str = "demo"
-    """`demo`, or the folder of a Stable Diffusion pipeline."""
+    """Base model: `demo`, or the folder of a Stable Diffusion pipeline."""
     data: Path
     """Folder with images and their metadata.jsonl."""
     out: Path
-    """What to write; checkpoints go to OUT.training beside it."""
+    """Output; checkpoints go to OUT.training beside it."""
     steps: Positive = 1000
     """Optimizer steps."""
     batch_size: Positive = 8
     """Images per step."""
     learning_rate: AboveZero = 1e-3
-    """At its highest, after the warm-up."""
+    """Peak learning rate, after the warm-up."""
     warmup_steps: Count = 50
-    """Steps over which the rate rises."""
+    """Steps of linear warm-up."""
     schedule: Literal["constant", "cosine"] = "cosine"
-    """Of the rate, after the warm-up."""
+    """Learning rate schedule after the warm-up."""
     weighting: Literal["uniform", "min-snr", "noisy"] = "uniform"
-    """Of the timesteps' errors."""
+    """Loss weighting by timestep."""
     snr_gamma: AboveZero = 5.0
-    """For min-snr."""
+    """Gamma of min-snr."""
     caption_dropout: Share = 0.1
-    """Share of empty captions."""
+    """Share of captions that are replaced by empty ones."""
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-2
-    """Of AdamW."""
+    """Weight decay of AdamW."""
     seed: int = 0
-    """Of everything random."""
+    """Random seed."""
     hold_out: Share = 0.1
-    """Share of the images to judge by, 32 at most."""
+    """Share of images held out for validation, at most 32 images."""
     validation_prompts: Path | None = None
     """File with one prompt per line, for the sample sheets."""
     checkpoint_every: Count = 200
-    """Steps; 0: only at the end."""
+    """Steps between checkpoints; 0: only at the end."""
     sample_every: Count = 500
-    """Steps; 0: only at the end."""
+    """Steps between sample sheets; 0: only at the end."""
     resume: bool = False
-    """Go on from the last checkpoint."""
+    """Continue from the last checkpoint."""
     device: str = "cpu"
-    """cpu or cuda:N."""
+    """Device: cpu or cuda:N."""
 
 
 class LoraOptions(TrainOptions):
-    """Train a style or a subject, as a small file."""
+    """Train a LoRA: a style or a subject, as a small file."""
 
     recipe = "lora"
 
     rank: Positive = 8
-    """Of the update's matrices."""
+    """Rank of the added matrices."""
     alpha: AboveZero | None = None
-    """Scale times rank; none: the rank."""
+    """Scale multiplied by the rank. None: the rank."""
     targets: str = "to_q,to_k,to_v,to_out.0"
-    """Endings of the layers' names."""
+    """Suffixes of the names of the trained layers."""
 
 
 class TextualInversionOptions(TrainOptions):
-    """Train a new word."""
+    """Train a textual inversion: a new word for prompts."""
 
     recipe = "textual-inversion"
 
     batch_size: Annotated[Positive, Field(description="Images per step.")] = 4
-    learning_rate: Annotated[AboveZero, Field(description="At its highest, after the warm-up.")] = 5e-3
-    caption_dropout: Annotated[Share, Field(description="Share of empty captions.")] = 0.0
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False, description="Of AdamW.")] = 0.0
+    learning_rate: Annotated[AboveZero, Field(description="Peak learning rate, after the warm-up.")] = 5e-3
+    caption_dropout: Annotated[Share, Field(description="Share of captions that are replaced by empty ones.")] = 0.0
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False, description="Weight decay of AdamW.")] = 0.0
     token: str
-    """The new word as captions write it, such as `<my-thing>`."""
+    """The new word as it appears in captions, such as `<my-thing>`."""
     initialize_from: str
-    """A known word to start from."""
+    """Known word whose embedding is the starting point."""
     vectors: Positive = 1
-    """Tokens that the word stands for."""
+    """Number of tokens for the word."""
 
 
 class ControlNetOptions(TrainOptions):
-    """Train control by an image, such as an outline."""
+    """Train a ControlNet: control by an image, such as an outline."""
 
     recipe = "controlnet"
 
     batch_size: Annotated[Positive, Field(description="Images per step.")] = 4
-    learning_rate: Annotated[AboveZero, Field(description="At its highest, after the warm-up.")] = 1e-4
+    learning_rate: Annotated[AboveZero, Field(description="Peak learning rate, after the warm-up.")] = 1e-4
     steps: Annotated[Positive, Field(description="Optimizer steps.")] = 5000
     embedding_channels: Annotated[tuple[Positive, ...], BeforeValidator(_numbers), Field(min_length=1)] = _CHANNELS
-    """Widths separated by commas: one per halving, and one more."""
+    """Channel widths of the control image's encoder, separated by commas: one per downsampling, plus one."""
     light: bool = False
-    """Without attention: much smaller, but prompts have no effect on it."""
+    """Build it without attention: much smaller, but it ignores the prompt."""
 
 
 RECIPES: tuple[type[TrainOptions], ...] = (LoraOptions, TextualInversionOptions, ControlNetOptions)
 
 
 def checked(kind: type[TrainOptions], given: dict[str, Any]) -> TrainOptions:
-    """
+    """Options as they were given on the command line, checked.
+
     Raises:
-        SettingsError: naming the option, its value and what would do.
+        SettingsError: names the option, its value and what would work.
     """
     try:
         return kind(**given)

@@ -111,10 +111,10 @@ def _device(name: str) -> torch.device:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InvalidRequest(
-            "torch has no such device here",
+            "is not available to torch",
             field="--device",
             value=name,
-            remedy="use cpu, or cuda:0 where there is one",
+            remedy="use cpu, or cuda:0 if there is a GPU",
         ) from error
     return device
 
@@ -125,10 +125,10 @@ def _load(name: str, folder: Path) -> Any:
     index = folder / "model_index.json"
     if not index.is_file():
         raise InvalidRequest(
-            "no model there",
+            "is not a model",
             field="--model",
             value=name,
-            remedy="give demo, or the folder of a whole diffusers pipeline (it holds a model_index.json)",
+            remedy="give demo, or the folder of a complete diffusers pipeline (with model_index.json)",
         )
     try:
         family = json.loads(index.read_text())["_class_name"]

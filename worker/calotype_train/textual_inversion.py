@@ -21,7 +21,8 @@ class TextualInversionRecipe:
     name = "textual-inversion"
 
     def __init__(self, model: BaseModel, *, token: str, initialize_from: str, vectors: int = 1) -> None:
-        """
+        """`token` is the new word, which begins as `initialize_from` and has so many `vectors`.
+
         Raises:
             InvalidRequest: the token is a word already, or `initialize_from` is not one token.
         """
@@ -30,18 +31,18 @@ class TextualInversionRecipe:
         tokenizer, encoder = model.tokenizer, model.text_encoder
         if token in tokenizer.get_vocab() or any(character.isspace() for character in token) or not token:
             raise InvalidRequest(
-                "is no new word",
+                "is not a new word",
                 field="--token",
                 value=token,
-                remedy='choose one without spaces that the tokenizer does not have, such as "<my-thing>"',
+                remedy='choose one without spaces that the tokenizer does not know, such as "<my-thing>"',
             )
         known = tokenizer(initialize_from, add_special_tokens=False).input_ids
         if len(known) != 1:
             raise InvalidRequest(
-                f"is {len(known)} tokens to this model, not one word that it knows",
+                f"is {len(known)} tokens for this model, not a single known word",
                 field="--initialize-from",
                 value=initialize_from,
-                remedy="give a word of its captions, near in meaning to the new one",
+                remedy="give a word of the captions that is close in meaning to the new one",
             )
         # diffusers' names for the vectors of one word: <x>, <x>_1, <x>_2 …
         tokenizer.add_tokens([token, *(f"{token}_{number}" for number in range(1, vectors))])
@@ -91,14 +92,15 @@ class TextualInversionRecipe:
 
 
 def check_captions(captions: Sequence[str], token: str) -> None:
-    """
+    """Make sure that the new word can be learned from these captions.
+
     Raises:
         InvalidRequest: no caption has the new word, so nothing could be learned.
     """
     if not any(token in caption for caption in captions):
         raise InvalidRequest(
-            "is in no caption of the data",
+            "does not occur in any caption",
             field="--token",
             value=token,
-            remedy=f'write it where the word belongs, for instance "a {token} on a white background"',
+            remedy=f'use it in the captions, for example "a {token} on a white background"',
         )

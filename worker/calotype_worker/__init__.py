@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from calotype_shared.schema.enums import SamplerType
     from calotype_worker.inprocess.components import NoiseScheduler, TextEncoder, UNetModel, VAEDecoder
-    from calotype_worker.inprocess.diffusion import DiffusionModel, DiffusionPipeline, GeneratedImage, GenerationConfig
+    from calotype_worker.inprocess.diffusion import DiffusionModel, GeneratedImage, GenerationConfig
+    from calotype_worker.inprocess.pipeline import DiffusionPipeline
     from calotype_worker.models import Adapters, Memory
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
 
 _ELSEWHERE = {
     "Adapters": "calotype_worker.models",
+    "DiffusionPipeline": "calotype_worker.inprocess.pipeline",
     "Memory": "calotype_worker.models",
     "NoiseScheduler": "calotype_worker.inprocess.components",
     "SamplerType": "calotype_shared.schema.enums",

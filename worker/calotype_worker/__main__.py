@@ -50,9 +50,9 @@ def build_app() -> typer.Typer:
 
 
 def main(arguments: list[str] | None = None, *, own_process: bool = False) -> int:
-    """Returns the exit status: 0 after a drain, 2 bad settings, 4 Redis or storage unavailable, 6 unusable model.
+    """Returns the exit status: 0 after a drain, 2 invalid settings, 4 Redis or storage unavailable, 6 unusable model.
 
-    With `own_process`, what the worker does not use is kept from being imported for the process's whole life.
+    With `own_process`, torchao is blocked from being imported in this process unless a setting needs it.
     """
     wait_briefly()
     try:
@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None, *, own_process: bool = False) -> in
 
 
 def check_services(settings: Settings, options: WorkerSettings) -> None:
-    """Redis answers, the bucket is there: looked at before the seconds that torch takes to import.
+    """Check that Redis answers and the bucket exists, before the seconds that importing torch takes.
 
     Raises:
         ServiceUnavailable: which service, where, and what to do.
@@ -96,7 +96,7 @@ def check_services(settings: Settings, options: WorkerSettings) -> None:
 
 
 def devices() -> list[str]:
-    """CUDA devices where there are any, else the CPU."""
+    """The CUDA devices if there are any, else the CPU."""
     import torch  # noqa: PLC0415 - seconds to import, and `--help` needs none of it
 
     if torch.cuda.is_available():
@@ -105,7 +105,7 @@ def devices() -> list[str]:
 
 
 def _profile(options: WorkerSettings) -> None:
-    """Print how a step's time grows with its rows. Needs neither Redis nor storage."""
+    """Print step time by number of rows. Needs neither Redis nor storage."""
     _quieten()
     from calotype_worker.profiling import print_profiles  # noqa: PLC0415
 
@@ -113,7 +113,7 @@ def _profile(options: WorkerSettings) -> None:
 
 
 def _make(settings: Settings, options: WorkerSettings) -> Worker:
-    """The worker, after quieting what its libraries would print over our log."""
+    """Build the worker, with library output silenced."""
     _quieten()
     from calotype_worker.worker import Worker  # noqa: PLC0415
 
@@ -126,7 +126,7 @@ def _quieten() -> None:
     import transformers  # noqa: PLC0415
     from celery.exceptions import SecurityWarning  # noqa: PLC0415
 
-    # It warns of root with pickled messages; ours are JSON only, and the images run as another user.
+    # Celery warns about running as root with pickled messages. Our messages are JSON only.
     warnings.filterwarnings("ignore", category=SecurityWarning)
     for noisy in ("torchao", "torch.utils._pytree"):  # diffusers imports torchao where it is installed
         logging.getLogger(noisy).setLevel(logging.ERROR)
@@ -137,7 +137,7 @@ def _quieten() -> None:
 
 
 if __name__ == "__main__":
-    # Process 1 of a container hears no signal that it has no handler for: without this one a worker that is told to
-    # stop while it loads its model would hold its device until it is killed. Once it is ready it has its own.
+    # Process 1 of a container ignores signals without a handler. Without this one, a worker that is stopped while it
+    # loads its model would hold its device until it is killed. A ready worker installs its own handler.
     signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
     sys.exit(main(own_process=True))

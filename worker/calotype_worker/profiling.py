@@ -7,9 +7,9 @@ from rich.table import Table
 
 from calotype_shared.errors import InvalidRequest
 from calotype_worker.engine import Engine, EngineSettings
+from calotype_worker.loading import load_models
 from calotype_worker.models import ModelPool
 from calotype_worker.settings import WorkerSettings
-from calotype_worker.worker import load_models
 
 _LEAST_SECONDS = 10.0
 _BAR = 32  # characters of the best throughput
@@ -24,10 +24,10 @@ def print_profiles(options: WorkerSettings) -> None:
     """
     if options.deterministic:
         raise InvalidRequest(
-            "takes its rows from the settings, not from a profile",
+            "uses a fixed number of rows, which is not profiled",
             field="deterministic",
             value=True,
-            remedy="profile without --deterministic, and give what you find as --max-rows",
+            remedy="profile without --deterministic, and pass the knee as --max-rows",
         )
     console = Console()
     settings = EngineSettings(max_rows=options.max_rows, compile=options.compile)

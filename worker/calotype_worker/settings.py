@@ -26,81 +26,87 @@ class WorkerSettings(StrictSettings):
     model_config = SettingsConfigDict(env_prefix="CALOTYPE_WORKER_")
 
     model: Annotated[str, Field(pattern=rf"^{_MODEL}(,{_MODEL}){{0,{MAX_MODELS - 1}}}$")] = "demo"
-    """NAME or NAME=SOURCE; several, separated by commas, share the device and can be used in one job."""
+    """NAME or NAME=SOURCE. Several, separated by commas, share the device and can be combined in one job."""
     lora: Annotated[str, Field(pattern=_adapters(_NAME))] = ""
-    """[MODEL/]NAME=FILE, separated by commas; without MODEL for the first model."""
+    """LoRAs as [MODEL/]NAME=FILE, separated by commas. Without MODEL: for the first model."""
     embedding: Annotated[str, Field(pattern=_adapters(r"[^\s,=/]+"))] = ""
-    """Textual inversions, written as LoRAs are; NAME is the token that prompts use."""
+    """Textual inversions, in the same form as LoRAs. NAME is the token that prompts use."""
     control: Annotated[str, Field(pattern=_adapters(_NAME))] = ""
-    """ControlNets, written as LoRAs are."""
+    """ControlNets, in the same form as LoRAs."""
     lora_capacity: Annotated[int, Field(ge=1)] = 8
-    """LoRAs of a model in memory."""
+    """Maximum number of LoRAs kept in memory per model."""
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
-    """The one device of this process: cpu or cuda:N."""
+    """Device of this process: cpu or cuda:N."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    """Of the weights; none: float32 on a CPU, bfloat16 on a GPU that has it, else float16."""
+    """Data type of the weights. None: float32 on a CPU, bfloat16 on a GPU that supports it, otherwise float16."""
     run_as: Literal["family", "pipeline"] = "family"
-    """`pipeline`: every model by its own diffusers pipeline, also those that the engine has a faster way for."""
+    """`pipeline`: run every model by its own diffusers pipeline, also the families that have a faster engine path."""
     max_rows: Annotated[int, Field(ge=2, le=1024)] = 32
-    """Rows of a step batch at the model's native size, at most; fewer for larger images."""
+    """Maximum rows of a step batch at the model's native size. Larger images get fewer rows."""
     concurrency: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """Jobs in flight; none: max_rows + 8."""
+    """Maximum number of bulk jobs in flight. None: max_rows + 8."""
     affinity: Annotated[int, Field(ge=0, le=1024)] = 64
-    """Jobs in line that a claim looks at for one of a size that runs here, and by how many a job may be passed over."""
+    """How many queued jobs a claim searches for one whose image size already runs here, and how often a job may be
+    passed over. 0: always the first job."""
     decode_batch: Annotated[int, Field(ge=1, le=64)] = 4
-    """Images decoded together."""
+    """Maximum number of images decoded together."""
     deterministic: bool = False
-    """The same bits in any company, at a fixed number of rows; costly at low load."""
+    """Make images bit-identical regardless of batch composition, by a fixed number of rows. Costly at low load."""
     profile_seconds: Annotated[float, Field(ge=0.0)] = 5.0
-    """At the start, to find how many rows a step pays for, at most max_rows; 0: max_rows it is."""
+    """Seconds spent at start-up measuring throughput by batch size. The worker then uses the smallest batch within
+    5% of the best, the knee. 0: no measurement, max_rows is always used."""
     compile: Literal["off", "default", "reduce-overhead"] = "off"
-    """Steps as compiled graphs: faster, after about a minute of compiling."""
+    """Run steps as compiled graphs: faster, after about a minute of compilation."""
     compile_cache: str | None = None
-    """Folder where compiled graphs outlive this process; none: the system's temporary folder."""
+    """Folder that keeps compiled graphs after this process ends. None: the system's temporary folder."""
     trace: str | None = None
     """File for a trace of every step, for [Perfetto](https://ui.perfetto.dev)."""
     deep_cache: Annotated[int, Field(ge=1, le=100)] = 1
-    """Accelerations: U-Nets run whole at every so many steps of an image; 1: at each."""
+    """Acceleration: run the whole U-Net only at every N-th step of an image. 1: at every step."""
     first_block_cache: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    """Accelerations: change of a transformer's first block up to which the others are left out; 0: never."""
+    """Acceleration: skip a transformer's other blocks while its first block's output has changed by at most this
+    share. 0: never."""
     token_merging: Annotated[float, Field(ge=0.0, le=0.75)] = 0.0
-    """Accelerations: share of a U-Net's tokens without self-attention of their own, at the highest resolution."""
+    """Acceleration: share of a U-Net's tokens that are merged before self-attention, at the highest resolution."""
     quantized: Literal["off", "int8", "int8-dynamic", "float8"] = "off"
-    """Accelerations: the network's weights in eight bits, by torchao."""
+    """Acceleration: store the network's weights in 8 bits, by torchao."""
     memory_budget_gib: Annotated[float, Field(gt=0.0)] | None = None
-    """Weights on the device; other models wait in main memory. None: all of them stay on the device."""
+    """Limit for weights on the device, in GiB; other models wait in main memory. None: all models stay on the
+    device."""
     offload: Literal["none", "model", "sequential"] = "none"
-    """Only what works is on the device: the part at work, or only the layer at work, which is far slower."""
+    """Keep only the active part on the device: `model` by component, `sequential` by layer, which is far slower."""
     attention_slicing: bool = False
-    """Attention in parts: slower, with less memory."""
+    """Compute attention in slices: slower, with less memory."""
     vae_slicing: bool = False
-    """Images decoded one by one: slower, with less memory."""
+    """Decode images one by one: slower, with less memory."""
     vae_tiling: bool = False
-    """Large images decoded in overlapping tiles, which can show."""
+    """Decode large images in overlapping tiles. The seams can be visible."""
     lease_seconds: Annotated[float, Field(ge=1.0)] = 20.0
-    """After which a silent worker's jobs are taken over."""
+    """Duration of a lease. If a worker does not renew it in this time, others take over its jobs."""
     reap_seconds: Annotated[float, Field(ge=0.1, le=10.0)] = 5.0
-    """Average pause between two searches for such jobs."""
+    """Average pause between two searches for expired leases."""
+
     grace_seconds: Annotated[float, Field(ge=0.0)] = 60.0
-    """After SIGTERM, for jobs in flight."""
+    """Time for running jobs to finish after SIGTERM."""
     preemption: Annotated[str, Field(pattern=r"^(off|aws|gcp|azure|file:/.+)$")] = "off"
-    """Where a notice appears that this machine will be taken away, to leave in good order before it is."""
+    """Source of notices that this machine will be taken away; the worker drains before that: `aws`, `gcp`, `azure`
+    or `file:/PATH`."""
     preemption_endpoint: Annotated[AnyUrl, UrlConstraints(allowed_schemes=["http"], host_required=True)] | None = None
-    """Another address of that metadata service; none: `http://169.254.169.254`."""
+    """Address of the metadata service. None: `http://169.254.169.254`."""
     spool_dir: str | None = None
-    """Where finished images wait while the storage is away; none: the system's temporary folder."""
+    """Folder for finished images while storage is unavailable. None: the system's temporary folder."""
     spool_mib: Annotated[int, Field(ge=0)] = 1024
-    """At most so much waits there; 0: nothing does."""
+    """Maximum size of the spool, in MiB. 0: no spool."""
     create_bucket: bool = True
-    """Make the bucket when it is missing."""
+    """Create the bucket if it does not exist."""
     metrics_port: Annotated[int, Field(ge=0, le=65_535)] | None = None
-    """Where operators read `/metrics`, `/healthz` and `/readyz`; without it, nowhere."""
+    """Port for `/metrics`, `/healthz` and `/readyz`. None: disabled."""
     metrics_host: str = "127.0.0.1"
-    """Where that port listens; `0.0.0.0` in a container."""
+    """Address that the metrics port listens on; use `0.0.0.0` in a container."""
     log_format: Literal["text", "json"] = "text"
-    """`json`: one object a line, for machines."""
+    """Log format: `text`, or `json` with one object per line."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """The least that is logged."""
+    """Minimum level of logged events."""
 
     @property
     def sources(self) -> dict[str, str | None]:

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from celery import signals
-from celery.worker import state as celery_state
 
 from calotype_shared.errors import ServiceUnavailable, SettingsError
 from calotype_shared.observability import metric_names as names
-from calotype_shared.observability.tracing import make_telemetry
+from calotype_shared.observability.telemetry import make_telemetry
 from calotype_shared.queue.connection import connect_redis
 from calotype_shared.queue.job_store import JobStore
 from calotype_shared.queue.keys import together
@@ -30,16 +29,18 @@ from calotype_worker.engine import Engine, EngineSettings
 from calotype_worker.engine.profile import Profile
 from calotype_worker.engine.trace import NoopTracer, Tracer
 from calotype_worker.jobs.celery_app import make_app, queue_names
+from calotype_worker.jobs.drain import Drain
 from calotype_worker.jobs.heartbeat import Heartbeat
 from calotype_worker.jobs.inputs import Inputs
-from calotype_worker.jobs.preemption import Notice, Watcher, notice_source
+from calotype_worker.jobs.preemption import Watcher, notice_source
 from calotype_worker.jobs.previews import Previews
 from calotype_worker.jobs.reaper import Reaper
 from calotype_worker.jobs.reserved_slots import RESERVED, ReservedSlots
 from calotype_worker.jobs.runner import JobRunner
 from calotype_worker.jobs.size_affinity import SizeAffinity
 from calotype_worker.jobs.spool import Spool
-from calotype_worker.models import Accelerations, Adapters, AnyModel, Memory, ModelPool, load_model
+from calotype_worker.loading import load_models
+from calotype_worker.models import ModelPool
 from calotype_worker.observability.admin import WorkerAdmin
 from calotype_worker.observability.counters import Counters
 from calotype_worker.observability.trace_file import TraceFile
@@ -50,48 +51,7 @@ from calotype_worker.threads import apart
 log = logging.getLogger(__name__)
 
 EXIT_FATAL = 70  # the device is lost, or a part that must not end has; a supervisor should start a new process
-EXIT_NOW = 75  # told twice to leave
 _REPORT_TTL_SECONDS = 15.0
-_LEAVE_NOW_SECONDS = 0.6
-_HAND_BACK_SECONDS = 5.0  # before the machine is taken away, for jobs that are still running then
-
-
-def load_models(options: WorkerSettings) -> list[AnyModel]:
-    """Every model of a worker, with what was registered for it. Raises ModelLoadError, InvalidRequest."""
-    memory = Memory(
-        attention_slicing=options.attention_slicing,
-        vae_slicing=options.vae_slicing,
-        vae_tiling=options.vae_tiling,
-        offload=options.offload,
-    )
-    accelerations = Accelerations(
-        deep_cache=options.deep_cache,
-        first_block_cache=options.first_block_cache,
-        token_merging=options.token_merging,
-        quantized=options.quantized,
-    )
-    accelerations.check(deterministic=options.deterministic, compiled=options.compile != "off")
-    models = []
-    for name, source in options.sources.items():
-        adapters = Adapters(
-            loras={lora: Path(file) for lora, file in options.registered("lora", name).items()},
-            embeddings={token: Path(file) for token, file in options.registered("embedding", name).items()},
-            controls=options.registered("control", name),
-            lora_capacity=options.lora_capacity,
-        )
-        models.append(
-            load_model(
-                name,
-                source=source,
-                device=options.device,
-                dtype=options.dtype,
-                adapters=adapters,
-                memory=memory,
-                accelerations=accelerations,
-                as_pipeline=options.run_as == "pipeline",
-            )
-        )
-    return models
 
 
 def _make_spool(options: WorkerSettings) -> Spool:
@@ -158,7 +118,7 @@ class Worker:
         if options.profile_seconds or options.compile != "off":
             for profile in self._engine.profile(seconds=options.profile_seconds):
                 log.info("profiled", extra={"model": profile.model, **_facts(profile)})
-        self._draining, self._consuming = threading.Event(), threading.Event()
+        self._consuming = threading.Event()
         interactive_queues = queue_names(list(self._cards), Lane.INTERACTIVE)
         slots = ReservedSlots(options.jobs_in_flight)
         self._heartbeat = Heartbeat(
@@ -171,6 +131,7 @@ class Worker:
             on_interactive=slots.interactive_arrived,
             counters=self._counters,
         )
+        self._drain = Drain(self._store, self._heartbeat, worker=self.name, grace_seconds=options.grace_seconds)
         self._runner = JobRunner(
             self._store,
             self._engine,
@@ -189,7 +150,7 @@ class Worker:
             interactive_queues=interactive_queues,
             worker=self.name,
             lease_seconds=options.lease_seconds,
-            draining=self._draining.is_set,
+            draining=lambda: self._drain.begun,
             trace=tracer,
             counters=self._counters,
             tracer=self._telemetry.tracer,
@@ -209,8 +170,8 @@ class Worker:
                 names.RUNNING_JOBS: lambda: len(self._heartbeat.running()),
                 names.SPOOL_BYTES: lambda: spool.used,
                 names.SPOOL_LIMIT_BYTES: lambda: spool.max_bytes,
-                names.STORAGE_AWAY: lambda: self._runner.storage_away,
-                names.WORKER_DRAINING: self._draining.is_set,
+                names.STORAGE_UNAVAILABLE: lambda: self._runner.storage_unavailable,
+                names.WORKER_DRAINING: lambda: self._drain.begun,
             },
             not_ready=self._not_ready,
         )
@@ -225,7 +186,6 @@ class Worker:
             every_seconds=options.reap_seconds,
             counters=self._counters,
         )
-        self._signals = 0
 
     def run(self) -> int:
         """Consume until SIGTERM or SIGINT; returns the exit status."""
@@ -250,8 +210,7 @@ class Worker:
             quiet=True,
         )
         consumer.start()  # returns when a warm shutdown is done
-        while self._heartbeat.running():  # images that wait for the storage: until the drain hands their jobs back
-            time.sleep(0.05)
+        self._drain.wait_for_jobs()  # with images that wait for the storage: until the drain hands them back
         self._runner.stop()
         self._heartbeat.stop()
         self._engine.stop()
@@ -263,20 +222,20 @@ class Worker:
             self._store.retire_worker(self.name)
         except ServiceUnavailable as error:
             log.warning("worker not retired", extra={"reason": str(error)})
-        if not self._draining.is_set():  # nobody has asked it to: Celery has met a bug, and has logged it
-            log.critical("worker ends: its consumer has stopped", extra={"worker": self.name})
+        if not self._drain.begun:  # nobody has asked it to: Celery has met a bug, and has logged it
+            log.critical("worker exits: its consumer has stopped", extra={"worker": self.name})
             return EXIT_FATAL
         log.info("worker stopped", extra={"worker": self.name})
         return 0
 
     def _ready(self, **_: Any) -> None:
         # Celery has installed its own handlers by now, in this thread; ours drain within a bound instead.
-        signal.signal(signal.SIGTERM, self._on_signal)
-        signal.signal(signal.SIGINT, self._on_signal)
+        signal.signal(signal.SIGTERM, self._drain.on_signal)
+        signal.signal(signal.SIGINT, self._drain.on_signal)
         endpoint = self._options.preemption_endpoint
         source = notice_source(self._options.preemption, str(endpoint) if endpoint else None)
         if source is not None:
-            Watcher(source, self._on_notice).start()
+            Watcher(source, self._drain.on_notice).start()
         self._consuming.set()
         log.info(
             "worker ready",
@@ -292,49 +251,9 @@ class Worker:
         )
 
     def _not_ready(self) -> str | None:
-        if self._draining.is_set():
+        if self._drain.begun:
             return "draining"
         return None if self._consuming.is_set() else "starting"
-
-    def _on_signal(self, number: int, _: object) -> None:
-        # No logging here: the interrupted code may hold the logger's lock.
-        self._signals += 1
-        if self._signals > 1:
-            threading.Thread(target=self._leave_now, daemon=True).start()
-        else:
-            self._leave(signal.Signals(number).name, self._options.grace_seconds)
-
-    def _on_notice(self, notice: Notice) -> None:
-        """No signal: the one that follows, when the machine is shut down, is a first one."""
-        within = max(0.0, notice.seconds_left - _HAND_BACK_SECONDS)
-        self._leave(f"preemption notice ({notice.where})", min(self._options.grace_seconds, within))
-
-    def _leave(self, reason: str, grace_seconds: float) -> None:
-        """From any thread or signal handler, and more than once: the earliest end counts."""
-        self._draining.set()
-        celery_state.should_stop = 0  # Celery's warm shutdown: stop consuming, wait for what runs, exit status 0
-        threading.Thread(target=self._drain, args=(reason, grace_seconds), daemon=True).start()
-
-    def _drain(self, reason: str, grace_seconds: float) -> None:
-        """Let jobs finish for the grace period, then hand the rest back to the queue."""
-        holding = len(self._heartbeat.running())
-        log.info("worker drains", extra={"reason": reason, "jobs": holding, "grace": grace_seconds})
-        ends = time.monotonic() + grace_seconds
-        while self._heartbeat.running() and time.monotonic() < ends:
-            time.sleep(0.05)
-        self._heartbeat.release_all()
-
-    def _leave_now(self) -> None:
-        """The second signal: hand back what can be handed back at once, and go."""
-        releasing = threading.Thread(target=self._release_directly, daemon=True)
-        releasing.start()
-        releasing.join(_LEAVE_NOW_SECONDS)
-        os._exit(EXIT_NOW)
-
-    def _release_directly(self) -> None:
-        for job in self._heartbeat.running():
-            self._store.release(job.claim)
-        self._store.retire_worker(self.name)
 
     def _report(self) -> None:
         stats = self._engine.stats()
@@ -349,7 +268,7 @@ class Worker:
             left_for_newer=self._reaper.left_for_newer,
             started_at=self._started_at,
             running_jobs=len(self._heartbeat.running()),
-            draining=self._draining.is_set(),
+            draining=self._drain.begun,
             forward_passes=stats.forward_passes,
             rows=stats.rows,
             images=stats.images,
@@ -370,6 +289,6 @@ def _keep_our_logging(**_: Any) -> None:
 
 def _leave_for_dead(error: BaseException) -> None:
     """The device is lost: end the process without a word to Redis, so that leases expire and others take over."""
-    log.critical("worker leaves: its device is lost", extra={"reason": str(error)})
+    log.critical("worker exits: its device is lost", extra={"reason": str(error)})
     logging.shutdown()
     os._exit(EXIT_FATAL)

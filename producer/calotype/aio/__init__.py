@@ -1,4 +1,4 @@
-"""The client for asyncio: the same client, its short calls in threads and its sleeping on the event loop."""
+"""The client for asyncio: the same client, with short calls in threads and waiting on the event loop."""
 
 from calotype.aio.batches import AsyncBatches, AsyncBatchHandle
 from calotype.aio.client import AsyncClient

@@ -29,7 +29,7 @@ class AsyncBatches(Threaded[Batches]):
     ) -> AsyncBatchHandle:
         """Submit many jobs as one batch: a JSONL file of up to a million lines, or an iterable of configs.
 
-        More is said, and what it raises, at `Batches.submit`.
+        For details and errors see `Batches.submit`.
         """
         submit = functools.partial(self._sync.submit, manifest, idempotency_key=idempotency_key, **options)
         return AsyncBatchHandle(self, (await asyncio.to_thread(submit)).id)
@@ -37,7 +37,7 @@ class AsyncBatches(Threaded[Batches]):
     async def submit_stored(
         self, key: str, *, input_file: str, idempotency_key: str | None = None, **options: Unpack[BatchOptions]
     ) -> AsyncBatchHandle:
-        """Submit a manifest that is in storage already, under the name `input_file`. Raises as `submit`."""
+        """Submit a manifest that is already in storage, under the name `input_file`. Raises like `submit`."""
         submit = functools.partial(
             self._sync.submit_stored, key, input_file=input_file, idempotency_key=idempotency_key, **options
         )
@@ -78,7 +78,7 @@ class AsyncBatches(Threaded[Batches]):
         return records[0] if one else records
 
     async def retry(self, batch: BatchRef, **options: Unpack[BatchOptions]) -> AsyncBatchHandle:
-        """Submit a new batch of only those lines of a final one that did not succeed. `options` as for `submit`.
+        """Submit the lines of a final batch that did not succeed as a new batch. `options` as for `submit`.
 
         Raises as `Batches.retry`.
         """
@@ -86,7 +86,7 @@ class AsyncBatches(Threaded[Batches]):
         return AsyncBatchHandle(self, (await asyncio.to_thread(retry)).id)
 
     def results(self, batch: BatchRef, *, errors: bool = False) -> AsyncIterator[dict[str, Any]]:
-        """Yield the results so far, or the errors, one a line; in the order in which the jobs ended.
+        """Yield the results so far, or the errors, one per line, in the order in which the jobs ended.
 
         Raises as `Batches.results`.
         """
@@ -117,7 +117,7 @@ class AsyncBatchHandle(AnyBatchHandle[AsyncBatches]):
         return await self._client.wait(self.id, timeout)
 
     async def result(self, timeout: float | None = None) -> AsyncIterator[dict[str, Any]]:
-        """Wait until it is final; returns an iterator over what became of every line: successes, then errors.
+        """Wait until the batch ends; returns an iterator over the outcome of every line: successes, then errors.
 
         Raises as `BatchHandle.result`.
         """
@@ -134,19 +134,19 @@ class AsyncBatchHandle(AnyBatchHandle[AsyncBatches]):
         return self._client.follow(self.id, timeout=timeout)
 
     def results(self) -> AsyncIterator[dict[str, Any]]:
-        """Yield what succeeded so far."""
+        """Yield the results so far."""
         return self._client.results(self.id)
 
     def errors(self) -> AsyncIterator[dict[str, Any]]:
-        """Yield what failed so far, with line numbers."""
+        """Yield the errors so far, with line numbers."""
         return self._client.results(self.id, errors=True)
 
     async def cancel(self) -> BatchRecord:
-        """Start nothing new of it, and stop its running jobs within a step. Raises BatchNotFound."""
+        """Cancel the batch: no new job starts, and running jobs stop within a step. Raises BatchNotFound."""
         return await self._client.cancel(self.id)
 
     async def pause(self) -> None:
-        """Send no more of its jobs into the queue; those that are there already run. Raises BatchNotFound."""
+        """Pause the batch: no more of its jobs are queued. Queued jobs still run. Raises BatchNotFound."""
         await self._client.pause(self.id)
 
     async def resume(self) -> None:
@@ -154,5 +154,5 @@ class AsyncBatchHandle(AnyBatchHandle[AsyncBatches]):
         await self._client.resume(self.id)
 
     async def retry(self, **options: Unpack[BatchOptions]) -> AsyncBatchHandle:
-        """Submit a new batch of only the lines that did not succeed. Raises as `Batches.retry`."""
+        """Submit the lines that did not succeed as a new batch. Raises like `Batches.retry`."""
         return await self._client.retry(self.id, **options)

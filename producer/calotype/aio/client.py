@@ -26,7 +26,7 @@ log = logging.getLogger("calotype.client")
 class AsyncClient(AsyncJobs[Client]):
     """`Client` with `await`. Has the same methods, which take the same arguments; each means and raises the same.
 
-    Waiting holds no thread; every other call is made in one. `sleep` is called there, and is not awaited.
+    Waiting holds no thread; every other call runs in one. `sleep` is called there, and is not awaited.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class AsyncClient(AsyncJobs[Client]):
         self.dead_jobs = AsyncDeadJobs(sync.dead_jobs, jobs=self)
 
     def batch(self, batch_id: str) -> AsyncBatchHandle:
-        """A handle of the batch. Makes no round trip: that there is no such batch shows at the first use."""
+        """A handle of the batch, without a round trip: a missing batch raises an error at the first use."""
         return AsyncBatchHandle(self.batches, batch_id)
 
     async def submit(
@@ -62,7 +62,7 @@ class AsyncClient(AsyncJobs[Client]):
         webhook_url: str | None = None,
         **fields: Unpack[JobFields],
     ) -> AsyncJobHandle:
-        """Queue one job. `config` and `fields` as for `Client.submit`, which says what is raised."""
+        """Queue one job. For parameters and errors see `Client.submit`."""
         submit = functools.partial(
             self._sync.submit,
             config,

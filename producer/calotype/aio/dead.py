@@ -19,9 +19,9 @@ class AsyncDeadJobs(Threaded[DeadJobs]):
         self._jobs = jobs
 
     async def retry(self, job: JobRef) -> AsyncJobHandle:
-        """Submit a dead job's config once more, as a new job, and take the old one off the list; its record stays.
+        """Submit a dead job's config again as a new job, and remove the old one from the list; its record stays.
 
-        More is said, and what it raises, at `DeadJobs.retry`.
+        For details and errors see `DeadJobs.retry`.
         """
         return AsyncJobHandle(self._jobs, (await asyncio.to_thread(self._sync.retry, job)).id)
 

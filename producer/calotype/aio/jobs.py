@@ -1,4 +1,4 @@
-"""`AsyncJobs` and `AsyncJobHandle`: `Jobs` and `JobHandle` with `await`. No thread is held while nothing happens."""
+"""`AsyncJobs` and `AsyncJobHandle`: `Jobs` and `JobHandle` with `await`. Waiting holds no thread."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ J_co = TypeVar("J_co", bound=Jobs, covariant=True)
 
 
 class AsyncJobs(Threaded[J_co], Generic[J_co]):
-    """The part of `AsyncClient` that is about jobs that are there already."""
+    """The part of `AsyncClient` for existing jobs."""
 
     status = in_thread(Jobs.status)
     cancel = in_thread(Jobs.cancel)
@@ -26,7 +26,7 @@ class AsyncJobs(Threaded[J_co], Generic[J_co]):
     previews = in_thread(Jobs.previews)
 
     def job(self, job_id: str) -> AsyncJobHandle:
-        """A handle of the job. Makes no round trip: that there is no such job shows at the first use."""
+        """A handle of the job, without a round trip: a missing job raises an error at the first use."""
         return AsyncJobHandle(self, job_id)
 
     def follow(self, jobs: JobRef | Iterable[JobRef], *, timeout: float | None = None) -> AsyncIterator[JobRecord]:
@@ -101,7 +101,7 @@ class AsyncJobHandle(AnyJobHandle[AsyncJobs[Jobs]]):
         return self._client.follow(self.id, timeout=timeout)
 
     async def cancel(self) -> JobState:
-        """Cancel it at once and for good. Raises JobNotFound."""
+        """Cancel the job immediately. Raises JobNotFound."""
         return await self._client.cancel(self.id)
 
     async def images(self) -> list[JobImage]:

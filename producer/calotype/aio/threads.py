@@ -1,4 +1,4 @@
-"""How a method of the sync client becomes one that is awaited: its call goes to a thread."""
+"""Turns a method of the sync client into an awaitable one: its call runs in a thread."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def in_thread(
 
 
 async def iterated_in_thread(items: Iterator[R], *, at_once: int = 256) -> AsyncIterator[R]:
-    """The items of an iterator that may block: up to `at_once` of them are taken by one call in a thread."""
+    """The items of an iterator that can block: each call in a thread takes up to `at_once` of them."""
     while taken := await asyncio.to_thread(lambda: [item for _, item in zip(range(at_once), items, strict=False)]):
         for item in taken:
             yield item

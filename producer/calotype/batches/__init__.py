@@ -1,5 +1,5 @@
 """Large batches: a manifest of up to a million lines in storage, a window of jobs in the queue, results in storage.
 
-Reading order: `record.py` (what a batch is), `lines.py` (how it is written), `plan.py` (the manifest, validated),
-`run.py` (one batch from its first line to its last), `dispatcher.py` (who runs which), `client.py` (what users call).
+Reading order: `record.py` (a batch), `lines.py` (its file formats), `plan.py` (the validated manifest),
+`run.py` (one batch from start to end), `dispatcher.py` (which process runs which batch), `client.py` (the public API).
 """

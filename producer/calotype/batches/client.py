@@ -1,4 +1,4 @@
-"""Batches: `Batches`, what a client does with them by id or handle; and `BatchHandle`, one of them."""
+"""`Batches`: operations on batches by id or handle. `BatchHandle`: one batch."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ class Batches:
         """Submit many jobs as one batch: a JSONL file of up to a million lines, or an iterable of configs.
 
         The manifest is streamed into storage and never held whole. A dispatcher validates it, keeps `window` jobs in
-        the queue until all are done, and writes the results into storage. Lines that cannot be used are in its
-        errors, by line number; the rest runs.
+        the queue until all have ended, and writes the results to storage. Invalid lines are in its
+        errors, by line number; the others run.
 
         Raises:
-            InvalidRequest: an option is wrong, or the file cannot be read; nothing was submitted.
-            IdempotencyConflict: the key was used before, for another manifest.
-            QueueFull: as many batches are open as may be.
+            InvalidRequest: an option is invalid, or the file cannot be read; nothing was submitted.
+            IdempotencyConflict: the key was used before for a different manifest.
+            QueueFull: the limit of open batches is reached.
         """
         batch_id = f"batch_{new_job_id()}"
         key = f"{batch_folder(batch_id)}manifest.jsonl"
@@ -69,7 +69,7 @@ class Batches:
     def submit_stored(
         self, key: str, *, input_file: str, idempotency_key: str | None = None, **options: Unpack[BatchOptions]
     ) -> BatchHandle:
-        """Submit a manifest that is in storage already, under the name `input_file`. Raises as `submit`."""
+        """Submit a manifest that is already in storage, under the name `input_file`. Raises like `submit`."""
         fields = {**option_fields(options, self._resolver), "input_file": input_file}
         return self._create(f"batch_{new_job_id()}", key, fields, idempotency(idempotency_key, key, fields))
 
@@ -88,7 +88,7 @@ class Batches:
         return BatchHandle(self, found)
 
     def _forget_manifest(self, batch_id: str, key: str) -> None:
-        """Of a batch that there is not. One that was in storage before stays."""
+        """Delete the manifest of a batch that was not created. One that was in storage before stays."""
         if key.startswith(batch_folder(batch_id)):
             self._storage.delete(key)
 
@@ -140,10 +140,10 @@ class Batches:
     @overload
     def cancel(self, batches: Iterable[BatchRef]) -> list[BatchRecord]: ...
     def cancel(self, batches: BatchRef | Iterable[BatchRef]) -> BatchRecord | list[BatchRecord]:
-        """Start nothing new of it, and stop its running jobs within a step. A final batch stays as it is.
+        """Cancel batches: no new job starts, and running jobs stop within a step. Final batches stay as they are.
 
         Raises:
-            BatchNotFound: a batch has no record. The others are cancelled all the same.
+            BatchNotFound: a batch has no record. The others are still cancelled.
         """
         ids, one = ids_of(batches, AnyBatchHandle)
         records, missing = [], None
@@ -160,12 +160,12 @@ class Batches:
         self._store.cancel(batch_id)
         if not self._store.get(batch_id).state.final:
             for job_id in self._store.live(batch_id):
-                with suppress(JobNotFound):  # a dispatcher was faster: it is final, written down and gone
+                with suppress(JobNotFound):  # a dispatcher has already stored its result and deleted the record
                     self._jobs.cancel(job_id)
         return self._store.get(batch_id)
 
     def pause(self, batch: BatchRef) -> None:
-        """Send no more of its jobs into the queue; those that are there already run. Raises BatchNotFound."""
+        """Pause the batch: no more of its jobs are queued. Queued jobs still run. Raises BatchNotFound."""
         self._store.pause(one_id(batch, AnyBatchHandle), paused=True)
 
     def resume(self, batch: BatchRef) -> None:
@@ -173,10 +173,10 @@ class Batches:
         self._store.pause(one_id(batch, AnyBatchHandle), paused=False)
 
     def retry(self, batch: BatchRef, **options: Unpack[BatchOptions]) -> BatchHandle:
-        """Submit a new batch of only those lines of a final one that did not succeed. `options` as for `submit`.
+        """Submit the lines of a final batch that did not succeed as a new batch. `options` as for `submit`.
 
         Raises:
-            InvalidRequest: it is not final yet, or every line succeeded.
+            InvalidRequest: the batch is not final, or every line succeeded.
         """
         record = self.status(batch)
         if not record.state.final:
@@ -184,7 +184,7 @@ class Batches:
                 f"is still {record.state.value}",
                 field="batch",
                 value=record.id,
-                remedy="wait for it, or cancel it first",
+                remedy="wait until it ends, or cancel it",
             )
         failed = self._failed_lines(record)
         if not failed:
@@ -216,7 +216,7 @@ class Batches:
         return custom_ids
 
     def results(self, batch: BatchRef, *, errors: bool = False) -> Iterator[dict[str, Any]]:
-        """Yield the results so far, or the errors, one a line; in the order in which the jobs ended.
+        """Yield the results so far, or the errors, one per line, in the order in which the jobs ended.
 
         Raises:
             BatchNotFound: at the first one.
@@ -262,7 +262,7 @@ class BatchHandle(AnyBatchHandle[Batches]):
         return self._client.wait(self.id, timeout)
 
     def result(self, timeout: float | None = None) -> Iterator[dict[str, Any]]:
-        """Wait until it is final; returns an iterator over what became of every line: successes, then errors.
+        """Wait until the batch ends; returns an iterator over the outcome of every line: successes, then errors.
 
         Raises:
             BatchNotFound, WaitTimeout: as `wait`.
@@ -275,19 +275,19 @@ class BatchHandle(AnyBatchHandle[Batches]):
         return self._client.follow(self.id, timeout=timeout)
 
     def results(self) -> Iterator[dict[str, Any]]:
-        """Yield what succeeded so far."""
+        """Yield the results so far."""
         return self._client.results(self.id)
 
     def errors(self) -> Iterator[dict[str, Any]]:
-        """Yield what failed so far, with line numbers."""
+        """Yield the errors so far, with line numbers."""
         return self._client.results(self.id, errors=True)
 
     def cancel(self) -> BatchRecord:
-        """Start nothing new of it, and stop its running jobs within a step. Raises BatchNotFound."""
+        """Cancel the batch: no new job starts, and running jobs stop within a step. Raises BatchNotFound."""
         return self._client.cancel(self.id)
 
     def pause(self) -> None:
-        """Send no more of its jobs into the queue; those that are there already run. Raises BatchNotFound."""
+        """Pause the batch: no more of its jobs are queued. Queued jobs still run. Raises BatchNotFound."""
         self._client.pause(self.id)
 
     def resume(self) -> None:
@@ -295,5 +295,5 @@ class BatchHandle(AnyBatchHandle[Batches]):
         self._client.resume(self.id)
 
     def retry(self, **options: Unpack[BatchOptions]) -> BatchHandle:
-        """Submit a new batch of only the lines that did not succeed. Raises as `Batches.retry`."""
+        """Submit the lines that did not succeed as a new batch. Raises like `Batches.retry`."""
         return self._client.retry(self.id, **options)

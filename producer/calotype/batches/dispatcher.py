@@ -1,4 +1,4 @@
-"""`Dispatcher`: leads the batches that nobody leads, and delivers webhooks. Any number of processes share the work."""
+"""`Dispatcher`: leads batches without a leader, and delivers webhooks. Any number of processes can share the work."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ log = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 1.0
 _AT_ONCE = 64  # batches a process leads; the rest wait, oldest first
-_OF_A_TENANT = 8  # of them, so that nobody's many batches keep another's from being led
-_REST_SECONDS = 3.0  # before a batch that was let go, being paused, is looked at again
+_OF_A_TENANT = 8  # per tenant, so that one tenant's batches do not block another's
+_REST_SECONDS = 3.0  # before a paused batch is checked again
 _BACKOFF_SECONDS = 5.0
 
 
 class Dispatcher:
-    """A context manager that works in threads of its own, or call `run` to work until told to stop."""
+    """A context manager that runs in separate threads. Or call `run` to run until `stop`."""
 
     def __init__(self, settings: Settings, *, on_webhook: Callable[[str], object] | None = None) -> None:
-        """`on_webhook` hears of each attempt at a delivery: delivered, postponed or dropped."""
+        """`on_webhook` is called for each delivery attempt: delivered, postponed or dropped."""
         redis = connect_redis(settings)
         self._redis = redis
         kept = {"key_prefix": settings.key_prefix, "retention_seconds": settings.retention_seconds}
@@ -49,13 +49,13 @@ class Dispatcher:
         self._resolver = Resolver(settings, self._jobs, self._storage)
         self._who = f"{socket.gethostname()}-{os.getpid()}-{random.randrange(16**8):08x}"
         self._stop = threading.Event()
-        self._runs: dict[str, tuple[str, threading.Thread]] = {}  # by batch: its tenant, and who runs it
-        self._rested: dict[str, float] = {}  # by batch: when it may be looked at again
+        self._runs: dict[str, tuple[str, threading.Thread]] = {}  # by batch: its tenant, and the thread that runs it
+        self._rested: dict[str, float] = {}  # by batch: when to check it again
         self._deliverer = make_deliverer(settings, self._jobs, self._batches, self._storage, on_webhook)
         self._thread = threading.Thread(target=self.run, name="calotype-dispatcher", daemon=True)
 
     def run(self) -> None:
-        """Look for batches to lead until `stop`; returns when every batch has been let go."""
+        """Lead batches until `stop`; returns when every batch has been released."""
         delivering = None
         if self._deliverer is not None:
             delivering = threading.Thread(target=self._deliverer.run, args=(self._stop,), daemon=True)
@@ -64,7 +64,7 @@ class Dispatcher:
             try:
                 self._look()
             except ServiceUnavailable as error:
-                log.warning("dispatcher waits", extra={"reason": str(error)})
+                log.warning("dispatcher waits for Redis or storage", extra={"reason": str(error)})
                 self._stop.wait(full_jitter(_BACKOFF_SECONDS))
             self._stop.wait(_LOOK_SECONDS)
         for _, thread in self._runs.values():
@@ -74,7 +74,7 @@ class Dispatcher:
         self._redis.close()
 
     def stop(self) -> None:
-        """Let every batch go at its next turn, for another dispatcher to carry on."""
+        """Release every batch at its next turn, so that another dispatcher can continue it."""
         self._stop.set()
 
     def _look(self) -> None:
@@ -108,10 +108,10 @@ class Dispatcher:
         try:
             run.run()
         except ServiceUnavailable as error:
-            log.warning("batch waits", extra={"batch_id": batch_id, "reason": str(error)})
+            log.warning("batch waits for Redis or storage", extra={"batch_id": batch_id, "reason": str(error)})
             self._stop.wait(full_jitter(_BACKOFF_SECONDS))
         except Exception:
-            log.exception("a batch met a bug", extra={"batch_id": batch_id})
+            log.exception("unexpected error in a batch", extra={"batch_id": batch_id})
             self._stop.wait(_BACKOFF_SECONDS)
 
     def __enter__(self) -> Self:
@@ -132,7 +132,7 @@ def make_deliverer(
     storage: Storage,
     on_outcome: Callable[[str], object] | None = None,
 ) -> Deliverer | None:
-    """What delivers webhooks about jobs and batches; None where no secret to sign them with is set.
+    """Delivers webhooks for jobs and batches; None if no signing secret is set.
 
     Raises:
         ServiceUnavailable: its packages are missing.
@@ -142,7 +142,7 @@ def make_deliverer(
     try:
         from calotype.webhooks import Deliverer, Hooks, describe_job  # noqa: PLC0415 - only where they are used
     except ImportError:
-        raise ServiceUnavailable("webhooks need packages; run: pip install 'calotype[gateway]'") from None
+        raise ServiceUnavailable("webhooks need optional packages; run: pip install 'calotype[gateway]'") from None
     about_job = describe_job(jobs, storage)
 
     def describe(kind: str, about: str) -> dict[str, Any] | None:

@@ -1,10 +1,10 @@
-"""How one line of a manifest is read and one line of a result is written: Calotype's own way, and OpenAI's.
+"""Reads lines of manifests and writes lines of results, in Calotype's and in OpenAI's format.
 
-A line of our own is a config, with a `custom_id` if its submitter wants to find it again:
+A line in Calotype's format is a config with an optional `custom_id`:
 
     {"custom_id": "cover-1", "prompt": "a red circle", "num_inference_steps": 20, "seed": 7}
 
-OpenAI's is a request with such a config, spelled as their images API does (`openai_images.py`), as its body.
+A line in OpenAI's format is a request whose body follows their images API (`openai_images.py`):
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from calotype_shared.schema.config import GenerationConfig
 LONGEST_LINE = 2**20  # bytes
 MAX_CUSTOM_ID = 512  # characters
 OPENAI_URL = "/v1/images/generations"
-_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON can say it, UTF-8 cannot
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: allowed in JSON, but not in UTF-8
 
 
 class Request(NamedTuple):
     """One line of a manifest."""
 
     custom_id: str
-    config: GenerationConfig  # not resolved yet
+    config: GenerationConfig  # not resolved
 
 
 class Finished(NamedTuple):
-    """What a result says of a job that is final."""
+    """The fields of a final job that a result contains."""
 
     line: int
     custom_id: str
@@ -79,14 +79,16 @@ class _OpenAI:
         for field, wanted in (("method", "POST"), ("url", OPENAI_URL)):
             if fields.get(field) != wanted:
                 raise InvalidRequest(
-                    "is not what this batch can do", field=field, value=fields.get(field), remedy=f"use {wanted!r}"
+                    "does not match this batch", field=field, value=fields.get(field), remedy=f"use {wanted!r}"
                 )
         body = fields.get("body")
         if not isinstance(body, Mapping):
-            raise InvalidRequest("must be an object", field="body", value=body, remedy="give the request's fields")
+            raise InvalidRequest(
+                "must be an object", field="body", value=body, remedy="send an object with the request's fields"
+            )
         custom_id = fields.get("custom_id")
         if custom_id is None:
-            raise InvalidRequest("is missing", field="custom_id", value=None, remedy="give each line its own")
+            raise InvalidRequest("is missing", field="custom_id", value=None, remedy="give each line a unique one")
         return Request(read_custom_id(custom_id, number), read_generation(body).config)
 
     def write(self, result: Finished, *, url: Callable[[str], str]) -> dict[str, Any]:
@@ -114,7 +116,7 @@ def parse_line(data: bytes) -> Mapping[str, Any]:
         fields = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(
-            f"is not JSON ({error})", field="line", value=data[:80], remedy="write one JSON object a line, in UTF-8"
+            f"is not JSON ({error})", field="line", value=data[:80], remedy="write one JSON object per line, in UTF-8"
         ) from None
     if not isinstance(fields, dict):
         raise InvalidRequest("is not an object", field="line", value=fields, remedy='write {"prompt": …}')
@@ -132,11 +134,11 @@ def problem(error: CalotypeError) -> dict[str, str]:
 
 
 def read_custom_id(value: object, number: int) -> str:
-    """The name of a line, or the one it gets. Raises InvalidRequest."""
+    """The custom id of a line, or the default one. Raises InvalidRequest."""
     if value is None:
         return f"line-{number}"
     if not isinstance(value, str) or not 0 < len(value) <= MAX_CUSTOM_ID or _SURROGATE.search(value):
         raise InvalidRequest(
-            "is no custom id", field="custom_id", value=value, remedy=f"use a text of 1 to {MAX_CUSTOM_ID} characters"
+            "is not valid", field="custom_id", value=value, remedy=f"use a string of 1 to {MAX_CUSTOM_ID} characters"
         )
     return value

@@ -1,4 +1,4 @@
-"""A manifest on its way into storage: what a batch is submitted from, as the bytes of its lines."""
+"""Streams a manifest into storage as the bytes of its lines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Manifest = Path | Iterable[Submission]  # a JSONL file, or configs, prompts and 
 
 
 def manifest_bytes(manifest: Manifest) -> Iterator[bytes]:
-    """The manifest a few lines or a megabyte at a time.
+    """The manifest in chunks of a few lines or a megabyte.
 
     Raises:
         InvalidRequest: it is not a manifest, or the file cannot be read.
@@ -48,7 +48,7 @@ def manifest_bytes(manifest: Manifest) -> Iterator[bytes]:
 
 
 def with_custom_id(data: bytes, custom_id: str) -> bytes:
-    """The line as it was, by the name it had: a line without a name had that of its number."""
+    """The line with its custom id; a line without one had the default for its number."""
     try:
         fields = json.loads(data)
         if isinstance(fields, dict):
@@ -59,7 +59,7 @@ def with_custom_id(data: bytes, custom_id: str) -> bytes:
 
 
 def whole_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """The lines of a file that comes in chunks."""
+    """The lines of a file read in chunks."""
     rest = b""
     for chunk in chunks:
         *whole, rest = (rest + chunk).split(b"\n")

@@ -1,4 +1,4 @@
-"""What may be said of a batch as a whole, and how its record holds it."""
+"""The options of a batch, and their form in its record."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ WINDOW = 2_000  # jobs of a batch in Redis at a time
 
 
 class BatchOptions(TypedDict, total=False):
-    """What may be said of a batch as a whole."""
+    """The options of a batch."""
 
     lane: Lane  # bulk
     tenant: str | None
     metadata: Mapping[str, Any] | None
     webhook_url: str | None
-    expires_in: float | None  # seconds after which what is not done is given up
+    expires_in: float | None  # seconds after which unfinished lines expire
     window: int  # jobs of it in Redis at a time
     format: BatchFormat  # native
 

@@ -1,8 +1,8 @@
-"""The plan of a batch: its manifest, validated once and written down as jobs that only need to be sent.
+"""The plan of a batch: its validated manifest, stored as jobs that are ready to be queued.
 
-A plan is a folder in storage: `jobs-000001.jsonl`, … with a JSON array a line, and `errors-000001.jsonl`, … with the
-lines that cannot be used. It is written by one dispatcher into a folder of its own and counts only once the batch's
-record names it, so that a validation that was cut short is simply done again.
+A plan is a folder in storage: `jobs-000001.jsonl`, … with one JSON array per line, and
+`errors-000001.jsonl`, … with the invalid lines. One dispatcher writes it into a unique folder.
+It is valid only once the batch's record names it, so an interrupted validation is simply repeated.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _CONTENT = "application/jsonl"
 
 
 class Planned(NamedTuple):
-    """What validating a manifest found."""
+    """The result of validating a manifest."""
 
     folder: str
     total: int
@@ -52,11 +52,11 @@ def batch_folder(batch_id: str) -> str:
 
 
 def write_plan(storage: Storage, batch: BatchRecord, resolver: Resolver, *, keep_on: Callable[[], None]) -> Planned:
-    """Validate every line of a batch's manifest. `keep_on` is called now and then and may raise to stop it.
+    """Validate every line of a batch's manifest. `keep_on` is called regularly and can raise to stop it.
 
     Raises:
         InvalidRequest: the manifest as a whole cannot be used.
-        StorageUnavailable: nothing counts; do it again.
+        StorageUnavailable: the plan is not valid; repeat it.
     """
     folder = f"{batch_folder(batch.id)}plan-{new_job_id()}/"
     reader = _Reader(batch, resolver)
@@ -78,7 +78,10 @@ def write_plan(storage: Storage, batch: BatchRecord, resolver: Resolver, *, keep
             continue
         if total == MAX_LINES:
             raise InvalidRequest(
-                f"has more than {MAX_LINES} lines", field="manifest", value=batch.manifest, remedy="split it"
+                f"has more than {MAX_LINES} lines",
+                field="manifest",
+                value=batch.manifest,
+                remedy="split it into several batches",
             )
         total += 1
         in_part += 1
@@ -89,11 +92,11 @@ def write_plan(storage: Storage, batch: BatchRecord, resolver: Resolver, *, keep
             errors += reader.refuse(line, error)
         except CalotypeError:
             raise
-        except Exception as bug:  # of ours; one line must not keep the whole batch from ever starting
-            log.exception("a line met a bug", extra={"batch_id": batch.id, "line": line.number})
+        except Exception as bug:  # a bug: one line must not prevent the whole batch from starting
+            log.exception("unexpected error in a manifest line", extra={"batch_id": batch.id, "line": line.number})
             invalid += 1
             told = InvalidRequest(
-                f"met a bug ({type(bug).__name__})", field="line", value=line.number, remedy="correct or report it"
+                f"caused an internal error ({type(bug).__name__})", field="line", value=line.number, remedy="report it"
             )
             errors += reader.refuse(line, told)
         if in_part == _PART:
@@ -104,7 +107,7 @@ def write_plan(storage: Storage, batch: BatchRecord, resolver: Resolver, *, keep
 
 
 class _Reader:
-    """Turns lines of one manifest into lines of its plan. Remembers the custom ids it has seen, by hash."""
+    """Turns lines of one manifest into lines of its plan. Keeps hashes of the custom ids, to find duplicates."""
 
     def __init__(self, batch: BatchRecord, resolver: Resolver) -> None:
         self._batch = batch
@@ -118,12 +121,12 @@ class _Reader:
         seen = int.from_bytes(hashlib.blake2b(request.custom_id.encode(), digest_size=8).digest())
         if seen in self._seen:
             raise InvalidRequest(
-                "was used by an earlier line", field="custom_id", value=request.custom_id, remedy="give each its own"
+                "was used by an earlier line", field="custom_id", value=request.custom_id, remedy="use a unique one"
             )
         batch = self._batch
 
         def draw_seed() -> int:
-            """From the line's place, so that validating it twice gives the same image."""
+            """The seed, derived from batch and line number, so that repeated validation gives the same image."""
             drawn = hashlib.sha256(f"{batch.id}/{line.number}".encode()).digest()
             return int.from_bytes(drawn[: DRAWN_SEED_BITS // 8])
 
@@ -138,7 +141,7 @@ class _Reader:
         return dump_job(job._replace(custom_id=request.custom_id))
 
     def refuse(self, line: Line, error: InvalidRequest) -> bytes:
-        """The line of the errors file for a line that cannot be used."""
+        """The line of the error file for an invalid line."""
         try:
             custom_id = read_custom_id(parse_line(line.data).get("custom_id"), line.number)
         except InvalidRequest:
@@ -159,7 +162,7 @@ def dump_job(job: NewJob) -> bytes:
 
 
 class PlanReader:
-    """The jobs of a plan from any cursor on: `part:line`, both from 0. Holds one part in memory."""
+    """The jobs of a plan from a cursor on: `part:line`, both from 0. Holds one part in memory."""
 
     def __init__(self, storage: Storage, folder: str) -> None:
         self._storage = storage

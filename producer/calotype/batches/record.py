@@ -15,31 +15,32 @@ from calotype_shared.schema.enums import JobState, Lane
 
 
 class BatchState(StrEnum):
-    """The words of OpenAI's Batch API."""
+    """The states of OpenAI's Batch API."""
 
     VALIDATING = "validating"
     IN_PROGRESS = "in_progress"
     FINALIZING = "finalizing"
     CANCELLING = "cancelling"
     COMPLETED = "completed"
-    FAILED = "failed"  # not one line of it could be used
+    FAILED = "failed"  # no line was valid
     EXPIRED = "expired"
     CANCELLED = "cancelled"
 
     @property
     def final(self) -> bool:
+        """Whether the batch has ended."""
         return self in (BatchState.COMPLETED, BatchState.FAILED, BatchState.EXPIRED, BatchState.CANCELLED)
 
 
 class BatchFormat(StrEnum):
-    """How the lines of its manifest and of its results are written."""
+    """The format of the lines of its manifest and results."""
 
     NATIVE = "native"
     OPENAI = "openai"
 
 
 class BatchCounts(BaseModel):
-    """Lines by what became of them. `waiting` have not entered the queue yet."""
+    """Lines by state. `waiting` lines have not been queued yet."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -55,6 +56,7 @@ class BatchCounts(BaseModel):
 
     @property
     def done(self) -> int:
+        """Lines that have a result or an error."""
         return self.invalid + self.succeeded + self.failed + self.cancelled + self.expired
 
 
@@ -87,10 +89,10 @@ class BatchRecord(BaseModel):
     expired_at: float | None = None
     cancelled_at: float | None = None
     paused: bool = False
-    rate: float = 0.0  # jobs a second over the last ten to twenty seconds
+    rate: float = 0.0  # jobs per second over the last ten to twenty seconds
     manifest: str  # storage key
     plan: str = ""  # the folder of its validated lines
-    cursor: str = "0:0"  # part of the plan, and line in it, that is dispatched next
+    cursor: str = "0:0"  # part of the plan, and line in it, to dispatch next
     fence: int = 0
     window: int
     output: str | None = None  # storage keys, once final
@@ -98,17 +100,17 @@ class BatchRecord(BaseModel):
     retry_of: str | None = None
     input_file: str | None = None
     problem: str | None = None  # why it failed
-    ending: BatchState = BatchState.COMPLETED  # what it will be when it has been finalized
+    ending: BatchState = BatchState.COMPLETED  # the state after finalizing
     metadata: dict[str, Any] = {}
 
     @property
     def progress(self) -> float:
-        """Done share of its lines, 0 to 1."""
+        """Share of finished lines, 0 to 1."""
         return self.counts.done / self.counts.total if self.counts.total else 0.0
 
     @property
     def seconds_left(self) -> float | None:
-        """An estimate from the rate; None while there is none."""
+        """An estimate from the rate; None while the rate is unknown."""
         if self.state.final:
             return 0.0
         left = self.counts.total - self.counts.done
@@ -122,15 +124,15 @@ class BatchRecord(BaseModel):
         except (KeyError, ValueError) as error:
             schema = fields.get("schema", "?")
             raise UnreadableRecord(
-                f"batch {batch_id}: its record, of schema {schema!r}, is not understood ({in_short(error)}); this "
-                f"version knows up to {SCHEMA}: upgrade this process, or delete a record that is damaged"
+                f"batch {batch_id}: its record, of schema {schema!r}, cannot be read ({in_short(error)}); this "
+                f"version reads up to schema {SCHEMA}: upgrade this process, or delete the record if it is damaged"
             ) from error
 
     @classmethod
     def _read(cls, batch_id: str, fields: Mapping[str, str], *, now: float) -> Self:
         numbers = {name: int(fields.get(name, 0)) for name in ("total", "invalid", "skipped")}
         by_state = {state.value: int(fields.get(state.value, 0)) for state in JobState}
-        if "skipped_as" in fields:  # lines that never became jobs, because it was cancelled or expired
+        if "skipped_as" in fields:  # lines that never became jobs, because the batch was cancelled or expired
             by_state[fields["skipped_as"]] = by_state.get(fields["skipped_as"], 0) + numbers["skipped"]
         counted = BatchCounts(total=numbers["total"], invalid=numbers["invalid"], **by_state)
         entered = counted.done + counted.queued + counted.running

@@ -1,12 +1,12 @@
-"""`BatchRun`: one batch from its first line to its last, by the dispatcher that leads it.
+"""`BatchRun`: runs one batch from start to end, in the dispatcher that leads it.
 
     validating ──► in_progress ──► finalizing ──► completed, expired
         │               │
         └───────────────┴────────► cancelling ──► cancelled
 
-Every write is refused if another dispatcher has taken the lead, and everything needed to carry on is in Redis and
-storage: the plan, the cursor, the jobs that are not written down yet, the parts of the results. So a dispatcher may
-die at any point, and two may believe for a while that they lead.
+Every write is refused if another dispatcher has taken the lead. All state needed to continue is in Redis and
+storage: the plan, the cursor, the jobs whose results are not stored yet, the parts of the results. So a dispatcher can
+die at any point, and two can believe for a while that they lead.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from calotype_shared.storage.s3 import Storage
 
 LEASE_SECONDS = 20.0
 _CHUNK = 200  # jobs a script call
-_LEAST = 64  # jobs of a batch that may stand in line, however long the line: its tenant's fair share of what comes next
+_LEAST = 64  # queued jobs of a batch, however long the queue is: the basis of its tenant's fair share
 _HARVEST = 1_000  # results a part
-_FLUSH_SECONDS = (2.0, 60.0)  # results are readable after so long, however few; longer the more parts there are
+_FLUSH_SECONDS = (2.0, 60.0)  # results are readable after this time, however few; longer with more parts
 _PAUSE_SECONDS = 0.15
 _CONTENT = "application/jsonl"
 _MEANINGS = {
@@ -41,7 +41,7 @@ _MEANINGS = {
 
 
 class _Paused(Exception):
-    """Nothing is to be done until it is resumed: its place is another batch's."""
+    """Raised if the batch is paused, to free its slot for another batch."""
 
 
 class BatchRun:
@@ -71,7 +71,7 @@ class BatchRun:
         self._parts = 0  # written by this run
 
     def run(self) -> None:
-        """Lead the batch until it is final or paused, another leads it, or this process stops."""
+        """Lead the batch until it is final or paused, another dispatcher leads it, or this process stops."""
         while not self._stop.is_set():
             batch = self._lead()
             if batch is None:
@@ -79,7 +79,7 @@ class BatchRun:
             try:
                 self._advance(batch)
             except LeadLost:
-                continue  # somebody changed its state, or leads it: the next look tells
+                continue  # its state or leader has changed: the next turn reads it
             except _Paused:
                 break
         self._batches.resign(self._id, who=self._who)
@@ -112,7 +112,7 @@ class BatchRun:
         try:
             if not self._storage.exists(batch.manifest):
                 raise InvalidRequest(
-                    "is not in storage", field="manifest", value=batch.manifest, remedy="submit the batch again"
+                    "is missing in storage", field="manifest", value=batch.manifest, remedy="submit the batch again"
                 )
             planned = write_plan(self._storage, batch, self._resolver, keep_on=keep_on)
         except InvalidRequest as error:
@@ -129,7 +129,7 @@ class BatchRun:
     # ---- in progress
 
     def _turn(self, batch: BatchRecord) -> bool:
-        """Send what fits the window, write down what is done. Whether anything moved."""
+        """Queue jobs up to the window and store results. Returns whether anything changed."""
         if self._plan is None:
             self._plan = PlanReader(self._storage, batch.plan)
         live, done, waiting = self._batches.in_flight(batch.id, self._queues)
@@ -146,7 +146,7 @@ class BatchRun:
         return bool(sent or harvested)
 
     def _dispatch(self, batch: BatchRecord, plan: PlanReader, room: int) -> tuple[int, bool]:
-        """Jobs sent, and whether none are left."""
+        """The number of jobs queued, and whether none are left."""
         cursor, sent = batch.cursor, 0
         while True:
             jobs, behind = plan.take(cursor, max(1, min(_CHUNK, room - sent)))
@@ -157,7 +157,7 @@ class BatchRun:
             cursor, sent = behind, sent + len(jobs)
 
     def _harvest(self, batch: BatchRecord, done: int, *, draining: bool) -> int:
-        """Write down results as parts in storage, then let go of the jobs' records. How many."""
+        """Store results as parts, then delete the jobs' records. Returns their number."""
         soon, at_last = _FLUSH_SECONDS
         late = time.monotonic() - self._harvested >= min(at_last, soon * (1 + self._parts / 50))
         if not done or not (draining or late or done >= _HARVEST):
@@ -183,7 +183,7 @@ class BatchRun:
     # ---- closing
 
     def _close(self, batch: BatchRecord, ending: BatchState) -> None:
-        """End what still runs, write everything down, join the parts, and be final."""
+        """Cancel running jobs, store all results, join the parts, and set the final state."""
         for job_id in self._batches.live(batch.id):
             try:
                 self._jobs.cancel(job_id)
@@ -226,7 +226,7 @@ class BatchRun:
             yield from read_chunks(self._storage, key)
 
     def _write(self, key: str, data: Iterator[bytes]) -> str:
-        """The key, or nothing where there is no data: then there is no object."""
+        """The key; empty if there is no data and so no object."""
         first = next(data, b"")
         if not first:
             return ""
@@ -242,7 +242,7 @@ class BatchRun:
         return key
 
     def _tidy(self, parts: list[str], plan: str) -> None:
-        """Remove what the joined files contain. Best effort: nothing refers to it any more."""
+        """Delete the parts that the joined files contain. Best effort: nothing refers to them any more."""
         keys = [*parts, *(self._storage.list(plan) if plan else ())]
         try:
             for start in range(0, len(keys), 1000):
@@ -252,7 +252,7 @@ class BatchRun:
 
 
 class _Counted(Iterator[bytes]):
-    """Counts what passes."""
+    """Counts the items."""
 
     def __init__(self, items: Iterator[bytes]) -> None:
         self._items = items
@@ -265,9 +265,9 @@ class _Counted(Iterator[bytes]):
 
 
 def _result(batch: BatchRecord, job_id: str, fields: dict[str, str]) -> Finished:
-    """What there is to say of a final job."""
+    """The result of a final job."""
     line = int(job_id.rpartition("-")[2])
-    if "state" not in fields:  # Redis lost it
+    if "state" not in fields:  # Redis has lost the record
         lost = {"code": "record_lost", "message": "the job's record is gone; retry the line"}
         return Finished(line, f"line-{line}", job_id, "failed", [], lost, batch.now)
     error = json.loads(fields["error"]) if "error" in fields and fields["state"] == "failed" else None

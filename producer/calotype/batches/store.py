@@ -20,7 +20,7 @@ _RETRY_SECONDS = 60.0  # batches take long
 
 
 class LeadLost(Exception):
-    """Another dispatcher leads this batch now, or its state was changed: look at it again."""
+    """Another dispatcher leads this batch now, or its state has changed: read it again."""
 
 
 class BatchStore(Scripted):
@@ -38,15 +38,15 @@ class BatchStore(Scripted):
         super().__init__(redis, key_prefix=key_prefix)
         self._retention = str(retention_seconds)
         self._limits = (max_open, max_open_per_tenant)
-        self._newer: set[str] = set()  # batches that this version cannot lead, and has said so
+        self._newer: set[str] = set()  # batches that this version cannot lead, already logged
 
-    # ---- what users do
+    # ---- for clients
 
     @said_clearly
     def create(
         self, batch_id: str, *, tenant: str, fields: Mapping[str, str], idempotency: Idempotency | None = None
     ) -> str:
-        """Accept a batch whose manifest is in storage. Returns its id, or that of the one the key was used for.
+        """Accept a batch whose manifest is in storage. Returns its id, or the id for which the key was used first.
 
         Raises:
             IdempotencyConflict: the key was used for something else.
@@ -60,7 +60,7 @@ class BatchStore(Scripted):
         found, asked = answer
         if asked != request:
             raise IdempotencyConflict(
-                "was used before, for another request",
+                "was used before for a different request",
                 field="idempotency_key",
                 value=key,
                 remedy="use a new key for a new request",
@@ -108,13 +108,13 @@ class BatchStore(Scripted):
 
     @said_clearly
     def cancel(self, batch_id: str) -> None:
-        """Nothing new starts from here on. Raises BatchNotFound."""
+        """Cancel a batch: no new job starts. Raises BatchNotFound."""
         if self._run("batch_cancel", [batch_id]) is None:
             self.get(batch_id)  # raises
 
     @said_clearly
     def pause(self, batch_id: str, *, paused: bool) -> None:
-        """Stop sending jobs into the queue, or go on; what is there already runs. Raises BatchNotFound."""
+        """Pause or resume queueing jobs. Queued jobs still run. Raises BatchNotFound."""
         self.get(batch_id)
         if paused:
             self._redis.hset(self.keys.batch(batch_id), "paused", "1")
@@ -131,7 +131,7 @@ class BatchStore(Scripted):
         """Storage keys of the results written so far."""
         return list(map(str, self._redis.lrange(self.keys.parts(batch_id), 0, -1)))
 
-    # ---- what dispatchers do
+    # ---- for dispatchers
 
     @said_clearly
     def open(self) -> list[tuple[str, str]]:
@@ -159,7 +159,7 @@ class BatchStore(Scripted):
 
     @said_clearly
     def resign(self, batch_id: str, *, who: str) -> None:
-        """Let another dispatcher take over at once."""
+        """Give up the lead, so that another dispatcher can take over immediately."""
         if self._redis.get(self.keys.leader(batch_id)) == who:
             self._redis.delete(self.keys.leader(batch_id))
 
@@ -191,7 +191,7 @@ class BatchStore(Scripted):
 
     @said_clearly
     def in_flight(self, batch_id: str, queues: Iterable[str]) -> tuple[int, int, int]:
-        """Its live jobs; its final ones whose results are not written down; and jobs of anyone in these queues."""
+        """Numbers of its unfinished jobs, of its final jobs without stored results, and of all jobs in these queues."""
         pipeline = self._redis.pipeline(transaction=False)
         pipeline.scard(self.keys.live(batch_id))
         pipeline.llen(self.keys.done(batch_id))
@@ -202,7 +202,7 @@ class BatchStore(Scripted):
 
     @said_clearly
     def finished(self, batch_id: str, limit: int) -> list[tuple[str, dict[str, str]]]:
-        """The oldest final jobs that are not written down yet: ids, and what a result needs of their records."""
+        """The oldest final jobs without stored results: ids, and the fields that a result needs."""
         ids: list[str] = self._redis.lrange(self.keys.done(batch_id), 0, limit - 1)  # type: ignore[assignment]
         names = ("state", "custom_id", "images", "error", "finished_at")
         pipeline = self._redis.pipeline(transaction=False)
@@ -224,7 +224,7 @@ def _full(whose: str, count: str, most: str) -> QueueFull:
     setting = "CALOTYPE_MAX_OPEN_BATCHES_PER_TENANT" if whose == "tenant" else "CALOTYPE_MAX_OPEN_BATCHES"
     those = "this tenant's batches" if whose == "tenant" else "batches"
     return QueueFull(
-        f"{count} of {those} are open, and {most} may be; wait until one is done, put more lines into one, or raise "
+        f"{count} of {those} are open, and the limit is {most}; wait until one ends, use fewer batches, or raise "
         f"{setting}",
         _RETRY_SECONDS,
     )

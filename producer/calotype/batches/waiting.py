@@ -30,10 +30,10 @@ class BatchWaiting:
         return [self._final[batch_id] for batch_id in self._ids]
 
     def update(self, record: BatchRecord, now: float) -> None:
-        """Take in what was found.
+        """Process the records that were read.
 
         Raises:
-            WaitTimeout: the wait's time is over; the batch goes on.
+            WaitTimeout: the wait timed out; the batch continues.
         """
         if record.state.final:
             del self._unfinished[record.id]

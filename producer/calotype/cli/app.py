@@ -1,4 +1,4 @@
-"""The `calotype` command: its table of commands, and the one place where errors become exit statuses."""
+"""The `calotype` command: its subcommands, and the conversion of errors to exit statuses."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def build_app() -> typer.Typer:
     app.command()(dispatcher)
     app.command()(gateway)
     app.command()(gc)
-    # Their options are another process's own: passed on as they are, --help too.
+    # Their options belong to another process and are passed on unchanged, including --help.
     handed_over = {"allow_extra_args": True, "ignore_unknown_options": True}
     app.command(add_help_option=False, context_settings=handed_over)(serve.worker)
     app.command(add_help_option=False, context_settings=handed_over)(train)
@@ -70,7 +70,7 @@ def _print_version(wanted: bool) -> None:
 
 
 def version(as_json: jobs.AsJson = False) -> None:
-    """Print the version."""
+    """Print Calotype's version."""
     number = calotype.__version__
     print_json({"version": number}) if as_json else print(f"calotype {number}")
 

@@ -23,25 +23,31 @@ from calotype.client import Client
 from calotype_shared.errors import InvalidRequest
 from calotype_shared.schema.enums import Lane
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Many jobs from one file.")
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Submit and manage many jobs from one file.")
 
 BatchId = Annotated[str, typer.Argument(metavar="ID")]
-Wait = Annotated[bool, typer.Option("--wait", help="Lead it from here, and wait until it is done.")]
+Wait = Annotated[bool, typer.Option("--wait", help="Run a dispatcher in this process and wait for the batch to end.")]
 
 
 @app.command()
 def submit(  # noqa: PLR0917 - the command's options; Typer passes them by name
-    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A config a line, as JSON.")],
-    lane: Annotated[Lane, typer.Option(help="interactive jobs go first.")] = Lane.BULK,
-    window: Annotated[int, typer.Option(help="Jobs of it in the queue at a time.")] = WINDOW,
-    expires_in: Annotated[float | None, typer.Option(help="Give up after so many seconds.")] = None,
-    metadata: Annotated[list[str] | None, typer.Option(help="KEY=VALUE, kept with it; may be repeated.")] = None,
-    idempotency_key: Annotated[str | None, typer.Option(help="The same key gives the same batch.")] = None,
-    webhook_url: Annotated[str | None, typer.Option(help="Told when it is done.")] = None,
+    file: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, help="A JSON lines file with one config per line.")
+    ],
+    lane: Annotated[Lane, typer.Option(help="Priority; interactive jobs go first.")] = Lane.BULK,
+    window: Annotated[int, typer.Option(help="Maximum number of its jobs in the queue at one time.")] = WINDOW,
+    expires_in: Annotated[float | None, typer.Option(help="Seconds after which unfinished lines expire.")] = None,
+    metadata: Annotated[
+        list[str] | None, typer.Option(help="KEY=VALUE, stored with the batch; may be repeated.")
+    ] = None,
+    idempotency_key: Annotated[
+        str | None, typer.Option(help="Submitting again with the same key returns the same batch.")
+    ] = None,
+    webhook_url: Annotated[str | None, typer.Option(help="URL that is called when the batch ends.")] = None,
     wait: Wait = False,
     as_json: AsJson = False,
 ) -> None:
-    """Submit a file of up to a million lines; prints the batch's id."""
+    """Submit a file of up to a million lines and print the batch's id."""
     options: BatchOptions = {
         "lane": lane,
         "window": window,
@@ -57,10 +63,10 @@ def submit(  # noqa: PLR0917 - the command's options; Typer passes them by name
 @app.command()
 def status(
     batch_id: BatchId,
-    watch: Annotated[bool, typer.Option("--watch", help="Show it until it is done.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Show changes until the batch ends.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show a batch. With --watch the exit status tells how it ended."""
+    """Show a batch. With --watch the exit status says how it ended."""
     with Client() as client:
         record = _watch(client.batches.follow(batch_id), as_json=as_json) if watch else client.batches.status(batch_id)
         if not (watch and as_json):
@@ -71,7 +77,7 @@ def status(
 
 @app.command("list")
 def list_batches(
-    limit: Annotated[int, typer.Option(help="At most so many.", min=1)] = 20, as_json: AsJson = False
+    limit: Annotated[int, typer.Option(help="Maximum number of batches.", min=1)] = 20, as_json: AsJson = False
 ) -> None:
     """List batches, newest first."""
     with Client() as client:
@@ -99,10 +105,10 @@ def list_batches(
 @app.command()
 def results(
     batch_id: BatchId,
-    errors: Annotated[bool, typer.Option("--errors", help="What failed, instead of what succeeded.")] = False,
-    output: Annotated[Path | None, typer.Option("-o", "--output", dir_okay=False, help="A file.")] = None,
+    errors: Annotated[bool, typer.Option("--errors", help="Print errors instead of results.")] = False,
+    output: Annotated[Path | None, typer.Option("-o", "--output", dir_okay=False, help="File to write to.")] = None,
 ) -> None:
-    """Print the results so far, a JSON object a line. They can be read while it runs."""
+    """Print the results so far, one JSON object per line. This also works while the batch runs."""
     with Client() as client, ExitStack() as stack:
         target = stack.enter_context(output.open("wb")) if output else sys.stdout.buffer
         for data in client.batches.result_chunks(batch_id, errors=errors):
@@ -112,14 +118,14 @@ def results(
 
 @app.command()
 def cancel(batch_id: BatchId, as_json: AsJson = False) -> None:
-    """Nothing new of it starts, and its running jobs stop within a step."""
+    """Cancel a batch: no new job starts, and running jobs stop within a step."""
     with Client() as client:
         _show(client.batches.cancel(batch_id), as_json=as_json)
 
 
 @app.command()
 def pause(batch_id: BatchId, as_json: AsJson = False) -> None:
-    """Send no more of its jobs into the queue; those that are there already run."""
+    """Pause a batch: no more of its jobs enter the queue. Jobs that are already queued still run."""
     with Client() as client:
         client.batches.pause(batch_id)
         _show(client.batches.status(batch_id), as_json=as_json)
@@ -127,7 +133,7 @@ def pause(batch_id: BatchId, as_json: AsJson = False) -> None:
 
 @app.command()
 def resume(batch_id: BatchId, wait: Wait = False, as_json: AsJson = False) -> None:
-    """Go on with a paused batch; with --wait, also with one whose dispatcher is gone."""
+    """Resume a paused batch. With --wait, also lead a batch that has lost its dispatcher."""
     with Client() as client:
         client.batches.resume(batch_id)
         _report(client, client.batch(batch_id), wait=wait, as_json=as_json)
@@ -135,7 +141,7 @@ def resume(batch_id: BatchId, wait: Wait = False, as_json: AsJson = False) -> No
 
 @app.command()
 def retry(batch_id: BatchId, wait: Wait = False, as_json: AsJson = False) -> None:
-    """Submit only the lines that did not succeed as a new batch; prints its id."""
+    """Submit the lines that did not succeed as a new batch and print its id."""
     with Client() as client:
         _report(client, client.batches.retry(batch_id), wait=wait, as_json=as_json)
 
@@ -147,14 +153,13 @@ def batch_json(record: BatchRecord) -> dict[str, Any]:
 
 
 def batch_line(record: BatchRecord) -> str:
-    """A batch in one line."""
+    """A batch as one line."""
     counts = record.counts
     told = [f"{counts.done} of {counts.total or '?'} lines done"]
-    for name in ("running", "queued", "waiting", "failed", "invalid", "cancelled", "expired"):
-        if value := getattr(counts, name):
-            told.append(f"{value} {name}")
+    names = ("running", "queued", "waiting", "failed", "invalid", "cancelled", "expired")
+    told += [f"{value} {name}" for name in names if (value := getattr(counts, name))]
     if not record.state.final and record.seconds_left is not None:
-        told.append(f"{record.rate:.1f} a second, {record.seconds_left:.0f} s left")
+        told.append(f"{record.rate:.1f} per second, {record.seconds_left:.0f} s left")
     paused = " (paused)" if record.paused else ""
     return f"{record.id}  {record.state.value}{paused}  {', '.join(told)}" + (
         f"  {record.problem}" if record.problem else ""
@@ -164,7 +169,7 @@ def batch_line(record: BatchRecord) -> str:
 def _pair(entry: str) -> tuple[str, str]:
     key, equals, value = entry.partition("=")
     if not equals or not key:
-        raise InvalidRequest("is no pair", field="--metadata", value=entry, remedy="write KEY=VALUE")
+        raise InvalidRequest("is not a KEY=VALUE pair", field="--metadata", value=entry, remedy="write KEY=VALUE")
     return key, value
 
 
@@ -173,7 +178,7 @@ def _show(record: BatchRecord, *, as_json: bool) -> None:
 
 
 def _report(client: Client, batch: BatchHandle, *, wait: bool, as_json: bool) -> None:
-    """The id now, or how it ended."""
+    """Print the id now, or wait and print how the batch ended."""
     if not wait:
         print_json(batch_json(batch.status())) if as_json else print(batch.id)
         return
@@ -183,7 +188,7 @@ def _report(client: Client, batch: BatchHandle, *, wait: bool, as_json: bool) ->
         with Dispatcher(client.settings):
             record = _watch(client.batches.follow(batch.id), as_json=as_json)
     except KeyboardInterrupt:
-        say(f"without a dispatcher {batch.id} stands still; go on with: calotype batch resume {batch.id} --wait")
+        say(f"{batch.id} needs a dispatcher to continue; resume it with: calotype batch resume {batch.id} --wait")
         raise
     if not as_json:
         print(batch_line(record))
@@ -191,7 +196,7 @@ def _report(client: Client, batch: BatchHandle, *, wait: bool, as_json: bool) ->
 
 
 def _watch(records: Iterable[BatchRecord], *, as_json: bool) -> BatchRecord:
-    """The last record, after showing those before: a line of JSON a change, or a bar in a terminal."""
+    """Show each change, as a line of JSON or as a bar in a terminal. Returns the last record."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     seen: BatchRecord | None = None
@@ -210,6 +215,6 @@ def _watch(records: Iterable[BatchRecord], *, as_json: bool) -> BatchRecord:
 
 
 def _exit(record: BatchRecord) -> None:
-    """Exit status 1 unless every line succeeded."""
+    """Exit with status 1 unless every line succeeded."""
     if record.state is not BatchState.COMPLETED or record.counts.succeeded < record.counts.total:
         raise typer.Exit(ExitCode.JOB_FAILED)

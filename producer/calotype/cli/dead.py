@@ -1,4 +1,4 @@
-"""The commands about jobs that failed for good: `calotype dead list`, `show`, `retry`, `drop`."""
+"""The commands about jobs that failed permanently: `calotype dead list`, `show`, `retry`, `drop`."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from calotype.client import Client
 from calotype_shared.errors import InvalidRequest, JobNotFound
 from calotype_shared.schema.jobs import JobRecord
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Jobs that failed for good.")
+app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Inspect, retry or drop jobs that failed permanently."
+)
 
 _EVERYTHING = 1_000_000
 JobIds = Annotated[list[str] | None, typer.Argument(metavar="[ID]...")]
-All = Annotated[bool, typer.Option("--all", help="Every dead job, or every one of --tenant.")]
-Tenant = Annotated[str | None, typer.Option(help="Only this tenant's.")]
-Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+All = Annotated[bool, typer.Option("--all", help="Every dead job, or every one of the tenant given by --tenant.")]
+Tenant = Annotated[str | None, typer.Option(help="Only jobs of this tenant.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")]
 
 
 @app.command("list")
 def list_dead(limit: Annotated[int, typer.Option(min=1)] = 50, tenant: Tenant = None, as_json: AsJson = False) -> None:
-    """List them, newest first."""
+    """List dead jobs, newest first."""
     with Client() as client:
         found = client.dead_jobs.list(limit=limit, tenant=tenant)
     if as_json:
@@ -35,7 +37,7 @@ def list_dead(limit: Annotated[int, typer.Option(min=1)] = 50, tenant: Tenant = 
 
 @app.command()
 def show(job_id: Annotated[str, typer.Argument(metavar="ID")], as_json: AsJson = False) -> None:
-    """Show a job's error, its config, and what became of each of its attempts."""
+    """Show a job's error, its config and the outcome of each attempt."""
     with Client() as client:
         record = client.status(job_id)
     if as_json:
@@ -62,7 +64,7 @@ def show(job_id: Annotated[str, typer.Argument(metavar="ID")], as_json: AsJson =
 def retry(
     ids: JobIds = None, everything: All = False, tenant: Tenant = None, yes: Yes = False, as_json: AsJson = False
 ) -> None:
-    """Submit their configs once more as new jobs; prints the new ids."""
+    """Submit the configs of dead jobs again as new jobs and print the new ids."""
     with Client() as client:
         for job_id in _chosen(client, ids, "retry", everything=everything, tenant=tenant, yes=yes):
             handle = client.dead_jobs.retry(job_id)
@@ -71,7 +73,7 @@ def retry(
 
 @app.command()
 def drop(ids: JobIds = None, everything: All = False, tenant: Tenant = None, yes: Yes = False) -> None:
-    """Take them off the list; their records stay for their time."""
+    """Remove jobs from the list. Their records stay until they expire."""
     with Client() as client:
         for job_id in _chosen(client, ids, "drop", everything=everything, tenant=tenant, yes=yes):
             client.dead_jobs.drop(job_id)
@@ -81,9 +83,9 @@ def drop(ids: JobIds = None, everything: All = False, tenant: Tenant = None, yes
 def _chosen(
     client: Client, ids: list[str] | None, what: str, *, everything: bool, tenant: str | None, yes: bool
 ) -> list[str]:
-    """Ids that are all on the list, after asking where all are meant. Raises InvalidRequest, JobNotFound, Abort."""
+    """Ids that are all on the list; asks first where all are meant. Raises InvalidRequest, JobNotFound, Abort."""
     if bool(ids) == everything:
-        raise InvalidRequest("says nothing clear", field="ID", value=ids, remedy="give ids, or --all")
+        raise InvalidRequest("give either ids or --all", field="ID", value=ids, remedy="give ids, or --all without ids")
     known = [record.id for record in client.dead_jobs.list(limit=_EVERYTHING, tenant=tenant)]
     if ids:
         for job_id in ids:

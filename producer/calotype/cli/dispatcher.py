@@ -16,10 +16,10 @@ log = logging.getLogger(__name__)
 
 
 def dispatcher() -> None:
-    """Lead batches until interrupted: validate them, keep their jobs in the queue, write their results down.
+    """Lead batches until interrupted: validate them, keep their jobs queued, and write their results.
 
-    Any number may run; they share the batches, and carry on where one that died has stopped. CALOTYPE_GATEWAY_LOG_…
-    and CALOTYPE_GATEWAY_METRICS_… hold here too.
+    Any number of dispatchers can run. They share the batches and continue those of a dispatcher that died.
+    CALOTYPE_GATEWAY_LOG_… and CALOTYPE_GATEWAY_METRICS_… apply here, too.
     """
     settings, options = Settings.load(), GatewaySettings.load()
     set_up_logging(log_format=options.log_format, level=options.log_level)
@@ -29,7 +29,7 @@ def dispatcher() -> None:
         try:
             from calotype.gateway.metrics import GatewayMetrics  # noqa: PLC0415 - an extra
         except ImportError:
-            raise ServiceUnavailable("metrics need a package; run: pip install 'calotype[gateway]'") from None
+            raise ServiceUnavailable("metrics need an optional package; run: pip install 'calotype[gateway]'") from None
         metrics = GatewayMetrics(settings, options)
         metrics.start()
     with sigterm_interrupts():

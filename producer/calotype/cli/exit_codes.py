@@ -1,4 +1,4 @@
-"""What the command's exit status means. The one place: `calotype --help` and the documentation print this table."""
+"""Exit statuses of the command. `calotype --help` and the documentation print this table."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class ExitCode(IntEnum):
 
 
 MEANINGS: dict[ExitCode, str] = {
-    ExitCode.OK: "done",
-    ExitCode.JOB_FAILED: "a job failed or was cancelled, or another error",
-    ExitCode.USAGE: "bad usage: an option, a setting or a request is wrong; nothing was queued",
-    ExitCode.NOT_FOUND: "no such job or batch",
-    ExitCode.UNAVAILABLE: "Redis, the storage, a worker or an extra is not there, or the queue is full; worth a retry",
-    ExitCode.TIMEOUT: "the wait ended before the job; the job goes on",
-    ExitCode.MODEL: "a worker cannot use its model",
+    ExitCode.OK: "success",
+    ExitCode.JOB_FAILED: "a job failed or was cancelled, or another error occurred",
+    ExitCode.USAGE: "an option, a setting or a request is invalid; nothing was queued",
+    ExitCode.NOT_FOUND: "the job or batch does not exist",
+    ExitCode.UNAVAILABLE: "Redis, storage, a worker or a package is missing, or the queue is full; can be retried",
+    ExitCode.TIMEOUT: "the wait timed out; the job continues",
+    ExitCode.MODEL: "a worker cannot load its model",
     ExitCode.INTERRUPTED: "interrupted",
 }
 
@@ -58,7 +58,7 @@ _BY_ERROR: dict[type[CalotypeError], ExitCode] = {
 
 
 def exit_code(error: CalotypeError) -> ExitCode:
-    """The status for an error: that of its nearest ancestor in the table."""
+    """The status of an error's nearest ancestor in the table."""
     for ancestor in type(error).__mro__:
         if ancestor in _BY_ERROR:
             return _BY_ERROR[ancestor]

@@ -19,13 +19,13 @@ log = logging.getLogger(__name__)
 
 
 def gateway(
-    host: Annotated[str | None, typer.Option(help="The address to listen at [127.0.0.1].")] = None,
-    port: Annotated[int | None, typer.Option(help="[8000]")] = None,
-    auth: Annotated[str | None, typer.Option(help="keys, off, or auto: off where only this machine connects.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on [127.0.0.1].")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on [8000].")] = None,
+    auth: Annotated[str | None, typer.Option(help="keys, off, or auto: off on a loopback address, else keys.")] = None,
 ) -> None:
-    """Serve the HTTP API until interrupted: Calotype's own, OpenAI's and AUTOMATIC1111's.
+    """Serve the HTTP APIs until interrupted: Calotype's own, OpenAI's and AUTOMATIC1111's.
 
-    It also leads batches and delivers webhooks, unless CALOTYPE_GATEWAY_DISPATCH=false.
+    The gateway also leads batches and delivers webhooks, unless CALOTYPE_GATEWAY_DISPATCH=false.
     """
     try:
         import uvicorn  # noqa: PLC0415 - only this command needs it
@@ -34,7 +34,7 @@ def gateway(
         from calotype.gateway.settings import GatewaySettings  # noqa: PLC0415
     except ImportError as error:
         raise ServiceUnavailable(
-            f"the gateway is not installed here ({error.name} missing); run: pip install 'calotype[gateway]'"
+            f"the gateway is not installed ({error.name} is missing); run: pip install 'calotype[gateway]'"
         ) from None
     options = GatewaySettings.load(host=host, port=port, auth=auth)
     set_up_logging(log_format=options.log_format, level=options.log_level)
@@ -50,20 +50,20 @@ def gateway(
         if options.log_format == "json":
             log.info("gateway listens", extra={"url": address(listener), "needs_key": options.needs_key})
         else:
-            keys = "needs an API key" if options.needs_key else "needs no key, being bound to loopback"
-            say(f"gateway at {address(listener)}, which {keys}; Ctrl-C stops it")
+            keys = "requests need an API key" if options.needs_key else "requests need no API key"
+            say(f"gateway listens on {address(listener)}; {keys}; Ctrl-C stops it")
         with suppress(KeyboardInterrupt):  # uvicorn raises the signal again after it has stopped
             uvicorn.Server(config).run(sockets=[listener])
         log.info("gateway stopped") if options.log_format == "json" else say("stopped")
 
 
 def listening(host: str, port: int) -> socket.socket:
-    """A port that connections may wait at from here on. Raises ServiceUnavailable."""
+    """A listening socket. Raises ServiceUnavailable."""
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         raise ServiceUnavailable(
-            f"cannot listen at {host!r}, port {port} ({error.strerror}); give another --host or --port"
+            f"cannot listen on {host!r}, port {port} ({error.strerror}); give another --host or --port"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""`calotype gc`: removes what no record refers to any more."""
+"""`calotype gc`: removes objects and index entries that no record refers to any more."""
 
 from __future__ import annotations
 
@@ -20,19 +20,21 @@ _SIZES = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def gc(
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be removed.")] = False,
     older_than: Annotated[
-        str | None, typer.Option(metavar="AGE", help="Leave what is younger, as 7d, 12h or 90m [1h].")
+        str | None, typer.Option(metavar="AGE", help="Minimum age of what is removed, such as 7d, 12h or 90m [1h].")
     ] = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Although Redis seems to have lost its data.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Remove even if Redis seems to have lost data.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Remove from storage what no record refers to any more: images of jobs and batches that have expired, leftovers
-    of attempts, uploads and files that nobody uses; and from Redis what points to records that are gone.
+    """Remove from storage what no record refers to any more.
 
-    Nothing that is younger than an hour goes, nor an upload that is younger than records are kept. Without --yes it
-    looks twice: first to say what would go, then to remove it.
+    That is images of expired jobs and batches, leftovers of attempts, unused uploads and files. Also remove index
+    entries in Redis that point to expired records.
+
+    Objects younger than an hour are kept, and so are uploads younger than the retention of records. Without --yes
+    the command runs twice: first to show what would be removed, then, after confirmation, to remove it.
     """
     settings = Settings.load()
     age = None if older_than is None else _seconds(older_than)
@@ -59,11 +61,11 @@ def _seconds(age: str) -> float:
     """Raises InvalidRequest."""
     match = re.fullmatch(r"(\d{1,9})([smhd])", age)
     if match is None:
-        raise InvalidRequest("is no age", field="--older-than", value=age, remedy="write 90m, 12h or 7d")
+        raise InvalidRequest("is not a valid age", field="--older-than", value=age, remedy="write 90m, 12h or 7d")
     seconds = int(match[1]) * _UNITS[match[2]]
     if seconds < SAFE_SECONDS:
         raise InvalidRequest(
-            "is too young: it may be an upload in flight",
+            "is too short: younger objects may belong to an upload in progress",
             field="--older-than",
             value=age,
             remedy=f"use at least {SAFE_SECONDS / 3600:g}h",
@@ -78,7 +80,7 @@ def _show(report: Report) -> None:
         ((kind.value, t.removed, t.removed_bytes, t.young, t.kept) for kind, t in report.by_kind.items()),
     )
     if foreign := report[Kind.FOREIGN].kept:
-        say(f"{foreign} objects in the bucket are none of Calotype's; they are left alone")
+        say(f"{foreign} objects in the bucket do not belong to Calotype and were left alone")
     say(f"{report.removed} {removed.lower()}, {_size(report.removed_bytes)}, in {report.seconds:.1f} s")
 
 

@@ -16,10 +16,10 @@ from calotype.client import Client
 from calotype.fields import JobFields
 from calotype.jobs import require_success
 from calotype_shared.errors import InvalidRequest, JobNotFound
-from calotype_shared.schema.config import QUALITY_PRESETS
 from calotype_shared.schema.enums import JobState, Lane, OutputFormat, SamplerType
+from calotype_shared.schema.presets import QUALITY_PRESETS
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, errors too.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, including errors.")]
 JobId = Annotated[str, typer.Argument(metavar="ID")]
 
 
@@ -37,7 +37,7 @@ def _pair(entry: str, name: str, number: str) -> dict[str, Any]:
 
 
 def _parameter(entry: str) -> tuple[str, Any]:
-    """NAME=JSON; what is not JSON is text."""
+    """Parses NAME=JSON; a value that is not JSON is text."""
     name, equals, value = entry.partition("=")
     if not equals:
         raise InvalidRequest("has no value", field="--parameter", value=entry, remedy="write NAME=JSON")
@@ -54,82 +54,94 @@ def _control(entry: str) -> dict[str, Any]:
     if file and scale.replace(".", "", 1).isdigit():
         return {"name": name, "image": Path(file), "scale": scale}
     if not rest:
-        raise InvalidRequest("names no image", field="--control", value=entry, remedy="write NAME:FILE")
+        raise InvalidRequest("does not name an image", field="--control", value=entry, remedy="write NAME:FILE")
     return {"name": name, "image": Path(rest)}
 
 
 def submit(  # noqa: PLR0917 - the command's options; Typer passes them by name
-    prompt: Annotated[str, typer.Argument(help="What the image should show.")],
+    prompt: Annotated[str, typer.Argument(help="Text that describes the image.")],
     negative_prompt: Annotated[
-        str | None, typer.Option("--negative-prompt", "--negative", help="What it should not show.")
+        str | None, typer.Option("--negative-prompt", "--negative", help="Text that describes what to avoid.")
     ] = None,
     num_inference_steps: Annotated[
-        int | None, typer.Option("--num-inference-steps", "--steps", help="Denoising steps [50].")
+        int | None, typer.Option("--num-inference-steps", "--steps", help="Number of denoising steps [50].")
     ] = None,
     guidance_scale: Annotated[
         float | None,
         typer.Option("--guidance-scale", "--guidance", help="Guidance scale; 1 or less turns guidance off [7.5]."),
     ] = None,
-    sampler: Annotated[str | None, typer.Option(help=f"{', '.join(SamplerType)} [ddim].")] = None,
-    seed: Annotated[int | None, typer.Option(help="Drawn and stored if not given.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels [the model's own size].")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels [the model's own size].")] = None,
-    model: Annotated[str | None, typer.Option(help="One of `calotype models` [demo].")] = None,
+    sampler: Annotated[str | None, typer.Option(help=f"Sampler: {', '.join(SamplerType)} [ddim].")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the first image; random if not given.")] = None,
+    width: Annotated[int | None, typer.Option(help="Width in pixels [the model's native width].")] = None,
+    height: Annotated[int | None, typer.Option(help="Height in pixels [the model's native height].")] = None,
+    model: Annotated[str | None, typer.Option(help="Model, as listed by `calotype models` [demo].")] = None,
     quality: Annotated[
-        str | None, typer.Option(help=f"Steps and guidance at once: {', '.join(QUALITY_PRESETS)}.")
+        str | None, typer.Option(help=f"Preset for steps and guidance: {', '.join(QUALITY_PRESETS)}.")
     ] = None,
-    num_images: Annotated[int | None, typer.Option(help="Images, with seeds that count up [1].")] = None,
+    num_images: Annotated[int | None, typer.Option(help="Number of images, with consecutive seeds [1].")] = None,
     output_format: Annotated[
-        str | None, typer.Option("--output-format", "--format", help=f"{', '.join(OutputFormat)} [png].")
+        str | None, typer.Option("--output-format", "--format", help=f"File format: {', '.join(OutputFormat)} [png].")
     ] = None,
-    init_image: Annotated[Path | None, typer.Option(help="An image to start from.", dir_okay=False)] = None,
+    init_image: Annotated[Path | None, typer.Option(help="Image to start from.", dir_okay=False)] = None,
     mask_image: Annotated[
         Path | None,
-        typer.Option("--mask-image", "--mask", help="White is painted anew, black is kept.", dir_okay=False),
+        typer.Option("--mask-image", "--mask", help="Mask image: white is repainted, black is kept.", dir_okay=False),
     ] = None,
-    strength: Annotated[float | None, typer.Option(help="0 keeps the image, 1 ignores it [0.75; 1 with mask].")] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="How much init_image changes: 0 keeps it, 1 ignores it [0.75; 1 with mask].")
+    ] = None,
     loras: Annotated[
-        list[str] | None, typer.Option("--loras", "--lora", help="NAME or NAME:WEIGHT; may be repeated.")
+        list[str] | None, typer.Option("--loras", "--lora", help="LoRA as NAME or NAME:WEIGHT; may be repeated.")
     ] = None,
     controls: Annotated[
         list[str] | None,
         typer.Option(
             "--controls",
             "--control",
-            help="NAME:FILE or NAME:FILE:SCALE, a ControlNet and its image; may be repeated.",
+            help="ControlNet and its image as NAME:FILE or NAME:FILE:SCALE; may be repeated.",
         ),
     ] = None,
-    refiner: Annotated[str | None, typer.Option(help="NAME or NAME:START, a model that takes over [0.8].")] = None,
+    refiner: Annotated[
+        str | None,
+        typer.Option(
+            help="Refiner model as NAME or NAME:START, with the share of steps after which it takes over [0.8]."
+        ),
+    ] = None,
     ensemble: Annotated[
         list[str] | None,
-        typer.Option("--ensemble", "--also", help="A further model to make the same images; may be repeated."),
+        typer.Option("--ensemble", "--also", help="Additional model that makes the same images; may be repeated."),
     ] = None,
-    preview_every: Annotated[int | None, typer.Option(help="Steps between previews.")] = None,
-    num_frames: Annotated[int | None, typer.Option("--num-frames", "--frames", help="Of a video.")] = None,
+    preview_every: Annotated[int | None, typer.Option(help="Number of steps between previews.")] = None,
+    num_frames: Annotated[
+        int | None, typer.Option("--num-frames", "--frames", help="Number of frames of a video.")
+    ] = None,
     fps: Annotated[float | None, typer.Option(help="Frames per second of a video.")] = None,
-    audio_seconds: Annotated[float | None, typer.Option(help="Length of sound.")] = None,
+    audio_seconds: Annotated[float | None, typer.Option(help="Length of the audio in seconds.")] = None,
     images: Annotated[
         list[Path] | None,
-        typer.Option("--images", "--image", help="A reference to edit or follow; may be repeated.", dir_okay=False),
+        typer.Option("--images", "--image", help="Reference image for an edit; may be repeated.", dir_okay=False),
     ] = None,
-    control_image: Annotated[Path | None, typer.Option(help="For models that follow one.", dir_okay=False)] = None,
+    control_image: Annotated[
+        Path | None, typer.Option(help="Control image, for models that take one.", dir_okay=False)
+    ] = None,
     parameters: Annotated[
         list[str] | None,
         typer.Option(
             "--parameters",
             "--parameter",
-            help="NAME=JSON, of the pipeline's own as `calotype models` lists; may be repeated.",
+            help="NAME=JSON, a parameter of the model's pipeline as listed by `calotype models`; may be repeated.",
         ),
     ] = None,
-    lane: Annotated[Lane, typer.Option(help="interactive jobs go first.")] = Lane.INTERACTIVE,
-    wait: Annotated[bool, typer.Option("--wait", help="Wait until it is done.")] = False,
-    timeout: Annotated[float | None, typer.Option(help="Give up waiting after so many seconds.", min=0)] = None,
+    lane: Annotated[Lane, typer.Option(help="Priority; interactive jobs go first.")] = Lane.INTERACTIVE,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until the job ends.")] = False,
+    timeout: Annotated[float | None, typer.Option(help="Maximum number of seconds to wait.", min=0)] = None,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", file_okay=False, help="Save the images in this folder (waits).")
+        Path | None,
+        typer.Option("-o", "--output", file_okay=False, help="Folder to save the images in; implies --wait."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Queue a job; prints its id."""
+    """Queue a job and print its id."""
     options = dict(locals())  # those of a config are named as its fields
     fields: JobFields = {name: options[name] for name in _FIELDS if options[name] not in (None, [])}  # type: ignore[assignment]
     if loras:
@@ -150,7 +162,7 @@ def submit(  # noqa: PLR0917 - the command's options; Typer passes them by name
         try:
             _follow_with_bar(client, job.id, timeout)
         except KeyboardInterrupt:
-            say(f"job {job.id} goes on; see it with: calotype status {job.id}, stop it with: calotype cancel {job.id}")
+            say(f"job {job.id} continues; see calotype status {job.id}, or stop it with calotype cancel {job.id}")
             raise
         record = job.status()
         require_success(record)
@@ -167,10 +179,10 @@ def submit(  # noqa: PLR0917 - the command's options; Typer passes them by name
 
 def status(
     job_id: JobId,
-    watch: Annotated[bool, typer.Option("--watch", help="Print each change until the job is done.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Print each change until the job ends.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show a job. With --watch the exit status tells how it ended."""
+    """Show a job. With --watch the exit status says how it ended."""
     with _client() as client:
         if not watch:
             record = client.status(job_id)
@@ -184,7 +196,7 @@ def status(
 def cancel(
     job_ids: Annotated[list[str], typer.Argument(metavar="ID…", help="Jobs to cancel.")], as_json: AsJson = False
 ) -> None:
-    """Cancel jobs, queued or running, at once. A job that is done already stays as it is."""
+    """Cancel queued or running jobs immediately. A finished job stays as it is."""
     missing = False
     with _client() as client:
         for job_id in job_ids:
@@ -203,8 +215,8 @@ def cancel(
 
 
 def jobs(
-    state: Annotated[JobState | None, typer.Option(help="Only those in this state.")] = None,
-    limit: Annotated[int, typer.Option(help="At most so many.", min=1)] = 20,
+    state: Annotated[JobState | None, typer.Option(help="Only jobs in this state.")] = None,
+    limit: Annotated[int, typer.Option(help="Maximum number of jobs.", min=1)] = 20,
     as_json: AsJson = False,
 ) -> None:
     """List jobs, newest first."""
@@ -226,7 +238,7 @@ def jobs(
 
 
 def models(as_json: AsJson = False) -> None:
-    """List the models that workers have announced, and who serves them now."""
+    """List the models that workers have announced, with the number of live workers for each."""
     with _client() as client:
         cards = client.models()
         workers = client.workers()
@@ -235,7 +247,7 @@ def models(as_json: AsJson = False) -> None:
         print_json([{**card.model_dump(mode="json"), "workers": serving[name]} for name, card in cards.items()])
         return
     if not cards:
-        say("no model has been announced yet; start a worker: calotype worker --model demo")
+        say("no worker has announced a model yet; start one with: calotype worker --model demo")
         return
     print_table(
         ("MODEL", "FAMILY", "SIZES", "WORKERS", "DESCRIPTION"),

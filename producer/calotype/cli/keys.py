@@ -19,7 +19,7 @@ from calotype_shared.queue.connection import connect_redis
 from calotype_shared.queue.records import in_short
 from calotype_shared.settings import Settings
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="API keys of the gateway.")
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Manage the gateway's API keys.")
 
 
 @contextmanager
@@ -31,14 +31,14 @@ def _keys() -> Iterator[ApiKeys]:
 
 @app.command()
 def create(  # noqa: PLR0917 - the command's options; Typer passes them by name
-    name: Annotated[str, typer.Option(help="What it is for.")],
-    tenant: Annotated[str, typer.Option(help="Whose jobs it sees and submits.")] = "default",
-    scope: Annotated[list[Scope] | None, typer.Option(help="May be repeated [all but admin].")] = None,
-    requests_per_minute: Annotated[int | None, typer.Option(help="No limit if not given.")] = None,
-    images_per_day: Annotated[int | None, typer.Option(help="No limit if not given.")] = None,
+    name: Annotated[str, typer.Option(help="Description of the key.")],
+    tenant: Annotated[str, typer.Option(help="Tenant whose jobs the key can see and submit.")] = "default",
+    scope: Annotated[list[Scope] | None, typer.Option(help="Scope; may be repeated [all but admin].")] = None,
+    requests_per_minute: Annotated[int | None, typer.Option(help="Maximum requests per minute [no limit].")] = None,
+    images_per_day: Annotated[int | None, typer.Option(help="Maximum images per day [no limit].")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make a key; prints its token, which is stored nowhere and cannot be shown again."""
+    """Create a key and print its token. The token is not stored and cannot be shown again."""
     with _keys() as keys:
         token, key = keys.create(
             name=name,
@@ -50,13 +50,13 @@ def create(  # noqa: PLR0917 - the command's options; Typer passes them by name
     if as_json:
         print_json({**_json(key), "token": token})
     else:
-        say(f"key {key.id} of tenant {key.tenant}; its token is shown only now:")
+        say(f"created key {key.id} for tenant {key.tenant}; this is the only time its token is shown:")
         print(token)
 
 
 @app.command("list")
 def list_keys(as_json: AsJson = False) -> None:
-    """List the keys, oldest first."""
+    """List keys, oldest first."""
     with _keys() as keys:
         found = keys.all()
     if as_json:
@@ -76,7 +76,7 @@ def list_keys(as_json: AsJson = False) -> None:
 
 @app.command()
 def revoke(key_id: Annotated[str, typer.Argument(metavar="ID")], as_json: AsJson = False) -> None:
-    """Make a key useless, within a few seconds, for good."""
+    """Revoke a key permanently. Gateways refuse it within a few seconds."""
     with _keys() as keys:
         if not keys.revoke(key_id):
             report("key_not_found", f"there is no key {key_id!r}; see: calotype keys list", as_json=as_json)
@@ -86,7 +86,7 @@ def revoke(key_id: Annotated[str, typer.Argument(metavar="ID")], as_json: AsJson
 
 @app.command()
 def export() -> None:
-    """Print all keys, one a line, for a copy in a safe place: with hashes of their secrets, and no tokens."""
+    """Print all keys for a backup, one JSON object per line. Contains hashes of the secrets, but no tokens."""
     with _keys() as keys:
         for key in keys.all():
             print_json({**key.model_dump(mode="json"), "scopes": sorted(key.scopes)})
@@ -94,39 +94,39 @@ def export() -> None:
 
 @app.command("import")
 def import_keys(
-    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="As `export` printed it.")],
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="File printed by `calotype keys export`.")],
     as_json: AsJson = False,
 ) -> None:
-    """Put keys back that Redis has lost; those that are there stay as they are."""
+    """Restore keys that Redis has lost. Existing keys stay as they are."""
     found = []
     for number, line in enumerate(file.read_text().splitlines(), 1):
         try:
             found.append(ApiKey.model_validate_json(line))
         except ValidationError as error:
             raise InvalidRequest(
-                f"is no exported key ({in_short(error)}); nothing was imported",
+                f"is not an exported key ({in_short(error)}); nothing was imported",
                 field=f"line {number} of {file}",
                 value=line,
-                remedy="give a file as `calotype keys export` printed it",
+                remedy="give a file printed by `calotype keys export`",
             ) from None
     with _keys() as keys:
         restored = keys.restore(found)
     if as_json:
         print_json([_json(key) for key in restored])
     else:
-        say(f"{len(restored)} of {len(found)} keys were not there, and are now")
+        say(f"restored {len(restored)} of {len(found)} keys; the others exist already")
 
 
 @app.command("webhook-secret")
-def webhook_secret(tenant: Annotated[str, typer.Argument(help="Whose.")] = "default") -> None:
-    """Print the secret with which a tenant checks the signatures of its webhooks."""
+def webhook_secret(tenant: Annotated[str, typer.Argument(help="Tenant.")] = "default") -> None:
+    """Print the secret with which a tenant verifies the signatures of its webhooks."""
     try:
         from calotype.webhooks.signing import tenant_secret  # noqa: PLC0415 - needs the gateway's packages
     except ImportError:
-        raise ServiceUnavailable("webhooks need packages; run: pip install 'calotype[gateway]'") from None
+        raise ServiceUnavailable("webhooks need optional packages; run: pip install 'calotype[gateway]'") from None
     settings = Settings.load()
     if settings.webhook_secret is None:
-        raise SettingsError("CALOTYPE_WEBHOOK_SECRET is not set: there are no webhooks here; set it to 32 random bytes")
+        raise SettingsError("CALOTYPE_WEBHOOK_SECRET is not set, so webhooks are disabled; set it to 32 random bytes")
     print(tenant_secret(settings.webhook_secret.get_secret_value(), tenant))
 
 

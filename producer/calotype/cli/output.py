@@ -1,4 +1,4 @@
-"""What the command prints: results on standard output, everything for people or about errors on standard error."""
+"""Output of the commands: results on standard output, messages and errors on standard error."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from calotype_shared.schema.jobs import JobRecord
 
 
 def print_json(value: object) -> None:
-    """One line of JSON: what scripts read."""
+    """Print one line of JSON on standard output."""
     print(json.dumps(value, ensure_ascii=False), flush=True)
 
 
 def say(text: str) -> None:
-    """A line for people."""
+    """Print one line on standard error."""
     print(plain(text), file=sys.stderr, flush=True)
 
 
 def plain(text: str) -> str:
-    """Without what could control a terminal: some of it was written by others."""
+    """The text without terminal control characters: parts of it may come from other users."""
     return "".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in text)
 
 
 def report(code: str, message: str, *, as_json: bool, details: Mapping[str, Any] | None = None) -> None:
-    """An error: one clear line, or one JSON object."""
+    """Print an error as one line or one JSON object."""
     if as_json:
         say(json.dumps({"error": {"code": code, "message": message, **(details or {})}}, ensure_ascii=False))
     else:
@@ -50,10 +50,10 @@ def record_json(record: JobRecord) -> dict[str, Any]:
 
 
 def record_line(record: JobRecord) -> str:
-    """A job in one line."""
+    """A job as one line."""
     line = f"{record.id}  {record.state.value:<9}  {record.progress:4.0%}"
     if record.newer:
-        line += f"  of a newer version (schema {record.schema_number})"
+        line += f"  written by a newer version (schema {record.schema_number})"
     if record.worker:
         line += f"  {record.worker}"
     if record.error is not None:
@@ -62,7 +62,7 @@ def record_line(record: JobRecord) -> str:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A table as wide as its content in a pipe, as wide as the window in a terminal."""
+    """Print a table, as wide as its content in a pipe, as wide as the window in a terminal."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         table.add_column(column, overflow="fold")

@@ -1,4 +1,4 @@
-"""The commands that run things: up, worker, demo."""
+"""The commands `up`, `worker` and `demo`."""
 
 from __future__ import annotations
 
@@ -28,11 +28,14 @@ from calotype_shared.errors import ServiceUnavailable, SettingsError
 _READY_SECONDS = 300.0  # loading a large model from a slow disk
 _WATCH_SECONDS = 0.5
 
-Model = Annotated[str, typer.Option(help="A model's name, or NAME=FOLDER, or NAME=HUB-ID.")]
+Model = Annotated[str, typer.Option(help="Model as NAME, NAME=FOLDER or NAME=HUB-ID.")]
 Devices = Annotated[
-    list[str] | None, typer.Option("--device", help="cpu, cuda:0, …; may be repeated [every CUDA device, else cpu].")
+    list[str] | None,
+    typer.Option("--device", help="Device, such as cpu or cuda:0; may be repeated [all CUDA devices, else cpu]."),
 ]
-WorkerCount = Annotated[int | None, typer.Option("--workers", help="Workers, spread over the devices.", min=1)]
+WorkerCount = Annotated[
+    int | None, typer.Option("--workers", help="Number of workers, spread over the devices [one per device].", min=1)
+]
 
 
 def up(  # noqa: PLR0917 - the command's options; Typer passes them by name
@@ -40,15 +43,15 @@ def up(  # noqa: PLR0917 - the command's options; Typer passes them by name
     device: Devices = None,
     workers: WorkerCount = None,
     data_dir: Annotated[
-        Path | None, typer.Option(file_okay=False, help="Where jobs and images are kept [~/.local/share/calotype].")
+        Path | None, typer.Option(file_okay=False, help="Folder for jobs and images [~/.local/share/calotype].")
     ] = None,
-    port: Annotated[int, typer.Option(help="Of the gateway; 0 takes a free one.")] = 8000,
+    port: Annotated[int, typer.Option(help="Port of the gateway; 0 takes a free one.")] = 8000,
     as_json: AsJson = False,
 ) -> None:
-    """Start a Valkey, an S3 server, a worker a device and the gateway here; run until interrupted, then stop them all.
+    """Start Valkey, an S3 server, one worker per device and the gateway; stop them all when interrupted.
 
-    Without the gateway's packages it leads batches itself. With --json, one line tells all addresses and the
-    environment that points other commands at them.
+    If the gateway's packages are not installed, this process leads batches itself. With --json, one line contains all
+    addresses and the environment variables that other commands need.
     """
     require_worker()
     data_dir = (data_dir or default_data_dir()).expanduser().resolve()
@@ -80,7 +83,7 @@ def up(  # noqa: PLR0917 - the command's options; Typer passes them by name
                 time.sleep(_WATCH_SECONDS)
                 pool.watch()
     except KeyboardInterrupt:
-        say("stopped" if ready else "interrupted while starting; stopped")
+        say("stopped" if ready else "interrupted during start-up; stopped")
         if not ready:
             raise typer.Exit(ExitCode.INTERRUPTED) from None
 
@@ -93,14 +96,14 @@ def worker(context: typer.Context) -> None:
 
 def demo(
     prompts: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="JSON lines of configs [those that come with it].")
+        Path | None, typer.Option(exists=True, dir_okay=False, help="JSON lines file of configs [bundled examples].")
     ] = None,
     out: Annotated[Path, typer.Option(file_okay=False, help="Folder for the images.")] = Path("out"),
     model: Model = "demo",
     device: Devices = None,
     workers: WorkerCount = None,
 ) -> None:
-    """Start everything, make the example images, show how it went, stop everything."""
+    """Start all services, make the example images, print measurements, and stop all services."""
     require_worker()
     with sigterm_interrupts():
         failed = run_demo(prompts=prompts, out=out, model=model, devices=spread(device or local_devices(), workers))
@@ -113,9 +116,9 @@ def default_data_dir() -> Path:
 
 
 def spread(devices: list[str], workers: int | None) -> list[str]:
-    """One worker a device, or `workers` of them taking the devices in turn."""
+    """One worker per device, or `workers` of them spread over the devices in turn."""
     if not devices:
-        raise SettingsError("no device to run a worker on; give one with --device, for instance --device cpu")
+        raise SettingsError("there is no device to run a worker on; give one with --device, such as --device cpu")
     return [devices[number % len(devices)] for number in range(workers or len(devices))]
 
 
@@ -127,19 +130,21 @@ def gateway_installed() -> bool:
 
 @contextmanager
 def listening(port: int) -> Iterator[socket.socket]:
-    """A loopback port, held from here on. Raises ServiceUnavailable."""
+    """A bound loopback port. Raises ServiceUnavailable."""
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(("127.0.0.1", port))
         except OSError as error:
-            raise ServiceUnavailable(f"port {port} is taken ({error.strerror}); give another with --port") from None
+            raise ServiceUnavailable(
+                f"port {port} cannot be used ({error.strerror}); give another with --port"
+            ) from None
         yield listener
 
 
 @contextmanager
 def serving_http(servers: EmbeddedServers, listener: socket.socket) -> Iterator[str]:
-    """The gateway in a thread; yields its address once it answers. Raises ServiceUnavailable."""
+    """Runs the gateway in a thread; yields its address once it answers. Raises ServiceUnavailable."""
     import uvicorn  # noqa: PLC0415 - an extra
 
     from calotype.gateway.app import create_app  # noqa: PLC0415
@@ -155,7 +160,7 @@ def serving_http(servers: EmbeddedServers, listener: socket.socket) -> Iterator[
     try:
         while not server.started:
             if not thread.is_alive():
-                raise ServiceUnavailable("the gateway ended while starting; the lines above say why")
+                raise ServiceUnavailable("the gateway stopped during start-up; see the log lines above")
             time.sleep(0.02)
         yield f"http://127.0.0.1:{options.port}"
     finally:
@@ -166,7 +171,7 @@ def serving_http(servers: EmbeddedServers, listener: socket.socket) -> Iterator[
 def announce(
     servers: EmbeddedServers, pool: LocalWorkers, data_dir: Path, gateway: str | None, *, as_json: bool
 ) -> None:
-    """Say where everything is: one line of JSON, or what to paste into a shell."""
+    """Print all addresses: one line of JSON, or lines to paste into a shell."""
     if as_json:
         print_json(
             {
@@ -196,9 +201,9 @@ def announce(
 
 @contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM and SIGINT as a KeyboardInterrupt, so that either signal takes the same way out.
+    """Turns SIGTERM and SIGINT into a KeyboardInterrupt, so that both end the process in the same way.
 
-    SIGINT too is set here: a shell starts background jobs with it ignored, and Python then leaves it so.
+    SIGINT is set explicitly: a shell starts background jobs with SIGINT ignored, and Python then keeps it ignored.
     """
 
     def interrupt(*_: object) -> None:

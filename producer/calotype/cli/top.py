@@ -1,4 +1,4 @@
-"""`calotype top`: queues, workers and the rows of their step batches in a terminal, as they run."""
+"""`calotype top`: a live view of queues, workers and the rows of their step batches in a terminal."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _FULL, _EMPTY = "━", "╌"
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """What is seen at one moment; the rate is since the look before."""
+    """The state at one moment. The rate covers the time since the previous one."""
 
     overview: Overview
     failures: Sequence[JobRecord]
@@ -55,15 +55,15 @@ class Look:
 
 
 def top(
-    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between looks.")] = 1.0,
-    once: Annotated[bool, typer.Option("--once", help="Look once and end.")] = False,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between updates.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Print the state once and exit.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Watch the queues, the workers and every row of their step batches. With --json, a line a look."""
+    """Watch queues, workers and every row of their step batches. With --json, print one line per update."""
     console = Console() if sys.stdout.isatty() else Console(width=120)
     with Client() as client:
         looks = _looks(client, interval)
-        first = next(looks)  # what is wrong from the start ends the command
+        first = next(looks)  # an error on the first read ends the command
         if once:
             print_json(first.as_json()) if as_json else console.print(render(first))
             return
@@ -82,7 +82,7 @@ def _show(client: Client, interval: float, looks: Iterator[Look], live: Live) ->
             for look in looks:
                 live.update(render(look), refresh=True)
         except ServiceUnavailable as error:
-            live.update(Text(plain(f"{error}\n\nlooking again; Ctrl-C ends"), style="bold"), refresh=True)
+            live.update(Text(plain(f"{error}\n\nretrying; Ctrl-C ends"), style="bold"), refresh=True)
             time.sleep(interval)
             looks = _looks(client, interval)
 
@@ -97,7 +97,7 @@ def _looks(client: Client, interval: float) -> Iterator[Look]:
 
 
 def _rate(before: Overview | None, now: Overview) -> float | None:
-    """Images a second of the workers that were there before, too."""
+    """Images per second of the workers that were alive at both times."""
     if before is None or now.at <= before.at:
         return None
     made = {worker.name: worker.images for worker in before.workers}
@@ -105,10 +105,10 @@ def _rate(before: Overview | None, now: Overview) -> float | None:
 
 
 def render(look: Look) -> RenderableType:
-    """Everything, from what matters most down: what does not fit into the window is cut off below."""
+    """All parts, the most important first: what does not fit into the window is cut off at the bottom."""
     parts: list[RenderableType] = [_summary(look), Text()]
     if not look.overview.workers:
-        parts.append(Text("no worker is alive; start one with: calotype worker --model demo", style="bold"))
+        parts.append(Text("no worker is running; start one with: calotype worker --model demo", style="bold"))
     for worker in look.overview.workers:
         parts += [_worker_line(worker), *(_group(group) for group in worker.groups), Text()]
     parts += [_queues(look.overview), Text()]
@@ -130,7 +130,7 @@ def _summary(look: Look) -> Text:
     if look.images_a_second is not None:
         text.append(f"  {look.images_a_second:.2f} images/s", "bold")
     if overview.jobs_a_second is not None:
-        text.append(f"  {overview.jobs_a_second:.2f} jobs/s lately")
+        text.append(f"  {overview.jobs_a_second:.2f} jobs/s recently")
     if overview.counts is not None:
         text.append(f"  failed {overview.counts[JobState.FAILED]}")
     return text
@@ -138,8 +138,8 @@ def _summary(look: Look) -> Text:
 
 def _worker_line(worker: WorkerView) -> Text:
     mean = worker.rows / worker.forward_passes if worker.forward_passes else 0.0
-    state = "leaving" if worker.draining else "working" if worker.groups else "idle"
-    facts = f"  {worker.device}  {state}  {worker.images} images  {mean:.1f} rows a step  {worker.failed} errors"
+    state = "draining" if worker.draining else "working" if worker.groups else "idle"
+    facts = f"  {worker.device}  {state}  {worker.images} images  {mean:.1f} rows per step  {worker.failed} errors"
     return Text.assemble((plain(worker.name), "bold"), facts)
 
 
@@ -158,7 +158,7 @@ def _group(group: StepGroup) -> Table:
 
 
 def _name(row: StepRow) -> Text:
-    said = plain(" ".join((row.prompt or row.job or "a job that is over").split()))
+    said = plain(" ".join((row.prompt or row.job or "a finished job").split()))
     return Text("    " + (said if len(said) <= _PROMPT else said[: _PROMPT - 1] + "…"))
 
 

@@ -1,4 +1,4 @@
-"""The command that trains: `calotype train lora|textual-inversion|controlnet`."""
+"""`calotype train lora|textual-inversion|controlnet`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ from calotype.embedded import require_worker
 
 
 def train(context: typer.Context) -> None:
-    """Teach a model a style, a word or a kind of control; `calotype train --help` shows how."""
+    """Train a LoRA, a textual inversion or a ControlNet; `calotype train --help` shows the options."""
     require_worker()
     os.execv(sys.executable, [sys.executable, "-m", "calotype_train", *context.args])

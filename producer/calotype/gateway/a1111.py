@@ -163,7 +163,9 @@ async def _controls(scripts: Mapping[str, Any], services: Services) -> list[dict
             raise InvalidRequest("is not available here", field="alwayson_scripts", value=name, remedy="leave it out")
         for unit in active:
             if not isinstance(unit, Mapping):
-                raise InvalidRequest("is no unit", field="alwayson_scripts", value=unit, remedy="give model and image")
+                raise InvalidRequest(
+                    "is not a unit", field="alwayson_scripts", value=unit, remedy="give model and image"
+                )
             if not unit.get("enabled", True):
                 continue
             image = unit.get("image") or unit.get("input_image")
@@ -171,10 +173,10 @@ async def _controls(scripts: Mapping[str, Any], services: Services) -> list[dict
                 image = image.get("image")
             if unit.get("module", "none") not in ("none", None) or not isinstance(image, str):
                 raise InvalidRequest(
-                    "needs a control image that is prepared already",
+                    "needs a preprocessed control image",
                     field="alwayson_scripts",
                     value=unit.get("module"),
-                    remedy="give it as image, with module none",
+                    remedy="send it as image, with module none",
                 )
             controls.append(
                 {
@@ -201,7 +203,7 @@ def decoded(encoded: str, field: str) -> bytes:
         return base64.b64decode(encoded.partition(",")[2] if encoded.startswith("data:") else encoded, validate=True)
     except (binascii.Error, ValueError):
         raise InvalidRequest(
-            "is no base64", field=field, value=encoded[:40], remedy="give a PNG, JPEG or WebP file in base64"
+            "is not valid base64", field=field, value=encoded[:40], remedy="send a PNG, JPEG or WebP file in base64"
         ) from None
 
 
@@ -277,7 +279,10 @@ async def chosen_model(services: Services, tenant: str, chosen: str | None = Non
     name = str(chosen).split(" ", maxsplit=1)[0]
     if known and name not in known:
         raise InvalidRequest(
-            "is no checkpoint here", field="sd_model_checkpoint", value=chosen, remedy=f"use one of: {', '.join(known)}"
+            "is not a known checkpoint",
+            field="sd_model_checkpoint",
+            value=chosen,
+            remedy=f"use one of: {', '.join(known)}",
         )
     return name
 

@@ -135,6 +135,6 @@ async def png_info(wanted: PngInfo, caller: Reader) -> dict[str, Any]:
             texts = {name: text for name, text in image.info.items() if isinstance(text, str)}
     except Exception as error:  # Pillow's plugins raise almost anything for a broken file
         raise InvalidRequest(
-            "is no readable image", field="image", value=f"{len(data)} bytes", remedy="give a PNG, JPEG or WebP file"
+            "is not a readable image", field="image", value=f"{len(data)} bytes", remedy="send a PNG, JPEG or WebP file"
         ) from error
     return {"info": texts.get("parameters", ""), "items": texts, "parameters": {}}

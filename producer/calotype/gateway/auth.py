@@ -54,7 +54,7 @@ class Caller:
         """A batch's images are counted only when it is validated, which is too late for a quota. Raises Forbidden."""
         if self.key is not None and self.key.images_per_day is not None:
             raise Forbidden(
-                "this key has a quota of images a day, and a batch may have any number; use a key without a quota"
+                "this key has a daily image quota, which cannot be checked for batches; use a key without a quota"
             )
 
 
@@ -89,7 +89,7 @@ def _token(request: Request) -> str:
         return token
     if kind.lower() == "basic":  # AUTOMATIC1111's clients know only user and password: the password is the key
         return _password(value)
-    raise Unauthorized("an API key is needed; send it as `Authorization: Bearer ct_…`; see: calotype keys create")
+    raise Unauthorized("an API key is required; send it as `Authorization: Bearer ct_…`; see: calotype keys create")
 
 
 def _password(value: str) -> str:
@@ -104,12 +104,12 @@ def _from_this_machine(request: Request, names: Collection[str]) -> None:
     host = _host_of(f"//{request.headers.get('host', '')}")
     if host not in names:
         raise Forbidden(
-            f"without API keys this gateway answers only to this machine's own names, not to {host!r}; "
-            "use http://127.0.0.1, name it in CALOTYPE_GATEWAY_ALLOWED_HOSTS, or start it with --auth keys"
+            f"without API keys this gateway accepts only loopback host names, not {host!r}; "
+            "use http://127.0.0.1, add the name to CALOTYPE_GATEWAY_ALLOWED_HOSTS, or start it with --auth keys"
         )
     origin = request.headers.get("origin")
     if origin is not None and _host_of(origin) not in names:
-        raise Forbidden(f"pages of {origin!r} may not use this gateway; start it with --auth keys")
+        raise Forbidden(f"requests from the origin {origin!r} are not allowed; start the gateway with --auth keys")
 
 
 def _host_of(url: str) -> str:

@@ -1,6 +1,6 @@
-"""How the gateway says no: one table from errors to statuses, and one way of writing them for each API.
+"""Error responses of the gateway: one table from errors to HTTP statuses, and one format per API.
 
-Calotype's own API answers RFC 9457 problems; the others answer as the clients they are for expect it.
+Calotype's own API returns RFC 9457 problems. The other APIs return what their clients expect.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from calotype_shared.schema.refusal import explained
 
 log = logging.getLogger(__name__)
 
-RETRY_SECONDS = 5  # what to wait where only the operator knows better
+RETRY_SECONDS = 5  # `Retry-After` where no better estimate exists
 
 
 class NotFound(CalotypeError):
-    """Something that is neither a job nor a batch."""
+    """Something other than a job or a batch does not exist."""
 
     code = "not_found"
 
@@ -50,7 +50,7 @@ class TooLarge(CalotypeError):
     code = "too_large"
 
 
-# An error has the status of its nearest ancestor here; those with none are bugs.
+# An error has the status of its nearest ancestor here. Errors without one are bugs.
 STATUSES: Mapping[type[CalotypeError], int] = {
     UnknownModel: 404,
     IdempotencyConflict: 409,
@@ -70,7 +70,7 @@ STATUSES: Mapping[type[CalotypeError], int] = {
 
 
 class Problem(BaseModel):
-    """An error, as RFC 9457 writes them. `field`, `value` and `remedy` say what to do about a bad request."""
+    """An error in the form of RFC 9457. `field`, `value` and `remedy` describe an invalid request."""
 
     type: str = "about:blank"
     title: str
@@ -83,9 +83,9 @@ class Problem(BaseModel):
 
 
 _REMEDIES = {
-    "after": "leave it out, or use the `next` of the page before",
+    "after": "leave it out, or use `next` of the previous page",
     "body": "send one JSON object, as Content-Type: application/json",
-    "token": "use the one that came with the link",
+    "token": "use the token that was returned with the link",
 }
 
 Render = Callable[[Problem], dict[str, Any]]
@@ -110,7 +110,7 @@ def _a1111(problem: Problem) -> dict[str, Any]:
     return {"error": problem.title, "detail": problem.detail, "body": "", "errors": problem.detail}
 
 
-# The first prefix that fits decides; everything else is a problem as it is.
+# The first matching prefix decides. Other paths return the problem itself.
 RENDERERS: Mapping[str, Render] = {
     "/v1/images": _openai,
     "/v1/files": _openai,
@@ -121,18 +121,18 @@ RENDERERS: Mapping[str, Render] = {
 
 
 def respond(request: Request, problem: Problem, headers: Mapping[str, str] | None = None) -> Response:
-    """The answer for a problem, in the form of the API that was asked."""
+    """The response for a problem, in the format of the requested API."""
     shown, media_type = problem.model_dump(exclude_none=True), "application/problem+json"
     for prefix, render in RENDERERS.items():
         if request.url.path.startswith(prefix):
             shown, media_type = render(problem), "application/json"
             break
-    # As ASCII: what was wrong may be a name that UTF-8 cannot write.
+    # As ASCII: the value may be a name that cannot be encoded as UTF-8.
     return Response(json.dumps(shown), problem.status, headers=headers, media_type=media_type)
 
 
 async def on_error(request: Request, error: Exception) -> Response:
-    """For every error that Calotype raises on purpose."""
+    """For every error that Calotype raises deliberately."""
     assert isinstance(error, CalotypeError)
     return refusal(request, error)
 
@@ -150,16 +150,16 @@ def refusal(request: Request, error: CalotypeError) -> Response:
 
 
 async def on_invalid(request: Request, error: Exception) -> Response:
-    """For requests that do not fit their schema."""
+    """For requests that do not match their schema."""
     assert isinstance(error, RequestValidationError)
     return respond(request, problem_of(_explained(error.errors()[0])))
 
 
 def _explained(first: Mapping[str, Any]) -> InvalidRequest:
-    """One of FastAPI's complaints, with a remedy that fits requests beside those that fit configs."""
+    """An InvalidRequest for one of FastAPI's validation errors."""
     context = dict(first.get("ctx", {}))
     if first["type"] == "json_invalid":
-        problem = f"is no JSON ({context.get('error')} at character {first['loc'][-1]})"
+        problem = f"is not valid JSON ({context.get('error')} at character {first['loc'][-1]})"
         return InvalidRequest(problem, field="body", value="…", remedy=_REMEDIES["body"])
     where = first["loc"][1:] if first["loc"][0] in ("body", "query", "path", "header") else first["loc"]
     where = where or first["loc"]
@@ -171,7 +171,7 @@ def _explained(first: Mapping[str, Any]) -> InvalidRequest:
 
 
 async def on_http(request: Request, error: Exception) -> Response:
-    """For what the framework itself refuses: an unknown path, a wrong method."""
+    """For requests that the framework refuses: an unknown path, a wrong method."""
     assert isinstance(error, HTTPException)
     codes = {404: "not_found", 405: "method_not_allowed"}
     code = codes.get(error.status_code, "invalid_request")
@@ -180,14 +180,17 @@ async def on_http(request: Request, error: Exception) -> Response:
 
 
 async def on_gone(request: Request, error: Exception) -> Response:
-    """For a body that ended early: nobody is left to read an answer."""
+    """For a client that disconnected before the body was complete."""
     return Response(status_code=400)
 
 
 async def on_bug(request: Request, error: Exception) -> Response:
-    log.exception("a request met a bug", extra={"path": request.url.path}, exc_info=error)
+    log.exception("unexpected error in a request", extra={"path": request.url.path}, exc_info=error)
     problem = Problem(
-        title="Internal error", status=500, detail="a bug in the gateway, which has logged it", code="internal_error"
+        title="Internal error",
+        status=500,
+        detail="a bug in the gateway; its log has the details",
+        code="internal_error",
     )
     return respond(request, problem)
 
@@ -201,19 +204,19 @@ def install(app: FastAPI) -> None:
 
 
 def documented(*statuses: int, openai: bool = False) -> dict[int | str, dict[str, Any]]:
-    """The errors a route may answer, for the schema. Who asks, limits and outages are everyone's."""
+    """The error responses of a route, for the schema. Authentication, limits and outages apply to every route."""
     everywhere = (400, 401, 403, 413, 429, 503)
     described = {
-        400: "The request is wrong; `detail` says what, and what would work.",
+        400: "The request is invalid. `detail` says why, and what would work.",
         401: "No valid API key.",
-        403: "The key may not do this.",
-        404: "There is no such thing, or it is another tenant's.",
-        409: "It conflicts with what was done before.",
+        403: "The key does not allow this.",
+        404: "It does not exist, or it belongs to another tenant.",
+        409: "It conflicts with the current state.",
         413: "The request is too large.",
         422: "The job failed.",
-        429: "Too much at once; see `Retry-After`.",
-        503: "Redis or the storage is away; see `Retry-After`.",
-        504: "It was not done in time; it goes on.",
+        429: "A rate or capacity limit is reached; see `Retry-After`.",
+        503: "Redis or storage is unavailable; see `Retry-After`.",
+        504: "The wait timed out; the job continues.",
     }
     content: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
     if not openai:
@@ -225,14 +228,19 @@ def documented(*statuses: int, openai: bool = False) -> dict[int | str, dict[str
 
 
 def exact(schema: dict[str, Any]) -> dict[str, Any]:
-    """FastAPI's schema, changed in place to what is asked and answered here.
+    """FastAPI's schema, changed in place to match the real requests and responses.
 
-    Bad requests get problems, never its own 422; and API keys are read by hand, where a missing one gets our own words.
+    Invalid requests get a problem instead of FastAPI's 422. API keys are read by our own code, so they are added here.
     """
     shapes = schema["components"]["schemas"]
     schema["components"]["securitySchemes"] = {
         "bearer": {"type": "http", "scheme": "bearer", "description": "An API key, from `calotype keys create`."},
-        "header": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "The same, otherwise."},
+        "header": {
+            "type": "apiKey",
+            "in": "header",
+            "name": "X-API-Key",
+            "description": "Alternative header for an API key.",
+        },
     }
     schema["security"] = [{"bearer": []}, {"header": []}, {}]
     shapes["Problem"] = Problem.model_json_schema()

@@ -17,7 +17,7 @@ from calotype.gateway.jobs import JobId, JobView, view
 from calotype.gateway.state import ServicesDep
 from calotype.overview import Overview
 from calotype_shared.errors import ObjectMissing
-from calotype_shared.storage.s3 import sidecar_of
+from calotype_shared.storage.layout import sidecar_of
 
 router = APIRouter(prefix="/v1")
 

@@ -132,7 +132,7 @@ async def finished(
             await watch.wait(pause, at_least=_SHORTEST_PAUSE)
     if check:
         if not record.state.final:
-            raise WaitTimeout(f"job {job_id} is still {record.state.value}; look again at /v1/jobs/{job_id}")
+            raise WaitTimeout(f"job {job_id} is still {record.state.value}; check it later at /v1/jobs/{job_id}")
         require_success(record)
     return record
 
@@ -184,7 +184,7 @@ async def get_image(
     record = await services.job(job_id, caller.tenant)
     if index >= len(record.images):
         raise NotFound(
-            f"job {job_id} is {record.state.value} and has {len(record.images)} image(s); none is number {index}"
+            f"job {job_id} is {record.state.value} and has {len(record.images)} image(s), but no image {index}"
         )
     [link] = await services.links([record.images[index].key])
     return RedirectResponse(link)

@@ -80,7 +80,7 @@ class ConcurrencyLimit:
             return
         if self._open >= self._most:
             error = TooBusy(
-                f"{self._most} requests wait for images already; come again in {_RETRY_SECONDS:g} s, poll a job "
+                f"{self._most} requests already wait for images; retry in {_RETRY_SECONDS:g} s, poll a job "
                 "instead (/v1/jobs), start another gateway, or raise CALOTYPE_GATEWAY_MAX_WAITING",
                 _RETRY_SECONDS,
             )

@@ -137,7 +137,7 @@ async def create_batch(
     file = await find_file(services, wanted.input_file_id, caller.tenant)
     if RESULT.fullmatch(file.id):
         raise InvalidRequest(
-            "is no input file", field="input_file_id", value=file.id, remedy="upload one: POST /v1/files"
+            "is not an input file", field="input_file_id", value=file.id, remedy="upload one: POST /v1/files"
         )
     window = _WINDOW.fullmatch(wanted.completion_window)
     assert window is not None

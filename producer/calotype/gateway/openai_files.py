@@ -125,7 +125,7 @@ async def delete_file(file_id: FileId, caller: Batcher, services: ServicesDep) -
     """Remove a file. A batch that is not validated yet needs its input."""
     if RESULT.fullmatch(file_id):
         raise InvalidRequest(
-            "belongs to its batch", field="file_id", value=file_id, remedy="it goes when the batch's record expires"
+            "belongs to a batch", field="file_id", value=file_id, remedy="it is deleted when the batch's record expires"
         )
     await find_file(services, file_id, caller.tenant)
     await run_in_threadpool(services.files.remove, file_id, tenant=caller.tenant)
@@ -142,5 +142,5 @@ async def find_file(services: Services, file_id: str, tenant: str) -> StoredFile
         return StoredFile(id=file_id, filename=name, purpose="batch_output", bytes=size, created_at=batch.created_at)
     stored = await run_in_threadpool(services.files.get, file_id, tenant=tenant)
     if stored is None:
-        raise NotFound(f"there is no file {file_id!r}; see GET /v1/files")
+        raise NotFound(f"file {file_id!r} does not exist; see GET /v1/files")
     return stored

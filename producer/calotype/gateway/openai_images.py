@@ -74,10 +74,10 @@ async def edit(request: Request, caller: Writer, services: ServicesDep) -> Respo
     """Repaint an image: all of it, or where the mask is transparent."""
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise InvalidRequest(
-            "must be a form",
+            "must be multipart/form-data",
             field="content-type",
             value=request.headers.get("content-type"),
-            remedy="send multipart/form-data with image and prompt",
+            remedy="send a form with image and prompt",
         )
     async with request.form(max_files=20, max_fields=100) as form:
         fields = _form_fields(form)
@@ -86,10 +86,10 @@ async def edit(request: Request, caller: Writer, services: ServicesDep) -> Respo
         raise InvalidRequest("is missing", field="image", value=None, remedy="send the image to edit as a file")
     if len(images["image"]) > 1:
         raise InvalidRequest(
-            "is more than one",
+            "is given more than once",
             field="image",
             value=len(images["image"]),
-            remedy="send one image; others have no use",
+            remedy="send one image",
         )
     uploaded = await run_in_threadpool(services.client.upload, images["image"][0])
     fields["init_image"] = uploaded

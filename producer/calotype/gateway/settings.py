@@ -19,29 +19,29 @@ class GatewaySettings(StrictSettings):
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: Annotated[int, Field(ge=0, le=65_535)] = 8_000
-    """Port to listen on; 0 takes a free one."""
+    """Port to listen on. 0: any free port."""
     auth: Literal["auto", "keys", "off"] = "auto"
-    """Whether requests need a key; auto: off where only this machine can connect, else keys."""
+    """Whether requests need an API key. `auto`: `off` on a loopback address, otherwise `keys`."""
     allowed_hosts: Annotated[frozenset[str], NoDecode] = frozenset()
-    """Further names this machine is asked by, where keys are off; with commas between."""
+    """Additional host names accepted in requests when keys are off, separated by commas."""
     max_body_bytes: Annotated[int, Field(ge=1_024)] = 64 * 2**20
-    """Of a request, but for files of batches."""
+    """Maximum size of a request body, except for batch files."""
     max_file_bytes: Annotated[int, Field(ge=1_024)] = 4 * 2**30
-    """Of a file for batches."""
+    """Maximum size of a batch file."""
     max_wait_seconds: Annotated[float, Field(gt=0)] = 600.0
-    """Of requests that answer with the finished image."""
+    """Maximum duration of a request that waits for its image."""
     max_waiting: Annotated[int, Field(ge=1)] = 256
-    """Such requests, and streams of events, at a time."""
+    """Maximum number of such requests and of event streams at one time."""
     dispatch: bool = True
-    """Lead batches and deliver webhooks too."""
+    """Also lead batches and deliver webhooks."""
     log_format: Literal["text", "json"] = "text"
-    """Of log lines, of `calotype dispatcher` too; "json" for machines."""
+    """Log format of the gateway and of `calotype dispatcher`: `text`, or `json` with one object per line."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """The least that is logged."""
+    """Minimum level of logged events."""
     metrics_port: Annotated[int, Field(ge=0, le=65_535)] | None = None
-    """Where operators read `/metrics`, `/healthz` and `/readyz`, apart from the API; without it, nowhere."""
+    """Port for `/metrics`, `/healthz`, `/readyz` and `/backlog`, separate from the API. None: disabled."""
     metrics_host: str = "127.0.0.1"
-    """Where that port listens; `0.0.0.0` in a container."""
+    """Address that the metrics port listens on; use `0.0.0.0` in a container."""
 
     @field_validator("allowed_hosts", mode="before")
     @classmethod

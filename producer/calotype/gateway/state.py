@@ -22,7 +22,7 @@ from calotype.files import FileStore
 from calotype.gateway.metrics import GatewayMetrics
 from calotype.gateway.settings import GatewaySettings
 from calotype_shared.errors import no_such_batch, no_such_job
-from calotype_shared.observability.tracing import make_telemetry
+from calotype_shared.observability.telemetry import make_telemetry
 from calotype_shared.queue.connection import connect_redis, connection_options, is_outage, sentinel_options, unavailable
 from calotype_shared.queue.keys import Keys
 from calotype_shared.queue.records import read_record

@@ -108,7 +108,7 @@ async def complete(done: Token, caller: Writer, services: ServicesDep) -> Respon
     """Check the image that was put there, and store it."""
     key = _incoming(caller.tenant, done.token)
     if not await run_in_threadpool(services.storage.exists, key):
-        raise NotFound("nothing was put there; PUT the image to the link first, or ask for a new link")
+        raise NotFound("no image has been uploaded; PUT it to the link first, or request a new link")
     # One byte more than is allowed tells that it is too large, without fetching all of it.
     data = await run_in_threadpool(services.storage.get_range, key, 0, MAX_BYTES + 1)
     try:

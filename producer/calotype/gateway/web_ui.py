@@ -79,7 +79,7 @@ def origin_of_images(storage: Storage) -> str:
     try:
         parts = urlsplit(storage.presigned_url("any"))
     except BotoCoreError as error:
-        log.warning("the page cannot show images", extra={"reason": str(error)})
+        log.warning("the web UI cannot show images", extra={"reason": str(error)})
         return ""
     return f"{parts.scheme}://{parts.netloc}"
 
@@ -98,7 +98,7 @@ async def file(
     name: Annotated[str, Path(max_length=100)], if_none_match: Annotated[str | None, Header()] = None
 ) -> Response:
     if name not in web_files() or name == _INDEX:
-        raise NotFound(f"there is no file {name!r} of the page")
+        raise NotFound(f"the web UI has no file {name!r}")
     return _answer(web_files()[name], if_none_match)
 
 

@@ -19,7 +19,7 @@ IDENTITY_KEY = "calotype-gc.json"  # the bucket's side
 
 
 class GcRefused(CalotypeError):
-    """Something is wrong with what a collection would go by. Nothing was removed."""
+    """Redis and the bucket do not match. Nothing was removed."""
 
     code = "gc_refused"
 
@@ -40,18 +40,22 @@ class BucketIdentity:
         there = self._read()
         runs = int(here.get("runs", 0))
         if (bucket := here.get("bucket", self._bucket)) != self._bucket:
-            raise self._refused(f"it was last collected for the bucket {bucket!r}")
+            raise self._refused(f"its last collection was for the bucket {bucket!r}")
         if not there:
             if runs > 1:  # else the very first was cut short
-                raise self._refused("the bucket has forgotten the collections that it remembers")
+                raise self._refused("it has recorded earlier collections, and the bucket has not")
             return False
         if not here:
-            problem = "it knows nothing of the collections that the bucket remembers: its data is lost, or another's"
+            problem = (
+                "the bucket has recorded earlier collections, and it has not: its data is lost, or it is another Redis"
+            )
             raise self._refused(problem)
         if here["name"] != there["name"]:
-            raise self._refused("the bucket belongs to another one")
+            raise self._refused("the bucket belongs to another Redis")
         if runs < int(there["runs"]):
-            raise self._refused(f"it remembers {runs} collections and the bucket {there['runs']}: it is an older copy")
+            raise self._refused(
+                f"it has recorded {runs} collections and the bucket {there['runs']}: it is an older copy"
+            )
         return True
 
     def record(self) -> None:
@@ -76,7 +80,7 @@ class BucketIdentity:
 
     def _refused(self, problem: str) -> GcRefused:
         return GcRefused(
-            f"Redis (prefix {self._prefix!r}) is not to be trusted with the bucket {self._bucket!r}: {problem}. "
-            "What it does not know would be removed. Check CALOTYPE_REDIS_URL, CALOTYPE_KEY_PREFIX and "
-            "CALOTYPE_S3_BUCKET, look at --dry-run, and give --force if it is right"
+            f"Redis (prefix {self._prefix!r}) does not match the bucket {self._bucket!r}: {problem}. "
+            "Objects that it does not know would be removed. Check CALOTYPE_REDIS_URL, CALOTYPE_KEY_PREFIX and "
+            "CALOTYPE_S3_BUCKET, see what --dry-run prints, and use --force if they are right"
         )

@@ -173,10 +173,10 @@ class Collector(Scripted):
         """Called before anything is removed. Raises GcRefused."""
         if not self._trusted:
             raise GcRefused(
-                f"Redis (prefix {self.keys.prefix!r}) has no record of any job or batch, but the bucket has what would "
-                "be removed: Redis has lost its data, is another's, or nothing was submitted for as long as records "
-                "stay. Check CALOTYPE_REDIS_URL, CALOTYPE_KEY_PREFIX and CALOTYPE_S3_BUCKET, look at --dry-run, and "
-                "give --force if it is right"
+                f"Redis (prefix {self.keys.prefix!r}) has no record of any job or batch, but the bucket has objects "
+                "that would be removed: Redis has lost data, it is another Redis, or all records have expired. Check "
+                "CALOTYPE_REDIS_URL, CALOTYPE_KEY_PREFIX and CALOTYPE_S3_BUCKET, see what --dry-run prints, and use "
+                "--force if they are right"
             )
 
     def _flush(self) -> None:

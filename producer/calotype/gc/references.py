@@ -19,8 +19,9 @@ from calotype.gc.bloom import BloomFilter
 from calotype_shared.errors import ObjectMissing
 from calotype_shared.queue.keys import Keys
 from calotype_shared.schema.enums import JobState
+from calotype_shared.storage.layout import attempt_folder
 from calotype_shared.storage.multipart import read_lines
-from calotype_shared.storage.s3 import Storage, attempt_folder
+from calotype_shared.storage.s3 import Storage
 
 _FINAL = {state.value for state in BatchState if state.final}
 _STEP = 500  # keys asked for at a time

@@ -6,7 +6,6 @@ Needs the extra `calotype[embedded]`. The how-to is docs/how-to/test-your-produc
 from calotype.testing.job_context import ClaimLost, JobContext, WorkerCrash
 from calotype.testing.sandbox import Sandbox, demo_card
 from calotype.testing.worker import Script, ScriptedWorker
-from calotype_shared.errors import GenerationFailed
 
 __all__ = [
     "ClaimLost",

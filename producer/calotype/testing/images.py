@@ -9,20 +9,19 @@ from importlib.metadata import version
 from PIL import Image
 
 from calotype_shared.queue.job_store import Claim
-from calotype_shared.schema.config import GenerationConfig
 from calotype_shared.schema.enums import OutputFormat
 from calotype_shared.schema.jobs import ImageRef
 from calotype_shared.schema.model_card import ModelCard
+from calotype_shared.schema.resolve import ResolvedConfig
 from calotype_shared.storage.image_file import write_image
-from calotype_shared.storage.s3 import Storage, image_key, sidecar_key
+from calotype_shared.storage.layout import image_key, sidecar_key
+from calotype_shared.storage.s3 import Storage
 
 FORMATS = (OutputFormat.PNG, OutputFormat.WEBP, OutputFormat.JPEG)
 
 
-def image_of(config: GenerationConfig) -> Image.Image:
+def image_of(config: ResolvedConfig) -> Image.Image:
     """An image of the config's size, whose color is a hash of its digest: equal configs give equal images."""
-    assert config.width is not None
-    assert config.height is not None
     red, green, blue = hashlib.sha256(config.digest().encode()).digest()[:3]
     return Image.new("RGB", (config.width, config.height), (red, green, blue))
 
@@ -30,9 +29,6 @@ def image_of(config: GenerationConfig) -> Image.Image:
 def describe(claim: Claim, index: int) -> ImageRef:
     """The record of image number `index`, but for its bytes."""
     config = claim.config
-    assert config.seed is not None
-    assert config.width is not None
-    assert config.height is not None
     return ImageRef(
         key=image_key(claim.folder, index, config.output_format),
         seed=config.seed + index % config.num_images,

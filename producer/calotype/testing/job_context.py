@@ -13,7 +13,7 @@ _RENEW_SECONDS = 0.05  # how soon a cancellation is noticed
 
 
 class ClaimLost(Exception):
-    """The job was cancelled, or its lease ran out. Let it pass: the worker goes on with the next job."""
+    """The job was cancelled, its lease ran out, or the worker is to stop. Let it pass: the worker deals with it."""
 
 
 class WorkerCrash(Exception):
@@ -26,9 +26,10 @@ class WorkerCrash(Exception):
 class JobContext:
     """An attempt at a job, for the time of its script. Owned by the worker's thread, in which the script runs."""
 
-    def __init__(self, store: JobStore, claim: Claim, *, lease_seconds: float) -> None:
+    def __init__(self, store: JobStore, claim: Claim, *, lease_seconds: float, stopped: threading.Event) -> None:
         self._store = store
         self._lease_seconds = lease_seconds
+        self._stopped = stopped
         self.claim = claim
 
     @property
@@ -62,6 +63,8 @@ class JobContext:
 
     def renew(self) -> None:
         """Lengthen the lease. Raises ClaimLost."""
+        if self._stopped.is_set():
+            raise ClaimLost(f"the worker is to stop, and hands job {self.claim.job_id} back")
         if self._store.renew([self.claim], lease_seconds=self._lease_seconds):
             raise ClaimLost(f"job {self.claim.job_id} was cancelled, or its lease ran out")
 

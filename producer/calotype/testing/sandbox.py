@@ -40,7 +40,7 @@ class Sandbox:
 
     ```python
     with Sandbox() as sandbox:
-        [image] = sandbox.client.submit("a red circle", seed=7).images(timeout=30)
+        [image] = sandbox.client.submit("a red circle", seed=7).result(30)
     ```
 
     It starts servers of its own, which takes a few seconds, or uses `servers`, which may serve many sandboxes: each

@@ -90,15 +90,19 @@ class ScriptedWorker:
         self._lease_seconds = lease_seconds
         self._started_at = time.time()
         self._reported = self._reaped = 0.0  # when, by the monotonic clock
+        self._claiming = threading.Lock()
         self._paused, self._stopped = threading.Event(), threading.Event()
         self._bug: Exception | None = None
         self._thread = threading.Thread(target=self._run, name=f"calotype-{name}", daemon=True)
 
     def pause(self) -> None:
-        """Claim nothing more until `resume`. What it works on is finished."""
+        """Claim nothing more, from now on until `resume`. What it works on is finished."""
         self._paused.set()
+        with self._claiming:  # a claim that had begun before is part of what it works on
+            pass
 
     def resume(self) -> None:
+        """Claim again, after `pause`."""
         self._paused.clear()
 
     def start(self) -> None:
@@ -110,7 +114,7 @@ class ScriptedWorker:
         self._thread.start()
 
     def stop(self) -> None:
-        """End after the job that it works on. Raises what ended its thread before, if anything did."""
+        """Hand back the job that it works on, at the next call of its script. Raises what ended its thread before."""
         self._stopped.set()
         self._thread.join()
         with contextlib.suppress(RedisUnavailable):
@@ -143,13 +147,14 @@ class ScriptedWorker:
         if now - self._reaped >= _REAP_SECONDS:
             self._store.reap(who=self.name)
             self._reaped = now
-        if self._paused.is_set() or len(self.done) >= self._limit:
-            self._stopped.wait(_LISTEN_SECONDS)
-            return
-        claim = self._claim()
+        with self._claiming:
+            resting = self._paused.is_set() or len(self.done) >= self._limit
+            claim = None if resting else self._claim()
         if claim is not None:
             self._work(claim)
             self.done.append(claim.job_id)
+        elif resting:
+            self._stopped.wait(_LISTEN_SECONDS)
 
     def _claim(self) -> Claim | None:
         """The next job, once a message says that one waits."""
@@ -160,7 +165,7 @@ class ScriptedWorker:
         return self._store.claim(lists[message[0]], worker=self.name, lease_seconds=self._lease_seconds)
 
     def _work(self, claim: Claim) -> None:
-        context = JobContext(self._store, claim, lease_seconds=self._lease_seconds)
+        context = JobContext(self._store, claim, lease_seconds=self._lease_seconds, stopped=self._stopped)
         began = time.monotonic()
         try:
             if self.script is not None:
@@ -170,6 +175,8 @@ class ScriptedWorker:
             self._store.commit(claim, images=images, timings={"denoise": time.monotonic() - began})
         except (ClaimLost, WorkerCrash) as left:
             log.info("job left", extra={"job_id": claim.job_id, "attempt": claim.attempt, "reason": repr(left)})
+            if isinstance(left, ClaimLost):
+                self._store.release(claim)  # refused unless the claim is still good, because the worker stops
         except Exception as error:
             known = isinstance(error, CalotypeError)
             code = error.code if isinstance(error, CalotypeError) else "internal_error"

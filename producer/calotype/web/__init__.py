@@ -1,0 +1,1 @@
+"""The web UI: files that the gateway serves."""

@@ -23,7 +23,7 @@ export class Problem extends Error {
 }
 
 function titleOf(status) {
-  if (status === 401) return "An API key is needed";
+  if (status === 401) return "An API key is required";
   if (status === 403) return "Not allowed";
   if (status === 404) return "Not found";
   if (status === 429) return "Too much at once";

@@ -68,7 +68,7 @@ def check_webhook_url(url: str, *, allow_private: bool) -> None:
         ),
         (
             not allow_private and (_is_localhost(host) or (literal is not None and not is_public(literal))),
-            f"{host} is no public address",
+            f"{host} is not a public address",
             "use a host that can be reached from the internet",
         ),
     ):

@@ -79,10 +79,10 @@ class Deliverer:
                 try:
                     self._start_due(threads)
                 except (CalotypeError, RedisError) as error:
-                    log.warning("webhooks not read", extra={"reason": str(error)})
+                    log.warning("webhooks cannot be read", extra={"reason": str(error)})
                     stop.wait(_OUTAGE_PAUSE)
                 except Exception:
-                    log.exception("webhooks met a bug")
+                    log.exception("unexpected error in webhook delivery")
                     stop.wait(_OUTAGE_PAUSE)
 
     def deliver_due(self) -> int:
@@ -120,9 +120,9 @@ class Deliverer:
         try:
             self._attempt(hook)
         except (CalotypeError, RedisError) as error:  # its lease brings it back
-            log.warning("webhook not settled", extra={"job_id": hook.id, "reason": str(error)})
+            log.warning("webhook outcome not recorded", extra={"job_id": hook.id, "reason": str(error)})
         except Exception:
-            log.exception("a webhook met a bug", extra={"job_id": hook.id})
+            log.exception("unexpected error in a webhook", extra={"job_id": hook.id})
         finally:
             with self._lock:
                 self._under_way.discard(hook)

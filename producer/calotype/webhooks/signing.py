@@ -7,7 +7,7 @@ import hmac
 
 from calotype_shared.errors import SettingsError
 
-SECRET_PREFIX = "whsec_"
+SECRET_PREFIX = "whsec_"  # noqa: S105 - what secrets begin with
 MIN_MASTER_CHARACTERS = 16
 
 
@@ -21,8 +21,8 @@ def tenant_secret(master: str, tenant: str) -> str:
     """
     if len(master) < MIN_MASTER_CHARACTERS:
         raise SettingsError(
-            f"the secret that webhooks are signed with has {len(master)} characters, at least {MIN_MASTER_CHARACTERS} "
-            "are needed; make one with: openssl rand -hex 32"
+            f"CALOTYPE_WEBHOOK_SECRET has {len(master)} characters, and at least {MIN_MASTER_CHARACTERS} "
+            "are required; create one with: openssl rand -hex 32"
         )
     derived = hmac.digest(master.encode(), f"calotype-webhook:{tenant}".encode(), "sha256")
     return SECRET_PREFIX + base64.b64encode(derived).decode()

@@ -1,7 +1,7 @@
-"""`AdminServer`: a small HTTP server on a port of its own, for scrapers, probes and autoscalers.
+"""`AdminServer`: a small HTTP server on a separate port, for scrapers, probes and autoscalers.
 
-It tells of the whole process and fleet, whoever asks: so it listens on loopback unless told otherwise, and never on
-the port that tenants reach.
+It has no authentication and covers the whole process and fleet. So it listens on loopback by default, and never on the
+port that tenants can reach.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SECONDS = 10.0  # for a request to arrive
 
 @dataclass(frozen=True, kw_only=True)
 class AdminRequest:
-    """What of a request matters here."""
+    """The parts of a request that routes use."""
 
     accept: str = ""
     query: Mapping[str, str] = field(default_factory=dict)
@@ -48,15 +48,15 @@ Route = Callable[[AdminRequest], AdminResponse]
 
 
 def probed(problem: str | None) -> AdminResponse:
-    """What a probe gets: 200, or 503 and what is wrong."""
+    """The response to a probe: 200, or 503 with the problem."""
     return AdminResponse.of({"status": problem}, status=503) if problem else AdminResponse.of({"status": "ok"})
 
 
 class AdminServer:
-    """Holds its port from the start; answers from `start` to `close`, each request in a thread."""
+    """Binds its port on construction; serves from `start` to `close`, one thread per request."""
 
     def __init__(self, host: str, port: int, routes: Mapping[str, Route], *, setting: str) -> None:
-        """Raises SettingsError, naming `setting`, if the port cannot be had."""
+        """Raises SettingsError, which names `setting`, if the port cannot be bound."""
         try:
             self._server = _Server((host, port), _handler(routes))
         except OSError as error:
@@ -67,7 +67,7 @@ class AdminServer:
 
     @property
     def port(self) -> int:
-        """The one it got, where 0 was asked for."""
+        """The bound port; differs from the requested one if that was 0."""
         return int(self._server.server_address[1])
 
     def start(self) -> None:
@@ -88,10 +88,10 @@ class _Server(ThreadingHTTPServer):
         super().__init__(address, handler)
 
     def server_bind(self) -> None:
-        TCPServer.server_bind(self)  # HTTPServer's own asks the name service who we are
+        TCPServer.server_bind(self)  # HTTPServer's own resolves the host name
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Whoever hung up is nobody's problem."""
+        """Ignore clients that disconnect."""
 
 
 def _handler(routes: Mapping[str, Route]) -> type[BaseHTTPRequestHandler]:
@@ -108,8 +108,8 @@ def _handler(routes: Mapping[str, Route]) -> type[BaseHTTPRequestHandler]:
                 asked = AdminRequest(accept=self.headers.get("Accept", ""), query=dict(parse_qsl(parts.query)))
                 answer = route(asked)
             except Exception:
-                log.exception("an operator's request met a bug", extra={"path": parts.path})
-                answer = AdminResponse.of({"error": "a bug, which is in the log"}, status=500)
+                log.exception("unexpected error in an admin request", extra={"path": parts.path})
+                answer = AdminResponse.of({"error": "a bug; the log has the details"}, status=500)
             self._send(answer)
 
         def _send(self, answer: AdminResponse) -> None:
@@ -120,6 +120,6 @@ def _handler(routes: Mapping[str, Route]) -> type[BaseHTTPRequestHandler]:
             self.wfile.write(answer.body)
 
         def log_message(self, format: str, *args: Any) -> None:
-            """A scrape every few seconds is no news."""
+            """Do not log scrapes."""
 
     return Handler

@@ -1,4 +1,4 @@
-"""Log lines: an event verb, then `key=value` pairs; or one JSON object a line. Prompts and secrets are never logged."""
+"""Log format: an event, then `key=value` pairs; or one JSON object per line. Prompts and secrets are never logged."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from datetime import UTC, datetime
 from types import MappingProxyType
 
 _STANDARD = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
-_DECORATION = {"color_message"}  # of uvicorn: the message again, for terminals
-# Libraries tell of warnings only: what they say below may hold addresses with signatures, or what was sent.
+_DECORATION = {"color_message"}  # uvicorn's copy of the message for terminals
+# Libraries log warnings only: their lower levels can contain signed addresses and request bodies.
 _OURS = ("calotype", "calotype_worker", "calotype_train", "calotype_shared")
 
 _about: ContextVar[Mapping[str, str]] = ContextVar("about", default=MappingProxyType({}))
@@ -21,7 +21,7 @@ _about: ContextVar[Mapping[str, str]] = ContextVar("about", default=MappingProxy
 
 @contextmanager
 def about(**known: str | None) -> Iterator[None]:
-    """Every line that this thread or task logs within the block says so too: `job_id`, `trace_id`."""
+    """Adds fields such as `job_id` and `trace_id` to every line that this thread or task logs within the block."""
     token = _about.set({**_about.get(), **{name: value for name, value in known.items() if value}})
     try:
         yield
@@ -47,7 +47,7 @@ class _Formatter(logging.Formatter):
 
 
 def set_up_logging(*, log_format: str, level: str) -> None:
-    """Everything to standard error; libraries only from warnings on."""
+    """Log to standard error; libraries only from level warning up."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter(as_json=log_format == "json"))
     root = logging.getLogger()

@@ -1,7 +1,7 @@
-"""Every metric that Calotype exports: its name, kind, labels and meaning. docs/observability.md has the same table.
+"""Every metric that Calotype exports: name, kind, labels and meaning. docs/observability.md has the same table.
 
-Names follow Prometheus' conventions: base units, `_total` for what only grows. No label holds a tenant, a job or
-anything a user wrote, so the number of series depends on models and routes alone.
+Names follow Prometheus conventions: base units, and `_total` for counters. No label holds a tenant, a job or any text
+from a user, so the number of series depends only on models and routes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Literal
 
 PREFIX = "calotype_"
 
-# Seconds: a step of a small model takes milliseconds, one of a large model on a slow device tens of seconds.
+# Seconds. A step of a small model takes milliseconds; one of a large model on a slow device, tens of seconds.
 _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _LONG = (0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
 _ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256)
@@ -19,7 +19,7 @@ _ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256)
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """One name. `values` are all that its first label can have, where they are few and known."""
+    """One metric. `values` are all possible values of its first label, if they are few and known."""
 
     name: str
     kind: Literal["counter", "gauge", "histogram"]
@@ -43,90 +43,96 @@ def _histogram(name: str, text: str, *labels: str, buckets: tuple[float, ...] = 
 
 # ---- a worker: its engine
 
-WORKER_INFO = _gauge("worker_info", "1; its labels say which worker this is", "worker", "model", "device", "version")
-BATCH_ROWS = _histogram("batch_rows", "rows of requests in a step, without padding", "model", buckets=_ROWS)
-STEP_SECONDS = _histogram("step_seconds", "one denoising step of a whole batch", "model")
-RUN_SECONDS = _histogram("run_seconds", "a whole run of a model that cannot be stepped", "model", buckets=_LONG)
-ENCODE_SECONDS = _histogram("encode_seconds", "prompts and source images of those who join a step")
-DECODE_SECONDS = _histogram("decode_seconds", "latents of a few images to pixels")
-PLACE_WAIT_SECONDS = _histogram("place_wait_seconds", "an image's wait for a place in a step", buckets=_LONG)
-PADDING_ROWS = _counter("padding_rows", "rows added so that a step has a size that was compiled")
-IMAGES = _counter("images", "images, by what became of them", "outcome", values=("succeeded", "failed", "cancelled"))
-OUT_OF_MEMORY = _counter("out_of_memory", "passes that the device had too little memory for, and that were split")
+WORKER_INFO = _gauge("worker_info", "Always 1; the labels identify the worker.", "worker", "model", "device", "version")
+BATCH_ROWS = _histogram("batch_rows", "Rows per step, without padding.", "model", buckets=_ROWS)
+STEP_SECONDS = _histogram("step_seconds", "Duration of one denoising step of a batch.", "model")
+RUN_SECONDS = _histogram(
+    "run_seconds", "Duration of a whole run of a model that cannot be stepped.", "model", buckets=_LONG
+)
+ENCODE_SECONDS = _histogram(
+    "encode_seconds", "Time to encode the prompts and source images of requests that join a step."
+)
+DECODE_SECONDS = _histogram("decode_seconds", "Time to decode a few latents to pixels.")
+ADMISSION_WAIT_SECONDS = _histogram(
+    "admission_wait_seconds", "Time that a request waits until it joins a step batch.", buckets=_LONG
+)
+PADDING_ROWS = _counter("padding_rows", "Rows added to pad steps to a compiled size.")
+IMAGES = _counter("images", "Images by outcome.", "outcome", values=("succeeded", "failed", "cancelled"))
+OUT_OF_MEMORY = _counter("out_of_memory", "Forward passes that ran out of device memory and were split.")
 ENGINE_SECONDS = _counter(
     "engine_seconds",
-    "the engine's time by phase; all but idle is the device's",
+    "Time of the engine by phase; all phases except idle use the device.",
     "phase",
     values=("encode", "step", "decode", "idle"),
 )
-INFLIGHT_REQUESTS = _gauge("inflight_requests", "images in the engine, waiting for a place or in a step")
+INFLIGHT_REQUESTS = _gauge("inflight_requests", "Requests in the engine, waiting or in a step batch.")
 DEVICE_MEMORY_BYTES = _gauge(
     "device_memory_bytes",
-    "the device's memory; on a CPU, main memory: all of it, what is used by anyone, what this process has",
+    "Device memory, or main memory on a CPU: total, used by all processes, allocated by this process.",
     "kind",
     values=("total", "used", "allocated"),
 )
 
 # ---- a worker: its jobs
 
-FETCH_SECONDS = _histogram("fetch_seconds", "a job's input images from storage")
-PREPARE_SECONDS = _histogram("prepare_seconds", "checks, sampler tables and starting noise of a job")
-ENCODE_IMAGE_SECONDS = _histogram("encode_image_seconds", "an image to a file, with its provenance")
-UPLOAD_SECONDS = _histogram("upload_seconds", "an image's files to storage")
-COMMIT_SECONDS = _histogram("commit_seconds", "the script that makes a job's images visible")
-RUNNING_JOBS = _gauge("running_jobs", "jobs this worker holds a lease on")
+FETCH_SECONDS = _histogram("fetch_seconds", "Time to download a job's input images.")
+PREPARE_SECONDS = _histogram("prepare_seconds", "Time for a job's checks, sampler tables and starting noise.")
+ENCODE_IMAGE_SECONDS = _histogram("encode_image_seconds", "Time to encode an image to a file, with its provenance.")
+UPLOAD_SECONDS = _histogram("upload_seconds", "Time to upload an image's files.")
+COMMIT_SECONDS = _histogram("commit_seconds", "Time to commit a job.")
+RUNNING_JOBS = _gauge("running_jobs", "Jobs on which this worker holds a lease.")
 ATTEMPTS = _counter(
     "attempts",
-    "attempts at jobs that have ended, by how",
+    "Finished attempts by outcome.",
     "outcome",
     values=("succeeded", "failed", "retried", "returned", "lost"),
 )
-LEASE_RENEWALS = _counter("lease_renewals", "leases of running jobs that were renewed")
-LOST_CLAIMS = _counter("lost_claims", "claims that were somebody else's, or cancelled, when they were looked at")
-FENCED_COMMITS = _counter("fenced_commits", "commits that were refused: another attempt is newer")
+LEASE_RENEWALS = _counter("lease_renewals", "Renewed leases.")
+LOST_CLAIMS = _counter("lost_claims", "Claims found to be lost: cancelled, or taken over by another worker.")
+FENCED_COMMITS = _counter("fenced_commits", "Commits refused because a newer attempt exists.")
 LEASE_REAPS = _counter(
     "lease_reaps",
-    "jobs whose worker said no more, by what this worker's reaper did with them",
+    "Expired leases that this worker's reaper handled, by outcome.",
     "outcome",
     values=("requeued", "failed"),
 )
-GAP_REPUBLISH = _counter("gap_republish", "lost messages that this worker's reaper sent anew")
-SPOOL_BYTES = _gauge("spool_bytes", "finished images on disk that wait for the storage")
-SPOOL_LIMIT_BYTES = _gauge("spool_limit_bytes", "how many may")
-STORAGE_AWAY = _gauge("storage_away", "1 while the storage does not take images")
-WORKER_DRAINING = _gauge("worker_draining", "1 once this worker takes no more jobs")
+GAP_REPUBLISH = _counter("gap_republish", "Lost wake-up messages that this worker's reaper replaced.")
+SPOOL_BYTES = _gauge("spool_bytes", "Bytes of finished images on disk that wait for storage.")
+SPOOL_LIMIT_BYTES = _gauge("spool_limit_bytes", "Maximum size of the spool.")
+STORAGE_UNAVAILABLE = _gauge("storage_unavailable", "1 while storage does not accept images.")
+WORKER_DRAINING = _gauge("worker_draining", "1 once this worker accepts no more jobs.")
 
-# ---- a gateway or dispatcher: the fleet, as Redis has it
+# ---- a gateway or dispatcher: the fleet, as recorded in Redis
 
-REDIS_UP = _gauge("redis_up", "1 if Redis has answered; if 0, nothing else is said of the fleet")
-QUEUE_DEPTH = _gauge("queue_depth", "jobs in line", "lane", "model")
+REDIS_UP = _gauge("redis_up", "1 if Redis is reachable; if 0, no other metric of the fleet is exported.")
+QUEUE_DEPTH = _gauge("queue_depth", "Queued jobs.", "lane", "model")
 OLDEST_JOB_AGE_SECONDS = _gauge(
-    "oldest_job_age_seconds", "how long the oldest job near the front of a line has waited", "lane", "model"
+    "oldest_job_age_seconds", "Waiting time of the oldest job near the front of the queue.", "lane", "model"
 )
-BACKLOG_JOBS = _gauge("backlog_jobs", "jobs in line or running: what workers should be scaled by", "model")
-UNFINISHED_JOBS = _gauge("unfinished_jobs", "jobs that are not final", "state", values=("queued", "running"))
-JOBS = _counter("jobs", "jobs that came to an end", "state", values=("succeeded", "failed", "cancelled"))
-DEAD_JOBS = _gauge("dead_jobs", "jobs that failed for good and that nobody has looked into")
-WORKERS = _gauge("workers", "live workers that could take a model's jobs", "model")
-OPEN_BATCHES = _gauge("open_batches", "batches that are not final")
-WEBHOOKS_WAITING = _gauge("webhooks_waiting", "deliveries that are due or will be tried again")
+BACKLOG_JOBS = _gauge("backlog_jobs", "Queued and running jobs; scale workers by this.", "model")
+UNFINISHED_JOBS = _gauge("unfinished_jobs", "Unfinished jobs.", "state", values=("queued", "running"))
+JOBS = _counter("jobs", "Finished jobs.", "state", values=("succeeded", "failed", "cancelled"))
+DEAD_JOBS = _gauge("dead_jobs", "Jobs on the list of dead jobs.")
+WORKERS = _gauge("workers", "Live workers that serve a model.", "model")
+OPEN_BATCHES = _gauge("open_batches", "Unfinished batches.")
+WEBHOOKS_WAITING = _gauge("webhooks_waiting", "Webhook deliveries that are due or will be retried.")
 
 # ---- a gateway or dispatcher: itself
 
-HTTP_REQUESTS = _counter("http_requests", "requests, by the route's template", "route", "method", "status")
+HTTP_REQUESTS = _counter("http_requests", "HTTP requests by route template.", "route", "method", "status")
 HTTP_REQUEST_SECONDS = _histogram(
-    "http_request_seconds", "until the answer's last byte", "route", "method", buckets=_SHORT
+    "http_request_seconds", "Time until the last byte of the response.", "route", "method", buckets=_SHORT
 )
 WEBHOOKS = _counter(
-    "webhooks", "attempts to deliver a webhook, by outcome", "outcome", values=("delivered", "postponed", "dropped")
+    "webhooks", "Webhook delivery attempts by outcome.", "outcome", values=("delivered", "postponed", "dropped")
 )
 
 WORKER: tuple[Metric, ...] = (
-    WORKER_INFO, BATCH_ROWS, STEP_SECONDS, RUN_SECONDS, ENCODE_SECONDS, DECODE_SECONDS, PLACE_WAIT_SECONDS,
+    WORKER_INFO, BATCH_ROWS, STEP_SECONDS, RUN_SECONDS, ENCODE_SECONDS, DECODE_SECONDS, ADMISSION_WAIT_SECONDS,
     PADDING_ROWS, IMAGES, OUT_OF_MEMORY, ENGINE_SECONDS, INFLIGHT_REQUESTS, DEVICE_MEMORY_BYTES,
     FETCH_SECONDS, PREPARE_SECONDS, ENCODE_IMAGE_SECONDS, UPLOAD_SECONDS, COMMIT_SECONDS, RUNNING_JOBS, ATTEMPTS,
     LEASE_RENEWALS, LOST_CLAIMS, FENCED_COMMITS, LEASE_REAPS, GAP_REPUBLISH, SPOOL_BYTES, SPOOL_LIMIT_BYTES,
-    STORAGE_AWAY, WORKER_DRAINING,
+    STORAGE_UNAVAILABLE, WORKER_DRAINING,
 )  # fmt: skip
 FLEET: tuple[Metric, ...] = (
     REDIS_UP, QUEUE_DEPTH, OLDEST_JOB_AGE_SECONDS, BACKLOG_JOBS, UNFINISHED_JOBS, JOBS, DEAD_JOBS, WORKERS,

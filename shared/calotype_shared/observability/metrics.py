@@ -1,4 +1,4 @@
-"""Metrics of the vocabulary as prometheus-client's own objects. Imported only where metrics are switched on."""
+"""The metrics of `metric_names` as prometheus-client objects. Imported only if metrics are enabled."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Family = CounterMetricFamily | GaugeMetricFamily
 
 
 def new_registry() -> CollectorRegistry:
-    """An empty one. Switches `_created` series off in this process: one more for each other, and nobody reads them."""
+    """An empty registry. Disables the `_created` series in this process, which would double the number of series."""
     disable_created_metrics()  # type: ignore[no-untyped-call]
     return CollectorRegistry()
 
@@ -25,7 +25,7 @@ def histogram(metric: Metric, registry: CollectorRegistry) -> Histogram:
 
 
 def counter(metric: Metric, registry: CollectorRegistry) -> Counter:
-    """One that starts with all values its label can have, so that a rate is there before the first event."""
+    """A counter that starts with all values of its label, so that rates exist before the first event."""
     made = Counter(metric.name, metric.text, metric.labels, registry=registry)
     for value in metric.values:
         made.labels(value)
@@ -33,7 +33,7 @@ def counter(metric: Metric, registry: CollectorRegistry) -> Counter:
 
 
 def family(metric: Metric, values: float | Mapping[tuple[str, ...], float]) -> Family:
-    """A counter or gauge as it is at this moment: one number, or a number for the values of its labels."""
+    """A counter or gauge with its present value, or with a value per combination of labels."""
     kind = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
     made = kind(metric.name, metric.text, labels=metric.labels)
     for labels, value in (values if isinstance(values, Mapping) else {(): values}).items():
@@ -42,6 +42,6 @@ def family(metric: Metric, values: float | Mapping[tuple[str, ...], float]) -> F
 
 
 def scraped(registry: CollectorRegistry, asked: AdminRequest) -> AdminResponse:
-    """What `/metrics` answers, in the format that the scraper prefers."""
+    """The response of `/metrics`, in the format that the scraper prefers."""
     encode, content_type = choose_encoder(asked.accept)
     return AdminResponse(body=encode(registry), content_type=content_type)

@@ -1,4 +1,4 @@
-"""`export_spans`: sets up OpenTelemetry's SDK to send spans by OTLP over HTTP, as OpenTelemetry's own variables say."""
+"""`export_spans`: sets up OpenTelemetry's SDK to send spans by OTLP over HTTP, by OpenTelemetry's variables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CLOSE_SECONDS = 3.0  # an unreachable collector must not keep a process from en
 
 
 def export_spans(*, service: str, exporter: SpanExporter | None = None) -> Telemetry:
-    """Spans go to `exporter` from a thread of their own, in batches; what does not fit the queue is dropped.
+    """Sends spans to `exporter` from a separate thread, in batches. Spans beyond the queue's capacity are dropped.
 
     `service` names the source of the spans, unless `OTEL_SERVICE_NAME` does. The provider is not the global one:
     that belongs to the application.

@@ -1,4 +1,4 @@
-"""`RedisAddress`: a Redis URL, taken apart. No password is in any text made of it.
+"""`RedisAddress`: a parsed Redis URL. Its text never contains a password.
 
     redis://[user:password@]host[:port][/db]        rediss://… over TLS
     unix:///path/to/socket[?db=0]
@@ -18,7 +18,7 @@ PORT, SENTINEL_PORT = 6379, 26379
 
 @dataclass(frozen=True, kw_only=True)
 class RedisAddress:
-    """A Redis URL, taken apart. `name` is that of the primary which the sentinels at `hosts` watch."""
+    """A parsed Redis URL. `name` is the primary that the sentinels at `hosts` watch."""
 
     scheme: str
     hosts: tuple[tuple[str, int], ...] = ()
@@ -43,7 +43,7 @@ class RedisAddress:
 
     @classmethod
     def parse(cls, url: str) -> RedisAddress:
-        """Take a URL apart. Raises ValueError, whose text is fit to be shown."""
+        """Parse a URL. Raises ValueError; its message contains no password."""
         scheme, separator, rest = url.partition("://")
         if not separator or scheme not in {"redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel"}:
             raise ValueError("must start with redis://, rediss://, redis+sentinel://, rediss+sentinel:// or unix://")
@@ -51,13 +51,13 @@ class RedisAddress:
         if scheme == "unix":
             asked = parse_qs(query)
             if set(asked) - {"db"}:
-                raise ValueError("takes nothing but ?db= behind a socket's path")
+                raise ValueError("allows only ?db= after a socket's path")
             path = unquote(rest.rpartition("@")[2])
             username, password = _account(rest)
             db = _number(asked.get("db", ["0"])[0])
             return cls(scheme=scheme, path=path, db=db, username=username, password=password)
         if query:
-            raise ValueError("takes no ?options; the settings CALOTYPE_REDIS_… say how to connect")
+            raise ValueError("does not allow ?options; use the settings CALOTYPE_REDIS_… instead")
         authority, _, path = rest.partition("/")
         parts = path.split("/") if path else []
         sentinel = scheme.endswith("+sentinel")
@@ -65,11 +65,11 @@ class RedisAddress:
             raise ValueError("must name the primary that the sentinels watch: redis+sentinel://host:26379/NAME")
         name = parts.pop(0) if sentinel else ""
         if len(parts) > 1:
-            raise ValueError("has more than a database behind the host")
+            raise ValueError("allows only a database number after the host")
         default = SENTINEL_PORT if sentinel else PORT
         hosts = tuple(_host(text, default) for text in authority.rpartition("@")[2].split(","))
         if len(hosts) > 1 and not sentinel:
-            raise ValueError("has several hosts; only sentinels may be several")
+            raise ValueError("has several hosts; only sentinel URLs can have several")
         db = _number(parts[0]) if parts and parts[0] else 0
         username, password = _account(authority)
         return cls(scheme=scheme, hosts=hosts, name=name, db=db, username=username, password=password)
@@ -84,11 +84,11 @@ def _account(authority: str) -> tuple[str | None, str | None]:
 def _host(text: str, default: int) -> tuple[str, int]:
     found = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([^:\[\]@]*))(?::(\d{1,5}))?", text)
     if found is None or not 0 < int(found[3] or default) < 65_536:
-        raise ValueError("has a host that cannot be read; write host:port")
+        raise ValueError("has an invalid host; write host:port")
     return found[1] or found[2] or "127.0.0.1", int(found[3] or default)
 
 
 def _number(text: str) -> int:
     if not re.fullmatch(r"\d{1,5}", text):
-        raise ValueError("has a database that is no number")
+        raise ValueError("has an invalid database; write a number")
     return int(text)

@@ -1,4 +1,4 @@
-"""How a process reaches Redis: by address (`address`), over TLS, or through Sentinel. No text made here has a password.
+"""Connections to Redis: by address (`address`), over TLS, or through Sentinel. No message contains a password.
 
 TLS verifies certificates and host names, always: with the system's certificate authorities, or with
 CALOTYPE_REDIS_CA_FILE.
@@ -45,7 +45,7 @@ _OUTAGE_WORDS = ("MISCONF", "NOREPLICAS", "LOADING", "NOAUTH", "WRONGPASS")
 
 
 def tls_options(settings: Settings) -> dict[str, Any]:
-    """For redis-py and kombu alike, which spell them the same as keywords but not in URLs."""
+    """TLS options for redis-py and kombu, which use the same keywords but different URLs."""
     files = {
         "ssl_ca_certs": settings.redis_ca_file,
         "ssl_certfile": settings.redis_cert_file,
@@ -67,10 +67,10 @@ def sentinel_options(settings: Settings) -> dict[str, Any]:
 
 
 def connect_redis(settings: Settings) -> Redis:
-    """A client that never hangs: bounded time-outs, keep-alive, a health check and a few jittered retries.
+    """A client that never hangs: it has time-outs, keep-alive, a health check and a few jittered retries.
 
-    A broken connection is tried again at once, as after a restart; a time-out is not: redis-py nests its retries (of
-    the command, of connecting, of the health check), and each of them would wait the whole time-out again.
+    A broken connection is retried at once, as after a restart. A time-out is not: redis-py nests its retries (of
+    the command, the connection and the health check), and each would wait for the whole time-out again.
     """
     retry = Retry(ExponentialWithJitterBackoff(base=0.05, cap=1.0), 3, supported_errors=(RedisConnectionError,))
     address, options = settings.redis, {**connection_options(settings), "retry": retry}
@@ -82,7 +82,7 @@ def connect_redis(settings: Settings) -> Redis:
 
 
 def connection_options(settings: Settings) -> dict[str, Any]:
-    """What redis-py's clients take, blocking and asyncio."""
+    """Keyword arguments for redis-py's blocking and asyncio clients."""
     address = settings.redis
     options: dict[str, Any] = {
         "db": address.db,
@@ -104,28 +104,28 @@ def connection_options(settings: Settings) -> dict[str, Any]:
 
 
 def is_outage(error: RedisError) -> bool:
-    """Whether Redis is away, or refuses for a reason that lies with it; else a request to it was wrong: a bug."""
+    """Whether Redis is unavailable or refuses requests. Any other error means an invalid request, which is a bug."""
     return isinstance(error, _OUTAGES) or str(error).startswith(_OUTAGE_WORDS)
 
 
 def unavailable(error: RedisError, where: str) -> RedisUnavailable:
-    """What to raise for an outage. `where` is the server's address without a password."""
+    """The error to raise for an outage. `where` is the server's address without a password."""
     remedy = "start Redis there, or point CALOTYPE_REDIS_URL at it"
     if isinstance(error, AuthenticationError) or str(error).startswith(("NOAUTH", "WRONGPASS")):
         remedy = "check the user and password in CALOTYPE_REDIS_URL"
     elif isinstance(error, NoPermissionError):
-        remedy = "give its user all commands and channels on the keys under CALOTYPE_KEY_PREFIX"
+        remedy = "allow its user all commands and channels on the keys under CALOTYPE_KEY_PREFIX"
     elif isinstance(error, OutOfMemoryError):
-        remedy = "wait until jobs are done, lower CALOTYPE_MAX_QUEUED, or give it more memory (maxmemory)"
+        remedy = "wait until jobs have finished, lower CALOTYPE_MAX_QUEUED, or raise maxmemory"
     elif str(error).startswith("MISCONF"):
-        remedy = "make room on its disk"
+        remedy = "free space on its disk"
     elif "CERTIFICATE" in str(error).upper():
-        remedy = "give the file of its certificate authority as CALOTYPE_REDIS_CA_FILE"
+        remedy = "set CALOTYPE_REDIS_CA_FILE to the file of its certificate authority"
     return RedisUnavailable(f"Redis at {where} cannot be used ({error}); {remedy}")
 
 
 def address_of(redis: Redis) -> str:
-    """Where a client connects to, for messages."""
+    """The address that a client connects to, for messages."""
     pool = redis.connection_pool
     if name := getattr(pool, "service_name", None):
         return f"the primary {name!r} of its sentinels"

@@ -15,7 +15,7 @@ class Fleet(Scripted):
 
     @said_clearly
     def announce_model(self, card: ModelCard) -> None:
-        """Tell producers what a model can do. Stays when the last worker leaves: jobs may wait for the next."""
+        """Publish a model's card. It stays when the last worker stops, because jobs can wait for the next one."""
         self._redis.hset(self.keys.models, card.name, card.model_dump_json())
 
     @said_clearly
@@ -26,7 +26,7 @@ class Fleet(Scripted):
 
     @said_clearly
     def announce_together(self, models: Iterable[str]) -> None:
-        """Tell producers that one worker serves all of these, so that one job may use several."""
+        """Publish that one worker serves all of these models, so that one job can use several of them."""
         self._redis.sadd(self.keys.together, together(models))
 
     @said_clearly
@@ -36,7 +36,7 @@ class Fleet(Scripted):
 
     @said_clearly
     def announce_worker(self, info: WorkerInfo, *, ttl_seconds: float) -> None:
-        """A live worker's report; it is forgotten after `ttl_seconds` unless renewed."""
+        """Publish a live worker's report; it expires after `ttl_seconds` unless renewed."""
         pipeline = self._redis.pipeline()
         pipeline.set(self.keys.worker(info.name), info.model_dump_json(exclude_none=True), px=int(ttl_seconds * 1000))
         pipeline.sadd(self.keys.workers, info.name)

@@ -1,4 +1,4 @@
-"""`FleetStats`: what is queued, running and alive at one moment, for those who watch or scale; and who takes it."""
+"""`FleetStats`: queued jobs, running jobs and live workers at one moment, for monitoring and autoscaling."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from calotype_shared.queue.fleet import Fleet
 from calotype_shared.queue.scripts import said_clearly
 from calotype_shared.schema.enums import JobState
 
-# A tenant's jobs stand in line by age, and every tenant's first is near the front: fair share lets none run ahead.
-_FRONT = 64  # jobs of each line
-_LEASES = 1_000  # of more running jobs, so many stand for all
+# A tenant's jobs are queued by age, and fair share keeps every tenant's first job near the front.
+_FRONT = 64  # jobs inspected per queue
+_LEASES = 1_000  # sample size if more jobs are running
 
 
 @dataclass(frozen=True, kw_only=True)
 class QueueCount:
-    """One queue: a lane of a model, or of several joined by + that its jobs need together."""
+    """One queue: a lane of a model, or of several models joined by + that its jobs need together."""
 
     model: str
     lane: str
     waiting: int
     running: int
-    oldest_seconds: float  # since the job that waits longest, of those near the front, was queued; 0 if none waits
+    oldest_seconds: float  # waiting time of the oldest job near the front; 0 if the queue is empty
 
 
 @dataclass(frozen=True, kw_only=True)
 class FleetStats:
-    """All of it at once. `workers` are the live ones that take jobs, by model or models that they could serve."""
+    """A snapshot. `workers` counts live workers that are not draining, by the model or models that they serve."""
 
     queues: tuple[QueueCount, ...]
     workers: Mapping[str, int]
@@ -47,7 +47,7 @@ class FleetStats:
 
 
 class FleetStatsReader(Fleet):
-    """Takes a stats in three round trips, whose cost does not grow with what waits."""
+    """Reads the stats in three round trips, whose cost does not depend on the number of queued jobs."""
 
     @said_clearly
     def take(self) -> FleetStats:

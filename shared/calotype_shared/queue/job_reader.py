@@ -1,4 +1,4 @@
-"""`JobReader`: what can be asked about jobs. Nothing here changes one."""
+"""`JobReader`: queries about jobs. Nothing here changes a job."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from calotype_shared.schema.jobs import JobRecord, Preview, created_us
 
 log = logging.getLogger(__name__)
 
-_FIRST_IN_LINE = 64  # jobs of a queue whose waits are compared
+_FIRST_IN_LINE = 64  # jobs at the front of a queue whose waiting times are compared
 _SWEEP_AT_MOST = 100
 
 
@@ -43,7 +43,7 @@ class JobReader(Fleet):
 
     @said_clearly
     def get_many(self, job_ids: Sequence[str]) -> list[JobRecord | None]:
-        """Records in one round trip; None where there is none, or none that this version can read."""
+        """Records in one round trip; None where there is no record, or one that this version cannot read."""
         pipeline = self._redis.pipeline(transaction=False)
         for job_id in job_ids:
             pipeline.hgetall(self.keys.job(job_id))
@@ -84,11 +84,11 @@ class JobReader(Fleet):
                 yield float(score), job_id
             if not page:
                 return
-            before = f"({float(page[-1][1]):.0f}"  # no two have the same time, see create.lua
+            before = f"({float(page[-1][1]):.0f}"  # all times are distinct, see create.lua
 
     @said_clearly
     def counts(self) -> dict[JobState, int]:
-        """Jobs by state: at this moment for queued and running, ever for the final ones."""
+        """Jobs by state: current numbers for queued and running, totals for the final states."""
         stored: dict[str, str] = self._redis.hgetall(self.keys.counts)  # type: ignore[assignment]
         return {state: int(stored.get(state.value, 0)) for state in JobState}
 
@@ -103,14 +103,14 @@ class JobReader(Fleet):
 
     @said_clearly
     def spare_messages(self, queue: str) -> int:
-        """Of that queue, those that no worker has taken yet."""
+        """Messages of that queue that no worker has received yet."""
         return int(self._redis.llen(self.keys.messages(queue)))
 
     @said_clearly
     def oldest_waits(self) -> dict[str, float]:
-        """For each queue in which jobs wait: the seconds that the oldest of the first in line has.
+        """For each queue with waiting jobs: the waiting time, in seconds, of the oldest job near the front.
 
-        A tenant's oldest job is before its others, so this is the oldest of all unless very many tenants wait.
+        A tenant's oldest job is ahead of its others, so this is the oldest job of all unless very many tenants wait.
         """
         queues = sorted(map(str, self._redis.smembers(self.keys.queues)))
         pipeline = self._redis.pipeline(transaction=False)
@@ -131,7 +131,7 @@ class JobReader(Fleet):
 
     @said_clearly
     def pace(self) -> float | None:
-        """Jobs that ended a second, lately; None where no worker has measured it."""
+        """Recent rate of finished jobs, per second; None if no worker has measured it."""
         per_second = self._redis.hget(self.keys.pace, "per_second")
         return float(str(per_second)) if per_second else None
 
@@ -143,9 +143,9 @@ class JobReader(Fleet):
 
     @said_clearly
     def left_for_newer(self, queues: Iterable[str]) -> dict[str, int]:
-        """Those of the queues whose next job is of a schema that is too new for this process, with its number.
+        """The queues whose next job has a newer schema than this process knows, with its schema number.
 
-        It passes such jobs and does what stands behind them, so that is what is seen where only they are left.
+        Workers skip such jobs and take the ones behind them, so this shows only if no others are left.
         """
         lines = list(queues)
         pipeline = self._redis.pipeline(transaction=False)
@@ -159,7 +159,7 @@ class JobReader(Fleet):
 
     @said_clearly
     def dead(self, *, limit: int = 50, tenant: str | None = None) -> list[JobRecord]:
-        """Jobs that failed for good, newest first."""
+        """Dead jobs, newest first."""
         found: list[JobRecord] = []
         ids = iter(list(map(str, self._redis.zrevrange(self.keys.dead, 0, -1))))
         while len(found) < limit and (page := list(itertools.islice(ids, 100))):
@@ -176,7 +176,7 @@ class JobReader(Fleet):
 
     @said_clearly
     def orphans(self, *, older_than_seconds: float) -> list[str]:
-        """Folders in storage of attempts that ended without a commit at least so long ago, oldest first."""
+        """Storage folders of attempts that ended without a commit at least that long ago, oldest first."""
         seconds, microseconds = self._redis.time()
         before = seconds * 1000 + microseconds // 1000 - int(older_than_seconds * 1000)
         found = self._redis.zrange(self.keys.orphans, "-inf", before, byscore=True, offset=0, num=_SWEEP_AT_MOST)

@@ -1,4 +1,4 @@
-"""`JobStore`: jobs in Redis. Every change of a job is one atomic script, and all time is the server's."""
+"""`JobStore`: changes of jobs in Redis. Every change is one atomic script, by the server's clock."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ from calotype_shared.queue.submission import Idempotency, NewJob, queue_full
 from calotype_shared.schema.enums import JobState, Lane
 from calotype_shared.schema.jobs import ImageRef, JobError, JobRecord, Preview
 from calotype_shared.schema.resolve import ResolvedConfig
-from calotype_shared.storage.s3 import attempt_folder
+from calotype_shared.storage.layout import attempt_folder
 
 log = logging.getLogger(__name__)
 
-_CHUNK = 200  # jobs a script call: long enough to save round trips, short enough not to hold the server up
+_CHUNK = 200  # jobs per script call: enough to save round trips, few enough not to block the server
 _PREVIEW_SECONDS = 60
 _REAP_LOCK_MS = 1_000
 _REAP_AT_MOST = 500
-MAX_CRASHES = 5  # attempts at a job that may end with their worker
-QUARANTINE_CRASHES = 2  # crashes from which on a worker takes one such job at a time
-# Reapers look every few seconds. Where none has for so long, Redis was away, and leases could not be renewed.
+MAX_CRASHES = 5  # crashed workers after which a job fails
+QUARANTINE_CRASHES = 2  # crashes after which a worker runs only one such job at a time
+# Reapers run every few seconds. If none ran for this long, Redis was unavailable, and leases could not be renewed.
 _SILENCE_MS, _GRACE_MS = 20_000, 10_000
 _LOST = JobError(
     code="worker_lost",
-    message=f"{MAX_CRASHES} workers stopped without a word while they worked on this job; "
-    "look into it with: calotype dead show ID",
+    message=f"{MAX_CRASHES} workers died or disappeared while they ran this job; "
+    "see its history with: calotype dead show ID",
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """A worker's right to a job. `attempt` and `token` are its fence: writes with any but the newest are refused."""
+    """A worker's right to a job. `attempt` and `token` are its fence token: writes with older ones are refused."""
 
     job_id: str
     attempt: int
@@ -54,7 +54,7 @@ class Claim:
 
     @property
     def folder(self) -> str:
-        """Where in storage this attempt puts its images; no other ever has the same."""
+        """The storage folder of this attempt's images; no other attempt uses it."""
         return attempt_folder(self.job_id, self.attempt, self.token)
 
     @property
@@ -64,7 +64,7 @@ class Claim:
 
 @dataclass(frozen=True, kw_only=True)
 class Reaped:
-    """What a reaping did: jobs queued again, jobs given up, and how many messages it found lost and sent anew."""
+    """The result of a reaping: jobs queued again, jobs failed, and the number of replaced messages."""
 
     requeued: tuple[str, ...] = ()
     failed: tuple[str, ...] = ()
@@ -72,7 +72,7 @@ class Reaped:
 
 
 class News(NamedTuple):
-    """`about` is the cancelled job's id, or the name of the queue that a job has come into."""
+    """`about` is the cancelled job's id, or the name of the queue that a job has entered."""
 
     kind: Literal["cancelled", "arrived"]
     about: str
@@ -81,8 +81,8 @@ class News(NamedTuple):
 class JobStore(JobReader):
     """All operations on jobs.
 
-    Every method raises RedisUnavailable when Redis cannot be reached; then nothing was done, or a commit-like call
-    may have been done unseen, which its fence makes safe to repeat.
+    Every method raises RedisUnavailable when Redis cannot be reached. Then nothing was done, or a call was done and
+    only its response was lost, which the fence token makes safe to repeat.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class JobStore(JobReader):
 
     @said_clearly
     def put_preview(self, job_id: str, preview: Preview) -> None:
-        """Keep an image's newest preview, for a minute. An attempt that lost its job may still write one."""
+        """Store an image's newest preview for a minute. An attempt that lost its job can still write one."""
         pipeline = self._redis.pipeline()
         pipeline.hset(self.keys.preview(job_id), str(preview.index), preview.model_dump_json())
         pipeline.expire(self.keys.preview(job_id), _PREVIEW_SECONDS)
@@ -125,16 +125,16 @@ class JobStore(JobReader):
         idempotency: Idempotency | None = None,
         traceparent: str | None = None,
     ) -> list[str]:
-        """Accept jobs: each record is written and its message pushed in one step. Ids in the order of the jobs.
+        """Accept jobs: write each record and push its message in one step. Returns ids in the order of the jobs.
 
-        Several are accepted in steps of two hundred, and the first of them only if there is room for all.
+        Jobs are accepted in steps of two hundred, and the first step only if the limit allows all of them.
 
-        With `reuse`, a job may get the images of an equal one that has finished. `idempotency` is for one job:
-        if its key was used before, that submission's id is returned and nothing is queued.
+        With `reuse`, a job can get the images of an equal finished job. `idempotency` is for a single job:
+        if its key was used before, the id of that submission is returned and nothing is queued.
 
         Raises:
-            IdempotencyConflict: the key was used before, for another request.
-            QueueFull: with the ids that were accepted, if others have taken the room since the first step.
+            IdempotencyConflict: the key was used before for a different request.
+            QueueFull: the limit is reached; with the ids accepted so far, if other jobs came in between the steps.
         """
         common: dict[str, Any] = {
             **self._limits,
@@ -149,7 +149,7 @@ class JobStore(JobReader):
         }
         if idempotency is not None:
             common |= {"idempotency_key": idempotency.key, "request": idempotency.request}
-        # The script tells what is missing from what is null.
+        # The script distinguishes a missing value from null.
         common = {name: value for name, value in common.items() if value is not None}
         ids: list[str] = []
         new = [job if isinstance(job, NewJob) else NewJob.of(job, lane=lane) for job in jobs]
@@ -164,10 +164,10 @@ class JobStore(JobReader):
 
     @said_clearly
     def cancel(self, job_id: str) -> JobState:
-        """End a job at once unless it is final already; returns the state it has then.
+        """Cancel a job immediately unless it is final; returns its state afterwards.
 
         Raises:
-            JobNotFound: there is no such job.
+            JobNotFound: the job does not exist.
         """
         state = self._run("cancel", [job_id, self._retention])
         if state is None:
@@ -186,13 +186,13 @@ class JobStore(JobReader):
         look: int = 0,
         shapes: Iterable[str] = (),
     ) -> Claim | None:
-        """Take the job that is next by fair share, of the first of these queues in which one waits; else None.
+        """Take the next job by fair share, from the first of these queues with a waiting job; None if there is none.
 
-        Rather one of these shapes ("WxH", in pixels), if there is one among the first `look` in line and nobody before
-        it has been passed over `look` times already.
+        Prefers a job of one of these shapes ("WxH", in pixels) among the first `look` of the queue, unless a job ahead
+        of it has been passed over `look` times.
 
-        A job whose record cannot be read fails for good. With `leave_quarantined`, jobs on which `QUARANTINE_CRASHES`
-        workers have died stay in the queue.
+        A job whose record cannot be read fails permanently. With `leave_quarantined`, jobs on which
+        `QUARANTINE_CRASHES` workers have died stay in the queue.
         """
         most = QUARANTINE_CRASHES if leave_quarantined else MAX_CRASHES
         wanted = ",".join(shapes)
@@ -215,12 +215,12 @@ class JobStore(JobReader):
 
     @said_clearly
     def push_message(self, queue: str) -> None:
-        """Give a message back that this worker has no place for, unless there are enough."""
+        """Return a message that this worker has no slot for, unless there is already one per waiting job."""
         self._run("push_messages", [queue])
 
     @said_clearly
     def renew(self, claims: Iterable[Claim], *, lease_seconds: float) -> set[str]:
-        """Lengthen leases; returns the ids that were lost: cancelled, reaped, or finished by another attempt."""
+        """Renew leases; returns the ids of lost claims: cancelled, reaped, or finished by another attempt."""
         lost: set[str] = set()
         rest = iter(claims)
         while chunk := list(itertools.islice(rest, _CHUNK)):
@@ -230,33 +230,33 @@ class JobStore(JobReader):
 
     @said_clearly
     def progress(self, updates: Iterable[tuple[Claim, int, int]]) -> None:
-        """Note (claim, steps done, steps in total). Claims that were lost write nothing."""
+        """Record (claim, steps done, total steps). Lost claims write nothing."""
         values = [value for claim, *steps in updates for value in (claim.job_id, claim.attempt, claim.token, *steps)]
         if values:
             self._run("progress", values)
 
     @said_clearly
     def commit(self, claim: Claim, *, images: Sequence[ImageRef], timings: Mapping[str, float]) -> bool:
-        """The job succeeded with these images. False if the claim was lost: then they are nobody's."""
+        """Commit these images. False if the claim was lost: then the images are not used."""
         shown = json.dumps([image.model_dump() for image in images])
         times = json.dumps({name: round(seconds, 6) for name, seconds in timings.items()})
         return bool(self._run("commit", [claim.job_id, claim.attempt, claim.token, shown, times, self._retention]))
 
     @said_clearly
     def fail(self, claim: Claim, error: JobError, *, retry: bool) -> JobState | None:
-        """The attempt failed. QUEUED if another follows (`retry` and failures left), FAILED if not, None if lost."""
+        """Record a failed attempt. QUEUED if another attempt follows, FAILED if not, None if the claim was lost."""
         problem = error.model_dump_json()
         state = self._run("fail", [claim.job_id, claim.attempt, claim.token, problem, int(retry), self._retention])
         return JobState(state) if state else None
 
     @said_clearly
     def release(self, claim: Claim) -> bool:
-        """Hand a job back unfinished, to its place in line, without counting a failure."""
+        """Return an unfinished job to its queue position, without counting a failure."""
         return bool(self._run("release", [claim.job_id, claim.attempt, claim.token]))
 
     @said_clearly
     def reap(self, *, who: str = "") -> Reaped | None:
-        """Re-queue jobs whose lease ended and replace lost messages; None while another worker does it."""
+        """Queue jobs with expired leases again and replace lost messages; None while another worker does it."""
         problem = _LOST.model_dump_json()
         arguments = [who, _REAP_LOCK_MS, self._gap_ms, self._retention, problem, _REAP_AT_MOST]
         found = self._run("reap", [*arguments, MAX_CRASHES, _SILENCE_MS, _GRACE_MS])
@@ -267,20 +267,20 @@ class JobStore(JobReader):
 
     @said_clearly
     def swept(self, folders: Sequence[str]) -> None:
-        """Nothing is left in these."""
+        """Remove these folders from the list of orphans."""
         if folders:
             self._redis.zrem(self.keys.orphans, *folders)
 
     @said_clearly
     def forget_dead(self, job_id: str) -> bool:
-        """Take a job off the list of dead ones; its record stays for its time. False if it was not there."""
+        """Remove a job from the list of dead jobs; its record stays until it expires. False if it was not listed."""
         return bool(self._redis.zrem(self.keys.dead, job_id))
 
     @contextmanager
     def news(self, *queues: str) -> Iterator[Callable[[float], News | None]]:
-        """A subscription to what workers should hear at once: call it with seconds to wait.
+        """A subscription to events for workers: call the yielded function with the seconds to wait.
 
-        Jobs cancelled while running; and these queues, of the interactive lane, as jobs come into them.
+        Events are cancellations of running jobs, and arrivals of jobs in these interactive queues.
         """
         subscription = self._redis.pubsub(ignore_subscribe_messages=True)  # type: ignore[no-untyped-call]
         try:
@@ -305,12 +305,12 @@ class JobStore(JobReader):
 
 
 def _accepted_before(answer: Sequence[str], idempotency: Idempotency | None) -> str:
-    """The id that an idempotency key got when it was first used."""
+    """The id of the first submission with this idempotency key."""
     assert idempotency is not None
     _, job_id, request = answer
     if request != idempotency.request:
         raise IdempotencyConflict(
-            "was used before, for another request",
+            "was used before for a different request",
             field="idempotency_key",
             value=idempotency.key,
             remedy="use a new key for a new request",

@@ -1,53 +1,53 @@
 """Every Redis key of Calotype, documented once. All of them begin with the setting `key_prefix`.
 
-| key | type | holds | lives |
+| key | type | content | lifetime |
 |---|---|---|---|
-| `job:{id}` | hash | the job's record: the truth about it (`jobs.py`) | while live; `retention_seconds` once final |
-| `{models}.{lane}` | list | Celery messages, one a waiting job; Celery pops from the right | until popped |
-| `messages` | string | messages pushed so far: each gets a number | tiny |
-| `waiting:{queue}` | zset | ids queued there, by their place in line (decision 10) | until claimed or cancelled |
-| `tenant_tags:{queue}` | hash | tenant -> the place in line of its newest job there | tiny |
-| `queue_state:{queue}` | hash | `virtual`: the last tag claimed; other fields belong to claims and reapers | tiny |
-| `queues` | set | names of queues that ever had a job | tiny |
-| `in_flight:{identity}` | string | the live job that equal jobs wait for | until that job is final |
-| `followers:{id}` | list | equal jobs that wait for this one's outcome | the same |
-| `finished:{identity}` | string | images of a finished job, as JSON, for equal jobs to come | `retention_seconds` |
-| `idempotency:{tenant}:{key}` | hash | `id` it was given, `request`: a hash of what was asked | `retention_seconds` |
-| `leases` | zset | ids being worked on, by the millisecond their lease ends | until finished, released or reaped |
-| `orphans` | zset | `{id}/{attempt}-{token}`: folders of attempts that ended without a commit, by when | until swept |
-| `dead` | zset | ids of jobs that failed for good, by when | until dropped or their records go |
-| `counts` | hash | jobs by state: now for queued and running, ever for the final ones | for ever |
-| `pending` | hash | tenant -> its queued jobs outside batches; `*`: those of all | for ever |
-| `pace` | hash | `per_second`: how fast jobs ended lately; `at`, `ended`: the reaper's notes | tiny |
-| `recent:{tenant}` | zset | ids of jobs outside batches by creation time | until their records go (the reaper trims) |
+| `job:{id}` | hash | the job's record, the source of truth (`jobs.py`) | while unfinished; then `retention_seconds` |
+| `{models}.{lane}` | list | Celery messages, one per waiting job; Celery pops from the right | until popped |
+| `messages` | string | number of messages pushed so far; each message gets a number | tiny |
+| `waiting:{queue}` | zset | ids of queued jobs, by queue position (decision 10) | until claimed or cancelled |
+| `tenant_tags:{queue}` | hash | tenant -> the queue position of its newest job | tiny |
+| `queue_state:{queue}` | hash | `virtual`: last claimed position; other fields belong to claims and reapers | tiny |
+| `queues` | set | names of all queues that ever had a job | tiny |
+| `in_flight:{identity}` | string | the unfinished job that equal jobs wait for | until that job is final |
+| `followers:{id}` | list | equal jobs that wait for this job's outcome | until that job is final |
+| `finished:{identity}` | string | images of a finished job, as JSON, for later equal jobs | `retention_seconds` |
+| `idempotency:{tenant}:{key}` | hash | `id` of the first submission, `request`: a hash of it | `retention_seconds` |
+| `leases` | zset | ids of running jobs, by expiry of their lease in milliseconds | until it ends |
+| `orphans` | zset | `{id}/{attempt}-{token}`: folders of attempts that ended without a commit, by time | until swept |
+| `dead` | zset | ids of jobs that failed permanently, by time | until dropped or their records expire |
+| `counts` | hash | jobs by state: current numbers for queued and running, totals for the final ones | forever |
+| `pending` | hash | tenant -> its queued jobs outside batches; `*`: all tenants | forever |
+| `pace` | hash | `per_second`: recent rate of finished jobs; `at`, `ended`: the reaper's last measurement | tiny |
+| `recent:{tenant}` | zset | ids of jobs outside batches, by creation time | until their records expire; trimmed |
 | `tenants` | set | every tenant that ever submitted | tiny |
-| `batch:{id}` | hash | a batch's record (`batches.py`) | `retention_seconds` once final |
-| `open_batches` | zset | ids of batches that are not final, by creation time | until they are |
-| `batches:{tenant}` | zset | ids of batches by creation time | until their records go |
-| `leader:{batch}` | string | which dispatcher leads the batch | seconds; renewed |
-| `live:{batch}` | set | ids of its jobs that are not final | until they are |
-| `done:{batch}` | list | ids of its final jobs whose results are not written down yet | until they are |
-| `parts:{batch}` | list | storage keys of its results so far | with the batch |
-| `models` | hash | model name -> its card as JSON | for ever: jobs may be queued while no worker runs |
-| `together` | set | names of models that one worker serves, joined by `+`: what an ensemble can be made of | tiny |
+| `batch:{id}` | hash | a batch's record (`batches/record.py`) | while unfinished; then `retention_seconds` |
+| `open_batches` | zset | ids of unfinished batches, by creation time | until they are final |
+| `batches:{tenant}` | zset | ids of batches, by creation time | until their records expire |
+| `leader:{batch}` | string | the dispatcher that leads the batch | seconds; renewed |
+| `live:{batch}` | set | ids of its unfinished jobs | until they are final |
+| `done:{batch}` | list | ids of its final jobs whose results are not in storage yet | until they are |
+| `parts:{batch}` | list | storage keys of its results so far | as the batch |
+| `models` | hash | model name -> its card as JSON | forever: jobs can be queued while no worker runs |
+| `together` | set | names of models that one worker serves, joined by `+`: the possible ensembles | tiny |
 | `preview:{id}` | hash | image number -> its newest preview as JSON | a minute |
-| `worker:{name}` | string | a worker's own report as JSON | seconds; renewed by the worker |
+| `worker:{name}` | string | a worker's report as JSON | seconds; renewed by the worker |
 | `workers` | set | names of workers that reported | trimmed when read |
-| `reaper` | string | who is reaping now | a second or two |
-| `reaped_at` | string | when it was last done | tiny |
-| `api_keys` | hash | API key id -> the key as JSON, its secret only as a hash | until revoked |
+| `reaper` | string | the worker that is reaping now | a second or two |
+| `reaped_at` | string | time of the last reaping | tiny |
+| `api_keys` | hash | API key id -> the key as JSON, with only a hash of its secret | until revoked |
 | `files:{tenant}` | hash | file id -> its name and size as JSON; the bytes are in storage | until deleted |
 | `options:{tenant}` | string | the checkpoint that clients of AUTOMATIC1111's API have chosen | until changed |
-| `rate_limit:{key}` | hash | what an API key has left of its limits | a day after its last use |
-| `hooks` | zset | deliveries of webhooks, by the millisecond they are due | until delivered or given up |
-| `hook:{id}` | hash | one delivery: where to, of which job or batch, attempts so far | three days at most |
-| `gc` | hash | `name`, `bucket` and `runs` of collections: that Redis and bucket belong together | for ever |
-| `cancelled` | channel | ids of jobs as they are cancelled while running | – |
-| `arrived:{queue}` | channel | that queue's name, as messages come into it; of interactive ones only | – |
-| `changed:{id}` | channel | that job's state whenever its record has changed, or it has a new preview | – |
+| `rate_limit:{key}` | hash | an API key's remaining requests and images | a day after its last use |
+| `hooks` | zset | webhook deliveries, by the millisecond at which they are due | until delivered or dropped |
+| `hook:{id}` | hash | one delivery: address, job or batch, attempts so far | at most three days |
+| `gc` | hash | `name`, `bucket` and `runs` of collections: identifies the bucket that belongs to this Redis | forever |
+| `cancelled` | channel | ids of jobs that are cancelled while running | – |
+| `arrived:{queue}` | channel | the queue's name, when jobs enter it; interactive queues only | – |
+| `changed:{id}` | channel | the job's state, when its record changes or it has a new preview | – |
 
 Celery's Redis transport keeps its own keys under the same prefix: `unacked`, `unacked_index`, `unacked_mutex`,
-`_kombu.binding*`. They are Celery's and nothing here reads them.
+`_kombu.binding*`. Nothing here reads them.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ class Keys:
 
 
 def queue_name(models: Iterable[str], lane: Lane) -> str:
-    """The Celery queue of jobs that need these models at hand, in a lane."""
+    """The Celery queue of jobs that need these models, in a lane."""
     return f"{together(models)}.{lane.value}"
 
 

@@ -1,9 +1,9 @@
-"""The Celery message of a job, as Celery's own producer would write it. Needs no Celery.
+"""The Celery wake-up message, as Celery's own producer would write it. Needs no Celery.
 
 Calotype pushes messages from the scripts that write the job's record, so that the two are one step. The format is
 Celery's message protocol 2 in kombu's Redis envelope, with a plain-text body; a test compares it with what Celery
-itself sends. The body names a queue and no job: a message is an invitation to claim whichever job of that queue is
-next, which is decided when a worker has time for it and not when the job was submitted (decision 10).
+itself sends. The body names a queue, not a job: a message is a wake-up to claim the next job of that queue,
+which is chosen when a worker is free, not at submission (decision 10).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ TASK_NAME = "calotype.generate"
 
 @cache
 def message_template() -> str:
-    """The message of any queue: replace every `@queue@` by its name, and every `@id@` by a number of its own."""
+    """The message template: replace every `@queue@` by the queue's name, and every `@id@` by a unique id."""
     body = json.dumps([["@queue@"], {}, {"callbacks": None, "errbacks": None, "chain": None, "chord": None}])
     message = {
         "body": body,
@@ -50,5 +50,5 @@ def message_template() -> str:
 
 
 def message(message_id: str, queue: str) -> str:
-    """One message, filled in as the scripts do it."""
+    """One message, filled in as the scripts do."""
     return message_template().replace("@id@", message_id).replace("@queue@", queue)

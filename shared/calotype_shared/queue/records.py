@@ -1,7 +1,7 @@
 """How a job's record is written in Redis: a hash of strings. Reads it back as a `JobRecord`.
 
-A record says by the number of its schema who may work on it: whoever knows that number. Anybody may look at it, and
-sees what it understands (docs/how-to/upgrade.md, decision 21).
+A record's schema number says which processes may work on it: those that know the number. All others can read it and
+see the fields that they know (docs/how-to/upgrade.md, decision 21).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from calotype_shared.errors import UnreadableRecord
 from calotype_shared.schema.jobs import JobRecord
 from calotype_shared.schema.resolve import ResolvedConfig
 
-SCHEMA = 1  # goes up when older workers could not do what a record asks, and not otherwise
-OLDEST = 1  # that there may still be
+SCHEMA = 1  # raised only if older workers could not run what a record asks for
+OLDEST = 1  # the oldest schema that is still read
 _TIMES = ("created_at", "queued_at", "started_at", "finished_at")  # microseconds of the server's clock
 _JSON = ("config", "error", "images", "timings", "metadata", "history")
 _PLAIN = (
@@ -39,10 +39,10 @@ _PLAIN = (
 
 
 def read_record(job_id: str, fields: Mapping[str, str], *, schema: int = SCHEMA) -> JobRecord:
-    """The record of a job from its hash. That of a newer schema than this is shown as far as it is understood.
+    """The record of a job from its hash. Of a record with a newer schema, only known fields are read.
 
     Raises:
-        UnreadableRecord: fields that make no sense.
+        UnreadableRecord: the fields are invalid.
     """
     number = fields.get("schema", "")
     newer = number.isdecimal() and int(number) > schema
@@ -56,14 +56,14 @@ def read_record(job_id: str, fields: Mapping[str, str], *, schema: int = SCHEMA)
     except (KeyError, ValueError) as error:
         problem, remedy = "is damaged", "cancel or delete it"
         if newer:
-            problem, remedy = "is not understood", f"this version knows up to {schema}: upgrade this process"
+            problem, remedy = "cannot be read", f"this version reads up to schema {schema}: upgrade this process"
         raise UnreadableRecord(
             f"job {job_id}: its record, of schema {number!r}, {problem} ({in_short(error)}); {remedy}"
         ) from error
 
 
 def in_short(error: Exception) -> str:
-    """One line, where pydantic has several."""
+    """pydantic's message as one line."""
     if isinstance(error, ValidationError):
         first = error.errors(include_url=False)[0]
         return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
@@ -75,7 +75,7 @@ _REQUIRED = {"width": 8, "height": 8, "seed": 0}
 
 
 def _understood(config: dict[str, Any]) -> ResolvedConfig:
-    """What of a newer config has a meaning here. Good for showing, and for nothing else.
+    """The known fields of a newer config, for display only.
 
     A size or seed that is not valid here is shown as it is written.
     """

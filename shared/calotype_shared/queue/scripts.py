@@ -1,4 +1,4 @@
-"""The Lua scripts, each one atomic step on the Redis server, and what all classes that run them share."""
+"""The Lua scripts, each an atomic step on the Redis server, and the base of the classes that run them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ R = TypeVar("R")
 S = TypeVar("S", bound="Scripted")
 
 
-# Valkey refuses to run these where its memory is full. All others finish work, or move it, and so make room.
+# Valkey refuses these if its memory is full. All other scripts finish or move work, and so free memory.
 _ADDING = frozenset({"create", "batch_create"})
 _ALLOWED = "#!lua flags=allow-oom\n"
 
@@ -33,7 +33,7 @@ _ALLOWED = "#!lua flags=allow-oom\n"
 def script_source(name: str, schema: int = SCHEMA) -> str:
     """The whole text of a script: the prelude, with the one table of legal transitions, then the script itself.
 
-    The server knows a script by the hash of its text, so those of several versions run beside each other.
+    The server identifies a script by the hash of its text, so scripts of several versions can be used side by side.
     """
     folder = resources.files("calotype_shared.queue") / "lua"
     edges = ", ".join(f"['{old.value}>{new.value}'] = true" for old, new in TRANSITIONS)
@@ -45,7 +45,7 @@ def script_source(name: str, schema: int = SCHEMA) -> str:
 
 
 def said_clearly(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
-    """Turns Redis' connection errors into RedisUnavailable, which says where and what to do."""
+    """Turns Redis connection errors into RedisUnavailable, with address and remedy."""
 
     @functools.wraps(method)
     def wrapped(self: S, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -60,7 +60,7 @@ def said_clearly(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate
 
 
 class Scripted:
-    """A Redis connection, the names of its keys, and scripts by name. Thread-safe, as its Redis client is."""
+    """A Redis connection, its key names, and scripts by name. Thread-safe, like its Redis client."""
 
     schema = SCHEMA  # of the records it writes, and the newest of those it works on
 
@@ -79,5 +79,5 @@ class Scripted:
         return self._scripts[name](keys=[self.keys.prefix], args=list(arguments))  # type: ignore[arg-type]
 
     def unavailable(self, error: RedisError) -> RedisUnavailable:
-        """What to raise for an error of the connection."""
+        """The error to raise for a connection error."""
         return unavailable(error, address_of(self._redis))

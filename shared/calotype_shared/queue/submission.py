@@ -1,4 +1,4 @@
-"""What is handed to the script that accepts jobs."""
+"""The arguments of the script that accepts jobs, and its refusals."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from calotype_shared.schema.enums import Lane
 from calotype_shared.schema.jobs import new_job_id
 from calotype_shared.schema.resolve import ResolvedConfig
 
-_UNKNOWN_SECONDS = 10.0  # to wait where nobody knows how fast the queue moves
+_UNKNOWN_SECONDS = 10.0  # retry delay while the queue's rate is unknown
 _SLOWEST_SECONDS = 60.0
 
 
 class NewJob(NamedTuple):
-    """One job as `create.lua` takes it, field by field."""
+    """The fields of one job, in the order of `create.lua`."""
 
     id: str
     queue: str
@@ -37,24 +37,24 @@ class NewJob(NamedTuple):
 
 
 def queue_full(answer: Sequence[str], *, coming: int, accepted: Sequence[str]) -> QueueFull:
-    """What to raise where `create.lua` has found the queue full."""
+    """The error to raise if `create.lua` has found the queue full."""
     _, whose, pending, most, pace = answer
     setting = "CALOTYPE_MAX_QUEUED_PER_TENANT" if whose == "tenant" else "CALOTYPE_MAX_QUEUED"
     those = "this tenant's jobs" if whose == "tenant" else "jobs"
     if coming > int(most):
-        remedy = f"submit them as a batch, which may have any number, or raise {setting}"
-        return QueueFull(f"{coming} jobs at once are more than the {most} that may wait; {remedy}", _SLOWEST_SECONDS)
-    # Until as many are done as are to come, if jobs end as fast as they did lately.
+        remedy = f"submit them as a batch, or raise {setting}"
+        return QueueFull(f"{coming} jobs exceed the limit of {most} queued jobs; {remedy}", _SLOWEST_SECONDS)
+    # The time until as many jobs have finished as are submitted, at the recent rate.
     seconds = coming / float(pace) if pace and float(pace) else _UNKNOWN_SECONDS
     seconds = min(max(seconds, 1.0), _SLOWEST_SECONDS)
-    remedy = f"come again in {math.ceil(seconds)} s, submit a batch, start workers, or raise {setting}"
+    remedy = f"retry in {math.ceil(seconds)} s, submit a batch, start more workers, or raise {setting}"
     before = f" after {len(accepted)} of these were accepted" if accepted else ""
-    problem = f"the queue is full{before}: {pending} of {those} wait, and {most} may"
+    problem = f"the queue is full{before}: {pending} of {those} are queued, and the limit is {most}"
     return QueueFull(f"{problem}; {remedy}", seconds, accepted=accepted)
 
 
 class Idempotency(NamedTuple):
-    """A key that its submitter never uses for two requests, and a hash of the request as it was written."""
+    """A key that its submitter uses for one request only, and a hash of that request."""
 
     key: str
     request: str

@@ -1,4 +1,4 @@
-"""Samplers as AUTOMATIC1111's web UI names them: in the images it writes, and in what its clients ask for."""
+"""Sampler names of AUTOMATIC1111's web UI, as used in its image files and by its clients."""
 
 from __future__ import annotations
 
@@ -33,14 +33,17 @@ def sampler_named(name: str, scheduler: str = "automatic") -> SamplerType:
     """The sampler for the name and the noise schedule of a request.
 
     Raises:
-        InvalidRequest: there is no such sampler, or it has no such schedule.
+        InvalidRequest: the sampler does not exist, or does not have this schedule.
     """
     wanted = _ALIASES.get(name.lower(), name).lower()
     by_name = {shown.lower(): sampler for sampler, shown in NAMES.items()} | {s.value: s for s in SamplerType}
     sampler = by_name.get(wanted)
     if sampler is None:
         raise InvalidRequest(
-            "is no sampler here", field="sampler_name", value=name, remedy=f"use one of: {', '.join(NAMES.values())}"
+            "is not a known sampler",
+            field="sampler_name",
+            value=name,
+            remedy=f"use one of: {', '.join(NAMES.values())}",
         )
     if scheduler.lower() == "karras" and sampler is SamplerType.DPMPP_2M:
         return SamplerType.DPMPP_2M_KARRAS
@@ -48,6 +51,6 @@ def sampler_named(name: str, scheduler: str = "automatic") -> SamplerType:
         scheduler.lower() == "karras" and sampler is SamplerType.DPMPP_2M_KARRAS
     ):
         raise InvalidRequest(
-            f"is no schedule of {NAMES[sampler]} here", field="scheduler", value=scheduler, remedy="use automatic"
+            f"is not available for {NAMES[sampler]}", field="scheduler", value=scheduler, remedy="use automatic"
         )
     return sampler

@@ -1,6 +1,6 @@
-"""`GenerationConfig`: what one image, or one set of images, should be. The wire format of a job.
+"""`GenerationConfig`: what a job should generate. The wire format of a job.
 
-A config is frozen, and may leave fields open (seed, size). `resolve.resolve` fills these in and checks the config
+A config is frozen, and can leave fields open (seed, size). `resolve.resolve` fills these in and checks the config
 against the cards of its models. What is queued and stored is always a `ResolvedConfig`, which reproduces its images.
 Images that go in are named by the SHA-256 of their uploaded file (`uploads.py`), LoRAs, ControlNets and models by
 the names their operator registered: a config never holds a path or an address.
@@ -16,7 +16,6 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from calotype_shared.errors import InvalidRequest
 from calotype_shared.schema.enums import Feature, OutputFormat, SamplerType
 from calotype_shared.schema.refusal import invalid_request
 
@@ -67,7 +66,7 @@ class ControlUse(_Part):
 
 
 class RefinerUse(_Part):
-    """Another model takes over the unfinished latents after the share `start` of the steps (SDXL's hand-over)."""
+    """Another model takes over the unfinished latents after the share `start` of the steps (as SDXL's refiner)."""
 
     model: Name
     start: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.8
@@ -82,7 +81,7 @@ class GenerationConfig(BaseModel):
     """One job's worth of images. Frozen and hashable.
 
     Sizes are pixels; `None` means the model's native size. A `None` seed is drawn at submission. Image number
-    i of `num_images` uses `seed + i`, so any one of them can be made again alone. `guidance_scale` of 1 or less
+    i of `num_images` uses `seed + i`, so each image can be reproduced alone. `guidance_scale` of 1 or less
     means no classifier-free guidance (Ho & Salimans 2022) and costs half; the negative prompt is then unused.
 
     Raises:
@@ -105,12 +104,12 @@ class GenerationConfig(BaseModel):
     output_format: OutputFormat = OutputFormat.PNG
     # Image-to-image and inpainting. Uploads are fitted to width and height before they are used.
     init_image: UploadId | None = None
-    mask_image: UploadId | None = None  # white is painted anew, black is kept
-    strength: Share | None = None  # 0 gives the source back, 1 ignores it; None: 0.75, or 1 with a mask
+    mask_image: UploadId | None = None  # white is repainted, black is kept
+    strength: Share | None = None  # 0 returns the source, 1 ignores it; None: 0.75, or 1 with a mask
     loras: Annotated[tuple[LoraUse, ...], Field(max_length=8)] = ()
     controls: Annotated[tuple[ControlUse, ...], Field(max_length=4)] = ()
     refiner: RefinerUse | None = None
-    ensemble: Annotated[tuple[Name, ...], Field(max_length=7)] = ()  # further models that make the same images
+    ensemble: Annotated[tuple[Name, ...], Field(max_length=7)] = ()  # additional models that make the same images
     preview_every: Annotated[int, Field(ge=0, le=MAX_STEPS)] = 0  # steps between previews while it runs; 0: none
     num_frames: Annotated[int, Field(ge=1, le=1024)] | None = None  # of a video; None: the model's own
     fps: Annotated[float, Field(gt=0.0, le=120.0)] | None = None  # of a video; None: the model's own
@@ -131,37 +130,37 @@ class GenerationConfig(BaseModel):
             (
                 self.mask_image is not None and self.init_image is None,
                 "mask_image",
-                "a mask needs the image it belongs to",
+                "a mask needs a source image",
                 "give init_image too, or leave the mask out",
             ),
             (
                 self.strength not in (None, 1.0) and self.init_image is None,
                 "strength",
-                "says how far a source image changes, but there is none",
+                "needs a source image",
                 "give init_image too, or leave strength out",
             ),
             (
                 len(set(self.ensemble) | {self.model}) <= len(self.ensemble),
                 "ensemble",
-                "names a model twice",
-                "name each further model once, and not `model` itself",
+                "contains a model twice",
+                "list each additional model once, and not `model` itself",
             ),
             (
                 len({lora.name for lora in self.loras}) < len(self.loras),
                 "loras",
-                "names a LoRA twice",
-                "name each LoRA once, with the sum of its weights",
+                "contains a LoRA twice",
+                "list each LoRA once, with the sum of its weights",
             ),
             (
                 self.refiner is not None and self.mask_image is not None,
                 "refiner",
-                "cannot take over an inpainting, whose kept part belongs to the first model",
+                "cannot be combined with mask_image",
                 "leave refiner or mask_image out",
             ),
             (
                 self.refiner is not None and self.refiner.model in (self.model, *self.ensemble),
                 "refiner",
-                "is one of the models that begin",
+                "is also the model itself or part of the ensemble",
                 "name another model as refiner, or leave it out",
             ),
         ):
@@ -190,7 +189,7 @@ class GenerationConfig(BaseModel):
 
     @property
     def models(self) -> tuple[str, ...]:
-        """Every model that must be at hand to run this, `model` first."""
+        """All models that this config needs, `model` first."""
         return (self.model, *self.ensemble, *((self.refiner.model,) if self.refiner else ()))
 
     @property
@@ -207,7 +206,7 @@ class GenerationConfig(BaseModel):
 
     @property
     def features(self) -> frozenset[Feature]:
-        """What this asks of its model, beyond a prompt."""
+        """The features that this config needs."""
         return features_asked(
             source=self.init_image is not None,
             mask=self.mask_image is not None,
@@ -229,7 +228,7 @@ class GenerationConfig(BaseModel):
             raise invalid_request(error, fields=cls.model_fields) from error
 
     def canonical_json(self) -> str:
-        """One spelling for equal configs: sorted keys, no spaces; parts that are not used are left out."""
+        """The canonical form, identical for equal configs: sorted keys, no spaces, unused parts left out."""
         values = {k: v for k, v in self.model_dump(mode="json").items() if k not in _UNUSED or v != _UNUSED[k]}
         return json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
@@ -289,20 +288,3 @@ _UNUSED: Mapping[str, Any] = {
     "control_image": None,
     "parameters": {},
 }
-
-# Quality presets, by the numbers of the project's founding document.
-QUALITY_PRESETS: Mapping[str, Mapping[str, int | float]] = {
-    "fast": {"num_inference_steps": 20, "guidance_scale": 7.0},
-    "balanced": {"num_inference_steps": 50, "guidance_scale": 7.5},
-    "high": {"num_inference_steps": 100, "guidance_scale": 8.0},
-}
-
-
-def quality_preset(quality: str) -> Mapping[str, int | float]:
-    """Steps and guidance of a preset: `fast`, `balanced` or `high`."""
-    try:
-        return QUALITY_PRESETS[quality]
-    except KeyError:
-        raise InvalidRequest(
-            "unknown quality preset", field="quality", value=quality, remedy=f"use one of {', '.join(QUALITY_PRESETS)}"
-        ) from None

@@ -1,4 +1,4 @@
-"""The words of the wire format that stand for themselves: samplers, formats, features, lanes, job states."""
+"""The enums of the wire format: samplers, formats, features, lanes, job states."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ class SamplerType(StrEnum):
     DPMPP_2M_KARRAS = "dpmpp_2m_karras"  # the same on Karras' noise levels
     UNIPC = "unipc"  # UniPC, Zhao et al. 2023
     LCM = "lcm"  # Latent Consistency Models, Luo et al. 2023
-    MODEL = "model"  # the scheduler that the model comes with, where it is none of these
+    MODEL = "model"  # the model's own scheduler, if it is not one of these
 
 
 class OutputFormat(StrEnum):
+    """The kind of file that a job makes."""
+
     PNG = "png"
     WEBP = "webp"
     JPEG = "jpeg"
@@ -33,12 +35,13 @@ class OutputFormat(StrEnum):
 
     @property
     def content_type(self) -> str:
+        """Its media type, as HTTP and storage have it."""
         others = {"mp4": "video/mp4", "ply": "model/ply", "wav": "audio/wav", "flac": "audio/flac"}
         return others.get(self.value, f"image/{self.value}")
 
 
 class Feature(StrEnum):
-    """What a config may ask for beyond a prompt. A model's card says which of these it can do."""
+    """A capability that a config can need. A model's card lists those that the model supports."""
 
     TEXT_TO_IMAGE = "text_to_image"
     IMAGE_TO_IMAGE = "image_to_image"
@@ -57,13 +60,15 @@ class Feature(StrEnum):
 
 
 class Lane(StrEnum):
-    """A queue's urgency. Workers always look at `interactive` first."""
+    """A queue's priority class. Workers always take `interactive` jobs first."""
 
     INTERACTIVE = "interactive"
     BULK = "bulk"
 
 
 class JobState(StrEnum):
+    """The state of a job; ARCHITECTURE.md lists every transition."""
+
     QUEUED = "queued"
     RUNNING = "running"
     SUCCEEDED = "succeeded"

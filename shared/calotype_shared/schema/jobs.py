@@ -1,6 +1,6 @@
 """The life of a job: its states, the one table of legal transitions, and its record.
 
-The record in Redis is the truth; a Celery message only says "look at this record".
+The record in Redis is the source of truth; a Celery message only wakes up a worker.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from calotype_shared.schema.enums import JobState, Lane
 from calotype_shared.schema.resolve import ResolvedConfig
 
-# Every legal edge and what takes it. The Lua scripts implement exactly these; a test compares them.
+# Every legal transition and its cause. The Lua scripts implement exactly these; a test compares them.
 TRANSITIONS: dict[tuple[JobState, JobState], str] = {
     (JobState.QUEUED, JobState.RUNNING): "claim",
     (JobState.QUEUED, JobState.CANCELLED): "cancel",
@@ -46,12 +46,12 @@ class Attempt(BaseModel):
     worker: str | None = None
     started_at: float  # the Redis server's clock, as all times
     ended_at: float
-    how: str  # lost (its worker said no more), failed, released or cancelled
+    how: str  # lost (its lease expired), failed, released or cancelled
     error: JobError | None = None
 
 
 class ImageRef(BaseModel):
-    """One finished image in storage. `seed` is the one this very image was made with."""
+    """One finished image in storage. `seed` is the seed of this image."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -65,7 +65,7 @@ class ImageRef(BaseModel):
 
 
 class Preview(BaseModel):
-    """A rough image of what a running job is heading to."""
+    """A rough image of a running job's result so far."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -86,11 +86,11 @@ class JobRecord(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     id: str
-    schema_number: int = 1  # who may work on it: workers that know this number
-    newer: bool = False  # than this process knows: its config is shown as far as it is understood
+    schema_number: int = 1  # only workers that know this number run the job
+    newer: bool = False  # than this process knows: its config has only the known fields
     state: JobState
     lane: Lane
-    tenant: str = "default"  # whose it is: tenants share a queue fairly
+    tenant: str = "default"  # the owner; tenants share a queue fairly
     config: ResolvedConfig
     digest: str  # of the config: equal digests mean equal images
     attempt: int = 0  # claims so far; the newest is the fence token that a commit must carry
@@ -102,17 +102,17 @@ class JobRecord(BaseModel):
     queued_at: float  # last time it entered the queue
     started_at: float | None = None  # of the newest attempt
     finished_at: float | None = None
-    worker: str | None = None  # who holds or held the newest attempt
+    worker: str | None = None  # the worker of the newest attempt
     step: int = 0  # network evaluations done, over all its images
     total_steps: int = 0  # 0 until a worker has planned it
     error: JobError | None = None
     images: tuple[ImageRef, ...] = ()
     timings: dict[str, float] = {}  # seconds by phase, from the winning attempt
-    leader: str | None = None  # the equal job whose images these are; `storage`: one that had finished before
+    leader: str | None = None  # the equal job that made the images; `storage`: one that had finished before
     batch: str | None = None
     custom_id: str | None = None  # the submitter's name for it in its batch
-    metadata: dict[str, Any] = {}  # the submitter's own words; never read by Calotype
-    traceparent: str | None = None  # the span that submitted it (W3C Trace Context), where that was traced
+    metadata: dict[str, Any] = {}  # the submitter's data; Calotype does not read it
+    traceparent: str | None = None  # the span that submitted it (W3C Trace Context), if it was traced
 
     @property
     def progress(self) -> float:
@@ -135,7 +135,7 @@ def new_job_id() -> str:
 
 
 def created_us(job_id: str) -> int:
-    """When a job's id was made, in microseconds since the epoch."""
+    """The creation time of a job's id, in microseconds since the epoch."""
     value = 0
     for character in job_id[:10]:
         value = value << 5 | _CROCKFORD.index(character)

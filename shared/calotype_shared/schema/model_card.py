@@ -1,4 +1,4 @@
-"""`ModelCard`: what a worker tells producers about a model, so that a bad request is refused before queueing."""
+"""`ModelCard`: what a model can do. Workers publish it, so that invalid requests are refused before queueing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from calotype_shared.errors import InvalidRequest
 
 
 class ModelCard(BaseModel):
-    """One model as it can be asked for.
+    """The capabilities of one model.
 
     `size_multiple` is the pixels per latent cell times what the network needs (8 × 2^(levels-1) for a UNet);
     `native_sizes` are (width, height) in pixels, the default first; `version` identifies the weights.
@@ -37,17 +37,17 @@ class ModelCard(BaseModel):
     description: str = ""
 
     def native_size(self, width: int | None, height: int | None) -> tuple[int, int]:
-        """The size in pixels to use where one or both sides were left open."""
+        """The size in pixels to use if one or both sides were not given."""
         default_width, default_height = self.native_sizes[0]
         if width is None and height is None:
             return default_width, default_height
-        for native_width, native_height in self.native_sizes:  # a native size that has the side that was given
+        for native_width, native_height in self.native_sizes:  # a native size with the given side
             if width in (None, native_width) and height in (None, native_height):
                 return native_width, native_height
         return width or default_width, height or default_height
 
     def check_size(self, width: int, height: int) -> None:
-        """Refuse a size that the model cannot make.
+        """Check that the model can make images of a size.
 
         Raises:
             InvalidRequest: naming the side, its value and sizes that work.

@@ -7,7 +7,7 @@ r"""Prompt weights, in the notation of AUTOMATIC1111's web UI.
 | `[word]` | 1 / 1.1 |
 | `\(word\)`, `\[word\]`, `\\` | 1, with the bracket (backslash) itself in the text |
 
-Weights multiply where brackets nest. A bracket without its partner is a character like any other, so that smileys
+Nested weights multiply. An unmatched bracket is a normal character, so that smileys
 and lists survive.
 """
 
@@ -27,14 +27,14 @@ _NUMBERED = re.compile(r"(?<!\\)\([^()]*:\s*\d*\.?\d+\s*\)")
 
 
 class Fragment(NamedTuple):
-    """A piece of a prompt and how much it counts; 1 is as written plainly."""
+    """A part of a prompt with its weight; 1 is the normal weight."""
 
     text: str
     weight: float
 
 
 def parse_weights(prompt: str, *, field: str = "prompt") -> list[Fragment]:
-    """The fragments of a prompt, in order, neighbours of equal weight joined. Empty for an empty prompt.
+    """The fragments of a prompt, in order. Adjacent fragments of equal weight are joined. Empty for an empty prompt.
 
     Raises:
         InvalidRequest: a weight below 0 or above `MAX_WEIGHT`.
@@ -59,7 +59,7 @@ def parse_weights(prompt: str, *, field: str = "prompt") -> list[Fragment]:
 
 
 def refuse_weights(prompt: str, *, field: str) -> None:
-    """For models that read prompts as written, where `(word:1.3)` would be text without a word of warning.
+    """Refuse weights for models that do not support them, where `(word:1.3)` would silently be text.
 
     Raises:
         InvalidRequest: the prompt has a weight with a number. Brackets alone are taken for text.
@@ -67,20 +67,15 @@ def refuse_weights(prompt: str, *, field: str) -> None:
     found = _NUMBERED.search(prompt)
     if found:
         raise InvalidRequest(
-            f"{found[0]!r} is a prompt weight, and this model reads prompts as they are written",
+            f"{found[0]!r} is a prompt weight, and this model does not support weights",
             field=field,
             value=prompt,
-            remedy="write it without brackets and number, or use another model",
+            remedy="remove the brackets and the number, or use another model",
         )
 
 
-def plain_text(prompt: str) -> str:
-    """The prompt without its weights and escapes."""
-    return "".join(fragment.text for fragment in parse_weights(prompt))
-
-
 def _closes(open_brackets: list[tuple[str, int]], bracket: str) -> bool:
-    """Whether the innermost open bracket is this one; others opened inside it stay as text."""
+    """Whether this bracket is open; brackets opened inside it stay as text."""
     if bracket not in (opened for opened, _ in open_brackets):
         return False
     while open_brackets[-1][0] != bracket:

@@ -1,4 +1,4 @@
-"""What pydantic complains of, said as an `InvalidRequest`: one field, its value and what would work."""
+"""Converts pydantic's validation errors to `InvalidRequest`: one field, its value and what would work."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from calotype_shared.schema.enums import OutputFormat, SamplerType
 
 
 def invalid_request(error: ValidationError, *, fields: Collection[str]) -> InvalidRequest:
-    """The first of pydantic's complaints, as one sentence with a remedy. `fields` are those that there are."""
+    """The first of pydantic's errors, as one sentence with a remedy. `fields` are the existing fields."""
     return explained(error.errors(include_url=False)[0], fields=fields)
 
 

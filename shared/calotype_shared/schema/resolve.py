@@ -1,7 +1,7 @@
-"""`resolve`: the one answer to "can these models make this?", and `ResolvedConfig`, which is a yes.
+"""`resolve`: completes a config and checks it against model cards. The result is a `ResolvedConfig`.
 
-Producers ask before a job is queued, the worker's engine before an image is admitted, both here. What the cards
-cannot say is asked elsewhere: whether uploads are in storage, whether one worker serves these models together.
+Producers call it before a job is queued, and the worker's engine before an image is admitted. Two checks need more than
+the cards and are elsewhere: whether uploads are in storage, and whether one worker serves all models of a config.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ IMAGE_FIELDS = ("init_image", "mask_image", "images", "control_image")
 
 
 class ResolvedConfig(GenerationConfig):
-    """A config with nothing left open: what queue, worker and engine take, and what a record holds.
+    """A config with no open fields. Queue, worker, engine and job records use this type.
 
-    The JSON is that of a `GenerationConfig`, so that one may be submitted again. Without a source image `strength`
-    is 1, because nothing of it is kept, and is written as null.
+    The JSON is that of a `GenerationConfig`, so it can be submitted again. Without a source image, `strength` is 1,
+    because nothing of a source is kept, and is written as null.
     """
 
     width: Side
@@ -45,14 +45,17 @@ class ResolvedConfig(GenerationConfig):
 
     @property
     def lora_names(self) -> tuple[str, ...]:
+        """The LoRAs that it uses, by the names that an operator has registered."""
         return tuple(lora.name for lora in self.loras)
 
     @property
     def given(self) -> frozenset[str]:
+        """Names of the image fields that are set."""
         return frozenset(name for name in IMAGE_FIELDS if getattr(self, name))
 
     @property
     def control_names(self) -> tuple[str, ...]:
+        """The same of ControlNets."""
         return tuple(control.name for control in self.controls)
 
     @property
@@ -63,17 +66,17 @@ class ResolvedConfig(GenerationConfig):
 
 
 def draw_seed() -> int:
-    """A seed for a config that leaves it open."""
+    """A random seed for a config without one."""
     return secrets.randbits(DRAWN_SEED_BITS)
 
 
 def _own_or_first(default: str, known: tuple[str, ...]) -> str:
-    """The config's default where the model has it, else the model's own."""
+    """The config's default if the model supports it, otherwise the model's first."""
     return default if default in known else known[0]
 
 
-# Every field that a caller may leave open, and how it is filled in: from the config as it was given, the card of its
-# model, and the draw of a seed. A field is open where it is None or was not given.
+# Every field that a caller can leave open, and how it is filled in: from the given config, the card of its
+# model, and the source of seeds. A field is open if it is None or was not given.
 FILLED: Mapping[str, Callable[[GenerationConfig, ModelCard, Callable[[], int]], Any]] = {
     "width": lambda config, card, draw: card.native_size(config.width, config.height)[0],
     "height": lambda config, card, draw: card.native_size(config.width, config.height)[1],
@@ -91,13 +94,13 @@ FILLED: Mapping[str, Callable[[GenerationConfig, ModelCard, Callable[[], int]], 
 def resolve(
     config: GenerationConfig, cards: Mapping[str, ModelCard], *, draw_seed: Callable[[], int] = draw_seed
 ) -> ResolvedConfig:
-    """The complete config, if these models can make it. Resolving what is resolved gives the same.
+    """The complete config, if these models can make it. Resolving a resolved config returns an equal one.
 
-    `cards` are by the models' names. Apart from an open seed, the answer depends on the arguments alone.
+    `cards` maps model names to cards. Except for a random seed, the result depends only on the arguments.
 
     Raises:
         UnknownModel: one of the config's models has no card.
-        InvalidRequest: a model cannot do this: a size, a sampler, a feature, a LoRA or ControlNet that it lacks.
+        InvalidRequest: a model lacks a size, a sampler, a feature, a LoRA or a ControlNet.
     """
     found = [_card(cards, name) for name in config.models]
     values = {name: getattr(config, name) for name in GenerationConfig.model_fields}
@@ -120,7 +123,7 @@ def resolve(
 
 
 class Asked(Protocol):
-    """What a card is asked about: a `ResolvedConfig`, or one image of it as the engine takes it."""
+    """What is checked against a card: a `ResolvedConfig`, or one image of it as an engine request."""
 
     @property
     def prompt(self) -> str: ...
@@ -138,6 +141,10 @@ class Asked(Protocol):
     def output_format(self) -> OutputFormat | None: ...  # None: any
     @property
     def num_frames(self) -> int | None: ...
+    @property
+    def fps(self) -> float | None: ...
+    @property
+    def audio_seconds(self) -> float | None: ...
     @property
     def parameters(self) -> Mapping[str, Any]: ...
     @property
@@ -158,33 +165,40 @@ _FIELDS = {
     Feature.CONTROLNET: "controls",
     Feature.PREVIEW: "preview_every",
     Feature.REFINER: "refiner",
-    Feature.TEXT_TO_VIDEO: "num_frames",
     Feature.EDIT: "images",
     Feature.CONTROL_IMAGE: "control_image",
+}
+# Fields that only models with a feature read.
+_ONLY_WITH = {
+    "num_frames": Feature.TEXT_TO_VIDEO,
+    "fps": Feature.TEXT_TO_VIDEO,
+    "audio_seconds": Feature.TEXT_TO_AUDIO,
 }
 _FROM_TEXT = {Feature.TEXT_TO_IMAGE, Feature.TEXT_TO_VIDEO, Feature.TEXT_TO_3D, Feature.TEXT_TO_AUDIO}
 _BY_STEPS = {Feature.TEXT_TO_IMAGE, Feature.IMAGE_TO_IMAGE}  # latents that another model can take over
 
 
 def check(asked: Asked, card: ModelCard) -> None:
-    """Refuse what this model cannot make.
+    """Check that this model can make it.
 
     Raises:
-        InvalidRequest: naming the first field that asks too much, and what would work.
+        InvalidRequest: names the first field that the model does not support, and what would work.
     """
     _check_schedule(asked, card)
     if asked.output_format is not None:
         _check_one_of("output_format", asked.output_format, card.output_formats, card)
-    features = asked.features - {Feature.ENSEMBLE, Feature.REFINER, Feature.TEXT_TO_IMAGE}
-    for feature in sorted(features | ({Feature.TEXT_TO_VIDEO} if asked.num_frames is not None else set())):
+    for feature in sorted(asked.features - {Feature.ENSEMBLE, Feature.REFINER, Feature.TEXT_TO_IMAGE}):
         if feature not in card.features:
             raise _unable(card, feature)
+    for name, feature in _ONLY_WITH.items():
+        if getattr(asked, name) is not None and feature not in card.features:
+            raise _unable(card, feature, field=name)
     if Feature.TEXT_TO_IMAGE in asked.features and not card.features & _FROM_TEXT:
         raise InvalidRequest(
-            f"model {card.name!r} cannot do text_to_image",
+            f"model {card.name!r} does not support text_to_image",
             field="model",
             value=card.name,
-            remedy=f"give what it needs for {', '.join(sorted(card.features))}, or use another model",
+            remedy=f"provide the inputs for {', '.join(sorted(card.features))}, or use another model",
         )
     if Feature.REFINER in asked.features and not card.features & _BY_STEPS:
         raise _unable(card, Feature.REFINER)
@@ -201,14 +215,14 @@ def check(asked: Asked, card: ModelCard) -> None:
 
 
 def check_refiner(asked: Asked, card: ModelCard) -> None:
-    """Refuse a refiner that cannot take over the unfinished latents of what another model begins.
+    """Check that this model can refine the unfinished latents of another model.
 
     Raises:
-        InvalidRequest: it lacks the size, the sampler or the prompt's weights, or makes no images step by step.
+        InvalidRequest: it lacks the size, the sampler or prompt weights, or it cannot be stepped.
     """
     if not card.features & _BY_STEPS:
         raise InvalidRequest(
-            f"model {card.name!r} cannot take over unfinished images",
+            f"model {card.name!r} cannot be used as a refiner",
             field="refiner",
             value=card.name,
             remedy="use another model as refiner, or leave it out",
@@ -219,9 +233,7 @@ def check_refiner(asked: Asked, card: ModelCard) -> None:
 
 def _card(cards: Mapping[str, ModelCard], model: str) -> ModelCard:
     if model not in cards:
-        raise UnknownModel(
-            "is not one of the models here", field="model", value=model, remedy=f"use one of: {', '.join(cards)}"
-        )
+        raise UnknownModel("is not a known model", field="model", value=model, remedy=f"use one of: {', '.join(cards)}")
     return cards[model]
 
 
@@ -246,17 +258,17 @@ def _check_prompts(asked: Asked, card: ModelCard) -> None:
 def _check_one_of(field: str, value: str, known: Collection[str], card: ModelCard) -> None:
     if value not in known:
         raise InvalidRequest(
-            f"model {card.name!r} does not have it",
+            f"is not available for model {card.name!r}",
             field=field,
             value=str(value),
-            remedy=f"it has: {', '.join(known) or 'none'}",
+            remedy=f"available: {', '.join(known) or 'none'}",
         )
 
 
-def _unable(card: ModelCard, feature: Feature) -> InvalidRequest:
+def _unable(card: ModelCard, feature: Feature, *, field: str | None = None) -> InvalidRequest:
     return InvalidRequest(
-        f"model {card.name!r} cannot do that",
-        field=_FIELDS.get(feature, "config"),
+        f"model {card.name!r} does not support this",
+        field=field or _FIELDS.get(feature, "config"),
         value=feature.value,
-        remedy=f"it can do {', '.join(sorted(card.features))}; leave this out, or use another model",
+        remedy=f"it supports {', '.join(sorted(card.features))}; leave this out, or use another model",
     )

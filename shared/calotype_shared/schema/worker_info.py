@@ -1,4 +1,4 @@
-"""`WorkerInfo`: what a live worker says of itself every few seconds."""
+"""`WorkerInfo`: the report that a live worker publishes every few seconds."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class WorkerInfo(BaseModel):
     rows: int = 0  # over all forward passes; rows / forward_passes is the mean step batch
     images: int = 0
     failed: int = 0
-    out_of_memory: int = 0  # passes that the device had too little memory for
+    out_of_memory: int = 0  # forward passes that ran out of device memory
     step_seconds: float = 0.0
     encode_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -70,4 +70,5 @@ class WorkerInfo(BaseModel):
 
     @property
     def mean_rows(self) -> float:
+        """Of a step batch, since the start; 0 before the first."""
         return self.rows / self.forward_passes if self.forward_passes else 0.0

@@ -1,4 +1,4 @@
-"""Image files with their provenance inside, so that a file found anywhere says how to make it again.
+"""Image files with their provenance inside, so that each file contains what is needed to reproduce it.
 
 PNG carries text chunks: `calotype` (JSON, everything) and `parameters` (the line that AUTOMATIC1111's web UI writes
 and many tools read). WebP and JPEG carry the JSON as the EXIF ImageDescription.

@@ -1,7 +1,7 @@
-"""Images that go in: checked, made uniform, and named by what they are.
+"""Input images: checked, normalized, and named by their hash.
 
 An upload is a PNG without metadata under `uploads/{sha256}.png`. Its name is the hash of its pixels' file, so a config
-that names uploads still reproduces its image, equal uploads are stored once, and nobody can swap one.
+that names uploads still reproduces its image, equal uploads are stored once, and an upload cannot be replaced.
 """
 
 from __future__ import annotations
@@ -28,30 +28,30 @@ def upload_key(upload_id: str) -> str:
 def normalize_image(data: bytes, *, field: str = "image") -> tuple[str, bytes]:
     """An image file as an upload: its id and the bytes to store.
 
-    The image is turned as its EXIF says and becomes RGB (transparent parts over white); metadata is dropped.
+    The image is rotated by its EXIF data and converted to RGB (transparent parts over white), without metadata.
 
     Raises:
-        InvalidRequest: too large, no PNG, JPEG or WebP, more pixels than `MAX_PIXELS`, animated, or broken.
+        InvalidRequest: too large, not a PNG, JPEG or WebP file, more than `MAX_PIXELS` pixels, animated, or broken.
     """
     if len(data) > MAX_BYTES:
         raise InvalidRequest(
             f"is larger than {MAX_BYTES} bytes", field=field, value=f"{len(data)} bytes", remedy="use a smaller file"
         )
     buffer = io.BytesIO()
-    # Written the same way every time: the hash below is of these very bytes.
+    # Always encoded in the same way, because the hash is of these bytes.
     _decoded(data, field).save(buffer, "PNG", compress_level=6)
     stored = buffer.getvalue()
     return hashlib.sha256(stored).hexdigest(), stored
 
 
 def open_upload(data: bytes, upload_id: str) -> Image:
-    """The image of a stored upload, RGB; what was stored is checked again, for storage is not ours alone.
+    """The image of a stored upload, RGB. It is checked again, because others may write to the bucket.
 
     Raises:
         InvalidRequest: it is not the file that the id names, or not an image we would have stored.
     """
     if hashlib.sha256(data).hexdigest() != upload_id:
-        raise InvalidRequest("the stored file is another", field="upload", value=upload_id, remedy="upload it again")
+        raise InvalidRequest("the stored file was changed", field="upload", value=upload_id, remedy="upload it again")
     return _decoded(data, "upload")
 
 
@@ -69,11 +69,11 @@ def _decoded(data: bytes, field: str) -> Image:
                         f"has more than {MAX_PIXELS} pixels",
                         field=field,
                         value=f"{width}x{height}",
-                        remedy="make it smaller",
+                        remedy="use a smaller image",
                     )
                 if getattr(image, "n_frames", 1) > 1:
                     raise InvalidRequest(
-                        "is animated", field=field, value=f"{image.format}", remedy="give a single image"
+                        "is animated", field=field, value=f"{image.format}", remedy="give a still image"
                     )
                 image.load()
                 turned = PIL.ImageOps.exif_transpose(image)
@@ -81,7 +81,7 @@ def _decoded(data: bytes, field: str) -> Image:
         raise
     except Exception as error:  # Pillow's plugins raise almost anything for a broken file
         raise InvalidRequest(
-            f"is no readable image ({type(error).__name__})",
+            f"is not a readable image ({type(error).__name__})",
             field=field,
             value=f"{len(data)} bytes",
             remedy=f"give a {', '.join(FORMATS)} file",
@@ -95,7 +95,7 @@ def _decoded(data: bytes, field: str) -> Image:
 
 
 def fitted(image: Image, width: int, height: int, *, mask: bool = False) -> Image:
-    """The image at exactly that size in pixels: scaled to cover it, what hangs over cut off evenly."""
+    """The image at exactly that size in pixels: scaled to cover it and center-cropped."""
     import PIL.Image  # noqa: PLC0415
     import PIL.ImageOps  # noqa: PLC0415
 

@@ -8,7 +8,7 @@ from typing import NamedTuple, Self
 
 from calotype_shared.storage.s3 import Storage
 
-CHUNK = 8 * 2**20  # bytes read or written at a time; S3 wants parts of at least 5 MiB
+CHUNK = 8 * 2**20  # bytes read or written at a time; S3 requires parts of at least 5 MiB
 
 
 class Line(NamedTuple):
@@ -17,7 +17,7 @@ class Line(NamedTuple):
 
 
 def read_chunks(storage: Storage, key: str) -> Iterator[bytes]:
-    """An object's bytes, a few MiB at a time. Each piece is a request of its own, so that it can be repeated."""
+    """An object's bytes, a few MiB at a time. Each part is a separate request, so that it can be repeated."""
     start = 0
     while data := storage.get_range(key, start, CHUNK):
         yield data
@@ -27,21 +27,21 @@ def read_chunks(storage: Storage, key: str) -> Iterator[bytes]:
 
 
 def read_lines(storage: Storage, key: str, *, longest: int = 2**20) -> Iterator[Line]:
-    """The lines of an object. One longer than `longest` bytes comes cut to `longest + 1`."""
+    """The lines of an object. A line longer than `longest` bytes is cut to `longest + 1`."""
     rest, number = b"", 0
     for chunk in read_chunks(storage, key):
         *whole, rest = (rest + chunk).split(b"\n")
         for data in whole:
             number += 1
             yield Line(number, data[: longest + 1])
-        if len(rest) > longest:  # only its head matters any more: it is refused
+        if len(rest) > longest:  # such a line is refused, so its start is sufficient
             rest = rest[: longest + 1]
     if rest:
         yield Line(number + 1, rest[: longest + 1])
 
 
 class ObjectWriter:
-    """A context manager that writes one object of any size. Leaving it by an exception leaves no object."""
+    """A context manager that writes one object of any size. If it exits with an exception, there is no object."""
 
     def __init__(self, storage: Storage, key: str, *, content_type: str = "application/jsonl") -> None:
         self._storage = storage

@@ -1,10 +1,6 @@
 """Images in S3-compatible storage. Any endpoint that boto3 can talk to will do.
 
-Layout: `{job}/{attempt}-{token}/{index}.png` and, beside each image, `….json` with its provenance.
-Images that go in are `uploads/{sha256}.png` (`uploads.py`), until `calotype gc` finds them unused and old.
-Batches have `batches/{id}/` and files that came in by HTTP `files/{tenant}/`.
-Attempts never share a key, so a late upload by a worker that lost its job harms nobody: the job's record names the
-winning attempt's keys, and only those are anyone's images.
+Where objects are in the bucket: `layout.py`.
 """
 
 from __future__ import annotations
@@ -17,40 +13,22 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 from calotype_shared.backoff import delays
-from calotype_shared.errors import ObjectMissing, StorageUnavailable
-from calotype_shared.schema.enums import OutputFormat
+from calotype_shared.errors import StorageUnavailable
+from calotype_shared.storage.s3_errors import error_code, is_transient, unavailable
 
 if TYPE_CHECKING:
     from calotype_shared.settings import Settings
 
 ATTEMPTS = 5
-SAFE_SECONDS = 3_600.0  # an object that is younger may be about to be used: no clean-up touches it
+SAFE_SECONDS = 3_600.0  # younger objects may be about to be used, so no clean-up removes them
 _BACKOFF_SECONDS = (0.4, 5.0)
-_REFUSED = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "403", "401", "InvalidToken"}
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def attempt_folder(job_id: str, attempt: int, token: str) -> str:
-    return f"{job_id}/{attempt}-{token}"
-
-
-def image_key(folder: str, index: int, output_format: OutputFormat) -> str:
-    return f"{folder}/{index}.{output_format.value}"
-
-
-def sidecar_key(folder: str, index: int) -> str:
-    return f"{folder}/{index}.json"
-
-
-def sidecar_of(key: str) -> str:
-    """The provenance beside an image."""
-    return f"{key.rpartition('.')[0]}.json"
-
-
 def _retried(method: Callable[Concatenate[Storage, P], R]) -> Callable[Concatenate[Storage, P], R]:
-    """Repeats a call over passing trouble, and turns the rest into StorageUnavailable with a remedy."""
+    """Retries a call on transient errors, and turns other errors into StorageUnavailable with a remedy."""
 
     @functools.wraps(method)
     def wrapped(self: Storage, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -60,7 +38,7 @@ def _retried(method: Callable[Concatenate[Storage, P], R]) -> Callable[Concatena
             try:
                 return method(self, *args, **kwargs)
             except (BotoCoreError, ClientError) as error:
-                if attempt == self._attempts or not _passing(error):
+                if attempt == self._attempts or not is_transient(error):
                     raise self._unavailable(error) from error
                 time.sleep(pause)
         raise AssertionError("unreachable")
@@ -77,7 +55,7 @@ class StoredObject(NamedTuple):
 
 
 class UnfinishedUpload(NamedTuple):
-    """An object that comes in parts and is not there yet."""
+    """A multipart upload that has not been completed."""
 
     key: str
     id: str
@@ -88,7 +66,7 @@ class Storage:
     """One bucket. Thread-safe; connects at the first call."""
 
     def __init__(self, settings: Settings, *, attempts: int = ATTEMPTS) -> None:
-        """`attempts` at each call, before it raises over passing trouble."""
+        """`attempts` per call before a transient error is raised."""
         self._settings = settings
         self._attempts = attempts
         self._bucket = settings.s3_bucket
@@ -96,10 +74,10 @@ class Storage:
         self._clients: dict[str | None, Any] = {}
 
     def check(self, *, create: bool = False) -> None:
-        """Make sure that the bucket is there and may be used; with `create`, make it when missing.
+        """Check that the bucket exists and can be used; with `create`, create it if it is missing.
 
         Raises:
-            StorageUnavailable: unreachable, refused, or no such bucket: which, and what to do.
+            StorageUnavailable: unreachable, refused, or the bucket does not exist; with the remedy.
         """
         from botocore.exceptions import BotoCoreError, ClientError  # noqa: PLC0415
 
@@ -108,11 +86,11 @@ class Storage:
             try:
                 client.head_bucket(Bucket=self._bucket)
             except ClientError as error:
-                if _code(error) not in ("404", "NoSuchBucket") or not create:
+                if error_code(error) not in ("404", "NoSuchBucket") or not create:
                     raise
                 client.create_bucket(Bucket=self._bucket, **self._location())
         except (BotoCoreError, ClientError) as error:
-            if _code(error) in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
+            if error_code(error) in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
                 return  # another worker was faster
             raise self._unavailable(error) from error
 
@@ -127,14 +105,14 @@ class Storage:
 
     @_retried
     def get_range(self, key: str, start: int, size: int) -> bytes:
-        """At most `size` bytes from `start` on; fewer at the object's end, none behind it."""
+        """At most `size` bytes from `start` on; fewer at the object's end, none after it."""
         from botocore.exceptions import ClientError  # noqa: PLC0415
 
         try:
             window = f"bytes={start}-{start + size - 1}"
             data: bytes = self._client().get_object(Bucket=self._bucket, Key=key, Range=window)["Body"].read()
         except ClientError as error:
-            if _code(error) in ("InvalidRange", "416"):
+            if error_code(error) in ("InvalidRange", "416"):
                 return b""
             raise
         return data
@@ -148,44 +126,39 @@ class Storage:
     def content_type(self, key: str) -> str:
         return str(self._client().head_object(Bucket=self._bucket, Key=key)["ContentType"])
 
-    @_retried
     def exists(self, key: str) -> bool:
-        from botocore.exceptions import ClientError  # noqa: PLC0415
-
-        try:
-            self._client().head_object(Bucket=self._bucket, Key=key)
-        except ClientError as error:
-            if _code(error) in ("404", "NoSuchKey"):
-                return False
-            raise
-        return True
+        return self._head(key) is not None
 
     @_retried
     def now(self) -> float:
         """The storage's clock, to the second."""
         return _date(self._client().head_bucket(Bucket=self._bucket))
 
-    @_retried
     def age(self, key: str) -> float | None:
         """Seconds since an object was written, by the storage's clock; None if there is none."""
+        answer = self._head(key)
+        return None if answer is None else _date(answer) - float(answer["LastModified"].timestamp())
+
+    @_retried
+    def _head(self, key: str) -> Any:
+        """What the storage says of an object; None if there is none."""
         from botocore.exceptions import ClientError  # noqa: PLC0415
 
         try:
-            answer = self._client().head_object(Bucket=self._bucket, Key=key)
+            return self._client().head_object(Bucket=self._bucket, Key=key)
         except ClientError as error:
-            if _code(error) in ("404", "NoSuchKey"):
+            if error_code(error) in ("404", "NoSuchKey"):
                 return None
             raise
-        return _date(answer) - float(answer["LastModified"].timestamp())
 
     @_retried
     def delete(self, key: str) -> None:
-        """Remove an object; none there is fine."""
+        """Delete an object, if it exists."""
         self._client().delete_object(Bucket=self._bucket, Key=key)
 
     @_retried
     def delete_many(self, keys: Sequence[str]) -> None:
-        """Remove up to a thousand objects in one call; those that are not there are fine."""
+        """Delete up to a thousand objects in one call, if they exist."""
         if not keys:
             return
         objects = [{"Key": key} for key in keys]
@@ -193,12 +166,12 @@ class Storage:
         for problem in answer.get("Errors", ()):
             raise StorageUnavailable(
                 f"storage: {problem.get('Key')} could not be removed: {problem.get('Code')} {problem.get('Message')}; "
-                "check that the key may delete objects of this bucket"
+                "check that the access key may delete objects in this bucket"
             )
 
     @_retried
     def begin_upload(self, key: str, content_type: str) -> str:
-        """Start an object that comes in parts; returns the upload's id."""
+        """Start a multipart upload; returns its id."""
         answer = self._client().create_multipart_upload(Bucket=self._bucket, Key=key, ContentType=content_type)
         return str(answer["UploadId"])
 
@@ -218,7 +191,7 @@ class Storage:
         self._client().abort_multipart_upload(Bucket=self._bucket, Key=key, UploadId=upload)
 
     def unfinished_uploads(self) -> Iterator[UnfinishedUpload]:
-        """Objects that come in parts and have not been completed."""
+        """Multipart uploads that have not been completed."""
         marker: Mapping[str, str] = {}
         while True:
             page = self._uploads_page(marker)
@@ -255,14 +228,14 @@ class Storage:
         return self._client().list_objects_v2(Bucket=self._bucket, Prefix=prefix, **token)
 
     def presigned_url(self, key: str, *, expires_seconds: int | None = None) -> str:
-        """A link that lets anyone fetch one object for a while. Made here, without asking the server."""
+        """A presigned link to download one object. Computed locally, without a request."""
         endpoint = self._settings.s3_public_endpoint_url or self._settings.s3_endpoint_url
         expires = expires_seconds or self._settings.url_expires_seconds
         parameters = {"Bucket": self._bucket, "Key": key}
         return str(self._client(endpoint).generate_presigned_url("get_object", Params=parameters, ExpiresIn=expires))
 
     def presigned_put(self, key: str, *, expires_seconds: int) -> str:
-        """A link that lets anyone write one object for a while."""
+        """A presigned link to upload one object."""
         endpoint = self._settings.s3_public_endpoint_url or self._settings.s3_endpoint_url
         parameters = {"Bucket": self._bucket, "Key": key}
         client = self._client(endpoint)
@@ -296,7 +269,7 @@ class Storage:
             config=Config(
                 connect_timeout=5,
                 read_timeout=30,
-                retries={"total_max_attempts": 1},  # ours are jittered and say what failed
+                retries={"total_max_attempts": 1},  # our own retries have jitter and a clear error
                 max_pool_connections=32,
                 signature_version="s3v4",
                 # Virtual-host addressing needs a DNS name a bucket, which self-hosted servers do not have.
@@ -313,38 +286,9 @@ class Storage:
         return {"CreateBucketConfiguration": {"LocationConstraint": self._settings.s3_region}}
 
     def _unavailable(self, error: Exception) -> StorageUnavailable:
-        where = self._settings.s3_endpoint_url or "Amazon S3"
-        code = _code(error)
-        if type(error).__name__ == "NoCredentialsError":
-            problem, remedy = "no keys are set", "set CALOTYPE_S3_ACCESS_KEY_ID and CALOTYPE_S3_SECRET_ACCESS_KEY"
-        elif code in _REFUSED:
-            problem = f"the keys were refused ({code})"
-            remedy = "check CALOTYPE_S3_ACCESS_KEY_ID and CALOTYPE_S3_SECRET_ACCESS_KEY, and the key's rights"
-        elif code == "NoSuchKey":
-            return ObjectMissing(f"storage at {where}: there is no such object; it was deleted, or never written")
-        elif code in ("404", "NoSuchBucket"):
-            problem = f"bucket {self._bucket!r} does not exist"
-            remedy = "create it, or point CALOTYPE_S3_BUCKET at one that does"
-        else:
-            problem, remedy = f"{error}", "check CALOTYPE_S3_ENDPOINT_URL and that the server runs"
-        return StorageUnavailable(f"storage at {where}: {problem}; {remedy}")
+        return unavailable(error, endpoint=self._settings.s3_endpoint_url, bucket=self._bucket)
 
 
 def _date(answer: Any) -> float:
     """When the server answered, by its own clock."""
     return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"]).timestamp()
-
-
-def _code(error: Exception) -> str:
-    """S3's word for what went wrong, or nothing where no answer came."""
-    response = getattr(error, "response", None)
-    return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
-
-
-def _passing(error: Exception) -> bool:
-    """Whether the same call may well succeed a little later: no answer came, or the server said it was busy."""
-    response = getattr(error, "response", None)
-    if not isinstance(response, dict):
-        return type(error).__name__ not in ("NoCredentialsError", "ParamValidationError", "InvalidEndpoint")
-    status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-    return status >= 500 or status == 429 or _code(error) in ("SlowDown", "RequestTimeout", "RequestTimeTooSkewed")

@@ -173,8 +173,7 @@ def test_own_random_numbers(model: PipelineModel) -> None:
 
 
 def test_changed_networks_are_no_one_elses() -> None:
-    """A pipeline that replaces attention processors while it runs gets them for its own calls, and for those alone;
-    also where it is cancelled before it could put them back."""
+    """Attention processors that a pipeline replaces while it runs serve its own calls only, also after a cancel."""
     from diffusers import StableDiffusionPAGPipeline
 
     parts = builders.stable_diffusion()
@@ -186,7 +185,8 @@ def test_changed_networks_are_no_one_elses() -> None:
     plain = [model.plain(request) for request in requests]
     running = batch(model)
     runs = [run_of(model, request) for request in requests]
-    processors = dict(model.modules["unet"].attn_processors)
+    unet: Any = model.modules["unet"]
+    processors = dict(unet.attn_processors)
     with torch.no_grad():
         for run in runs:
             running.join(run)

@@ -52,8 +52,10 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_together_as_alone(name: str) -> None:
-    """Four requests of other prompts, seeds, steps and guidance equal plain diffusers within rounding, in no more calls
-    of the denoiser than the longest of them takes alone; and bit for bit where nothing is merged."""
+    """Four different requests equal plain diffusers within rounding, and bit for bit where nothing is merged.
+
+    They differ in prompt, seed, steps and guidance, and take no more denoiser calls than the longest of them alone.
+    """
     case = CASES[name]
     model = load(case.build(), side=case.side)
     requests = four(model)

@@ -168,7 +168,6 @@ def show(folder: Path, path: Path, count: int = 32) -> None:
 
 def build_copy(vae: Any) -> Any:
     """The autoencoder's copy on the CPU, so that export may change its precision."""
-
     return copy.deepcopy(vae).cpu()
 
 

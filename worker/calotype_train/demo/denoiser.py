@@ -207,7 +207,6 @@ class DenoiserTraining:
 
     def averaged(self) -> tuple[Any, Any]:
         """Copies of U-Net and text encoder with the averaged weights, in float32 on the CPU."""
-
         modules = copy.deepcopy(self.modules).cpu()
         self.average.copy_to(modules)
         return modules["unet"].eval(), modules["text_encoder"].eval()

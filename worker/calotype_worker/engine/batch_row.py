@@ -104,8 +104,11 @@ class Layout:
         return found
 
     def memories(self, members: Sequence[BatchRow]) -> list[RowMemory | None]:
-        """Each row's, at the members' present steps. None for padding, and beside ControlNets, whose scales change from
-        step to step: what was kept would not follow them."""
+        """Each row's, at the members' present steps.
+
+        None for padding, and beside ControlNets, whose scales change from step to step: what was kept would not follow
+        them.
+        """
         found: list[RowMemory | None] = []
         for row, owner in enumerate(self.owners):
             own = None
@@ -148,8 +151,11 @@ def layout(members: Sequence[BatchRow], *, buckets: Sequence[int], device: torch
 
 
 def stack(rows: Sequence[Conditioning], device: torch.device) -> Conditioning:
-    """Rows' tensors of each name, stacked. Where first dimensions differ, the shorter are padded with zeros and
-    `{name}_mask`, (R, length) float32, is 1 on what is real: masked attention gives a row what it has alone."""
+    """Rows' tensors of each name, stacked.
+
+    Where first dimensions differ, the shorter are padded with zeros and `{name}_mask`, (R, length) float32, is 1 on
+    what is real: masked attention gives a row what it has alone.
+    """
     stacked = {}
     for name in rows[0]:
         tensors = [row[name].to(device) for row in rows]

@@ -121,7 +121,9 @@ class CompiledStep:
             if is_fatal(error) or is_out_of_memory(error):
                 raise
             self.broken = True
-            log.exception("a compiled step failed; this model goes on without", extra={"model": self._model.card.name})
+            log.exception(
+                "compiled step failed; the model continues without compilation", extra={"model": self._model.card.name}
+            )
             return None
         # Clones: a CUDA graph writes its next results over these.
         state_, guided, inputs = (result[:count].clone() for result in results)

@@ -82,7 +82,7 @@ class Decoder:
     def _decode(self, chosen: Sequence[Finished]) -> list[np.ndarray]:
         latents = torch.stack([finished.latents for finished in chosen])
         if not latents.isfinite().all():
-            # Found one by one when the batch is split, so only the bad one fails.
+            # The batch is then split, so that only the latents at fault fail.
             raise GenerationFailed(
                 "the network's output was not finite (NaN or infinity); "
                 "use a lower guidance_scale or another sampler, or run the model in float32 or bfloat16"

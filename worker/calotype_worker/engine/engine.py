@@ -70,8 +70,7 @@ class Engine:
         self._on_preview = on_preview
         self._tables = tables or TableCache()
         self._trace = trace or NoopTracer()
-        self._wake = threading.Condition()  # guards the five below
-        self._errands: deque[tuple[Callable[[], None], Future[None]]] = deque()
+        self._wake = threading.Condition()  # guards the four below
         self._inbox: deque[RequestState] = deque()
         self._cancelled: set[str] = set()
         self._states: dict[str, RequestState] = {}  # every request not yet resolved
@@ -105,6 +104,8 @@ class Engine:
             limits=self._budgets.limit,
             steps_until_next=self._steps_until_next,
         )
+        self._profile_seconds: float | None = None
+        self._profiled: Future[None] = Future()
         self._threads = torch.get_num_threads()  # of the engine's own operators; others' threads may choose fewer
         self._thread = threading.Thread(target=self._main, name="calotype-engine", daemon=True)
 
@@ -192,42 +193,23 @@ class Engine:
         return 1 if isinstance(found, PipelineModel) or not guided or found.embedded_guidance else 2
 
     def profile(self, *, seconds: float) -> list[Profile]:
-        """Measure steps of the models' native sizes, and keep row budgets at the knee from now on.
+        """Start the engine, measuring steps of the models' native sizes first; row budgets are then at the knee.
 
-        Starts the engine; requests wait meanwhile. Takes about `seconds` in all and, with graphs to compile, as long as
-        they need. Not in deterministic mode, where the number of rows must not depend on a measurement.
+        Takes about `seconds` in all and, with graphs to compile, as long as they need. Does nothing in deterministic
+        mode, where the number of rows must not depend on a measurement. If measuring fails, its error is raised, and
+        the engine runs with the budgets of its settings, unless the device is lost.
 
         Raises:
-            GenerationFailed: the engine is stopping or its device is lost.
+            GenerationFailed: the engine has been started already.
         """
         if self.settings.deterministic:
             return []
-        whole = self.settings.compile == "reduce-overhead"
-
-        def measure() -> None:
-            profile_models(
-                self.models,
-                self._budgets,
-                seconds=seconds,
-                sizes=buckets_up_to if whole else sizes_up_to,
-                tables=self._tables,
-                admission=self._admission,
-                make_batch=self._make_batch,
-            )
-
+        if self._thread.ident is not None:
+            raise GenerationFailed("the engine has been started already; profile it instead of starting it")
+        self._profile_seconds = seconds
         self.start()
-        self._in_thread(measure)
+        self._profiled.result()
         return self.profiles
-
-    def _in_thread(self, work: Callable[[], None]) -> None:
-        """Have the engine's thread do it between two steps: CUDA graphs are of the thread that recorded them."""
-        done: Future[None] = Future()
-        with self._wake:
-            if self._stop_at is not None or not self.alive:
-                raise GenerationFailed("the engine is not running")
-            self._errands.append((work, done))
-            self._wake.notify()
-        done.result()
 
     @property
     def profiles(self) -> list[Profile]:
@@ -260,21 +242,42 @@ class Engine:
         try:
             work_on(self._device)
             with torch.inference_mode():
+                if self._profile_seconds is not None:
+                    self._measure(self._profile_seconds)
                 while self._take_turn():
                     pass
         except BaseException as error:
-            log.exception("engine lost its device or met a bug; every request in it fails")
+            log.exception("engine stopped by a lost device or an unexpected error; all its requests fail")
             self._abandon(GenerationFailed(f"the engine stopped: {error}; the job can run on another worker"))
             if self._on_fatal is not None:
                 self._on_fatal(error)
         else:
             self._abandon(None)
 
+    def _measure(self, seconds: float) -> None:
+        """In this thread, as CUDA graphs belong to the thread that recorded them."""
+        try:
+            profile_models(
+                self.models,
+                self._budgets,
+                seconds=seconds,
+                sizes=buckets_up_to if self.settings.compile == "reduce-overhead" else sizes_up_to,
+                tables=self._tables,
+                admission=self._admission,
+                make_batch=self._make_batch,
+            )
+        except Exception as error:
+            self._profiled.set_exception(error)
+            if is_fatal(error):
+                raise
+        else:
+            self._profiled.set_result(None)
+
     def _take_turn(self) -> bool:
         """One round of the loop. False when the engine should end."""
         waited = time.monotonic()
         with self._wake:
-            while not (self._errands or self._inbox or self._cancelled or len(self._scheduler) or len(self._decoder)):
+            while not (self._inbox or self._cancelled or len(self._scheduler) or len(self._decoder)):
                 if self._stop_at is not None:
                     return False
                 self._wake.wait()
@@ -286,8 +289,6 @@ class Engine:
         self._trace.span("engine", "idle", waited, now)
         if stop_at is not None and time.monotonic() >= stop_at:
             return False
-        while self._errands:
-            _run_errand(*self._errands.popleft())
         for state in fresh:
             self._scheduler.add(state.id, state.group, state.rows, interactive=state.request.interactive)
         self._drop(cancelled)
@@ -374,7 +375,6 @@ class Engine:
                 self._fail(state, error)
                 continue
             state.admitted = state.admitted or began
-            self._counters.wait_seconds += began - state.submitted
             self._trace.wait("waiting for a place", state.id, state.submitted, began)
             state.encode_seconds += seconds
             ready.append(state.row)
@@ -415,7 +415,6 @@ class Engine:
         began = time.monotonic()
         for state in admitted:
             state.admitted = began
-            self._counters.wait_seconds += began - state.submitted
         self._pipelines.admit(model, group, admitted)
         report = self._pacer.step(group, lambda: self._pipelines.step(group))
         if report is None:
@@ -509,26 +508,14 @@ class Engine:
         with self._wake:
             self._stop_at = self._stop_at or 0.0
             states, self._states = list(self._states.values()), {}
-            errands, self._errands = self._errands, deque()
             self._inbox.clear()
-        for _, done in errands:
-            done.set_exception(error or GenerationFailed("the engine has stopped"))
+        if self._profile_seconds is not None and not self._profiled.done():
+            self._profiled.set_exception(error or GenerationFailed("the engine has stopped"))
         for state in states:
             if error is None:
                 state.future.cancel()
             else:
                 state.resolve(error)
-
-
-def _run_errand(work: Callable[[], None], done: Future[None]) -> None:
-    try:
-        work()
-    except Exception as error:
-        done.set_exception(error)
-        if is_fatal(error):
-            raise
-    else:
-        done.set_result(None)
 
 
 def _said(error: Exception, request: GenerationRequest) -> str:

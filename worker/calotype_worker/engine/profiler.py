@@ -59,7 +59,8 @@ def profile_models(
         profile = Profile(model=model.card.name, width=width, height=height, points=points, shared=shared)
         if profile.disturbed:
             log.warning(
-                "profile disturbed: the processor is busy", extra={"model": profile.model, "rows": points[-1].rows}
+                "profile disturbed: the processor is used by other processes",
+                extra={"model": profile.model, "rows": points[-1].rows},
             )
         return shape[1:], profile
 

@@ -154,14 +154,14 @@ def prepare(request: GenerationRequest, pool: ModelPool, tables: TableCache, *, 
         stages.append(_stage(request, refiner, tables, generator, cut=Trajectory.taking_over, first=False, exact=exact))
         if not all(stage.row.total_steps for stage in stages):
             raise InvalidRequest(
-                f"leaves no step to {'it' if stages[0].row.total_steps else 'the model before it'}",
+                f"leaves no step for {'the refiner' if stages[0].row.total_steps else 'the base model'}",
                 field="refiner.start",
                 value=request.refiner_start,
-                remedy="use a start nearer the middle, or more steps",
+                remedy="use a start closer to 0.5, or more steps",
             )
         if stages[0].group.latent_shape != stages[1].group.latent_shape:
             raise InvalidRequest(
-                f"its latents are {stages[1].group.latent_shape} and those of {model.card.name!r} "
+                f"its latents have shape {stages[1].group.latent_shape}, and those of {model.card.name!r} "
                 f"{stages[0].group.latent_shape}",
                 field="refiner",
                 value=request.refiner,
@@ -279,10 +279,10 @@ def _check_pixels(request: GenerationRequest) -> None:
     for name, image in images.items():
         if image is not None and image.shape[:2] != (request.height, request.width):
             raise InvalidRequest(
-                f"is {image.shape[1]}x{image.shape[0]} pixels and the request {request.width}x{request.height}",
+                f"has {image.shape[1]}x{image.shape[0]} pixels, and the request {request.width}x{request.height}",
                 field=name,
                 value=image.shape,
-                remedy="fit it to the request's size first",
+                remedy="resize it to the request's size first",
             )
 
 

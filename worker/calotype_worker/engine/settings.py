@@ -10,7 +10,9 @@ from calotype_worker.engine.compiled import CompileMode
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
-    """`max_rows` is for images of the model's native area and shrinks as the area grows; `Engine.profile` may find
+    """How many rows a step batch has, and what is given up for that or for the same bits.
+
+    `max_rows` is for images of the model's native area and shrinks as the area grows; `Engine.profile` may find
     that fewer serve as well. `row_buckets` pads every forward pass to one of a few sizes, for compiled graphs.
     `deterministic` makes an image the same bit for bit whatever stood beside it, by one fixed number of rows (a power
     of two): costly at low load. Where the device's memory is too small for that number, a smaller one is used from then
@@ -29,10 +31,10 @@ class EngineSettings:
     def __post_init__(self) -> None:
         if self.deterministic and self.compile != "off":
             raise InvalidRequest(
-                "a compiled graph's bits depend on the number of rows",
+                "compiled graphs are not bit-identical for different numbers of rows",
                 field="compile",
                 value=self.compile,
-                remedy="leave it off, or do without deterministic",
+                remedy="turn off compile or deterministic",
             )
         for name, value, least in (
             ("max_rows", self.max_rows, 2),  # a guided request alone needs two

@@ -37,7 +37,6 @@ class EngineStats:
     out_of_memory: int = 0  # passes that the device had too little memory for
     compiled_passes: int = 0  # forward passes that ran as a compiled graph
     in_flight: int = 0  # requests submitted and not yet resolved
-    wait_seconds: float = 0.0  # of requests for a place, summed
     encode_seconds: float = 0.0
     step_seconds: float = 0.0  # network, guidance and sampler
     decode_seconds: float = 0.0

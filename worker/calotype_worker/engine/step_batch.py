@@ -179,8 +179,10 @@ class StepBatch:
         return result
 
     def _predict(self, rows: Rows, *, useful: int) -> torch.Tensor:
-        """The network on all rows at once, or, where they do not fit into memory, in parts of as many as do. Parts that
-        are padding alone are left out."""
+        """The network on all rows at once, or, where they do not fit into memory, in parts of as many as do.
+
+        Parts that are padding alone are left out.
+        """
         count, most = len(rows.latents), self._limit.current
         needed = min(count, -(-useful // most) * most)
 

@@ -21,7 +21,9 @@ import torch
 from PIL import Image
 
 from calotype_shared.schema.config import ControlUse, LoraUse
-from calotype_worker.inprocess.diffusion import DiffusionModel, DiffusionPipeline, GenerationConfig, ImageInput
+from calotype_worker.inprocess.diffusion import DiffusionModel, GenerationConfig
+from calotype_worker.inprocess.image_input import ImageInput
+from calotype_worker.inprocess.pipeline import DiffusionPipeline
 from calotype_worker.models import Adapters
 
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}

@@ -14,7 +14,6 @@ the one that a job with the same config gives.
 
 from __future__ import annotations
 
-import io
 import threading
 import uuid
 from collections import OrderedDict
@@ -31,17 +30,16 @@ from pydantic import ConfigDict, ValidationError
 
 from calotype_shared.errors import InvalidRequest
 from calotype_shared.schema import config as shared
-from calotype_shared.schema.config import quality_preset
 from calotype_shared.schema.model_card import ModelCard
 from calotype_shared.schema.refusal import invalid_request
 from calotype_shared.schema.resolve import ResolvedConfig, resolve
 from calotype_shared.storage.images import fitted, normalize_image, open_upload
 from calotype_worker.engine import Engine, EngineSettings, Generated, GenerationRequest
+from calotype_worker.inprocess.image_input import ImageInput, image_bytes, mask_bytes
 from calotype_worker.models import Accelerations, Adapters, Memory, ModelPool, StepModel, load_model
 from calotype_worker.request import Mesh
 from calotype_worker.threads import apart
 
-ImageInput = np.ndarray | Image.Image | str | Path | bytes  # uint8 (H, W, 3), or an image file or its bytes
 KEPT_UPLOADS = 256
 
 
@@ -170,7 +168,7 @@ class DiffusionModel:
         fields["init_image"] = self.upload(image, field="init_image")
         width, height = self._uploads[fields["init_image"]].size
         if mask is not None:
-            fields["mask_image"] = self._keep(_mask_pixels(mask), "mask_image")
+            fields["mask_image"] = self._keep(mask_bytes(mask), "mask_image")
         multiple = self.card.size_multiple
         fields.setdefault("width", max(multiple, width // multiple * multiple))
         fields.setdefault("height", max(multiple, height // multiple * multiple))
@@ -184,7 +182,7 @@ class DiffusionModel:
         Raises:
             InvalidRequest: it is no image, or too large.
         """
-        return self._keep(_pixels(image), field)
+        return self._keep(image_bytes(image), field)
 
     def _keep(self, data: bytes, field: str) -> str:
         upload_id, stored = normalize_image(data, field=field)
@@ -216,7 +214,10 @@ class DiffusionModel:
         for upload in config.uploads:
             if upload not in self._uploads:
                 raise InvalidRequest(
-                    "no such upload", field="upload", value=upload, remedy="give the image to DiffusionModel.upload"
+                    "does not exist",
+                    field="upload",
+                    value=upload,
+                    remedy="pass the image to DiffusionModel.upload first",
                 )
             is_mask = upload == config.mask_image and upload != config.init_image
             found[upload] = np.array(fitted(self._uploads[upload], config.width, config.height, mask=is_mask))
@@ -285,86 +286,6 @@ class DiffusionModel:
                 self._engine = Engine(ModelPool([model]), self._settings)
                 self._engine.start()
             return self._engine
-
-
-class DiffusionPipeline:
-    """The common tasks in one call each."""
-
-    def __init__(self, model: DiffusionModel | str = "demo", **options: Any) -> None:
-        """`options` are `DiffusionModel`'s where a name is given."""
-        self.model = DiffusionModel(model, **options) if isinstance(model, str) else model
-
-    def text_to_image(self, prompt: str, num_images: int = 1, **fields: Any) -> list[GeneratedImage]:
-        """`num_images` images of a prompt, made together; image i has the seed plus i.
-
-        `fields` are any of `GenerationConfig`'s. Raises InvalidRequest, GenerationFailed.
-        """
-        return self.model.generate_batch([GenerationConfig(prompt=prompt, num_images=num_images, **fields)])
-
-    def get_optimal_config(self, quality: str = "balanced") -> GenerationConfig:
-        """The steps and guidance of "fast", "balanced" or "high"; give it a prompt before use."""
-        return GenerationConfig(prompt="", **quality_preset(quality))
-
-    def to(self, device: str) -> Self:
-        self.model.to(device)
-        return self
-
-    def enable_attention_slicing(self) -> None:
-        """Attention in parts: slower, with less memory."""
-        self.model.set_memory(attention_slicing=True)
-
-    def enable_vae_slicing(self) -> None:
-        """Images of a batch are decoded one by one."""
-        self.model.set_memory(vae_slicing=True)
-
-    def enable_vae_tiling(self) -> None:
-        """Large images are decoded in overlapping tiles, which can show."""
-        self.model.set_memory(vae_tiling=True)
-
-    def enable_model_cpu_offload(self) -> None:
-        """Only the part at work is on the GPU."""
-        self.model.set_memory(offload="model")
-
-    def enable_sequential_cpu_offload(self) -> None:
-        """Only the layer at work is on the GPU: the least memory, and by far the slowest."""
-        self.model.set_memory(offload="sequential")
-
-
-# ---- images that go in
-
-
-def _pixels(image: ImageInput) -> bytes:
-    """An image as the bytes of a file."""
-    if isinstance(image, bytes):
-        return image
-    if isinstance(image, (str, Path)):
-        return Path(image).read_bytes()
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim not in (2, 3):
-            raise InvalidRequest(
-                f"is {image.dtype} {image.shape}",
-                field="image",
-                value="an array",
-                remedy="give uint8 (H, W, 3), 0 to 255",
-            )
-        image = Image.fromarray(image)
-    return _png(image)
-
-
-def _mask_pixels(mask: ImageInput) -> bytes:
-    """A mask as the bytes of a file: an array of 0 and 1 (or booleans) counts as black and white."""
-    if not isinstance(mask, np.ndarray):
-        return _pixels(mask)
-    flat = mask[..., 0] if mask.ndim == 3 else mask
-    if mask.dtype == np.bool_ or flat.max(initial=0) <= 1:
-        flat = np.asarray(flat, dtype=np.float64).clip(0, 1) * 255
-    return _pixels(np.asarray(flat).round().astype(np.uint8))
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def _generated(config: ResolvedConfig, made: Generated) -> GeneratedImage:

@@ -107,7 +107,7 @@ class UploadQueue:
                     file.data = None
             self._waiting.put_nowait(pending)
         except (OSError, Full) as error:
-            log.warning("no room to spool", extra={"job_id": pending.job.claim.job_id, "reason": str(error)})
+            log.warning("images cannot be spooled", extra={"job_id": pending.job.claim.job_id, "reason": str(error)})
             return False
         log.info("images spooled", extra={"job_id": pending.job.claim.job_id, "bytes": self._spool.used})
         return True
@@ -138,7 +138,9 @@ class UploadQueue:
         try:
             self._storage.delete_many([file.key for file in pending.files if file.tried])
         except StorageUnavailable as error:
-            log.warning("orphans left", extra={"job_id": pending.job.claim.job_id, "reason": str(error)})
+            log.warning(
+                "orphaned objects left in storage", extra={"job_id": pending.job.claim.job_id, "reason": str(error)}
+            )
 
     def forget(self, pending: PendingResult) -> None:
         """Remove the pending's files from disk."""
@@ -159,7 +161,7 @@ class UploadQueue:
 
     def _gone(self, error: StorageUnavailable) -> None:
         if self._away_until == 0.0:
-            log.warning("storage is away", extra={"reason": str(error)})
+            log.warning("storage unavailable", extra={"reason": str(error)})
         self._away_until = time.monotonic() + _AWAY_SECONDS
 
     def _work(self) -> None:
@@ -171,4 +173,4 @@ class UploadQueue:
             try:
                 self._finish(pending)
             except Exception:  # this thread must not die
-                log.exception("the outbox met a bug")
+                log.exception("unexpected error in the upload queue")

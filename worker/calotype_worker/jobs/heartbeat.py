@@ -133,7 +133,7 @@ class Heartbeat:
                 log.warning("heartbeat missed", extra={"reason": str(error)})
                 self._stopped.wait(full_jitter(_BACKOFF_SECONDS))
             except Exception:  # this thread must not die: the leases of good jobs depend on it
-                log.exception("heartbeat met a bug")
+                log.exception("unexpected error in the heartbeat")
 
     def _show_progress(self) -> None:
         updates = []
@@ -167,7 +167,7 @@ class Heartbeat:
             except ServiceUnavailable:
                 self._stopped.wait(full_jitter(_BACKOFF_SECONDS))  # the heartbeat tells of it
             except Exception:
-                log.exception("the listener for news met a bug")
+                log.exception("unexpected error while listening for events")
                 self._stopped.wait(_BACKOFF_SECONDS)
 
     def _heard(self, news: News | None) -> None:

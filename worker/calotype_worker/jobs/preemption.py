@@ -76,9 +76,9 @@ class Metadata:
             cut.cancel()
             connection.close()
         if time.monotonic() >= ends:  # it may have been cut off, and so be a part
-            raise TimeoutError(f"{path}: no whole answer in {_ANSWER_SECONDS:g} s")
+            raise TimeoutError(f"{path}: no complete response within {_ANSWER_SECONDS:g} s")
         if len(body) > _LARGEST_ANSWER:
-            raise ValueError(f"{path}: an answer of more than {_LARGEST_ANSWER} bytes")
+            raise ValueError(f"{path}: the response has more than {_LARGEST_ANSWER} bytes")
         return answer.status, body.decode()
 
     def text(self, path: str, headers: Mapping[str, str], *, method: str = "GET") -> str:
@@ -95,7 +95,7 @@ class AwsNotice:
     A rebalance recommendation is no notice: the machine may stay for hours after it.
     """
 
-    _TOKEN_HEADER = "X-aws-ec2-metadata-token"
+    _TOKEN_HEADER = "X-aws-ec2-metadata-token"  # noqa: S105 - a name
 
     def __init__(self, metadata: Metadata) -> None:
         self._metadata = metadata
@@ -116,7 +116,7 @@ class AwsNotice:
             raise ValueError(f"{path}: status {status}")
         said = json.loads(body)
         if not isinstance(said, dict) or not isinstance(said.get("action"), str):
-            raise ValueError(f"{path}: {body[:100]!r} names no action")
+            raise ValueError(f"{path}: {body[:100]!r} has no action")
         # Hibernation begins at once. More than two minutes would be a wrong clock.
         left = 0.0 if said["action"] == "hibernate" else _seconds_until(said.get("time"), datetime.fromisoformat)
         return Notice(where="aws", seconds_left=min(left, _AWS_SECONDS))
@@ -174,7 +174,7 @@ class AzureNotice:
     def _is_about_us(self, event: dict[str, Any]) -> bool:
         resources = event.get("Resources")
         if not isinstance(resources, list):
-            raise ValueError(f"an event whose resources are {str(resources)[:100]!r}")
+            raise ValueError(f"an event's Resources is not a list: {str(resources)[:100]!r}")
         if self._name is None:
             path = "/metadata/instance/compute/name?api-version=2021-02-01&format=text"
             self._name = self._metadata.text(path, self._HEADERS).strip().lower()
@@ -191,7 +191,7 @@ class FileNotice:
         try:
             found = self._path.stat()
             if not stat.S_ISREG(found.st_mode):
-                raise ValueError(f"{self._path} is no regular file")
+                raise ValueError(f"{self._path} is not a regular file")
             with self._path.open("rb") as file:
                 said = float(file.read(32))
         except FileNotFoundError:
@@ -240,7 +240,7 @@ class Watcher:
             kind = type(error).__name__
             if kind not in self._complained:
                 self._complained.add(kind)
-                log.warning("cannot tell whether this machine goes", extra={"reason": f"{kind}: {error}"[:300]})
+                log.warning("preemption notices cannot be read", extra={"reason": f"{kind}: {error}"[:300]})
 
 
 def _cut(connection: socket.socket) -> None:

@@ -48,7 +48,7 @@ class Previews:
             except ServiceUnavailable:
                 continue  # the heartbeat tells of it
             except Exception:
-                log.exception("a preview met a bug")
+                log.exception("unexpected error in a preview")
 
 
 def _jpeg(pixels: np.ndarray) -> bytes:

@@ -63,7 +63,7 @@ class Reaper:
             except ServiceUnavailable:
                 continue  # the heartbeat tells of it
             except Exception:
-                log.exception("the reaper met a bug")
+                log.exception("unexpected error in the reaper")
 
     def _tell(self, reaped: Reaped) -> None:
         self._counters.count(names.LEASE_REAPS, "requeued", by=len(reaped.requeued))

@@ -88,7 +88,7 @@ class JobRunner:
         self._uploads.start()
 
     @property
-    def storage_away(self) -> bool:
+    def storage_unavailable(self) -> bool:
         """Whether images wait for the storage."""
         return self._uploads.away
 
@@ -128,7 +128,7 @@ class JobRunner:
         try:
             self._store.push_message(queue)
         except RedisUnavailable as error:
-            log.warning("message not given back", extra={"queue": queue, "reason": str(error)})  # the reaper will see
+            log.warning("message not returned", extra={"queue": queue, "reason": str(error)})  # the reaper will see
 
     def _next(self, queue: str) -> None:
         """Claim and work; again after a job that not every worker takes, for others of its kind may be left in line."""

@@ -20,8 +20,9 @@ _TURN_SECONDS = 0.1  # to wait for other claims: where Redis hangs, they would a
 
 
 class SizeAffinity:
-    """For any thread. `budget(model, width, height)` is how many rows may run together, `rows(model, guided)` how many
-    an image takes.
+    """For any thread. Prefers jobs of the sizes that run already.
+
+    `budget(model, width, height)` is how many rows may run together, `rows(model, guided)` how many an image takes.
 
     Queues that are `unmoved`, the urgent ones, are claimed strictly in order; what is claimed there counts as running.
     """

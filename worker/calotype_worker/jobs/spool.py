@@ -44,7 +44,7 @@ class Spool:
         """Keep a file. Raises SpoolFull, or OSError where the disk is full; then nothing is kept."""
         with self._lock:
             if self._used + len(data) > self.max_bytes:
-                raise SpoolFull(errno.ENOSPC, f"the spool holds {self._used} of {self.max_bytes} bytes")
+                raise SpoolFull(errno.ENOSPC, f"the spool is full: {self._used} of {self.max_bytes} bytes are used")
             self._used += len(data)
         path = self.folder / uuid.uuid4().hex
         try:

@@ -68,24 +68,24 @@ class Accelerations:
         cache = next((name for name, value in named.items() if value not in (0, 1)), "")
         if deterministic and cache:
             raise InvalidRequest(
-                "runs blocks for a part of the rows, so that bits depend on the company",
+                "runs blocks for some of the rows only, so that bits depend on batch composition",
                 field=cache,
                 value=named[cache],
-                remedy="leave it off, or do without deterministic",
+                remedy="turn it off, or turn off deterministic",
             )
         if deterministic and self.token_merging:
             raise InvalidRequest(
-                "sums merged tokens in an order that a GPU does not promise, and a last bit decides who is merged",
+                "sums merged tokens in an order that is not fixed on a GPU, so that bits can differ",
                 field="token_merging",
                 value=self.token_merging,
-                remedy="leave it off, or do without deterministic",
+                remedy="turn it off, or turn off deterministic",
             )
         if compiled and cache:
             raise InvalidRequest(
-                "decides row by row what to run, which a compiled graph cannot",
+                "decides for each row what to run, which a compiled graph cannot do",
                 field=cache,
                 value=named[cache],
-                remedy="leave it off, or do without compile",
+                remedy="turn it off, or turn off compile",
             )
 
 

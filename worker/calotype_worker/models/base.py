@@ -85,8 +85,10 @@ def _chosen(items: Sequence[Any], chosen: slice | Sequence[int]) -> Sequence[Any
 
 @runtime_checkable
 class StepModel(Protocol):
-    """A latent diffusion model that can be called one denoising step at a time. Called by the engine's thread only,
-    but for what says otherwise."""
+    """A latent diffusion model that can be called one denoising step at a time.
+
+    Called by the engine's thread only, but for what says otherwise.
+    """
 
     card: ModelCard
     device: torch.device
@@ -144,8 +146,10 @@ class StepModel(Protocol):
         ...
 
     def encode_images(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation of the latents of images (B, 3, H, W) in -1..1: each (B, C, h, w) float32,
-        scaled like the latents that the sampler works on."""
+        """Mean and standard deviation of the latents of images (B, 3, H, W) in -1..1.
+
+        Each (B, C, h, w) float32, scaled like the latents that the sampler works on.
+        """
         ...
 
     def decode(self, latents: torch.Tensor) -> np.ndarray:

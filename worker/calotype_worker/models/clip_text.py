@@ -60,7 +60,7 @@ class ClipText:
         windows = len(tokens) // self.window_tokens
         if windows > MAX_WINDOWS:
             raise InvalidRequest(
-                f"fills {windows} windows of {self.window_tokens} tokens",
+                f"needs {windows} windows of {self.window_tokens} tokens",
                 field=field,
                 value=prompt,
                 remedy=f"shorten it to {MAX_WINDOWS} windows, about {MAX_WINDOWS * (self.window_tokens - 2)} tokens",

@@ -33,8 +33,8 @@ def load_controlnets(sources: Mapping[str, str], *, dtype: torch.dtype, cross_at
             ) from error
         if net.config.cross_attention_dim != cross_attention_dim:
             raise ModelLoadError(
-                f"ControlNet {name!r} reads text of {net.config.cross_attention_dim} features and the model has "
-                f"{cross_attention_dim}; it was trained for another one"
+                f"ControlNet {name!r} expects text embeddings of width {net.config.cross_attention_dim}, the model has "
+                f"{cross_attention_dim}; use one that was trained for this model"
             )
         nets[name] = net.eval()
     return nets

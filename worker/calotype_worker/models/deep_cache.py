@@ -47,8 +47,8 @@ class DeepCache:
         kinds = [type(block).__name__ for block in outermost]
         if not outermost or len(unet.up_blocks) < 2 or not set(kinds) <= set(_KNOWN):
             raise ModelLoadError(
-                f"model {name!r}: deep_cache={every} is for the U-Nets of Stable Diffusion 1.x, 2.x and XL, and this "
-                f"one has a {type(unet).__name__}; leave it off for this model (transformers have first_block_cache)"
+                f"model {name!r}: deep_cache={every} needs a U-Net of Stable Diffusion 1.x, 2.x or XL, and this model "
+                f"has a {type(unet).__name__}; leave it off for this model (use first_block_cache for transformers)"
             )
         self._unet = unet
         self._every = every

@@ -53,9 +53,9 @@ class FirstBlockCache:
         kind = BLOCKS.get(type(transformer).__name__)
         if kind is None:
             raise ModelLoadError(
-                f"model {name!r}: first_block_cache={threshold:g} is for the transformers of Stable Diffusion 3 and "
-                f"Flux, and this one has a {type(transformer).__name__}; leave it off for this model (U-Nets have "
-                "deep_cache)"
+                f"model {name!r}: first_block_cache={threshold:g} needs a transformer of Stable Diffusion 3 or "
+                f"Flux, and this model has a {type(transformer).__name__}; leave it off for this model (use "
+                "deep_cache for U-Nets)"
             )
         self._blocks: Blocks = kind(transformer)
         self._threshold = threshold

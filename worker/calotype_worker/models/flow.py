@@ -39,8 +39,8 @@ class FlowModel(LatentModel):
         unread = [*setup.adapters.embeddings, *setup.adapters.controls]
         if unread:
             raise ModelLoadError(
-                f"model {setup.card.name!r}: {', '.join(unread)}: {setup.card.family} takes LoRAs, but no textual "
-                "inversions or ControlNets; leave them out, or register them for another model as MODEL/NAME=FILE"
+                f"model {setup.card.name!r}: {', '.join(unread)}: {setup.card.family} supports LoRAs, but no textual "
+                "inversions or ControlNets; leave them out, or register them for another model with MODEL/NAME=FILE"
             )
         super().__init__(pipeline, setup, denoiser=denoiser, text_encoders=text_encoders)
 

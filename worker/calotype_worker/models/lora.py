@@ -79,7 +79,7 @@ class LoraBank:
         """
         if name not in self._files:
             raise InvalidRequest(
-                "no LoRA of that name",
+                "is not a registered LoRA",
                 field="loras",
                 value=name,
                 remedy=f"use one of: {', '.join(self.names) or 'none registered'}; or start the worker with "
@@ -114,7 +114,7 @@ class LoraBank:
         except Exception as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ModelLoadError(
-                f"LoRA {name!r}: {path.name!r} could not be read: {reason}; give a LoRA in safetensors form"
+                f"LoRA {name!r}: {path.name!r} could not be read: {reason}; give a safetensors file"
             ) from error
         adapted = {}
         for (component, written_path), layer in layers.items():
@@ -122,7 +122,7 @@ class LoraBank:
             if found is None or not _fits(found[1], layer):
                 raise ModelLoadError(
                     f"LoRA {name!r}: layer {component}.{written_path} does not fit this model; "
-                    "it was trained for another one"
+                    "use one that was trained for it"
                 )
             module_path, module = found
             weight = cast("torch.Tensor", module.weight)
@@ -164,7 +164,7 @@ def _read_layers(
     """A LoRA file in any spelling that diffusers reads (its own, peft's, kohya's), layer by layer."""
     if path.suffix != ".safetensors":
         raise ModelLoadError(
-            f"LoRA {path.name!r} is not a .safetensors file, and pickles are never opened; convert it with "
+            f"LoRA {path.name!r} is not a .safetensors file, and pickle files are never opened; convert it with "
             "safetensors.torch.save_file"
         )
     unet = components.get("unet")
@@ -194,7 +194,7 @@ def _read_layers(
                 scale=_scale(component, module_path, down.shape[0], alpha=alpha, metadata=metadata),
             )
     if not layers:
-        raise ModelLoadError(f"LoRA {path.name!r} holds no LoRA layers for this model; it was trained for another one")
+        raise ModelLoadError(f"LoRA {path.name!r} has no LoRA layers for this model; use one that was trained for it")
     return layers
 
 

@@ -28,11 +28,11 @@ class ModelPool:
             InvalidRequest: two models of one name, none at all, or one larger than the budget.
         """
         if not models:
-            raise InvalidRequest("an engine needs a model", field="models", value=[], remedy="give at least one")
+            raise InvalidRequest("is empty", field="models", value=[], remedy="give at least one model")
         self._models = {model.card.name: model for model in models}
         if len(self._models) < len(models):
             names = [model.card.name for model in models]
-            raise InvalidRequest("two have one name", field="models", value=names, remedy="name them apart")
+            raise InvalidRequest("has duplicate names", field="models", value=names, remedy="use unique names")
         self._budget = memory_budget
         self._resident: OrderedDict[str, None] = OrderedDict()  # the next to leave first
         self.moves = 0  # times a model was brought back
@@ -71,7 +71,7 @@ class ModelPool:
             return self.first
         if name not in self._models:
             raise InvalidRequest(
-                "this worker does not serve it", field="model", value=name, remedy=f"use {', '.join(self._models)}"
+                "is not served by this worker", field="model", value=name, remedy=f"use {', '.join(self._models)}"
             )
         return self._models[name]
 

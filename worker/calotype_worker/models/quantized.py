@@ -23,19 +23,18 @@ def quantize(network: torch.nn.Module, kind: Quantized, *, device: torch.device,
     """
     if kind == "float8" and not _has_float8(device):
         raise ModelLoadError(
-            f"model {name!r}: quantized=float8 on device {str(device)!r}: it wants an NVIDIA GPU of compute capability "
-            "8.9 or newer (Ada, Hopper); use quantized=int8, or such a device"
+            f"model {name!r}: quantized=float8 on device {str(device)!r} needs an NVIDIA GPU of compute capability "
+            "8.9 or newer (Ada, Hopper); use such a GPU, or quantized=int8"
         )
     if offload == "sequential":
         raise ModelLoadError(
-            f"model {name!r}: quantized={kind} with offload=sequential: offloaded layers hold no weights to quantize; "
-            "use offload=model or none"
+            f"model {name!r}: quantized={kind} cannot be combined with offload=sequential; use offload=model or none"
         )
     try:
         from torchao import quantization  # noqa: PLC0415 - an optional extra, and seconds to import
     except ImportError as error:
         raise ModelLoadError(
-            f"model {name!r}: quantized={kind} needs torchao, which is not installed ({error}); "
+            f"model {name!r}: quantized={kind} needs torchao, which is not installed ({error}); run: "
             "pip install 'calotype[quantized]'"
         ) from error
     config = {

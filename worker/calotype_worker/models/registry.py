@@ -82,7 +82,7 @@ def resolve_source(name: str, source: str | None) -> str:
     if name == "demo":
         return str(demo_folder())
     raise ModelLoadError(
-        f"model {name!r}: no source is known for it; give one as --model {name}=FOLDER or --model {name}=OWNER/NAME"
+        f"model {name!r}: it has no source; give one as --model {name}=FOLDER or --model {name}=OWNER/NAME"
     )
 
 
@@ -134,7 +134,7 @@ def load_model(
     if named is not None or as_pipeline or class_name not in FAMILIES:
         if adapters != Adapters() or memory != Memory() or accelerations != EXACT:
             raise ModelLoadError(
-                f"model {name!r}: {class_name} runs as diffusers has it, without adapters, savings of memory or "
+                f"model {name!r}: {class_name} runs by its own pipeline, without adapters, memory settings or "
                 "accelerations; leave out --lora, --embedding, --control, --offload, --deep-cache and the like, or "
                 "register them for another model"
             )
@@ -165,7 +165,7 @@ def _device(device: str) -> torch.device:
         raise ModelLoadError(f"device {device!r} is not a device; use cpu or cuda:0") from error
     if found.type == "cuda" and not (torch.cuda.is_available() and (found.index or 0) < torch.cuda.device_count()):
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        raise ModelLoadError(f"device {device!r} is not there: torch sees {count} CUDA devices; use --device cpu")
+        raise ModelLoadError(f"device {device!r} does not exist: torch sees {count} CUDA devices; use --device cpu")
     if found.type not in ("cpu", "cuda"):
         raise ModelLoadError(f"device {device!r} is not supported; use cpu or cuda:0")
     return found

@@ -82,6 +82,6 @@ def _refuse_other_inputs(config: Any, name: str) -> None:
     for what, wanted in wants.items():
         if wanted:
             raise ModelLoadError(
-                f"model {name!r}: its U-Net wants {what}, which this version cannot give it; "
+                f"model {name!r}: its U-Net needs {what}, which is not supported; "
                 "use a Stable Diffusion 1.x or 2.x model"
             )

@@ -32,12 +32,12 @@ class StableDiffusionXL(UNetModel):
         unet = pipeline.unet
         if unet.config.in_channels != pipeline.vae.config.latent_channels:
             raise ModelLoadError(
-                f"model {setup.card.name!r}: its U-Net wants {unet.config.in_channels} input channels, which this "
-                "version cannot give an SDXL model; use one without extra inputs, which inpaints by blending"
+                f"model {setup.card.name!r}: its U-Net needs {unet.config.in_channels} input channels, which is not "
+                "supported for SDXL; use a model without extra input channels, which inpaints by blending"
             )
         if getattr(pipeline.vae.config, "latents_mean", None) is not None:
             raise ModelLoadError(
-                f"model {setup.card.name!r}: its autoencoder shifts latents by channel; use a plain SDXL one"
+                f"model {setup.card.name!r}: its autoencoder normalizes latents per channel, which is not supported; "
             )
         _load_embeddings(pipeline, setup.adapters)
         encoders = {

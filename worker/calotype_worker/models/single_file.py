@@ -81,8 +81,8 @@ def load_single_file(name: str, file: Path, dtype: torch.dtype) -> Any:
     if not any(mark in key for key in keys for mark in _MARKS):
         shown = ", ".join(sorted(keys)[:3])
         raise ModelLoadError(
-            f"model {name!r}: {file.name!r} is no checkpoint of a known family (its keys begin {shown}); give a whole "
-            "model, not a LoRA or a part, or a diffusers folder"
+            f"model {name!r}: {file.name!r} is not a checkpoint of a known family (its keys begin {shown}); give a "
+            "whole model, not a LoRA or a part, or a diffusers folder"
         )
     import diffusers  # noqa: PLC0415
     from diffusers.loaders.single_file_utils import (  # noqa: PLC0415
@@ -140,7 +140,7 @@ def _other_parts(
             found |= {part: None, "tokenizer_3": None}
         else:
             raise ModelLoadError(
-                f"model {name!r}: {file.name!r} holds no {part}; put a diffusers folder of the same kind of model "
+                f"model {name!r}: {file.name!r} has no {part}; put a diffusers folder of the same kind of model "
                 f"beside it as {beside.name!r}/, with safetensors weights in {beside.name}/{part}/"
             )
     return found
@@ -150,7 +150,7 @@ def _checked_keys(name: str, file: Path) -> frozenset[str]:
     """The names of a file's tensors, from its header alone."""
     if file.suffix in _PICKLES:
         raise ModelLoadError(
-            f"model {name!r}: {file.name!r} is a pickle, which Calotype never opens; convert it where you trust it: "
+            f"model {name!r}: {file.name!r} is a pickle file, which Calotype never opens; convert it if you trust it: "
             f'safetensors.torch.save_file(torch.load("{file.name}", weights_only=True)["state_dict"], '
             f'"{file.with_suffix(SUFFIX).name}")'
         )
@@ -167,8 +167,8 @@ def _checked_keys(name: str, file: Path) -> frozenset[str]:
         ends = 8 + length + max(tensor["data_offsets"][1] for tensor in tensors.values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelLoadError(
-            f"model {name!r}: {file.name!r} is no safetensors file; download it again, or convert it"
+            f"model {name!r}: {file.name!r} is not a safetensors file; download it again, or convert it"
         ) from error
     if size < ends:
-        raise ModelLoadError(f"model {name!r}: {file.name!r} is cut short at {size} of {ends} bytes; download it again")
+        raise ModelLoadError(f"model {name!r}: {file.name!r} is truncated at {size} of {ends} bytes; download it again")
     return frozenset(tensors)

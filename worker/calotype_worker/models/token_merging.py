@@ -96,7 +96,7 @@ def merge_tokens(unet: Any, *, ratio: float, name: str) -> None:
         if images:
             return
     raise ModelLoadError(
-        f"model {name!r}: token_merging={ratio:g} is for U-Nets with attention, and this one has a "
+        f"model {name!r}: token_merging={ratio:g} needs a U-Net with attention, and this model has a "
         f"{type(unet).__name__}; leave it off for this model"
     )
 

@@ -41,7 +41,7 @@ class SpanMeters:
             "upload": histogram(names.UPLOAD_SECONDS, registry),
             "commit": histogram(names.COMMIT_SECONDS, registry),
         }
-        self._waits = histogram(names.PLACE_WAIT_SECONDS, registry)
+        self._waits = histogram(names.ADMISSION_WAIT_SECONDS, registry)
 
     def span(self, track: str, name: str, began: float, ended: float, **facts: Any) -> None:
         if track != "engine":  # a thread's own: the phase, then the thread's name

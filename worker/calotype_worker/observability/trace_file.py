@@ -85,6 +85,6 @@ class TraceFile:
             self._file.close()
         except OSError as error:
             self._bytes = _MOST_BYTES + 1
-            log.warning("the trace ends here", extra={"reason": str(error)})
+            log.warning("trace file ended early", extra={"reason": str(error)})
             while self._waiting.get() is not None:
                 pass

@@ -11,7 +11,7 @@ from calotype_shared.queue.job_store import Claim
 from calotype_shared.schema.enums import OutputFormat
 from calotype_shared.schema.jobs import ImageRef
 from calotype_shared.schema.model_card import ModelCard
-from calotype_shared.storage.s3 import image_key, sidecar_key
+from calotype_shared.storage.layout import image_key, sidecar_key
 from calotype_worker.engine import Generated
 from calotype_worker.output.audio import encode_audio
 from calotype_worker.output.file import File

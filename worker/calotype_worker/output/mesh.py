@@ -25,8 +25,8 @@ def encode_ply(mesh: Mesh | None, provenance: Mapping[str, Any]) -> bytes:
     """
     if mesh is None or not len(mesh.faces):
         raise GenerationFailed(
-            "the object has no surface, so there is no mesh to write; use another prompt or seed, or more steps, "
-            "or output_format gif to see what the model made of it"
+            "the generated object has no surface, so no mesh can be written; use another prompt or seed, more steps, "
+            "or output_format gif to see what was generated"
         )
     text = json.dumps(provenance, sort_keys=True)
     comments = [f"comment {_TAG}{text[start : start + _PIECE]}" for start in range(0, len(text), _PIECE)]

@@ -79,9 +79,9 @@ def read_gif(data: bytes) -> Video:
 
 
 def encode_mp4(frames: np.ndarray, fps: float, provenance: Mapping[str, Any], *, audio: Audio | None = None) -> bytes:
-    """An MP4 of `frames`, uint8 (F, H, W, 3): H.264 with 4:2:0 chroma in BT.709, which every browser plays;
-    and AAC where there is sound.
+    """An MP4 of `frames`, uint8 (F, H, W, 3), with AAC if there is audio.
 
+    Video is H.264 with 4:2:0 chroma in BT.709, which every browser plays.
     Odd sides are made even by repeating the last row or column. A build of FFmpeg without an H.264 encoder falls back
     to MPEG-4 part 2. H.264 is lossy, and x264 now and then encodes the same frames by a few levels differently.
 

@@ -75,7 +75,7 @@ def make_scheduler(
     """
     if sampler not in samplers:
         raise InvalidRequest(
-            "this model cannot use it",
+            "is not available for this model",
             field="sampler",
             value=sampler.value,
             remedy=f"use one of: {', '.join(known.value for known in samplers)}",
@@ -86,7 +86,7 @@ def make_scheduler(
         scheduler.set_timesteps(num_inference_steps, **timesteps)
     except (ValueError, IndexError, ZeroDivisionError) as error:
         raise InvalidRequest(
-            f"sampler {sampler.value!r} cannot do that ({error})",
+            f"sampler {sampler.value!r} does not support this ({error})",
             field="num_inference_steps",
             value=num_inference_steps,
             remedy="use a number of steps that this sampler supports, or another sampler",

@@ -81,7 +81,7 @@ def build_table(trajectory: Trajectory) -> SamplerTable:
         # What a scheduler raises where it can't step is anybody's guess: 1,000 steps from a config with an offset
         # of one, for instance, run off the end of its own table with an IndexError.
         raise InvalidRequest(
-            f"{type(scheduler).__name__} cannot step through that many ({error})",
+            f"{type(scheduler).__name__} does not support this number of steps ({error})",
             field="num_inference_steps",
             value=len(trajectory.timesteps),
             remedy="use fewer steps, or another sampler",
@@ -95,7 +95,7 @@ def build_table(trajectory: Trajectory) -> SamplerTable:
     )
     if not (table.matrices.isfinite().all() and table.input_scale.isfinite().all()):
         raise InvalidRequest(
-            f"{type(scheduler).__name__} gives no finite numbers for it",
+            f"{type(scheduler).__name__} returns values that are not finite",
             field="num_inference_steps",
             value=len(steps),
             remedy="use more steps, or another sampler",

@@ -1,4 +1,4 @@
--- Nothing new of a batch starts from here on. ARGV: id. Returns its state then, or nothing if there is no such batch.
+-- Cancels a batch: no new job of it starts. ARGV: id. Returns its state afterwards, or nothing if it does not exist.
 local batch = PREFIX .. 'batch:' .. ARGV[1]
 local state = redis.call('HGET', batch, 'state')
 if state == 'validating' or state == 'in_progress' then

@@ -1,13 +1,13 @@
--- Accepts a batch. ARGV: id, tenant, retention in seconds, most open batches, most of one tenant, idempotency key or '',
--- hash of the request, then fields and values of its record. Returns the id, or that of the batch which the key was used
--- for, and the request of that one; or {'full', 'tenant' or 'all', batches that are open, batches that may be}.
+-- Accepts a batch. ARGV: id, tenant, retention in seconds, limit of open batches, limit per tenant, idempotency key or
+-- '', hash of the request, then fields and values of its record. Returns the id and the request, or those of the batch
+-- for which the key was used first; or {'full', 'tenant' or 'all', open batches, limit}.
 local id, tenant, retention, most, most_of_tenant, key, request = unpack(ARGV, 1, 7)
 local known = PREFIX .. 'idempotency:' .. tenant .. ':' .. key
 if key ~= '' then
   local found = redis.call('HMGET', known, 'id', 'request')
   if found[1] then return {found[1], found[2]} end
 end
-if redis.call('EXISTS', PREFIX .. 'batch:' .. id) == 1 then return {id, request} end  -- only the answer got lost
+if redis.call('EXISTS', PREFIX .. 'batch:' .. id) == 1 then return {id, request} end  -- accepted before; its response was lost
 local open, own = redis.call('ZRANGE', PREFIX .. 'open_batches', 0, -1), 0
 for _, other in ipairs(open) do
   if redis.call('HGET', PREFIX .. 'batch:' .. other, 'tenant') == tenant then own = own + 1 end

@@ -1,6 +1,6 @@
--- Results of the oldest final jobs are in storage now: their records go, but for those of jobs that are to be looked at.
+-- Results of the oldest final jobs are in storage: deletes the jobs' records, except those of dead jobs.
 -- ARGV: id, fence, retention in seconds, number of parts, their keys, then the jobs' ids.
--- Returns 1, also where this very call was made before and its answer got lost; 0 if the fence is another by now.
+-- Returns 1, also if this call was made before and its response was lost; 0 if the fence has changed.
 local id, fence, retention, parts = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
 local batch, now = PREFIX .. 'batch:' .. id, now_us()
 if redis.call('HGET', batch, 'fence') ~= fence then return 0 end
@@ -15,7 +15,7 @@ for i = 5 + parts, #ARGV do
   end
 end
 redis.call('LTRIM', PREFIX .. 'done:' .. id, #ARGV - 4 - parts, -1)
--- Two marks at least ten seconds apart, from which a rate can be told.
+-- Two measurements at least ten seconds apart, to compute a rate.
 local found = redis.call('HMGET', batch, 'succeeded', 'failed', 'cancelled', 'mark_at', 'mark_done')
 local done = tonumber(found[1] or '0') + tonumber(found[2] or '0') + tonumber(found[3] or '0')
 if not found[4] or now - tonumber(found[4]) >= 10000000 then

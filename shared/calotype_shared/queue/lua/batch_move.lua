@@ -1,5 +1,5 @@
--- The one place where a batch changes its state, besides cancel. ARGV: id, fence, expected state, new state, retention
--- in seconds, then fields and values to set along. Returns 1, or 0 if the fence or the state is another by now.
+-- Changes a batch's state; besides cancel, nothing else does. ARGV: id, fence, expected state, new state, retention in
+-- seconds, then fields and values to set. Returns 1, or 0 if the fence or the state has changed.
 local id, fence, from, to, retention = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local batch, now = PREFIX .. 'batch:' .. id, now_us()
 local found = redis.call('HMGET', batch, 'state', 'fence', 'tenant', 'webhook')

@@ -1,5 +1,5 @@
--- Ends a job that is not final yet, at once. ARGV: id, retention in seconds.
--- Returns the state it has then, or nothing if there is no such job.
+-- Cancels a job immediately unless it is final. ARGV: id, retention in seconds.
+-- Returns its state afterwards, or nothing if it does not exist.
 local id = ARGV[1]
 local state = redis.call('HGET', job_key(id), 'state')
 if not state then return false end

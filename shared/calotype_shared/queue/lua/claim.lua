@@ -1,28 +1,28 @@
--- A worker takes the job that is next by fair share, of the first of some queues that has one. ARGV: worker, lease in
--- ms, token, crashes from which on this worker must leave a job to others, how many jobs of a line to look at for one
--- of a shape that the worker runs, those shapes (commas between), queues.
--- Returns {id, its record as a flat list of fields and values}, or nothing if there is none for it.
+-- A worker takes the next job by fair share, from the first of several queues that has one. ARGV: worker, lease in ms,
+-- token, crashes from which on this worker leaves a job to others, how many jobs of a queue to inspect for one of a shape
+-- that the worker runs, those shapes (separated by commas), queues.
+-- Returns {id, its record as a flat list of fields and values}, or nothing if there is none.
 local worker, lease, token, quarantine, look = ARGV[1], tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
 local shapes = {}
 for shape in ARGV[6]:gmatch('[^,]+') do shapes[shape] = true end
 local PAGE, CHUNK, MOST, REMEMBERED = 128, 16, 1024, 5000000
 local now = now_us()
 
--- The job of a queue's line that this worker takes, and the tag of the first that it might have taken: mostly the same
--- job. One of a shape that it runs goes before those in front, which count that. Who was passed over `look` times is
--- passed over no more: so nobody waits for more than `look` jobs from behind (decision 22). And how many of those that
--- it looked at only wait for a worker that knows a newer schema.
+-- Returns the job of a queue that this worker takes, the tag of the first job that it could have taken (usually the
+-- same job), and the number of inspected jobs with a newer schema. A job of a shape that the worker runs is taken before
+-- jobs ahead of it, and each of those counts it. A job that was passed over `look` times is not passed over again: so no
+-- job waits for more than `look` jobs from behind (decision 22).
 local function choose(queue)
   local line, looked, at, newer, over, tag = PREFIX .. 'waiting:' .. queue, 0, 0, 0, {}, nil
   while looked < math.max(PAGE, look) do
-    -- The first alone, for mostly it is the one.
+    -- First only one, because usually it is taken.
     local ids = redis.call('ZRANGE', line, at, looked == 0 and at or at + CHUNK - 1)
     if #ids == 0 then break end
     for _, id in ipairs(ids) do
       local record = redis.call('HMGET', job_key(id), 'state', 'schema', 'crashes', 'shape', 'passed')
       looked, at = looked + 1, at + 1
       if record[1] ~= 'queued' then
-        redis.call('ZREM', line, id)  -- somebody deleted its record by hand
+        redis.call('ZREM', line, id)  -- its record was deleted manually
         at = at - 1
       elseif not known(record[2]) then
         newer = newer + 1
@@ -40,7 +40,7 @@ local function choose(queue)
   return over[1], tag, newer
 end
 
--- The first job in a part of a queue's line that may be taken; or how many there are of a newer schema.
+-- The first job in a range of a queue that can be taken; or the number of jobs with a newer schema.
 local function first_of(queue, from, to)
   local line, newer = PREFIX .. 'waiting:' .. queue, 0
   local found = redis.call('ZRANGE', line, from, to, 'WITHSCORES')
@@ -57,8 +57,9 @@ local function first_of(queue, from, to)
   return nil, nil, newer
 end
 
--- Past the few that are suspect; and past any number of a newer schema, which must not hold up what stands behind them.
--- So that each claim is short, the next goes on where this one has stopped; for some seconds, as the line moves.
+-- Skips quarantined jobs, and any number of jobs with a newer schema, which must not block the jobs behind them.
+-- To keep each claim short, the next claim continues where this one stopped, for a few seconds only, because the queue
+-- changes.
 local function first(queue)
   local id, tag, newer = choose(queue)
   if id or newer == 0 then return id, tag end
@@ -88,8 +89,8 @@ move(id, 'running')
 redis.call('HINCRBY', job, 'attempt', 1)
 redis.call('HSET', job, 'worker', worker, 'token', token, 'started_at', whole(now), 'step', '0', 'total_steps', '0')
 redis.call('ZADD', PREFIX .. 'leases', whole(now / 1000 + lease), id)
--- Who comes anew starts from here: time spent away earns no credit. It is where the line begins, also for one who is
--- taken from behind there: newcomers never wait longer for that, nor get ahead of whom it passed over.
+-- New tenants start from this tag: idle time earns no credit. It is the tag of the first job, even if a later one is
+-- taken: new jobs do not wait longer because of it, and do not get ahead of jobs that were passed over.
 if tonumber(tag) > tonumber(redis.call('HGET', queue_state, 'virtual') or '0') then
   redis.call('HSET', queue_state, 'virtual', whole(tonumber(tag)))
 end

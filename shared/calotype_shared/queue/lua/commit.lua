@@ -1,5 +1,5 @@
--- Success, if this attempt still owns the job. ARGV: id, attempt, token, images, timings, retention in seconds.
--- Returns 1, also where this very commit was made before and its answer got lost; else 0.
+-- Ends a job successfully if this attempt still owns it. ARGV: id, attempt, token, images, timings, retention in seconds.
+-- Returns 1, also if this commit was made before and its response was lost; else 0.
 local id = ARGV[1]
 if not holds(id, ARGV[2], ARGV[3]) then
   local mine = redis.call('HGET', job_key(id), 'state') == 'succeeded' and claimed(id, ARGV[2], ARGV[3])

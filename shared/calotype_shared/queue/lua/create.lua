@@ -1,8 +1,8 @@
--- Accepts jobs: writes each record and puts it in line, all or none.
--- ARGV: what they share, as JSON; then (id, queue, config, digest, cost, identity or '', custom_id or '') of each.
--- Returns {'made'}; {'existing', id, request} if the idempotency key was used before; {'refused'}, for a batch whose
--- dispatcher was replaced, whose cursor has moved or which runs no more; or {'full', 'tenant' or 'all', jobs that wait,
--- jobs that may, jobs done a second}.
+-- Accepts jobs: writes each record and queues it, all or none.
+-- ARGV: common fields, as JSON; then (id, queue, config, digest, cost, identity or '', custom_id or '') of each job.
+-- Returns {'made'}; {'existing', id, request} if the idempotency key was used before; {'refused'} for a batch whose
+-- dispatcher was replaced, whose cursor has moved or which is not running; or {'full', 'tenant' or 'all', queued jobs,
+-- limit, jobs finished per second}.
 local common = cjson.decode(ARGV[1])
 local tenant, batch, retention = common.tenant, common.batch, common.retention
 local now = now_us()
@@ -21,7 +21,7 @@ if batch then
   redis.call('HSET', key, 'cursor', common.to)
 end
 
-if redis.call('EXISTS', job_key(ARGV[2])) == 1 then return {'made'} end  -- before: only the answer got lost
+if redis.call('EXISTS', job_key(ARGV[2])) == 1 then return {'made'} end  -- accepted before; its response was lost
 
 local made = (#ARGV - 1) / 7
 if not batch then
@@ -41,8 +41,8 @@ if common.idempotency_key then
   redis.call('PEXPIRE', key, whole(tonumber(retention) * 1000))
 end
 
-local tags = {}  -- the tenant's newest place in each queue: whoever asked for less so far goes first
-local lines = {}  -- by queue: places and ids, as ZADD takes them
+local tags = {}  -- the tenant's newest queue position: a tenant that used less goes first
+local lines = {}  -- by queue: positions and ids, as arguments of ZADD
 local recent, live, reused = {}, {}, {}
 for i = 2, #ARGV, 7 do
   local id, queue, config, digest, cost, identity, custom_id = unpack(ARGV, i, i + 6)
@@ -58,7 +58,7 @@ for i = 2, #ARGV, 7 do
     if common.reuse then images = redis.call('GET', PREFIX .. 'finished:' .. identity) end
     leader = redis.call('GET', PREFIX .. 'in_flight:' .. identity)
     if leader and redis.call('LLEN', PREFIX .. 'followers:' .. leader) >= 1000 then
-      leader, identity = false, ''  -- enough wait for that one: this goes its own way
+      leader, identity = false, ''  -- enough followers: this job runs on its own
     elseif not leader and not images then
       redis.call('SET', PREFIX .. 'in_flight:' .. identity, id)
     end
@@ -73,7 +73,7 @@ for i = 2, #ARGV, 7 do
   local function also(name, value)
     if value and value ~= '' then fields[#fields + 1], fields[#fields + 2] = name, value end
   end
-  -- By pattern: inside a string of the config a quote has a backslash before it, so a prompt can't look like this.
+  -- By pattern: inside a JSON string a quote is escaped, so a prompt cannot match.
   local width, height = config:match('"width":(%d+)'), config:match('"height":(%d+)')
   also('shape', width and height and width .. 'x' .. height)
   also('custom_id', custom_id)
@@ -99,7 +99,7 @@ for i = 2, #ARGV, 7 do
     local line = lines[queue]
     line[#line + 1], line[#line + 2] = tag, id
   end
-  now = now + 1  -- so that each has its own place in lists by time
+  now = now + 1  -- so that all times are distinct
 end
 
 if #live > 0 then redis.call('SADD', PREFIX .. 'live:' .. batch, unpack(live)) end

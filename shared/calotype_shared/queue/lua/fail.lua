@@ -1,4 +1,4 @@
--- An attempt failed. ARGV: id, attempt, token, error, retry (1 or 0), retention in seconds.
+-- Records a failed attempt. ARGV: id, attempt, token, error, retry (1 or 0), retention in seconds.
 -- Returns 'queued' if another attempt follows, 'failed' if not, nothing if this attempt no longer owns the job.
 local id, problem, retry = ARGV[1], ARGV[4], ARGV[5] == '1'
 if not holds(id, ARGV[2], ARGV[3]) then return false end

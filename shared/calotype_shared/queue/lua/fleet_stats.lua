@@ -1,8 +1,7 @@
--- What is queued and running, for those who watch; changes nothing. ARGV: jobs at the front of a line whose wait is
--- looked at, leases looked at: so it takes no longer however much there is. Of more leases than that, a random choice
--- stands for all.
+-- Counts queued and running jobs; changes nothing. ARGV: jobs at the front of a queue whose waiting time is read, leases
+-- read. Both bound the run time. If there are more leases, a random sample is extrapolated.
 -- Returns {(queue, waiting, running, longest wait in microseconds) of each queue, counts by state as a flat list, dead
--- jobs, open batches, webhooks that wait}.
+-- jobs, open batches, waiting webhooks}.
 local now, running, queues = now_us(), {}, {}
 local leases = redis.call('ZRANDMEMBER', PREFIX .. 'leases', tonumber(ARGV[2]))
 local each = redis.call('ZCARD', PREFIX .. 'leases') / math.max(1, #leases)

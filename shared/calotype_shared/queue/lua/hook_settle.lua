@@ -1,5 +1,5 @@
--- Ends an attempt at a webhook, if nobody has taken it since. ARGV: id, attempt, ms until the next or '' for none.
--- Returns 1 or 0.
+-- Ends an attempt at a webhook, unless another process has taken it. ARGV: id, attempt, ms until the next attempt or ''
+-- for none. Returns 1 or 0.
 local id, pause = ARGV[1], ARGV[3]
 local hook = PREFIX .. 'hook:' .. id
 if redis.call('HGET', hook, 'attempts') ~= ARGV[2] then return 0 end

@@ -1,6 +1,6 @@
--- Takes webhooks that are due. Each counts an attempt and is due again after the lease, unless it is settled before.
--- ARGV: lease in ms, most to take, most at once of a host, of a tenant, then JSON of what the caller has under way by
--- host and by tenant. Returns {id, host, its hash as a flat list of fields and values} of each.
+-- Takes due webhooks. Each counts an attempt and is due again after the lease, unless its outcome is recorded before.
+-- ARGV: lease in ms, maximum to take, maximum at once per host, per tenant, then JSON of the caller's deliveries in
+-- progress by host and by tenant. Returns {id, host, its hash as a flat list of fields and values} of each.
 local lease, most = tonumber(ARGV[1]), tonumber(ARGV[2])
 local per_host, per_tenant = tonumber(ARGV[3]), tonumber(ARGV[4])
 local by_host, by_tenant = cjson.decode(ARGV[5]), cjson.decode(ARGV[6])
@@ -23,7 +23,7 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', PREFIX .. 'hooks', '-inf', whole
       redis.call('ZADD', PREFIX .. 'hooks', whole(now + lease), id)
       taken[#taken + 1] = {id, host, redis.call('HGETALL', hook)}
     else
-      -- Many for one slow receiver must not hide what is due behind them: all but a few step aside for a moment.
+      -- Many deliveries to one slow receiver must not block others: all but a few are postponed briefly.
       held = held + 1
       if held > KEEP then redis.call('ZADD', PREFIX .. 'hooks', whole(now + ASIDE), id) end
     end

@@ -1,5 +1,5 @@
--- Stands before every script. KEYS[1] is the key prefix (see keys.py); EDGES comes from jobs.TRANSITIONS, MESSAGE from
--- broker.py and SCHEMA from records.py.
+-- Precedes every script. KEYS[1] is the key prefix (see keys.py). EDGES comes from jobs.TRANSITIONS, MESSAGE from
+-- message.py and SCHEMA from records.py.
 local PREFIX = KEYS[1]
 local SCHEMA = '@SCHEMA@'
 local EDGES = {@EDGES@}
@@ -7,28 +7,28 @@ local MESSAGE = [==[@MESSAGE@]==]
 
 local function job_key(id) return PREFIX .. 'job:' .. id end
 
--- The server's clock in whole microseconds, so that no machine's own clock matters. Below 2^53: exact as a double.
+-- The server's clock in microseconds, so that other clocks do not matter. Below 2^53: exact as a double.
 local function now_us()
   local t = redis.call('TIME')
   return tonumber(t[1]) * 1000000 + tonumber(t[2])
 end
 
--- Numbers go to Redis through this: Lua's own tostring keeps only 14 digits.
+-- Formats numbers for Redis: Lua's tostring keeps only 14 digits.
 local function whole(number) return string.format('%.0f', number) end
 
--- Whether a record is of no newer schema than those that wrote this script know.
+-- Whether a record's schema is known to this version.
 local function known(schema) return (tonumber(schema) or math.huge) <= tonumber(SCHEMA) end
 
--- So many more jobs of a tenant wait outside batches, which bound themselves.
+-- Counts queued jobs of a tenant outside batches. Batches limit themselves.
 local function count_pending(tenant, more)
   redis.call('HINCRBY', PREFIX .. 'pending', tenant, more)
   redis.call('HINCRBY', PREFIX .. 'pending', '*', more)
 end
 
--- Tells who waits for a job that its record has changed, once this script is done. To nobody, mostly.
+-- Notifies clients that wait for a job, after this script. Usually there are no subscribers.
 local function announce(id, state) redis.call('PUBLISH', PREFIX .. 'changed:' .. id, state) end
 
--- The one place that writes a state. Counts: queued and running are gauges, final states only grow.
+-- The only function that writes a state. Counts of queued and running are gauges, those of final states totals.
 local function move(id, to)
   local found = redis.call('HMGET', job_key(id), 'state', 'batch', 'tenant')
   local from, batch = found[1], found[2]
@@ -50,38 +50,38 @@ local function move(id, to)
   return from
 end
 
--- Messages: each is an invitation to claim whichever job of the queue is next.
+-- Pushes wake-up messages: each means to claim the next job of the queue.
 local function push_messages(queue, count)
   local last = redis.call('INCRBY', PREFIX .. 'messages', count)
   local template, messages = MESSAGE:gsub('@queue@', queue), {}
   for i = 1, count do messages[i] = template:gsub('@id@', queue .. '-' .. whole(last - count + i)) end
   redis.call('LPUSH', PREFIX .. queue, unpack(messages))
-  -- Full workers take no messages, but have room for these (decision 11).
+  -- Full workers receive no messages, but have reserved slots for these jobs (decision 11).
   if queue:sub(-12) == '.interactive' then redis.call('PUBLISH', PREFIX .. 'arrived:' .. queue, queue) end
 end
 
--- Puts a queued job in its queue's line at `tag`, its place by fair share (claim takes the lowest), and invites.
+-- Puts a job into its queue at the position `tag` (claim takes the lowest), and pushes a wake-up message.
 local function enqueue(id, queue, tag, now)
   redis.call('ZADD', PREFIX .. 'waiting:' .. queue, tag, id)
   redis.call('HSET', job_key(id), 'queued_at', whole(now), 'tag', tag)
   push_messages(queue, 1)
 end
 
--- Back to the place in line it had, which by now is at the front, with no step done: its next attempt starts anew.
+-- Returns a job to its old queue position, which is near the front by now. The next attempt starts from step 0.
 local function requeue(id, now)
   local found = redis.call('HMGET', job_key(id), 'queue', 'tag')
   redis.call('HSET', job_key(id), 'step', '0', 'total_steps', '0')
   enqueue(id, found[1], found[2], now)
 end
 
--- Leaves a webhook to be delivered about a job or a batch.
+-- Queues a webhook delivery for a job or a batch.
 local function enqueue_webhook(id, url, kind, tenant, now)
   redis.call('HSET', PREFIX .. 'hook:' .. id, 'url', url, 'type', kind, 'tenant', tenant, 'at', whole(now), 'attempts', '0')
   redis.call('PEXPIRE', PREFIX .. 'hook:' .. id, '259200000')
   redis.call('ZADD', PREFIX .. 'hooks', whole(now / 1000), id)
 end
 
--- Equal jobs that waited for this one share its outcome; after a cancellation the first of them takes its place.
+-- Gives a job's outcome to its followers. After a cancellation, the first follower becomes the new leader.
 local function resolve_followers(id, to, identity, now, retention, finish)
   local in_flight, waited = PREFIX .. 'in_flight:' .. identity, PREFIX .. 'followers:' .. id
   local followers = redis.call('LRANGE', waited, 0, -1)
@@ -110,8 +110,8 @@ local function resolve_followers(id, to, identity, now, retention, finish)
   end
 end
 
--- Enters a final state: the lease and the place in line go; the record stays for its retention or, in a batch, until
--- its result is written down.
+-- Enters a final state: removes the lease and the queue position. The record stays for its retention or, in a batch,
+-- until its result is in storage.
 local function finish(id, to, now, retention)
   local job = job_key(id)
   local from = move(id, to)
@@ -119,7 +119,7 @@ local function finish(id, to, now, retention)
   local queue, batch, identity, webhook, tenant, leader, reusable = unpack(found)
   redis.call('HSET', job, 'finished_at', whole(now))
   redis.call('ZREM', PREFIX .. 'leases', id)
-  -- A place given up takes its invitation along; one that is already with a worker finds somebody else or nobody.
+  -- Removes one wake-up message. If a worker has received it already, it claims another job or drops it.
   if redis.call('ZREM', PREFIX .. 'waiting:' .. queue, id) == 1 then redis.call('RPOP', PREFIX .. queue) end
   if batch then
     redis.call('SREM', PREFIX .. 'live:' .. batch, id)
@@ -139,20 +139,19 @@ local function finish(id, to, now, retention)
   return from
 end
 
--- Whether a claim is still the job's newest. The token tells it from one of the same number: where Redis has lost its
--- last writes, an attempt may be counted twice.
+-- Whether a claim is still the job's newest. The token is needed because Redis can lose its last writes and then issue
+-- the same attempt number twice.
 local function claimed(id, attempt, token)
   local found = redis.call('HMGET', job_key(id), 'attempt', 'token')
   return found[1] == attempt and found[2] == token
 end
 
--- Whether this attempt still owns the job: running, and claimed by nobody since.
+-- Whether this attempt still owns the job: it is running, and there is no newer claim.
 local function holds(id, attempt, token)
   return redis.call('HGET', job_key(id), 'state') == 'running' and claimed(id, attempt, token)
 end
 
--- Called before a running job moves on without a commit: notes how its attempt ended, for those who look into it, and
--- that what it has put into storage is nobody's.
+-- Called when an attempt ends without a commit: records how it ended, and adds its storage folder to the orphans.
 local function record_failed_attempt(id, how, problem, now)
   local job = job_key(id)
   local found = redis.call('HMGET', job, 'attempt', 'token', 'worker', 'started_at', 'history')
@@ -164,7 +163,7 @@ local function record_failed_attempt(id, how, problem, now)
   redis.call('ZADD', PREFIX .. 'orphans', whole(now / 1000), id .. '/' .. found[1] .. '-' .. (found[2] or ''))
 end
 
--- A job has failed for good: it stays to be looked at. Bad lines of a batch are in the batch's own list.
+-- Adds a job to the list of dead jobs. Failed lines of a batch are in the batch's errors instead.
 local function mark_dead(id, now)
   if redis.call('HEXISTS', job_key(id), 'batch') == 0 or redis.call('HEXISTS', job_key(id), 'crashes') == 1 then
     redis.call('ZADD', PREFIX .. 'dead', whole(now / 1000), id)

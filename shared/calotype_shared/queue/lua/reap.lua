@@ -1,7 +1,7 @@
--- Takes jobs back from workers that are gone, and invites again where invitations were lost on the way.
--- ARGV: who, lock in ms, gap in ms, retention in seconds, error for jobs out of attempts, most jobs of a kind, crashes
--- after which a job is given up, and in ms: a silence of all reapers, and the time that holders of leases get after it.
--- Returns nothing while another worker reaps; else {requeued ids, failed ids, number of new invitations}.
+-- Takes jobs back from dead workers, and replaces lost wake-up messages.
+-- ARGV: worker, lock in ms, gap in ms, retention in seconds, error for jobs out of attempts, maximum jobs of a kind,
+-- crashes after which a job fails, and in ms: a silence of all reapers, and the extension of leases after it.
+-- Returns nothing while another worker reaps; else {requeued ids, failed ids, number of replaced messages}.
 local who, lock, gap = ARGV[1], ARGV[2], tonumber(ARGV[3]) * 1000
 local retention, problem, most = ARGV[4], ARGV[5], tonumber(ARGV[6])
 if not redis.call('SET', PREFIX .. 'reaper', who, 'NX', 'PX', lock) then return false end
@@ -9,7 +9,7 @@ local most_crashes, silence, grace = tonumber(ARGV[7]), tonumber(ARGV[8]) * 1000
 local now = now_us()
 local requeued, failed, invited = {}, {}, 0
 
--- 1. Expired leases. Where nobody has reaped for long, Redis was away, and those who could not renew may do so now.
+-- 1. Expired leases. If no reaper ran for long, Redis was unavailable, and the leases are extended once.
 local last = tonumber(redis.call('GET', PREFIX .. 'reaped_at') or whole(now))
 redis.call('SET', PREFIX .. 'reaped_at', whole(now))
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', PREFIX .. 'leases', '-inf', whole(now / 1000), 'LIMIT', 0, most)) do
@@ -34,8 +34,8 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', PREFIX .. 'leases', '-inf', whol
   end
 end
 
--- 2. Messages lost between the list and a worker. Each waiting job has one; the few that a worker has just taken and
--- not yet claimed by are back in balance a moment later, so what lacks at two looks a gap apart is lost.
+-- 2. Lost messages. There should be one per waiting job. A message that a worker has received without a claim yet is
+-- missing only for a moment, so messages that are missing in two checks are lost.
 for _, queue in ipairs(redis.call('SMEMBERS', PREFIX .. 'queues')) do
   local queue_state = PREFIX .. 'queue_state:' .. queue
   local found = redis.call('HMGET', queue_state, 'lacking', 'looked_at')
@@ -48,7 +48,7 @@ for _, queue in ipairs(redis.call('SMEMBERS', PREFIX .. 'queues')) do
   end
 end
 
--- 3. The lists of recent and of dead jobs forget those whose records have expired.
+-- 3. Jobs with expired records are removed from the lists of recent and dead jobs.
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', PREFIX .. 'dead', '-inf', whole(now / 1000 - tonumber(retention) * 1000), 'LIMIT', 0, most)) do
   if redis.call('EXISTS', job_key(id)) == 0 then redis.call('ZREM', PREFIX .. 'dead', id) end
 end
@@ -60,7 +60,7 @@ for _, tenant in ipairs(redis.call('SMEMBERS', PREFIX .. 'tenants')) do
   end
 end
 
--- 4. How fast jobs end, for those who are told to come again.
+-- 4. The rate of finished jobs, for retry delays.
 local pace, ended = redis.call('HMGET', PREFIX .. 'pace', 'at', 'ended'), 0
 for _, count in ipairs(redis.call('HMGET', PREFIX .. 'counts', 'succeeded', 'failed', 'cancelled')) do
   ended = ended + tonumber(count or '0')

@@ -1,4 +1,4 @@
--- A worker that is leaving hands a job back, which counts as no failure. ARGV: id, attempt, token.
+-- A draining worker returns a job, without counting a failure. ARGV: id, attempt, token.
 -- Returns 1 or 0.
 local id = ARGV[1]
 if not holds(id, ARGV[2], ARGV[3]) then return 0 end

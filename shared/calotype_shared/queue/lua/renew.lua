@@ -1,4 +1,4 @@
--- Lengthens leases. ARGV: lease in ms, then (id, attempt, token) of each. Returns the ids that are lost to this attempt.
+-- Renews leases. ARGV: lease in ms, then (id, attempt, token) of each job. Returns the ids of lost claims.
 local ends = whole(now_us() / 1000 + tonumber(ARGV[1]))
 local lost = {}
 for i = 2, #ARGV, 3 do

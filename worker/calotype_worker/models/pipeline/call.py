@@ -30,8 +30,11 @@ class Padding:
 
 @dataclass(kw_only=True, eq=False)
 class Described:
-    """One call. `key` is equal for calls that may be merged with padding; `even` for those of equal lengths, too; and
-    `exact` for those of which the scalars are equal as well. `pattern` is what stays the same from step to step."""
+    """One call, and what decides which others it may be merged with.
+
+    `key` is equal for calls that can be merged with padding, `even` for those that also have equal lengths, `exact` for
+    those whose scalars are equal as well. `pattern` stays the same from step to step.
+    """
 
     call: Call
     arguments: Arguments

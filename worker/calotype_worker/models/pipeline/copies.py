@@ -66,8 +66,11 @@ def _find_modules(pipeline: Any, prefix: str, found: dict[str, torch.nn.Module])
 
 
 def _overflows(module: torch.nn.Module) -> bool:
-    """An autoencoder whose activations overflow float16. Its pipelines cast it to float32 for each of its calls, which
-    would cast it for all requests, so it is in float32 from the start."""
+    """Whether this is an autoencoder whose activations overflow float16.
+
+    Its pipelines cast it to float32 around each call. That would cast it for all requests, so it is kept in float32
+    from the start.
+    """
     config = getattr(module, "config", None)
     return bool(getattr(config, "force_upcast", False)) and getattr(module, "dtype", None) is torch.float16
 

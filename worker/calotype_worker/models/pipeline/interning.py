@@ -11,8 +11,11 @@ _REMEMBERED = 256
 
 
 class Interning:
-    """Owned by the engine's thread. A step's tensors are mostly those of the step before, so that the comparison by
-    value, for which the host waits for its device, happens once per request."""
+    """Numbers for tensors, equal for equal values. Owned by the engine's thread.
+
+    Most tensors of a step are those of the step before. So the comparison by value, for which the host waits for the
+    device, happens once per request.
+    """
 
     def __init__(self) -> None:
         self._numbers: dict[int, tuple[weakref.ref[torch.Tensor], int, int]] = {}  # by identity

@@ -23,8 +23,10 @@ class CannotCut(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """How one tensor or list of a result is cut: `per_row` of it for each row, along `dim`; back to the call's own
-    length along `padded`."""
+    """How one tensor or list of a result is cut.
+
+    Each row gets `per_row` entries along `dim`, cut back to the call's own length along `padded`.
+    """
 
     dim: int  # -1: a list
     per_row: Fraction

@@ -25,8 +25,11 @@ class Change:
 
 
 class ModuleState:
-    """Pipelines of perturbed attention and the like replace attention processors while they run, in networks that all
-    requests share. What a run changed is taken out when it goes to sleep and put back for its own calls alone."""
+    """What one run has changed in networks that all requests share.
+
+    Pipelines with perturbed attention, for example, replace attention processors while they run. The changes are
+    removed when the run is suspended and put back for its own calls only.
+    """
 
     def __init__(self, found: Sequence[tuple[str, torch.nn.Module, Mapping[str, _Entry]]]) -> None:
         self._found = list(found)

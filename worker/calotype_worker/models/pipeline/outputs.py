@@ -142,8 +142,10 @@ def _mesh(surface: Any) -> Mesh:
 
 
 def _srgb(linear: torch.Tensor) -> torch.Tensor:
-    """Linear light to sRGB (IEC 61966-2-1), both 0..1. Shap-E's renderer gives a mesh's colors in linear light, which
-    programs that open a PLY would show too dark."""
+    """Convert linear light to sRGB (IEC 61966-2-1), both 0..1.
+
+    Shap-E's renderer gives a mesh's colors in linear light; programs that open a PLY expect sRGB.
+    """
     return torch.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear.clamp(min=0.0031308) ** (1 / 2.4) - 0.055)
 
 

@@ -14,8 +14,10 @@ Path = tuple[str | int, ...]
 def leaves(
     value: Any, path: Path = (), *, whole: frozenset[Path] | set[Path] = frozenset()
 ) -> Iterator[tuple[Path, Any]]:
-    """Each leaf and where it is. Dicts, lists and tuples are branches, unless their path is in `whole` or they are
-    empty."""
+    """Each leaf and its path.
+
+    Dicts, lists and tuples are branches, unless they are empty or their path is in `whole`.
+    """
     kind = type(value)
     if kind not in (dict, list, tuple) or not value or path in whole:
         yield path, value
@@ -28,8 +30,10 @@ def leaves(
 
 
 def rebuilt(value: Any, found: dict[Path, Any], path: Path = ()) -> Any:
-    """The same tree with the leaves, or branches, of `found` in their places. Branches are always new ones: a network
-    may take things out of the lists that it is given."""
+    """The same tree with the leaves or branches of `found` in their places.
+
+    Branches are always copied: a network may remove items from the lists that it is given.
+    """
     if path in found:
         return found[path]
     kind = type(value)
@@ -41,8 +45,11 @@ def rebuilt(value: Any, found: dict[Path, Any], path: Path = ()) -> Any:
 
 
 def children(value: Any) -> list[tuple[str | int, Any]] | None:
-    """The parts of a result: of dicts and diffusers' and transformers' outputs, lists, tuples, and objects that hold
-    tensors, such as distributions and caches. None: a leaf."""
+    """The parts of a result, or None for a leaf.
+
+    Branches are dicts, lists, tuples, the output classes of diffusers and transformers, and objects that hold tensors,
+    such as distributions and caches.
+    """
     if isinstance(value, torch.Tensor | torch.nn.Module | str | bytes | type) or value is None or callable(value):
         return None
     if isinstance(value, dict):
