@@ -224,9 +224,12 @@ def test_images_side_by_side(visit: Visit, images: list[JobHandle]) -> None:
 def test_the_workers_rows_are_drawn_as_they_run(visit: Visit, hold: Path) -> None:
     """Which job, which step of how many, guided or not; and they move."""
     client = visit.site.client
+    hold.unlink()
     guided = client.submit("a guided one", num_inference_steps=700, guidance_scale=5.0)
     plain = client.submit("a plain one", num_inference_steps=800, guidance_scale=1.0)
     try:
+        until(lambda: all(job.status().step > 0 for job in (guided, plain)))
+        hold.touch()  # with both of them in the batch
         page = visit.open("fleet")
         rows = {job.id: page.locator(f'.row[data-key="{job.id}/0"]') for job in (guided, plain)}
         expect(rows[guided.id].locator(".row-step")).to_contain_text(re.compile(r"\d+/700"))

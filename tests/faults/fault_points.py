@@ -122,12 +122,22 @@ def _held() -> None:
     """While the file $TEST_HOLD exists, the third step from then on waits, so that a test can look at what runs."""
     from calotype_worker.models.sd import StableDiffusion
 
-    file, steps = Path(os.environ["TEST_HOLD"]), 0
+    file, steps, began = Path(os.environ["TEST_HOLD"]), 0, 0
+
+    def written() -> int:
+        """When the file was made or touched; 0 while it does not exist."""
+        try:
+            return file.stat().st_mtime_ns
+        except FileNotFoundError:
+            return 0
 
     def wait(_: Any) -> None:
-        nonlocal steps
-        steps = steps + 1 if file.exists() else 0
-        while steps > 2 and file.exists():
+        nonlocal steps, began
+        now = written()
+        steps = steps + 1 if now == began else 1
+        began = now
+        # The next test may have made the file again before this thread saw it go: that is another hold.
+        while began and steps > 2 and written() == began:
             time.sleep(0.02)
 
     _wrap(StableDiffusion, "predict", after=wait)

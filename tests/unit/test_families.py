@@ -200,7 +200,7 @@ def test_a_refiner_takes_over_the_unfinished_latents(tmp_path: Path) -> None:
     try:
         made = run_staggered(engine, wanted)
         [without] = run_staggered(engine, [replace(wanted[0], refiner=None)])
-        for start, said in ((0.9999, "no step to it"), (0.0001, "no step to the model before it")):
+        for start, said in ((0.9999, "no step for the refiner"), (0.0001, "no step for the base model")):
             with pytest.raises(InvalidRequest, match=said):
                 engine.submit(replace(wanted[0], request_id="none", refiner_start=start))
     finally:
