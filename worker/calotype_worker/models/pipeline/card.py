@@ -13,7 +13,7 @@ from calotype_worker.models.pipeline.copies import parts
 from calotype_worker.sampling.samplers import FLOW_SAMPLERS, SAMPLERS, Sampler, sampler_of
 
 _AREA_LIMIT = 4  # times the native area
-_USUAL_SIDE = 512  # pixels, where nothing says another
+_USUAL_SIDES = {"unet": 512, "transformer": 1024}  # pixels, where nothing says another
 _FORMATS: Mapping[str, Sequence[OutputFormat]] = {
     "image": (OutputFormat.PNG, OutputFormat.WEBP, OutputFormat.JPEG),
     "video": (OutputFormat.MP4, OutputFormat.GIF),
@@ -54,7 +54,8 @@ def native_sizes(pipeline: Any, arguments: Arguments, notes: Mapping[str, Any]) 
                 break
     if isinstance(sample, list | tuple):
         return ((int(sample[-1]) * factor, int(sample[0]) * factor),)
-    side = int(sample) * factor if sample else _USUAL_SIDE
+    usual = next((_USUAL_SIDES[name] for name, _ in parts(pipeline) if name in _USUAL_SIDES), 512)
+    side = int(sample) * factor if sample else usual
     return ((side, side),)
 
 
