@@ -248,6 +248,7 @@ def test_the_workers_rows_are_drawn_as_they_run(visit: Visit, hold: Path) -> Non
     finally:
         for job in (guided, plain):
             job.cancel()
+    hold.unlink()
     page.keyboard.press("Escape")
     expect(page.locator(".row")).to_have_count(0)
 
