@@ -178,8 +178,11 @@ class PipelineModel:
         return pipeline(**arguments)
 
     def order(self, place: Place) -> float:
-        """Which network's calls go first: those before the steps, so that requests start them together; of those in the
-        steps the smaller network's; and after all others those that follow the last step."""
+        """Which network's calls go first, the lowest before others.
+
+        Those before the steps, so that requests start them together; in the steps the smaller network's; and after all
+        others those that follow the last step.
+        """
         return self._phases.get(place, 0) * 1e18 + self._sizes.get(place[0], 0)
 
     def to(self, device: torch.device) -> None:
