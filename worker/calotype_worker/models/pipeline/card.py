@@ -71,8 +71,21 @@ def samplers_of(pipeline: Any) -> Mapping[SamplerType, Sampler]:
         if getattr(scheduler.config, "prediction_type", "") == "flow_prediction":
             return {own: family[own]}  # the others do not know these noise levels
         compatible = {kind.__name__ for kind in getattr(scheduler, "compatibles", ())} | {type(scheduler).__name__}
-        return {kind: given for kind, given in family.items() if given.scheduler.__name__ in compatible}
+        return {
+            kind: given
+            for kind, given in family.items()
+            if kind is own or (given.scheduler.__name__ in compatible and _can_be(given, scheduler.config))
+        }
     return {}
+
+
+def _can_be(sampler: Sampler, config: Mapping[str, Any]) -> bool:
+    """Whether a scheduler can be made from the pipeline's own config: not all know all noise levels."""
+    try:
+        sampler.scheduler.from_config(dict(config), **sampler.overrides)
+    except (ValueError, NotImplementedError, TypeError):
+        return False
+    return True
 
 
 def card_of(
@@ -100,6 +113,7 @@ def card_of(
     sizes_are_free = "height" in arguments.signature or "frame_size" in arguments.signature or arguments.starts
     if not sizes_are_free and kind == "image":
         multiple = math.gcd(*(side for size in native for side in size))
+    names = [kind.value for kind in sorted(samplers, key=lambda kind: kind is not own)] or [SamplerType.MODEL.value]
     return ModelCard(
         name=name,
         family=type(pipeline).__name__,
@@ -108,8 +122,8 @@ def card_of(
         native_sizes=tuple((_fit(width, multiple), _fit(height, multiple)) for width, height in native),
         max_pixels=int(notes.get("max_pixels", (_AREA_LIMIT if sizes_are_free else 1) * max(w * h for w, h in native))),
         max_prompt_tokens=_prompt_tokens(pipeline, arguments),
-        samplers=tuple(kind.value for kind in sorted(samplers, key=lambda kind: kind is not own))
-        or (SamplerType.MODEL.value,),
+        samplers=tuple(names),
+        default_sampler=names[0],
         features=frozenset(features),
         output_formats=tuple(found.value for found in _FORMATS[kind]),
         description=str(notes.get("description", "")),
