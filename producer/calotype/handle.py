@@ -1,4 +1,4 @@
-"""`Handle`: an id together with the client that knows it; and what may be given where ids are asked for."""
+"""`Handle`: an id together with its client; and the helpers that accept ids or handles."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ BatchRef = str | AnyBatchHandle[Any]
 
 
 def one_id(given: object, kind: type[Handle[Any]]) -> str:
-    """The id that was given, or that of the handle.
+    """The given id, or the id of the given handle.
 
     Raises:
-        InvalidRequest: it is neither, or another kind's handle.
+        InvalidRequest: it is neither, or a handle of another kind.
     """
     if isinstance(given, str):
         return given
@@ -62,7 +62,7 @@ def one_id(given: object, kind: type[Handle[Any]]) -> str:
 
 
 def ids_of(given: object, kind: type[Handle[Any]]) -> tuple[list[str], bool]:
-    """The ids of what was given; and whether that was one id or handle, not an iterable of them.
+    """The ids of what was given, and whether it was a single id or handle instead of an iterable.
 
     Raises:
         InvalidRequest: it is neither, or something in it is not.

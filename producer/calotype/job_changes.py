@@ -1,7 +1,7 @@
-"""`JobChangeListener`: hears of changes of jobs as they happen, for all the waits of one client.
+"""`JobChangeListener`: receives changes of jobs as they happen, for all the waits of one client.
 
-Redis tells of every change on a channel of the job's own (`keys.py`). A notice only says that it is time to look: what
-is true is in the record. Whoever waits looks now and then anyhow, so a notice that is missed costs a second, no more.
+Redis publishes every change on a channel of the job (`keys.py`). A notice only says that it is time to check the
+record. Waits also check periodically, so a missed notice costs at most a second.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from calotype_shared.queue.keys import Keys
 log = logging.getLogger(__name__)
 
 _LISTEN_SECONDS = 1.0
-_LINGER_SECONDS = 10.0  # the thread stays so long after the last wait: another mostly follows
+_LINGER_SECONDS = 10.0  # how long the thread stays after the last wait: another wait usually follows
 _BACKOFF_SECONDS = 2.0
 
 
 class JobChangeListener:
     """One connection and one thread, from the first wait until a while after the last. Thread-safe.
 
-    The subscription is touched by that thread alone: who wants more channels rings its bell, a channel as well.
+    Only that thread uses the subscription. To add channels, others wake it up through a channel of its own.
     """
 
     def __init__(self, redis: Redis, keys: Keys) -> None:
@@ -63,7 +63,7 @@ class JobChangeListener:
             thread.join(_LISTEN_SECONDS)
 
     def _set(self, watch: _Watch, job_ids: Iterable[str]) -> None:
-        """`watch` is about these jobs from now on, and no others."""
+        """From now on, watch these jobs and no others."""
         channels = {self._keys.changed(job_id) for job_id in job_ids}
         with self._lock:
             for channel in watch.channels - channels:
@@ -86,7 +86,7 @@ class JobChangeListener:
             return bool(channels) and channels <= self._live
 
     def _wake(self) -> None:
-        with contextlib.suppress(RedisError):  # who waits then looks as often as without notices
+        with contextlib.suppress(RedisError):  # the waits then poll as often as without notices
             self._redis.publish(self._wakeup_channel, "")
 
     def _run(self) -> None:
@@ -96,7 +96,7 @@ class JobChangeListener:
                     if self._listen(subscription):
                         return
             except RedisError:
-                pass  # those who wait tell of it
+                pass  # the waits report it
             except Exception:
                 log.exception("unexpected error while listening for job changes")
             with self._lock:
@@ -104,10 +104,10 @@ class JobChangeListener:
             self._closed.wait(full_jitter(_BACKOFF_SECONDS))
 
     def _listen(self, subscription: PubSub) -> bool:
-        """Until nobody has waited for a while, and then True: this thread is at its end."""
+        """Returns True when nobody has waited for a while: the thread then ends."""
         subscription.subscribe(self._wakeup_channel)
         known: set[str] = set()
-        waited = time.monotonic()  # when somebody last did
+        waited = time.monotonic()  # when somebody last waited
         while not self._closed.is_set():
             with self._lock:
                 wanted = set(self._watches)
@@ -130,7 +130,7 @@ class JobChangeListener:
     def _dispatch(self, message: dict[str, Any]) -> None:
         channel = message["channel"]
         with self._lock:
-            # Confirmed, also anew after the connection broke: what was before that was not heard of.
+            # Confirmed, also after a reconnect: changes before that were not received.
             if message["type"] == "subscribe" and channel in self._watches:
                 self._live.add(channel)
             watches = list(self._watches.get(channel, ()))
@@ -140,19 +140,19 @@ class JobChangeListener:
 
 
 class _Watch(ABC):
-    """What one wait hears. Leave it as a context manager does, and nothing of it stays."""
+    """The changes that one wait receives. A context manager; nothing remains after it exits."""
 
     def __init__(self, listener: JobChangeListener) -> None:
         self._listener = listener
         self.channels: set[str] = set()  # written by `JobChangeListener` alone
 
     def set_jobs(self, job_ids: Iterable[str]) -> None:
-        """Hear of these from now on. May take as long as Redis takes to answer."""
+        """Receive changes of these jobs from now on. May take as long as Redis takes to respond."""
         self._listener._set(self, job_ids)
 
     @property
     def live(self) -> bool:
-        """Whether a change of any of its jobs is told; before, and while Redis is away, it may not be."""
+        """Whether changes of its jobs are received now; not before subscribing, nor while Redis is unavailable."""
         return self._listener._is_live(self.channels)
 
     @abstractmethod
@@ -184,7 +184,7 @@ class Watch(_Watch):
 
 
 class AsyncWatch(_Watch):
-    """For a task; make it on the task's event loop."""
+    """For asyncio tasks; create it on the task's event loop."""
 
     def __init__(self, listener: JobChangeListener) -> None:
         super().__init__(listener)
@@ -192,7 +192,7 @@ class AsyncWatch(_Watch):
         self._event = asyncio.Event()
 
     def changed(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits there any more
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits on it any more
             self._loop.call_soon_threadsafe(self._event.set)
 
     async def wait(self, seconds: float, *, at_least: float) -> None:

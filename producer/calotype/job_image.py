@@ -20,7 +20,7 @@ ImageSource = Any  # a file's path or bytes, or a Pillow image
 
 
 def is_image(value: object) -> bool:
-    """Whether this is an image given in place of an upload's id. A bare string is an id."""
+    """Whether this is an image instead of the id of an upload. A plain string is an id."""
     return isinstance(value, (bytes, Path)) or hasattr(value, "tobytes")
 
 
@@ -28,7 +28,7 @@ def image_bytes(image: object, field: str) -> bytes:
     """The image as the bytes of a file.
 
     Raises:
-        InvalidRequest: there is no such file, or it is no image at all.
+        InvalidRequest: the file does not exist or is not an image.
     """
     if isinstance(image, bytes):
         return image
@@ -71,7 +71,7 @@ class JobImage:
 
     @property
     def name(self) -> str:
-        """A file name no other image has."""
+        """A file name that is unique to this image."""
         return f"{self.job_id}-{self.index}.{self.ref.key.rpartition('.')[2]}"
 
     @cached_property

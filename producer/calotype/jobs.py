@@ -1,4 +1,4 @@
-"""Jobs that have been submitted: `Jobs`, what a client does with them by id or handle; and `JobHandle`, one of them."""
+"""Submitted jobs: `Jobs`, the client's methods that take an id or handle; and `JobHandle`, one job."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from calotype_shared.schema.jobs import JobRecord, Preview
 
 
 class Jobs:
-    """The part of `Client` that is about jobs that are there already."""
+    """The part of `Client` for existing jobs."""
 
     def __init__(self, connections: Connections, *, on_warning: Callable[[str], None]) -> None:
         self.settings = connections.settings
@@ -75,10 +75,10 @@ class Jobs:
     @overload
     def cancel(self, jobs: Iterable[JobRef]) -> list[JobState]: ...
     def cancel(self, jobs: JobRef | Iterable[JobRef]) -> JobState | list[JobState]:
-        """Cancel at once and for good; returns `cancelled`, or the final state that was reached before.
+        """Cancel immediately and permanently. Returns `cancelled`, or the final state that was reached before.
 
         Raises:
-            JobNotFound: a job has no record. The others are cancelled all the same.
+            JobNotFound: a job has no record. The others are cancelled nevertheless.
         """
         ids, one = ids_of(jobs, AnyJobHandle)
         states, missing = [], None
@@ -99,8 +99,8 @@ class Jobs:
         """Download the images of a finished job; of many jobs, a list for each, in order.
 
         Raises:
-            JobFailed, JobCancelled: it has none.
-            InvalidRequest: it is not finished yet.
+            JobFailed, JobCancelled: the job has no images.
+            InvalidRequest: the job is not finished yet.
         """
         ids, one = ids_of(jobs, AnyJobHandle)
         found = [self._images(self._succeeded(job_id)) for job_id in ids]

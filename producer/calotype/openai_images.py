@@ -1,7 +1,7 @@
-"""OpenAI's images API as far as its words go: which of our configs a request asks for, and how an image is answered.
+"""Translates OpenAI's images API: from its requests to configs, and from images to its responses.
 
 Used by the gateway's routes and for the lines of batches. `size`, `n`, `quality`, `output_format` and
-`response_format` are theirs; every field of `GenerationConfig` may stand beside them (`extra_body` in their SDK).
+`response_format` are OpenAI's; every field of `GenerationConfig` may be added (`extra_body` in OpenAI's SDK).
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from calotype_shared.schema.config import GenerationConfig
 from calotype_shared.storage.images import FORMATS, MAX_PIXELS
 
 MAX_N = 10
-# Their words for quality, by our presets.
+# OpenAI's values of `quality`, as Calotype's presets.
 _QUALITIES = {"low": "fast", "medium": "balanced", "high": "high", "standard": "balanced", "hd": "high"}
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
-# Theirs, of no meaning to a diffusion model of one's own; accepted so that their clients work unchanged.
+# OpenAI's fields without a meaning here; accepted so that existing clients work unchanged.
 _WITHOUT_EFFECT = {"background", "moderation", "output_compression", "style", "user", "input_fidelity"}
 
 
 class Generation(NamedTuple):
-    """What a request asks for."""
+    """A translated request."""
 
     config: GenerationConfig  # not resolved yet
     as_url: bool  # else the image itself, in base64
@@ -33,10 +33,10 @@ class Generation(NamedTuple):
 
 
 def read_generation(body: Mapping[str, Any]) -> Generation:
-    """The config that the fields of a request mean.
+    """Convert the fields of a request to a config.
 
     Raises:
-        InvalidRequest: naming the field as it was written there.
+        InvalidRequest: names the field as the request did.
     """
     values = {name: value for name, value in body.items() if name not in _WITHOUT_EFFECT and value is not None}
     response_format = values.pop("response_format", "b64_json")
@@ -65,7 +65,7 @@ def read_generation(body: Mapping[str, Any]) -> Generation:
 
 
 def image_data(image: Mapping[str, Any], *, url: str | None = None, b64: str | None = None) -> dict[str, Any]:
-    """One image of an answer. The seed is ours: with it the image can be made again."""
+    """One image of a response. `seed` is Calotype's own field: with it, the image can be generated again."""
     shown = {"url": url} if b64 is None else {"b64_json": b64}
     return {**shown, "seed": image["seed"]}
 
@@ -75,10 +75,10 @@ def _wrong(field: str, value: object, remedy: str) -> InvalidRequest:
 
 
 def inverted_mask(data: bytes) -> bytes:
-    """A mask in our sense, white where to paint, of one in theirs, transparent where to paint; as a PNG file.
+    """Convert OpenAI's mask (transparent where to paint) to Calotype's (white where to paint), as a PNG file.
 
     Raises:
-        InvalidRequest: it is no image, or nothing in it is transparent.
+        InvalidRequest: it is not an image, or nothing in it is transparent.
     """
     import io  # noqa: PLC0415 - these three only where a mask comes
 

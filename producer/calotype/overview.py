@@ -1,4 +1,4 @@
-"""`Overview`: the queues, the workers and the rows of their step batches at one moment, for people who watch."""
+"""`Overview`: a snapshot of the queues, the workers and the rows of their step batches, for operators."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from calotype_shared.schema.enums import JobState, Lane
 from calotype_shared.schema.jobs import JobRecord
 from calotype_shared.schema.worker_info import StepGroup, StepRow, WorkerInfo
 
-_LONGEST_PROMPT = 120  # characters: enough to know a job again
+_LONGEST_PROMPT = 120  # characters: enough to recognize a job
 
 
 class _Part(BaseModel):
@@ -26,7 +26,7 @@ class QueueLine(_Part):
     models: tuple[str, ...]
     lane: Lane
     waiting: int
-    oldest_wait_seconds: float | None = None  # None: nobody waits
+    oldest_wait_seconds: float | None = None  # None: no job waits
 
 
 class WorkerView(_Part):
@@ -50,7 +50,7 @@ class WorkerView(_Part):
 
 
 class Overview(_Part):
-    """What there is to see at `at`, in seconds since the epoch."""
+    """A snapshot taken at `at`, in seconds since the epoch."""
 
     at: float
     queues: tuple[QueueLine, ...]
@@ -62,7 +62,7 @@ class Overview(_Part):
 
 
 def look(store: JobStore, *, tenant: str | None = None) -> Overview:
-    """As it is now. With `tenant`, only that one's jobs are told apart. Raises RedisUnavailable."""
+    """The current snapshot. With `tenant`, only its jobs are identified. Raises RedisUnavailable."""
     workers = store.workers()
     ids = list({row.job for worker in workers for group in worker.groups for row in group.rows if row.job})
     records = {record.id: record for record in store.get_many(ids) if record is not None} if ids else {}
@@ -94,7 +94,7 @@ def _group(group: StepGroup, known: Mapping[str, JobRecord]) -> StepGroup:
 
 
 def _row(row: StepRow, record: JobRecord | None) -> StepRow:
-    """With its prompt; without anything that identifies it if the caller may not see its record."""
+    """With the job's prompt, or without anything that identifies the job if the caller may not see its record."""
     if record is None:
         return row.model_copy(update={"job": None, "image": None, "prompt": None})
     return row.model_copy(update={"prompt": record.config.prompt[:_LONGEST_PROMPT]})

@@ -1,4 +1,4 @@
-"""`Resolver`: makes of what a submitter wrote a complete job, or says what is wrong with it."""
+"""`Resolver`: turns what a submitter wrote into a complete job, or reports what is wrong with it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,200}")
 
 
 class Resolver:
-    """Knows the models' cards and what has been uploaded. Safe to share between threads."""
+    """Caches the models' cards and which images are uploaded. Thread-safe."""
 
     def __init__(
         self, settings: Settings, store: JobStore, storage: Storage, *, clock: Callable[[], float] = time.monotonic
@@ -44,12 +44,13 @@ class Resolver:
         self._clock = clock
         self._cards: dict[str, ModelCard] = {}
         self._cards_until = float("-inf")
-        self._uploaded: dict[str, float] = {}  # ids known to be in storage for long enough, until when to believe it
-        # `calotype gc` takes uploads that are older and unused: one that is to be used is renewed long before.
+        # Ids that are known to stay in storage long enough, and when that knowledge expires.
+        self._uploaded: dict[str, float] = {}
+        # `calotype gc` removes older unused uploads, so an upload that a job uses is renewed long before that.
         self._renewed_after = max(settings.retention_seconds, SAFE_SECONDS) / 2
 
     def parse(self, config: Submission, fields: Mapping[str, Any]) -> GenerationConfig:
-        """What was written as a config; images among it are uploaded. Raises InvalidRequest."""
+        """Parse what was written into a config, and upload images in it. Raises InvalidRequest."""
         if isinstance(config, GenerationConfig) and not fields:
             return config
         return GenerationConfig.parse(self._with_uploads(_fields(config, fields)))
@@ -63,7 +64,7 @@ class Resolver:
         job_id: str = "",
         draw_seed: Callable[[], int] = draw_seed,
     ) -> NewJob:
-        """The job for a config. Whoever gave the seed asks for the very images an equal job makes.
+        """The job for a config. An explicit seed requests exactly the images that an equal job generates.
 
         Raises:
             InvalidRequest: as `resolve`.
@@ -79,7 +80,7 @@ class Resolver:
         """The complete config, if its models can make it, one worker serves them and its images are uploaded.
 
         Raises:
-            InvalidRequest: it cannot be made; `UnknownModel` if no worker ever announced the model.
+            InvalidRequest: it cannot be generated; `UnknownModel` if no worker ever announced the model.
         """
         resolved = resolve(config, {model: self._card(model) for model in config.models}, draw_seed=draw_seed)
         self._check_together(resolved)
@@ -126,7 +127,7 @@ class Resolver:
         """Store an image for use as `init_image`, `mask_image` or a control; returns its id.
 
         Raises:
-            InvalidRequest: it is no PNG, JPEG or WebP, or too large. Nothing was stored.
+            InvalidRequest: it is not a PNG, JPEG or WebP, or too large. Nothing was stored.
         """
         upload_id, data = normalize_image(image_bytes(image, field), field=field)
         if not self._is_known(upload_id):
@@ -135,7 +136,7 @@ class Resolver:
         return upload_id
 
     def _with_uploads(self, fields: dict[str, Any]) -> dict[str, Any]:
-        """Images given in place of their ids are uploaded."""
+        """Uploads images that were given instead of ids."""
         for name in ("init_image", "mask_image", "control_image"):
             if is_image(fields.get(name)):
                 fields[name] = self.upload(fields[name], field=name)
@@ -168,7 +169,7 @@ class Resolver:
         return card
 
     def tenant(self, name: str | None) -> str:
-        """Whose job it is: as given, or this process' own. Raises InvalidRequest."""
+        """The job's tenant: the given one, or this process' own. Raises InvalidRequest."""
         if name is None:
             return self._settings.tenant
         if not re.fullmatch(TENANT_PATTERN, name):
@@ -181,7 +182,7 @@ class Resolver:
         return name
 
     def webhook(self, url: str | None) -> str | None:
-        """The address that is to be told of an end, checked. Raises InvalidRequest, ServiceUnavailable."""
+        """The checked address of a webhook. Raises InvalidRequest, ServiceUnavailable."""
         if url is None:
             return None
         if self._settings.webhook_secret is None:
@@ -200,7 +201,7 @@ class Resolver:
 
 
 def storable(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Metadata that any answer can show again: no NaN, lone surrogates or hundreds of levels; and not too long.
+    """Check that metadata can be returned as JSON: no NaN, lone surrogates or very deep nesting, and not too long.
 
     Raises:
         InvalidRequest: it is none.
@@ -223,7 +224,7 @@ def storable(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def idempotency(key: str | None, *asked: object) -> Idempotency | None:
-    """The key of a submission together with a hash of all that was asked. Raises InvalidRequest."""
+    """The key of a submission, with a hash of the whole request. Raises InvalidRequest."""
     if key is None:
         return None
     if not _IDEMPOTENCY_KEY.fullmatch(key):

@@ -1,4 +1,4 @@
-"""`JobWaiter`: looks at jobs for the waits of one client, sync or async, and says why an end is late."""
+"""`JobWaiter`: checks jobs for the waits of one client, sync or async, and reports why results are late."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from calotype_shared.queue.job_store import JobStore
 from calotype_shared.schema.enums import JobState
 from calotype_shared.schema.jobs import JobRecord
 
-_WORKER_CHECK_SECONDS = 5.0  # between looks at whether any worker serves what is waited for
+_WORKER_CHECK_SECONDS = 5.0  # between checks whether any worker serves the awaited jobs
 
 
 class JobWaiter:
-    """Has no state of its own: each wait is a `Waiting`, which the loop owns that called `begin`. Thread-safe.
+    """Stateless and thread-safe: each wait is a `Waiting`, owned by the loop that called `begin`.
 
-    A loop that does its own sleeping calls `look` until the wait is done, and sleeps `pause` seconds in between.
+    A loop that sleeps itself calls `look` until the wait is done, and sleeps `pause` seconds in between.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class JobWaiter:
 
         Raises:
             JobNotFound: a job has no record.
-            WaitTimeout: the wait's time is over; the jobs go on.
+            WaitTimeout: the wait's time is over; the jobs continue.
         """
         now = self._clock()
         window = waiting.window

@@ -1,4 +1,4 @@
-"""The state of one wait for jobs: which are unfinished, what changed, when to look again. No I/O and no clock here.
+"""The state of one wait for jobs: which are unfinished, what changed, when to check again. Has no I/O and no clock.
 
 The sync and the async client drive the same object, so the logic exists once.
 """
@@ -11,8 +11,8 @@ from calotype_shared.errors import no_such_job
 from calotype_shared.schema.jobs import JobRecord
 
 _WINDOW = 500  # jobs looked at in one round trip; the rest wait their turn, oldest first
-_MOST_TOLD = 64  # unfinished jobs of which notices are heard; more are looked at too rarely to gain by it
-_LATENESS = 0.05  # of the time waited so far: so much later than it came an end is noticed, at most
+_MOST_TOLD = 64  # maximum number of unfinished jobs subscribed to; more would be checked too rarely to benefit
+_LATENESS = 0.05  # maximum delay in noticing a final state, as a share of the time waited so far
 _SHORTEST_PAUSE = 0.01  # seconds
 _PAUSE_A_JOB = 0.005  # a wait reads at most two hundred records a second
 _LONGEST_PAUSE = 1.0
@@ -27,20 +27,20 @@ class Waiting:
     def __init__(self, job_ids: Sequence[str], *, started: float, timeout: float | None) -> None:
         self.started = started
         self.timeout = timeout
-        self.warned = False  # whether the lack of a worker was already told
+        self.warned = False  # whether the lack of a worker has been reported
         self.next_worker_check = started
         self.final: dict[str, JobRecord] = {}
         self._unfinished: dict[str, JobRecord | None] = dict.fromkeys(job_ids)  # as last seen, in order
-        self._behind = False  # all that was looked at had ended: those after it may have, too
+        self._behind = False  # all checked jobs were final: the following ones may be, too
 
     @property
     def window(self) -> list[str]:
-        """The jobs to look at now."""
+        """The jobs to check now."""
         return [job_id for job_id, _ in zip(self._unfinished, range(_WINDOW), strict=False)]
 
     @property
     def subscribed_ids(self) -> list[str]:
-        """The jobs whose changes are worth hearing of."""
+        """The jobs to subscribe to."""
         return list(self._unfinished) if len(self._unfinished) <= _MOST_TOLD else []
 
     @property
@@ -57,7 +57,7 @@ class Waiting:
         return len(self._unfinished)
 
     def update(self, job_ids: Sequence[str], records: Sequence[JobRecord | None]) -> list[JobRecord]:
-        """Take in what was found; returns the records that differ from the last look.
+        """Apply the records that were read; returns those that changed since the last check.
 
         Raises:
             JobNotFound: a job has no record.
@@ -81,13 +81,13 @@ class Waiting:
 
     @property
     def min_interval(self) -> float:
-        """Seconds between two looks."""
+        """Seconds between two checks."""
         if self._behind:
             return 0.0
         return min(_LONGEST_PAUSE, max(_SHORTEST_PAUSE, _PAUSE_A_JOB * len(self._unfinished)))
 
     def pause(self, now: float, *, live: bool = False) -> float:
-        """Seconds to sleep before the next look; never past the time-out. `live`: notices are heard meanwhile."""
+        """Seconds to sleep before the next check, never past the timeout. `live`: change notices arrive meanwhile."""
         if self._behind:
             return 0.0
         late = _LONGEST_PAUSE if live else _LATENESS * (now - self.started)

@@ -1,9 +1,9 @@
-"""AUTOMATIC1111's web API, for `webuiapi` and the many tools that speak as it does.
+"""AUTOMATIC1111's web API, for `webuiapi` and other tools that use this API.
 
-A request is a job of its own; `progress` and `interrupt` are about all unfinished ones of the caller that came this
-way. Without effect: styles, `eta` and the `s_` parameters, `mask_blur`, `inpainting_fill`, `inpaint_full_res`,
-`resize_mode` and saving on the server's disk. Refused, since the image would be another: hires fix, tiling, face
-restoration, variation seeds, scripts.
+Each request becomes one job. `progress` and `interrupt` apply to all unfinished jobs that the caller submitted
+through this API. Without effect: styles, `eta` and the `s_` parameters, `mask_blur`, `inpainting_fill`,
+`inpaint_full_res`, `resize_mode` and saving on the server's disk. Refused, because they would change the image: hires
+fix, tiling, face restoration, variation seeds, scripts.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from calotype_shared.storage.images import FORMATS
 router = APIRouter(prefix="/sdapi/v1", tags=["automatic1111"])
 
 _VIA = {"via": "sdapi"}  # in a job's metadata
-_PREVIEWS = 8  # a job's previews for `progress`, over its steps
+_PREVIEWS = 8  # previews per job, for `progress`
 _LORA = re.compile(r"<lora:([^:<>]+)(?::([0-9.+-]+))?>")
 _REFUSED = ("enable_hr", "restore_faces", "tiling")
 _Optional = dict[str, Any] | None
 
 
 class Txt2Img(BaseModel):
-    """The parameters that have an effect here. All others are accepted."""
+    """The parameters that have an effect. All others are accepted and ignored."""
 
     model_config = ConfigDict(extra="allow", json_schema_extra={"examples": [{"prompt": "a red circle", "steps": 20}]})
 
@@ -88,7 +88,7 @@ class Images(BaseModel):
     "/txt2img", operation_id="sdTxt2Img", response_model=Images, responses=documented(404, 409, 422, 504, openai=True)
 )
 async def txt2img(wanted: Txt2Img, request: Request, caller: Writer, services: ServicesDep) -> Response:
-    """Make images from text."""
+    """Generate images from text."""
     return await _answer(wanted, await _fields(wanted, caller, services), request, caller, services)
 
 
@@ -96,7 +96,7 @@ async def txt2img(wanted: Txt2Img, request: Request, caller: Writer, services: S
     "/img2img", operation_id="sdImg2Img", response_model=Images, responses=documented(404, 409, 422, 504, openai=True)
 )
 async def img2img(wanted: Img2Img, request: Request, caller: Writer, services: ServicesDep) -> Response:
-    """Make images from an image, all of it or where the mask is white."""
+    """Generate images from an image: from all of it, or only where the mask is white."""
     if not wanted.init_images:
         raise InvalidRequest("is missing", field="init_images", value=[], remedy="give one image in base64")
     fields = await _fields(wanted, caller, services)
@@ -154,7 +154,7 @@ def _loras(prompt: str) -> tuple[str, list[dict[str, Any]]]:
 
 
 async def _controls(scripts: Mapping[str, Any], services: Services) -> list[dict[str, Any]]:
-    """ControlNet's units; any other script that is switched on is refused."""
+    """The units of ControlNet. Any other enabled script is refused."""
     controls = []
     for name, script in scripts.items():
         arguments = script.get("args", []) if isinstance(script, Mapping) else script
@@ -226,7 +226,7 @@ async def _answer(
         )
     seconds = services.gateway.max_wait_seconds
     record = await finished(services, job.id, caller.tenant, seconds=seconds, check=False, abandon=request)
-    if record.state is not JobState.CANCELLED:  # an interrupted request is answered with what there is
+    if record.state is not JobState.CANCELLED:  # an interrupted request returns the images that exist
         require_success(record)
     images = []
     if wanted.send_images:
@@ -237,7 +237,7 @@ async def _answer(
 
 
 def _info(record: JobRecord) -> dict[str, Any]:
-    """What tools read from an answer, in the web UI's words."""
+    """What tools read from a response, in the web UI's format."""
     config = record.config
     seeds = [config.seed + number for number in range(config.num_images)]
     texts = [
@@ -270,7 +270,7 @@ def _info(record: JobRecord) -> dict[str, Any]:
 
 
 async def chosen_model(services: Services, tenant: str, chosen: str | None = None) -> str:
-    """The checkpoint asked for, or the one chosen before, or the first that is announced."""
+    """The requested checkpoint, else the selected one, else the first announced one."""
     known = list(await run_in_threadpool(services.client.models))
     if chosen is None:
         chosen = await run_in_threadpool(lambda: services.keys.redis.get(services.keys.keys.options(tenant)))  # type: ignore[arg-type, return-value]
@@ -288,7 +288,7 @@ async def chosen_model(services: Services, tenant: str, chosen: str | None = Non
 
 
 async def _unfinished(services: Services, tenant: str) -> list[JobRecord]:
-    """The caller's newest jobs that came this way and are not final, the one that is furthest first."""
+    """The caller's newest unfinished jobs of this API, the one with the most progress first."""
     newest = await run_in_threadpool(services.client.jobs, tenant=tenant, limit=100)
     found = [job for job in newest if not job.state.final and job.metadata == _VIA]
     return sorted(found, key=lambda job: -job.progress)

@@ -1,4 +1,4 @@
-"""AUTOMATIC1111's web API: the lists and options that its clients ask for beside images."""
+"""AUTOMATIC1111's web API: the lists and options that its clients request besides images."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ async def get_options(caller: Reader, services: ServicesDep) -> dict[str, Any]:
 
 @router.post("/options", operation_id="sdSetOptions", responses=documented(openai=True))
 async def set_options(options: Annotated[dict[str, Any], Body()], caller: Writer, services: ServicesDep) -> None:
-    """Choose the checkpoint, `sd_model_checkpoint`; other options have no effect."""
+    """Select the checkpoint, `sd_model_checkpoint`. Other options have no effect."""
     chosen = options.get("sd_model_checkpoint")
     if chosen is not None:
         name = await chosen_model(services, caller.tenant, str(chosen))
@@ -83,20 +83,20 @@ async def loras(caller: Reader, services: ServicesDep) -> list[dict[str, Any]]:
 
 @router.get("/embeddings", operation_id="sdEmbeddings", responses=documented(openai=True))
 async def embeddings(caller: Reader, services: ServicesDep) -> dict[str, Any]:
-    """Learned words of all models."""
+    """The embeddings (learned tokens) of all models."""
     words = {word for card in (await run_in_threadpool(services.client.models)).values() for word in card.embeddings}
     return {"loaded": {word: {"step": None, "shape": 0, "vectors": 1} for word in sorted(words)}, "skipped": {}}
 
 
 @router.get("/upscalers", operation_id="sdUpscalers", responses=documented(openai=True))
 async def upscalers(caller: Reader) -> list[dict[str, Any]]:
-    """None, which the web UI lists too."""
+    """Only `None`, which the web UI lists too."""
     return [{"name": "None", "model_name": None, "model_path": None, "model_url": None, "scale": 1.0}]
 
 
 @router.get("/scripts", operation_id="sdScripts", responses=documented(openai=True))
 async def scripts(caller: Reader) -> dict[str, list[str]]:
-    """ControlNet is the one extension there is."""
+    """The only extension is ControlNet."""
     return {"txt2img": ["controlnet"], "img2img": ["controlnet"]}
 
 
@@ -107,19 +107,19 @@ async def scripts(caller: Reader) -> dict[str, list[str]]:
 @router.get("/latent-upscale-modes", operation_id="sdLatentUpscale", responses=documented(openai=True))
 @router.get("/sd-vae", operation_id="sdVae", responses=documented(openai=True))
 async def none_here(caller: Reader) -> list[dict[str, Any]]:
-    """There are none here."""
+    """Always empty."""
     return []
 
 
 @router.get("/cmd-flags", operation_id="sdCmdFlags", responses=documented(openai=True))
 async def cmd_flags(caller: Reader) -> dict[str, Any]:
-    """There are none here."""
+    """Always empty."""
     return {}
 
 
 @router.post("/refresh-checkpoints", operation_id="sdRefreshCheckpoints", responses=documented(openai=True))
 async def refresh(caller: Writer) -> None:
-    """Models are announced by workers; there is nothing to refresh."""
+    """Does nothing: workers announce their models themselves."""
 
 
 class PngInfo(BaseModel):
@@ -128,7 +128,7 @@ class PngInfo(BaseModel):
 
 @router.post("/png-info", operation_id="sdPngInfo", responses=documented(openai=True))
 async def png_info(wanted: PngInfo, caller: Reader) -> dict[str, Any]:
-    """What an image says of how it was made."""
+    """The generation parameters stored in an image."""
     data = decoded(wanted.image, "image")
     try:
         with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:

@@ -42,7 +42,7 @@ async def alive() -> dict[str, str]:
 
 @health.get("/readyz", operation_id="isReady", responses={503: {"description": "Redis or the storage is away."}})
 async def ready(services: ServicesDep) -> Response:
-    """Redis and the storage answer too."""
+    """Succeeds if Redis and the storage respond."""
     await run_in_threadpool(services.client.counts)
     await run_in_threadpool(services.storage.check)
     return JSONResponse({"status": "ok"})

@@ -1,4 +1,4 @@
-"""`Caller`: who sends a request, as which tenant, and whether there is enough left of their limits."""
+"""`Caller`: who sends a request, for which tenant, and whether their limits allow it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
 @dataclass(frozen=True)
 class Caller:
-    """`key` is None where no keys are needed; everything is allowed then."""
+    """`key` is None if no keys are required; then everything is allowed."""
 
     tenant: str
     key: ApiKey | None
@@ -33,15 +33,15 @@ class Caller:
 
     @asynccontextmanager
     async def taking(self, *, images: int) -> AsyncIterator[None]:
-        """Count images against the key's limit, but for those of a submission that is then refused.
+        """Count images against the key's limit. Those of a submission that is then refused are given back.
 
         Raises:
-            TooManyRequests: it has not so many left today.
+            TooManyRequests: fewer images are left for today.
         """
         if self.key is None or self.key.images_per_day is None:
             yield
             return
-        # The request itself was counted already.
+        # The request itself has already been counted.
         without_rate = self.key.model_copy(update={"requests_per_minute": None})
         await run_in_threadpool(self.keys.allow, without_rate, images=images)
         try:
@@ -59,7 +59,7 @@ class Caller:
 
 
 def caller(scope: Scope) -> Callable[..., Awaitable[Caller]]:
-    """A dependency: whoever asks, if they may do this. Raises Unauthorized, Forbidden, TooManyRequests."""
+    """A dependency: the caller, if they may do this. Raises Unauthorized, Forbidden, TooManyRequests."""
 
     async def find(request: Request) -> Caller:
         services = await services_of(request)
@@ -74,7 +74,7 @@ def caller(scope: Scope) -> Callable[..., Awaitable[Caller]]:
 
 
 def _admit(keys: ApiKeys, token: str, scope: Scope) -> ApiKey:
-    """The key of a request, which counts against its limits."""
+    """The key of a request. The request counts against the key's limits."""
     key = keys.authenticate(token)
     key.require(scope)
     keys.allow(key)
@@ -87,7 +87,7 @@ def _token(request: Request) -> str:
         return value.strip()
     if token := request.headers.get("x-api-key"):
         return token
-    if kind.lower() == "basic":  # AUTOMATIC1111's clients know only user and password: the password is the key
+    if kind.lower() == "basic":  # AUTOMATIC1111's clients only support user and password: the password is the key
         return _password(value)
     raise Unauthorized("an API key is required; send it as `Authorization: Bearer ct_…`; see: calotype keys create")
 
@@ -100,7 +100,7 @@ def _password(value: str) -> str:
 
 
 def _from_this_machine(request: Request, names: Collection[str]) -> None:
-    """Without keys, a web page that a browser on this machine shows must not act in its user's place."""
+    """Without keys, a web page open in a browser on this machine must not act on behalf of its user."""
     host = _host_of(f"//{request.headers.get('host', '')}")
     if host not in names:
         raise Forbidden(
@@ -113,7 +113,7 @@ def _from_this_machine(request: Request, names: Collection[str]) -> None:
 
 
 def _host_of(url: str) -> str:
-    """Its host in lower case; nothing where it has none, or is no URL."""
+    """The URL's host in lower case; empty if it has none or is not a URL."""
     try:
         return urlsplit(url).hostname or ""
     except ValueError:

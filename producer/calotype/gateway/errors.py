@@ -37,7 +37,7 @@ from calotype_shared.schema.refusal import explained
 
 log = logging.getLogger(__name__)
 
-RETRY_SECONDS = 5  # `Retry-After` where no better estimate exists
+RETRY_SECONDS = 5  # `Retry-After` if there is no better estimate
 
 
 class NotFound(CalotypeError):
@@ -127,7 +127,7 @@ def respond(request: Request, problem: Problem, headers: Mapping[str, str] | Non
         if request.url.path.startswith(prefix):
             shown, media_type = render(problem), "application/json"
             break
-    # As ASCII: the value may be a name that cannot be encoded as UTF-8.
+    # In ASCII, because the value may be a name that cannot be encoded as UTF-8.
     return Response(json.dumps(shown), problem.status, headers=headers, media_type=media_type)
 
 
@@ -230,7 +230,7 @@ def documented(*statuses: int, openai: bool = False) -> dict[int | str, dict[str
 def exact(schema: dict[str, Any]) -> dict[str, Any]:
     """FastAPI's schema, changed in place to match the real requests and responses.
 
-    Invalid requests get a problem instead of FastAPI's 422. API keys are read by our own code, so they are added here.
+    Invalid requests get a problem instead of FastAPI's 422. API keys, which Calotype's own code reads, are added.
     """
     shapes = schema["components"]["schemas"]
     schema["components"]["securitySchemes"] = {

@@ -1,4 +1,4 @@
-"""Calotype's own API for people who watch it: the fleet, dead jobs, and where an image comes from."""
+"""Calotype's own API for operators: the fleet, dead jobs, and the provenance of images."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class DeadList(BaseModel):
 
 
 class Retried(BaseModel):
-    """The new job, and the dead one it was made from."""
+    """The new job and the dead job it was created from."""
 
     id: str
     retry_of: str
@@ -52,7 +52,7 @@ class Dropped(BaseModel):
 
 @router.get("/dead", operation_id="listDead", tags=["jobs"], response_model=DeadList, responses=documented())
 async def list_dead(caller: Reader, services: ServicesDep, limit: Annotated[int, Query(ge=1, le=100)] = 20) -> Response:
-    """Jobs that failed for good, each with the history of its attempts."""
+    """Jobs that failed permanently, each with the history of its attempts."""
     found = await run_in_threadpool(services.client.dead_jobs.list, limit=limit + 1, tenant=caller.tenant)
     data = [await view(record, services) for record in found[:limit]]
     return JSONResponse({"data": data, "has_more": len(found) > limit})
@@ -66,7 +66,7 @@ async def list_dead(caller: Reader, services: ServicesDep, limit: Annotated[int,
     responses=documented(404, 409),
 )
 async def retry_dead(job_id: JobId, caller: Writer, services: ServicesDep) -> Response:
-    """Submit its config once more, as a new job, and take the old one off the list."""
+    """Submit the config of a dead job again as a new job, and remove the old one from the list."""
     record = await services.job(job_id, caller.tenant)
     async with caller.taking(images=record.config.image_count):
         handle = await run_in_threadpool(services.client.dead_jobs.retry, job_id)
@@ -84,7 +84,7 @@ async def drop_dead(job_id: JobId, caller: Writer, services: ServicesDep) -> Res
 
 
 class Provenance(BaseModel):
-    """All that made an image: its `config` makes this very one again."""
+    """Everything that determined an image: submitting its `config` generates the same image again."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -110,7 +110,7 @@ class Provenance(BaseModel):
 async def get_provenance(
     job_id: JobId, index: Annotated[int, Path(ge=0, le=10_000)], caller: Reader, services: ServicesDep
 ) -> Response:
-    """Where one of a job's images comes from, as it is also written into the image's file."""
+    """The provenance of one of a job's images, as it is also written into the image's file."""
     record = await services.job(job_id, caller.tenant)
     missing = f"job {job_id} is {record.state.value} and there is no image {index} of it in the storage"
     if index >= len(record.images):

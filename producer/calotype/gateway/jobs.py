@@ -1,4 +1,4 @@
-"""Calotype's own API: `/v1/jobs`, and what there is to see of workers and queues."""
+"""Calotype's own API: `/v1/jobs`, and the state of workers and queues."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from calotype_shared.schema.jobs import JobRecord
 router = APIRouter(prefix="/v1", tags=["jobs"])
 
 _PREFER_WAIT = re.compile(r"\bwait=(\d{1,5})\b")
-# Between looks at a job that is waited for: at a notice, and without one in case somebody has hung up.
+# Seconds between checks of an awaited job: after a change notice, and without one, to detect a closed connection.
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.02, 0.25
-_UNTOLD_SECONDS, _TOLD_SECONDS = 0.1, 1.0  # at most, between looks at a job whose events are followed
+_UNTOLD_SECONDS, _TOLD_SECONDS = 0.1, 1.0  # maximum time between checks of a job whose events are streamed
 _HEARTBEAT_SECONDS = 15.0  # comments that keep proxies from closing a silent stream
 
 JobId = Annotated[str, Path(max_length=100, description="A job's id.")]
@@ -47,7 +47,7 @@ class JobRequest(GenerationConfig):
 class JobView(JobRecord):
     """A job as it is now."""
 
-    # By another name inside, for the record has a property of this one.
+    # Internally under another name, because the record has a property with this one.
     done: float = Field(serialization_alias="progress", description="Done share, 0 to 1.")
     urls: list[str] = Field(default=[], description="Links to its images, which work without keys for a while.")
 
@@ -61,7 +61,7 @@ class JobList(BaseModel):
 
 
 class Cancelled(BaseModel):
-    """The state it has now: `cancelled`, or the final one it had reached before."""
+    """The job's state now: `cancelled`, or the final state it had already reached."""
 
     id: str
     state: JobState
@@ -113,9 +113,9 @@ async def create_job(  # noqa: PLR0917 - FastAPI passes them by name
 async def finished(
     services: Services, job_id: str, tenant: str, *, seconds: float, check: bool = True, abandon: Request | None = None
 ) -> JobRecord:
-    """The job once it is final. With `check`, raises if that is not in time, or if it did not succeed.
+    """The job when it is final. With `check`, raises if it is not final in time or did not succeed.
 
-    It is cancelled when whoever sent the request `abandon` has hung up.
+    It is cancelled when the client of the request `abandon` has disconnected.
     """
     ends = asyncio.get_running_loop().time() + min(seconds, services.gateway.max_wait_seconds)
     pause = _SHORTEST_PAUSE
@@ -200,7 +200,7 @@ async def get_image(
     },
 )
 async def follow_job(job_id: JobId, caller: Reader, services: ServicesDep) -> Response:
-    """Server-sent events until the job is final. A stream that broke may simply be opened again."""
+    """Server-sent events until the job is final. After a disconnect, simply open the stream again."""
     await services.job(job_id, caller.tenant)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     return StreamingResponse(_events(services, job_id, caller.tenant), media_type="text/event-stream", headers=headers)
@@ -246,7 +246,7 @@ def _event(name: str, data: dict[str, Any]) -> str:
 
 
 class Queues(BaseModel):
-    """Jobs by state, over all tenants, and jobs waiting in each queue."""
+    """The number of jobs in each state, over all tenants, and of queued jobs in each queue."""
 
     counts: dict[JobState, int]
     depths: dict[str, int]
@@ -262,6 +262,6 @@ async def get_queues(caller: Admin, services: ServicesDep) -> Response:
 
 @router.get("/workers", operation_id="listWorkers", tags=["operating"], responses=documented())
 async def list_workers(caller: Admin, services: ServicesDep) -> list[dict[str, Any]]:
-    """The workers alive now. What each works on is told at /v1/fleet, to each tenant as much as it may know."""
+    """The live workers. /v1/fleet shows what each works on, as far as the tenant may see it."""
     workers = await run_in_threadpool(services.client.workers)
     return [worker.model_dump(mode="json", exclude={"groups"}) for worker in workers]

@@ -1,4 +1,4 @@
-"""What bounds the gateway itself: `BodyLimit` the size of requests, `ConcurrencyLimit` how many wait for images."""
+"""Limits of the gateway: `BodyLimit` on the size of requests, `ConcurrencyLimit` on how many wait for images."""
 
 from __future__ import annotations
 
@@ -64,9 +64,9 @@ class BodyLimit:
 
 
 class ConcurrencyLimit:
-    """ASGI middleware. Requests that are answered with finished images, or with events, are open for long.
+    """ASGI middleware. Limits the requests that stay open until images are finished or that stream events.
 
-    Beyond `most` of them the next is refused before it has queued anything; whoever only polls is not held up.
+    Beyond `most` of them, further ones are refused before they queue anything. Polling requests are not limited.
     """
 
     def __init__(self, app: ASGIApp, most: int) -> None:

@@ -1,7 +1,7 @@
-"""`GatewayMetrics`: what a gateway or a dispatcher tells at its metrics port: of itself, and of the whole fleet.
+"""`GatewayMetrics`: metrics of a gateway or dispatcher, and of the whole fleet, on the metrics port.
 
-The fleet is counted in Redis when somebody asks, at most once a second. All gateways say the same of it, so
-dashboards and rules take the largest of what they say, never the sum.
+The fleet is counted in Redis when it is scraped, at most once per second. All gateways export the same values, so
+dashboards and rules take their maximum, never the sum.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"
 
 
 class GatewayMetrics:
-    """Holds its port from the start; answers from `start` to `close`. What counts may be called by any thread."""
+    """Holds its port from construction; serves from `start` to `close`. Any thread may call the counting methods."""
 
     def __init__(self, settings: Settings, options: GatewaySettings) -> None:
-        """Raises SettingsError if the port cannot be had."""
+        """Raises SettingsError if the port is not available."""
         assert options.metrics_port is not None
         registry = new_registry()
         self._requests = counter(names.HTTP_REQUESTS, registry)
@@ -61,7 +61,7 @@ class GatewayMetrics:
         self._redis.close()
 
     def request(self, *, route: str, method: str, status: int, seconds: float) -> None:
-        """`route` is a template; whatever else a stranger can choose would make a series of its own."""
+        """`route` is a template: a label that clients can choose freely would create unlimited series."""
         method = method if method in _METHODS else "other"
         self._requests.labels(route, method, str(status)).inc()
         self._seconds.labels(route, method).observe(seconds)
@@ -70,7 +70,7 @@ class GatewayMetrics:
         self._webhooks.labels(outcome).inc()
 
     def _backlog(self, asked: AdminRequest) -> AdminResponse:
-        """For autoscalers that read JSON: `?model=NAME` gives one object, without it there is one a model."""
+        """For autoscalers that read JSON: one object with `?model=NAME`, else one per model."""
         try:
             stats = self._recent.get()
         except ServiceUnavailable as error:
@@ -86,7 +86,7 @@ class GatewayMetrics:
 
 
 class RecentFleetStats:
-    """The newest stats, taken again when it is older than a second. For any thread: one asks, others wait for it."""
+    """The newest statistics, read again if older than a second. Thread-safe: one thread reads, others wait for it."""
 
     def __init__(self, take: Callable[[], FleetStats], *, clock: Callable[[], float] = time.monotonic) -> None:
         self._take = take
@@ -104,7 +104,7 @@ class RecentFleetStats:
             return self._taken[1]
 
     def problem(self) -> str | None:
-        """Why there is none now."""
+        """Why there are no statistics now."""
         try:
             self.get()
         except ServiceUnavailable as error:
@@ -113,13 +113,13 @@ class RecentFleetStats:
 
 
 class FleetCollector(Collector):
-    """Counts the fleet when it is scraped. While Redis is away only that is said: old numbers would lie."""
+    """Counts the fleet when scraped. While Redis is unavailable, exports only that: old numbers would be wrong."""
 
     def __init__(self, recent: RecentFleetStats) -> None:
         self._recent = recent
 
     def describe(self) -> Iterable[Family]:
-        """Nothing, so that registering it asks nobody."""
+        """Empty, so that registering it does not query Redis."""
         return ()
 
     def collect(self) -> Iterable[Family]:

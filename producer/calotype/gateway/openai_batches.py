@@ -1,4 +1,4 @@
-"""OpenAI's batch API. A batch at the endpoint `/v1/jobs` takes lines of Calotype's own instead of theirs."""
+"""OpenAI's batch API. A batch for the endpoint `/v1/jobs` has lines in Calotype's own format instead of OpenAI's."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class RequestCounts(BaseModel):
 
 
 class BatchObject(BaseModel):
-    """OpenAI's shape; `calotype` holds what only we know."""
+    """OpenAI's schema; `calotype` holds the fields that OpenAI's does not have."""
 
     id: str
     object: Literal["batch"] = "batch"
@@ -187,7 +187,7 @@ async def get_batch(batch_id: BatchId, caller: Batcher, services: ServicesDep) -
     responses=documented(404, openai=True),
 )
 async def cancel_batch(batch_id: BatchId, caller: Batcher, services: ServicesDep) -> Response:
-    """Nothing new of it starts, and its running jobs stop within a step."""
+    """Cancel a batch: no more of its jobs start, and its running jobs stop within one step."""
     await services.batch(batch_id, caller.tenant)
     return JSONResponse(_shown(await run_in_threadpool(services.client.batches.cancel, batch_id)))
 
@@ -211,7 +211,7 @@ class BatchImages(BaseModel):
     responses=documented(404, openai=True),
 )
 async def list_images(batch_id: BatchId, caller: Batcher, services: ServicesDep, limit: Limit = 20) -> Response:
-    """Ours besides: the first images in a batch's output, to look at; while it runs, too."""
+    """Not in OpenAI's API: the first images in a batch's output, also while it runs."""
     await services.batch(batch_id, caller.tenant)
     lines = await run_in_threadpool(lambda: list(itertools.islice(services.client.batches.results(batch_id), limit)))
     found = [(line["custom_id"], image) for line in lines for image in _images_of(line)][:limit]
@@ -224,7 +224,7 @@ async def list_images(batch_id: BatchId, caller: Batcher, services: ServicesDep,
 
 
 def _images_of(line: dict[str, Any]) -> list[dict[str, Any]]:
-    """Of a line of our own results, with their keys, or of OpenAI's, with links."""
+    """The images of one result line: of Calotype's own format, with keys, or of OpenAI's, with links."""
     images: list[dict[str, Any]] = line["response"]["body"]["data"] if "response" in line else line["images"]
     return images
 
@@ -238,7 +238,7 @@ def _images_of(line: dict[str, Any]) -> list[dict[str, Any]]:
 async def steer_batch(
     batch_id: BatchId, verb: Literal["pause", "resume", "retry"], caller: Batcher, services: ServicesDep
 ) -> Response:
-    """Ours besides: pause it, go on with it, or submit what failed as a new batch (which is the answer then)."""
+    """Not in OpenAI's API: pause a batch, resume it, or submit its failed lines as a new batch and return that."""
     caller.require_no_quota()
     await services.batch(batch_id, caller.tenant)
     if verb == "retry":

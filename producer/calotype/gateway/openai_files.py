@@ -1,4 +1,4 @@
-"""OpenAI's files API: manifests that go in, and the results of batches that come out."""
+"""OpenAI's files API: uploaded manifests, and the results of batches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from calotype_shared.errors import InvalidRequest
 
 router = APIRouter(prefix="/v1", tags=["batches"])
 
-# The files of a batch have no entry of their own: their names say which batch and which of its files.
+# The files of a batch have no record: their ids name the batch and which of its files.
 RESULT = re.compile(r"file-(batch_[0-9a-z]{26})-(output|errors)")
 
 FileId = Annotated[str, Path(max_length=100)]
@@ -60,7 +60,7 @@ async def create_file(
     file: Annotated[UploadFile, File()],
     purpose: Annotated[Literal["batch", "vision", "user_data"], Form()] = "batch",
 ) -> Response:
-    """Store a file: for `batch`, a request a line, up to a million of them."""
+    """Store a file. For the purpose `batch`: one request per line, up to a million."""
     stored = await run_in_threadpool(
         services.files.add,
         file.file,
@@ -122,7 +122,7 @@ async def get_content(file_id: FileId, caller: Batcher, services: ServicesDep) -
     "/files/{file_id}", operation_id="openaiDeleteFile", response_model=Deleted, responses=documented(404, openai=True)
 )
 async def delete_file(file_id: FileId, caller: Batcher, services: ServicesDep) -> Response:
-    """Remove a file. A batch that is not validated yet needs its input."""
+    """Remove a file. A batch that is not validated yet still needs its input file."""
     if RESULT.fullmatch(file_id):
         raise InvalidRequest(
             "belongs to a batch", field="file_id", value=file_id, remedy="it is deleted when the batch's record expires"

@@ -43,7 +43,7 @@ async def generate(
     caller: Writer,
     services: ServicesDep,
 ) -> Response:
-    """Make images and answer with them. Every field of a config may stand beside OpenAI's own."""
+    """Generate images and return them. Every field of a config may be given in addition to OpenAI's own."""
     return await _answer(read_generation(body), request, caller, services, kind="image_generation")
 
 
@@ -71,7 +71,7 @@ async def generate(
     },
 )
 async def edit(request: Request, caller: Writer, services: ServicesDep) -> Response:
-    """Repaint an image: all of it, or where the mask is transparent."""
+    """Edit an image: all of it, or only where the mask is transparent."""
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise InvalidRequest(
             "must be multipart/form-data",
@@ -155,14 +155,14 @@ async def _data(services: Services, record: JobRecord, wanted: Generation) -> li
 
 
 def _shown(record: JobRecord) -> dict[str, Any]:
-    """What answers and events say of all images."""
+    """The fields about all images, in responses and events."""
     config = record.config
     size = f"{config.width}x{config.height}"
     return {"size": size, "quality": "auto", "background": "opaque", "output_format": config.output_format.value}
 
 
 async def _stream(services: Services, job_id: str, tenant: str, wanted: Generation, kind: str) -> AsyncIterator[str]:
-    """The previews as partial images, then the images. Who stops listening stops the job."""
+    """The previews as partial images, then the images. A client that disconnects cancels the job."""
     sent, shown, done = 0, set(), False
     try:
         while True:
@@ -191,7 +191,7 @@ async def _stream(services: Services, job_id: str, tenant: str, wanted: Generati
             await asyncio.shield(run_in_threadpool(services.client.cancel, job_id))
 
 
-# Their SDK wants it in this event; there are no tokens to count here.
+# OpenAI's SDK requires it in this event; there are no tokens to count.
 _NO_USAGE = {
     "input_tokens": 0,
     "output_tokens": 0,
@@ -207,7 +207,7 @@ def _event(kind: str, data: Mapping[str, Any]) -> str:
 
 @router.get("/models", operation_id="openaiListModels", responses=documented(openai=True))
 async def list_models(caller: Reader, services: ServicesDep) -> dict[str, Any]:
-    """The models that workers have announced, each with what it can do."""
+    """The models that workers have announced, each with its capabilities."""
     cards = await run_in_threadpool(services.client.models)
     return {"object": "list", "data": [_model(name, card.model_dump(mode="json")) for name, card in cards.items()]}
 

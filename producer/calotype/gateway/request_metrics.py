@@ -17,15 +17,15 @@ _NO_ANSWER = 499  # nginx's number for a client that hung up first
 
 
 class Observer(Protocol):
-    """Where requests are counted; `gateway/metrics.py` has the one."""
+    """Counts requests; implemented in `gateway/metrics.py`."""
 
     def request(self, *, route: str, method: str, status: int, seconds: float) -> None: ...
 
 
 class RequestMetricsMiddleware:
-    """Outermost, so that what the limits refuse is counted too.
+    """Outermost middleware, so that requests refused by the limits are counted too.
 
-    Requests that change something are traced, and those that a caller traces itself; not the polling of others.
+    Traces requests that change something, and requests whose caller traces them; not other polling.
     """
 
     def __init__(self, app: ASGIApp, observer: Observer | None, tracer: Tracer) -> None:
@@ -73,5 +73,5 @@ class RequestMetricsMiddleware:
 
 
 def route_of(scope: Scope) -> str:
-    """The template of the route that a request went to."""
+    """The template of the request's route."""
     return str(getattr(scope.get("route"), "path", _NO_ROUTE))

@@ -1,4 +1,4 @@
-"""`GatewaySettings`: one frozen object a gateway process, from `CALOTYPE_GATEWAY_*` and the command line."""
+"""`GatewaySettings`: one frozen object per gateway process, from `CALOTYPE_GATEWAY_*` and the command line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from calotype_shared.settings import StrictSettings
 
 
 class GatewaySettings(StrictSettings):
-    """How one gateway listens, and whom it lets in."""
+    """How one gateway listens, and whom it admits."""
 
     model_config = SettingsConfigDict(env_prefix="CALOTYPE_GATEWAY_")
 

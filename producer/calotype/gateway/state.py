@@ -1,4 +1,4 @@
-"""What every request needs, opened once a process: the client, the API keys, a Redis connection for the event loop."""
+"""What every request needs, opened once per process: the client, the API keys, Redis for the event loop."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from calotype_shared.schema.jobs import JobRecord
 from calotype_shared.settings import Settings
 from calotype_shared.storage.s3 import Storage
 
-_LINKS = 10_000  # remembered
+_LINKS = 10_000  # maximum number of cached links
 _CONNECTIONS = 256
 
 
 class Services:
-    """Belongs to the application; closed with it."""
+    """Owned by the application and closed with it."""
 
     def __init__(self, settings: Settings, gateway: GatewaySettings) -> None:
         self.settings = settings
@@ -45,17 +45,17 @@ class Services:
         self.keys = ApiKeys(connect_redis(settings), key_prefix=settings.key_prefix)
         self.storage = Storage(settings)
         self.files = FileStore(self.keys.redis, self.storage, key_prefix=settings.key_prefix)
-        self._links: dict[str, tuple[float, str]] = {}  # by key: until when to use it again, and the link
+        self._links: dict[str, tuple[float, str]] = {}  # by key: when to stop reusing the link, and the link
         self._names = Keys(settings.key_prefix)
         self._redis = _connect(settings)
         self.metrics = GatewayMetrics(settings, gateway) if gateway.metrics_port is not None else None
 
     async def job(self, job_id: str, tenant: str) -> JobRecord:
-        """A tenant's job as it is now, without a thread: what is polled a thousand times a second.
+        """A tenant's current job record, read without a thread, because it is polled very often.
 
         Raises:
-            JobNotFound: there is none of that id, or it is another tenant's.
-            RedisUnavailable: Redis is away.
+            JobNotFound: no job has this id, or it belongs to another tenant.
+            RedisUnavailable: Redis cannot be reached.
         """
         try:
             fields: dict[str, str] = await self._redis.hgetall(self._names.job(job_id))  # type: ignore[assignment]
@@ -75,7 +75,7 @@ class Services:
         return batch
 
     async def links(self, keys: Sequence[str]) -> list[str]:
-        """Links to objects. Signing takes a third of a millisecond each, so they are used again for a while."""
+        """Links to objects. Signing one takes a third of a millisecond, so links are reused for a while."""
         now = time.monotonic()
         if len(self._links) > _LINKS:
             self._links.clear()
@@ -107,7 +107,7 @@ def _connect(settings: Settings) -> AsyncRedis:
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Opens the services, and leads batches beside serving."""
+    """Opens the services, and dispatches batches while serving."""
     services = cast(Services, app.state.services)
     async with AsyncExitStack() as stack:
         stack.push_async_callback(services.close)
@@ -116,12 +116,12 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         if services.gateway.dispatch:
             on_webhook = services.metrics.webhook if services.metrics is not None else None
             stack.enter_context(Dispatcher(services.settings, on_webhook=on_webhook))
-        gc.freeze()  # what has been imported stays: the collector need not walk it again, which takes 50 ms each time
+        gc.freeze()  # imported modules stay: the collector need not traverse them, which takes 50 ms each time
         yield
 
 
 async def services_of(request: Request) -> Services:
-    """A dependency; async, since FastAPI calls others in a thread each time."""
+    """A dependency. Async, because FastAPI calls synchronous ones in a thread each time."""
     return cast(Services, request.app.state.services)
 
 

@@ -26,7 +26,7 @@ _LINK_SECONDS = 900
 
 
 class Upload(BaseModel):
-    """A stored image, of so many pixels: name it by its id in `init_image`, `mask_image` or a control."""
+    """A stored image and its size in pixels. Use its id in `init_image`, `mask_image` or a control."""
 
     id: str
     width: int
@@ -34,7 +34,7 @@ class Upload(BaseModel):
 
 
 class Link(BaseModel):
-    """Where to put an image: `PUT` its bytes to `url`, then complete it with the token."""
+    """Where to upload an image: `PUT` its bytes to `url`, then complete the upload with the token."""
 
     url: str
     method: str = "PUT"
@@ -109,7 +109,7 @@ async def complete(done: Token, caller: Writer, services: ServicesDep) -> Respon
     key = _incoming(caller.tenant, done.token)
     if not await run_in_threadpool(services.storage.exists, key):
         raise NotFound("no image has been uploaded; PUT it to the link first, or request a new link")
-    # One byte more than is allowed tells that it is too large, without fetching all of it.
+    # One byte more than allowed is enough to know that it is too large, without fetching all of it.
     data = await run_in_threadpool(services.storage.get_range, key, 0, MAX_BYTES + 1)
     try:
         return JSONResponse(await run_in_threadpool(_store, services.storage, data), 201)
@@ -125,5 +125,5 @@ def _store(storage: Storage, data: bytes) -> dict[str, Any]:
     """As `Client.upload` does, with the size. Raises InvalidRequest."""
     upload_id, stored = normalize_image(data)
     storage.put(upload_key(upload_id), stored, "image/png")
-    width, height = struct.unpack(">II", stored[16:24])  # where every PNG has them
+    width, height = struct.unpack(">II", stored[16:24])  # at this offset in every PNG
     return {"id": upload_id, "width": width, "height": height}

@@ -1,6 +1,6 @@
-"""The web page: a few files that come with the package, served as they are, and what a browser may do with them.
+"""The web page: a few static files from the package, and the security policy for browsers.
 
-The page speaks to this gateway's own API and shows images from the storage; its policy allows nothing else.
+The page calls only this gateway's API and shows images from the storage; the policy allows nothing else.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ router = APIRouter(include_in_schema=False)
 _INDEX = "index.html"
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 _HEADERS = {
-    "Cache-Control": "no-cache",  # asked for again each time, and answered in a few bytes while it is the same
+    "Cache-Control": "no-cache",  # revalidated each time; the response is a few bytes if it has not changed
     "Cross-Origin-Opener-Policy": "same-origin",
     "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
     "Referrer-Policy": "no-referrer",
@@ -55,7 +55,7 @@ def web_files() -> dict[str, WebFile]:
 
 
 def policy(images: str) -> str:
-    """The Content-Security-Policy. `images` is the origin that links to images lead to; it may be empty."""
+    """The Content-Security-Policy. `images` is the origin of links to images; it may be empty."""
     return "; ".join(
         (
             "default-src 'none'",
@@ -73,7 +73,7 @@ def policy(images: str) -> str:
 
 
 def origin_of_images(storage: Storage) -> str:
-    """Where links to images lead; empty where the storage's keys are not known here."""
+    """The origin of links to images; empty if this process does not know the storage's keys."""
     from botocore.exceptions import BotoCoreError  # noqa: PLC0415 - slow, and the storage loads it itself when used
 
     try:

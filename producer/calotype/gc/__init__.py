@@ -1,4 +1,4 @@
-"""What `calotype gc` does: removes from the bucket, and from indexes in Redis, what no record refers to any more."""
+"""What `calotype gc` does: removes objects, and index entries in Redis, that no record refers to any more."""
 
 from calotype.gc.bucket_identity import GcRefused
 from calotype.gc.collector import Collector

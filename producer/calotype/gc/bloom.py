@@ -1,7 +1,7 @@
 """`BloomFilter`: a set of any number of texts in fixed memory (Bloom 1970).
 
-It may take a text for known that is not, and never the other way round. Each filter has a salt of its own, so that what
-one takes for known by mistake the next does not.
+It may report an unknown text as known, but never the reverse. Each filter has its own salt, so that
+the next one does not repeat its mistakes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _HASHES = struct.Struct("<4I")
 
 
 class BloomFilter:
-    """16 MiB by default: with ten million texts in it, it is wrong about one in two hundred and fifty others."""
+    """16 MiB by default: with ten million texts in it, it is wrong about 1 in 250 other texts."""
 
     def __init__(self, *, bits: int = 2**27) -> None:
         """`bits` is a power of two, at least 8."""

@@ -1,6 +1,6 @@
-"""`BucketIdentity`: that a bucket and a Redis belong together, and that neither has gone back in time.
+"""`BucketIdentity`: checks that a bucket and a Redis belong together, and that neither was reset to an older state.
 
-A collection removes what Redis does not know. So with a Redis that has lost its data, an older copy of it, or that of
+A collection removes what Redis does not know. With a Redis that has lost its data, is an older copy, or belongs to
 another deployment, it would remove everything. Both sides keep a name and the number of collections so far.
 """
 
@@ -35,14 +35,14 @@ class BucketIdentity:
         self._bucket = bucket
 
     def verify(self) -> bool:
-        """Whether there was a collection before. Raises GcRefused where the two sides disagree about it."""
+        """Whether there was a collection before. Raises GcRefused if the two sides disagree."""
         here: dict[str, str] = self._redis.hgetall(self._key)  # type: ignore[assignment]
         there = self._read()
         runs = int(here.get("runs", 0))
         if (bucket := here.get("bucket", self._bucket)) != self._bucket:
             raise self._refused(f"its last collection was for the bucket {bucket!r}")
         if not there:
-            if runs > 1:  # else the very first was cut short
+            if runs > 1:  # else the very first one was interrupted
                 raise self._refused("it has recorded earlier collections, and the bucket has not")
             return False
         if not here:
@@ -59,7 +59,7 @@ class BucketIdentity:
         return True
 
     def record(self) -> None:
-        """Note on both sides that there is a collection. Several at once count up; the bucket is never ahead."""
+        """Record the collection on both sides. Concurrent ones count up; the bucket is never ahead of Redis."""
         there = self._read()
         self._redis.hsetnx(self._key, "name", there.get("name") or secrets.token_hex(8))
         self._redis.hset(self._key, "bucket", self._bucket)

@@ -1,7 +1,8 @@
-"""`Collector`: walks the bucket once, page by page, and removes what nothing refers to any more.
+"""`Collector`: lists the bucket once, page by page, and removes what nothing refers to any more.
 
-It never touches what is younger than its safe age when it begins: that may be an upload in flight, whose record is
-still to come. All else it looks up when it meets it. Safe beside everything else, and beside other collectors.
+It never removes what is younger than the safe age when it starts: that may be an upload in progress, whose record is
+not written yet. Everything else is looked up when it is listed. Safe to run beside all other parts and
+other collectors.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from calotype_shared.queue.scripts import Scripted, said_clearly
 from calotype_shared.schema.enums import JobState
 from calotype_shared.storage.s3 import SAFE_SECONDS, Storage, StoredObject
 
-_DAY = 86_400.0  # an upload in parts that is older than this is taken for dead
-# A state that this version does not know is not final: then nothing is removed.
+_DAY = 86_400.0  # a multipart upload older than this is considered abandoned
+# A state that this version does not know is not final, so nothing is removed.
 _FINAL_JOB = {state.value for state in JobState if state.final}
 _FINAL_BATCH = {state.value for state in BatchState if state.final}
 _DELETE = 1_000  # objects a call
@@ -42,7 +43,7 @@ _KINDS = {
 
 
 class Collector(Scripted):
-    """Used by one thread, for one collection. Raises RedisUnavailable and StorageUnavailable; then run another."""
+    """Used by one thread, for one collection. Raises RedisUnavailable and StorageUnavailable; then start another."""
 
     def __init__(
         self,
@@ -57,7 +58,7 @@ class Collector(Scripted):
     ) -> None:
         """Nothing younger than `safe_seconds` is removed, nor anything younger than `older_than_seconds`.
 
-        Uploads stay for `retention_seconds` besides, since a client may name one long after it was uploaded.
+        Uploads are also kept for `retention_seconds`, because a client may use one long after uploading it.
         """
         super().__init__(redis, key_prefix=key_prefix)
         self._storage = storage
@@ -68,10 +69,10 @@ class Collector(Scripted):
 
     @said_clearly
     def run(self, *, dry_run: bool = False, force: bool = False) -> Report:
-        """Look at everything once, and remove what is to be removed unless it is a `dry_run`.
+        """Check everything once and remove what is unreferenced, unless `dry_run` is set.
 
         Raises:
-            GcRefused: Redis seems to have lost what it knew, and `force` was not given. Nothing was removed.
+            GcRefused: Redis seems to have lost data, and `force` was not given. Nothing was removed.
         """
         began = time.monotonic()
         report = self._report = Report(dry_run=dry_run)
@@ -121,7 +122,7 @@ class Collector(Scripted):
                     self._remove(kind, item)
 
     def _images_wanted(self, matches: list[re.Match[str]]) -> Iterator[bool]:
-        """Those of a job that is not done; of a done one's winning attempt; and what somebody else refers to."""
+        """Keeps those of unfinished jobs, of a finished job's winning attempt, and those with another reference."""
         ids = sorted({match["job"] for match in matches})
         pipeline = self._redis.pipeline(transaction=False)
         for job_id in ids:
@@ -134,7 +135,7 @@ class Collector(Scripted):
             yield live or f"{folder}/" in (images or "") or self._references.has_folder(folder)
 
     def _batches_wanted(self, matches: list[re.Match[str]]) -> Iterator[bool]:
-        """Everything of one that is not done; of a done one, what its record names."""
+        """Keeps everything of an unfinished batch, and what the record names of a finished one."""
         ids = sorted({match["batch"] for match in matches})
         pipeline = self._redis.pipeline(transaction=False)
         for batch_id in ids:
@@ -154,7 +155,7 @@ class Collector(Scripted):
         self._check_trust()
         tally = self._report[kind]
         if kind is Kind.UPLOADS and not self._report.dry_run:
-            # The same image may be uploaded anew at any time, under the same key: only what is still old goes.
+            # The same image may be uploaded again at any time under the same key: remove it only if it is still old.
             age = self._storage.age(item.key)
             if age is None:
                 return
@@ -199,7 +200,7 @@ class Collector(Scripted):
     # ---- Redis
 
     def _trim_indexes(self) -> None:
-        """Entries whose record is gone. Records and their entries are written in one step, so none is early."""
+        """Removes entries without a record. Both are written in one step, so no entry is ahead of its record."""
         tenants = sorted(map(str, self._redis.smembers(self.keys.tenants)))
         indexes: list[tuple[str, Callable[[str], str]]] = [(self.keys.dead, self.keys.job)]
         indexes += [(self.keys.recent(tenant), self.keys.job) for tenant in tenants]

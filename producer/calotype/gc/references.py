@@ -1,8 +1,8 @@
-"""`References`: everything in storage that a record or a batch's results refer to beyond what a look-up would find.
+"""`References`: all objects that records or results of batches refer to and that a look-up would not find.
 
-An image may be another job's too: equal jobs share them, and results of batches name those of jobs whose records are
-gone. References are only ever copied in one direction (a finished job's images for equal ones to come, then a record,
-then a batch's results), and are read in that order: one that moves meanwhile is met where it goes.
+An image may also belong to another job: equal jobs share images, and results of batches name images of jobs whose
+records are gone. References are only copied in one direction (a finished job's shared images, then a record,
+then a batch's results) and are read in that order, so one that is copied meanwhile is found at its destination.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from calotype_shared.storage.multipart import read_lines
 from calotype_shared.storage.s3 import Storage
 
 _FINAL = {state.value for state in BatchState if state.final}
-_STEP = 500  # keys asked for at a time
+_STEP = 500  # keys read at a time
 _LONGEST_RESULT = 2**24  # bytes
 _TRIES = 3  # at a batch that is finished while it is looked at
-# Whatever looks like one is taken for one, in any format of any version: too much kept is no harm.
+# Whatever looks like a key counts as one, in any format of any version: keeping too much does no harm.
 _FOLDER = re.compile(r"[0-9a-z_-]{26,}/\d+-[0-9a-f]+(?=/)")
 _UPLOAD = re.compile(r"[0-9a-f]{64}")
 
 
 class References:
-    """Collected once, in bounded steps and fixed memory; asked often."""
+    """Collected once, in bounded steps and fixed memory; queried often."""
 
     def __init__(self, redis: Redis, keys: Keys, storage: Storage) -> None:
         """Raises StorageUnavailable."""
@@ -84,7 +84,7 @@ class References:
             self._note(self._uploads, _UPLOAD, [config])
             self._note(self._folders, _FOLDER, [images])
             if state == JobState.RUNNING.value:
-                # It may be done, and its record gone, before its images are looked at.
+                # The job may finish, and its record expire, before its images are checked.
                 self._folders.add(attempt_folder(key.removeprefix(self._keys.job("")), int(attempt), token))
 
     def _read_batch(self, key: str) -> None:
@@ -99,9 +99,9 @@ class References:
                 for name in [output] if output else parts:
                     for line in read_lines(self._storage, name, longest=_LONGEST_RESULT):
                         self._note(self._folders, _FOLDER, [line.data.decode(errors="replace")])
-                if state not in _FINAL and self._storage.exists(manifest):  # its lines have no records yet
+                if state not in _FINAL and self._storage.exists(manifest):  # its lines do not have records yet
                     for line in read_lines(self._storage, manifest, longest=LONGEST_LINE):
                         self._note(self._uploads, _UPLOAD, [line.data.decode(errors="replace")])
-            except ObjectMissing:  # parts are joined and removed when it is finished: look at it anew
+            except ObjectMissing:  # parts are joined and removed when the batch is finished: read it again
                 continue
             return

@@ -8,21 +8,21 @@ from typing import Any
 
 
 class Kind(StrEnum):
-    """What there is in a bucket, and in Redis' indexes."""
+    """Kinds of objects in a bucket and in Redis' indexes."""
 
     IMAGES = "images"  # of jobs, with their provenance
     UPLOADS = "uploads"
     INCOMING = "incoming"  # put there by a link and never completed
-    FILES = "files"  # that came in by HTTP
+    FILES = "files"  # uploaded over HTTP
     BATCHES = "batches"  # manifests, plans, parts and results
     UNFINISHED = "unfinished"  # objects of several parts that were never completed
-    INDEX = "index"  # entries in Redis for records that are gone
-    FOREIGN = "foreign"  # nothing of ours: never touched
+    INDEX = "index"  # entries in Redis whose records are gone
+    FOREIGN = "foreign"  # not Calotype's: never removed
 
 
 @dataclass
 class KindCount:
-    """Objects of a kind: removed, or to be removed in a dry run; too young to be judged; and kept."""
+    """Objects of one kind: removed (in a dry run: to be removed), too young to decide, and kept."""
 
     removed: int = 0
     removed_bytes: int = 0

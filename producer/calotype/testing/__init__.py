@@ -1,4 +1,4 @@
-"""For the tests of code that submits jobs: real Redis and S3 servers, and a worker that needs no GPU and no torch.
+"""For tests of code that submits jobs: real Redis and S3 servers, and a worker without GPU and torch.
 
 Needs the extra `calotype[embedded]`. The how-to is docs/how-to/test-your-producer.md.
 """

@@ -1,4 +1,4 @@
-"""The images of a scripted worker: one color, which depends on what makes an image what it is."""
+"""The images of a scripted worker: one color, which depends on everything that determines an image."""
 
 from __future__ import annotations
 

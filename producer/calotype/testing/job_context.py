@@ -17,9 +17,9 @@ class ClaimLost(Exception):
 
 
 class WorkerCrash(Exception):
-    """For a script to raise: the worker drops the job without a word, as if its process had died.
+    """For a script to raise: the worker drops the job silently, as if its process had died.
 
-    Once its lease has run out, the job is claimed again.
+    When its lease has expired, the job is claimed again.
     """
 
 
@@ -39,7 +39,7 @@ class JobContext:
 
     @property
     def config(self) -> GenerationConfig:
-        """What the job asks for, with nothing left open."""
+        """The job's complete config."""
         return self.claim.config
 
     @property
@@ -53,7 +53,7 @@ class JobContext:
         self._store.progress([(self.claim, step, self.total_steps)])
 
     def wait(self, seconds: float) -> None:
-        """Work for so long. Raises ClaimLost as soon as the job is cancelled."""
+        """Work for `seconds`. Raises ClaimLost as soon as the job is cancelled."""
         self._wait(threading.Event(), seconds)
 
     def wait_for(self, event: threading.Event, timeout: float = 60.0) -> None:

@@ -1,4 +1,4 @@
-"""`Sandbox`: an empty Calotype of one's own, for one test: queue, bucket, worker, dispatcher and client."""
+"""`Sandbox`: a separate, empty Calotype for one test: queue, bucket, worker, dispatcher and client."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from calotype_shared.storage.s3 import Storage
 
 
 def demo_card(name: str = "demo", **changes: Any) -> ModelCard:
-    """What a model can do, for a model that is like the bundled one. `changes` are fields of `ModelCard`."""
+    """The card of a model like the bundled one. `changes` are fields of `ModelCard`."""
     fields: dict[str, Any] = {
         "name": name,
         "family": "sd",
@@ -36,7 +36,7 @@ def demo_card(name: str = "demo", **changes: Any) -> ModelCard:
 
 
 class Sandbox:
-    """A context manager. `client`, `worker` and `settings` are there inside its block.
+    """A context manager. `client`, `worker` and `settings` exist inside its block.
 
     ```python
     with Sandbox() as sandbox:

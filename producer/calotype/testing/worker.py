@@ -1,7 +1,7 @@
-"""`ScriptedWorker`: a worker without a model. It follows the protocol of a real one, and a script decides what happens.
+"""`ScriptedWorker`: a worker without a model. It follows a real worker's protocol; a script decides what happens.
 
-Claims, leases, progress, uploads and commits are those of `JobStore` and `Storage`, so what a client sees is what it
-would see of a real worker.
+Claims, leases, progress, uploads and commits use `JobStore` and `Storage`, so a client sees the same as with a real
+worker.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ log = logging.getLogger(__name__)
 
 Script = Callable[[JobContext], object]
 
-_LISTEN_SECONDS = 0.05  # for a message, before it looks whether it is to stop
+_LISTEN_SECONDS = 0.05  # how long it waits for a message before it checks whether to stop
 _REPORT_SECONDS, _REPORT_TTL_SECONDS = 1.0, 60.0
 _REAP_SECONDS = 0.5
 
 
 class ScriptedWorker:
-    """A context manager that works in one thread of its own, on one job at a time.
+    """A context manager that processes one job at a time in its own thread.
 
     `script` is called once per attempt, between the claim and the images, and may be replaced at any time; without one
-    every job succeeds. A `CalotypeError` that it raises fails the job for good, with the error's code. Any other
-    exception is a fault of the worker, after which the job is tried again until its `max_failures`; but `WorkerCrash`
-    ends the attempt in silence.
+    every job succeeds. If it raises a `CalotypeError`, the job fails permanently with the error's code. Any other
+    exception counts as a failure of the worker, and the job is retried until its `max_failures`. `WorkerCrash` ends the
+    attempt silently.
 
-    `cards` are the models that it serves. With `store_images=False` records name images that are not there, which is
-    faster. `limit` is how many attempts it makes, at most.
+    `cards` are the models that it serves. With `store_images=False`, records name images that are not stored, which
+    is faster. `limit` is the maximum number of attempts.
 
     Raises:
         InvalidRequest: a card promises files that a scripted worker cannot write.
@@ -96,9 +96,9 @@ class ScriptedWorker:
         self._thread = threading.Thread(target=self._run, name=f"calotype-{name}", daemon=True)
 
     def pause(self) -> None:
-        """Claim nothing more, from now on until `resume`. What it works on is finished."""
+        """Claim no more jobs until `resume`. The current job is finished."""
         self._paused.set()
-        with self._claiming:  # a claim that had begun before is part of what it works on
+        with self._claiming:  # a claim that has already begun still counts as the current job
             pass
 
     def resume(self) -> None:
@@ -114,7 +114,7 @@ class ScriptedWorker:
         self._thread.start()
 
     def stop(self) -> None:
-        """Hand back the job that it works on, at the next call of its script. Raises what ended its thread before."""
+        """Return the current job at the next call of its script. Raises what ended its thread before."""
         self._stopped.set()
         self._thread.join()
         with contextlib.suppress(RedisUnavailable):
@@ -131,7 +131,7 @@ class ScriptedWorker:
         while not self._stopped.is_set():
             try:
                 self._turn()
-            except (RedisError, ServiceUnavailable) as error:  # the former from where it waits for a message
+            except (RedisError, ServiceUnavailable) as error:  # RedisError comes from waiting for a message
                 log.warning("scripted worker waits", extra={"reason": str(error)})
                 self._stopped.wait(_LISTEN_SECONDS)
             except Exception as error:
@@ -157,7 +157,7 @@ class ScriptedWorker:
             self._stopped.wait(_LISTEN_SECONDS)
 
     def _claim(self) -> Claim | None:
-        """The next job, once a message says that one waits."""
+        """The next job, after a message announced one."""
         lists = {self._store.keys.messages(queue): queue for queue in self._queues}
         message: tuple[str, str] | None = self._redis.brpop(list(lists), timeout=_LISTEN_SECONDS)  # type: ignore[assignment]
         if message is None:
@@ -176,7 +176,7 @@ class ScriptedWorker:
         except (ClaimLost, WorkerCrash) as left:
             log.info("job left", extra={"job_id": claim.job_id, "attempt": claim.attempt, "reason": repr(left)})
             if isinstance(left, ClaimLost):
-                self._store.release(claim)  # refused unless the claim is still good, because the worker stops
+                self._store.release(claim)  # refused if the claim is lost; otherwise returned, because the worker stops
         except Exception as error:
             known = isinstance(error, CalotypeError)
             code = error.code if isinstance(error, CalotypeError) else "internal_error"

@@ -1,7 +1,7 @@
-"""Webhooks: tells a submitter's address that a job or a batch is final. Signed, retried, at least once.
+"""Webhooks: notifies a submitter's address that a job or a batch is final. Signed, retried, at least once.
 
 The script that makes a job or batch final leaves a delivery in Redis; any number of `Deliverer`s carry them out. They
-only ever read the job, so whatever becomes of a delivery, the job is none the worse.
+only read the job, so a failed delivery never affects the job.
 """
 
 from calotype.webhooks.addresses import check_webhook_url

@@ -1,6 +1,6 @@
-"""Where webhooks may go: addresses that anyone on the internet may ask, and never our own network.
+"""Which addresses webhooks may call: public ones, never the operator's own network.
 
-An address is checked twice. `check_webhook_url` refuses what is wrong on its face, when a job is submitted.
+An address is checked twice. `check_webhook_url` refuses visibly invalid ones when a job is submitted.
 `GuardedNetwork` (network.py) checks what the host's name resolves to at the moment of sending.
 """
 
@@ -20,19 +20,19 @@ MAX_URL_CHARACTERS = 2_048
 _LABEL = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
 _NAME = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(?:\.{_LABEL})*")
 
-# What `is_global` of some Python versions takes for ordinary addresses.
+# Networks that `is_global` of some Python versions considers public.
 _SPECIAL_IPV4 = (IPv4Network("192.0.0.0/24"), IPv4Network("192.88.99.0/24"))
-_IPV6_UNICAST = IPv6Network("2000::/3")  # all that was ever given to anyone, RFC 4291
+_IPV6_UNICAST = IPv6Network("2000::/3")  # all that has been allocated, RFC 4291
 _NAT64 = IPv6Network("64:ff9b::/96")  # RFC 6052: the last 32 bits are an IPv4 address
 
 Address = IPv4Address | IPv6Address
 
 
 def check_webhook_url(url: str, *, allow_private: bool) -> None:
-    """Refuse what cannot be a webhook's address. With `allow_private`, plain HTTP and private hosts are fine.
+    """Refuse an invalid webhook address. `allow_private` permits plain HTTP and private hosts.
 
     Raises:
-        InvalidRequest: saying which part is wrong and what would do.
+        InvalidRequest: names the invalid part and what is valid.
     """
     try:
         parts = httpx2.URL(url)
@@ -81,12 +81,12 @@ def _refusal(url: str, problem: str, remedy: str) -> InvalidRequest:
 
 
 def without_secrets(url: str) -> str:
-    """The address as it may be logged: without user, password, query and fragment."""
+    """The address for logs: without user, password, query and fragment."""
     return re.sub(r"//[^/]*@", "//", re.split(r"[?#]", url, maxsplit=1)[0])
 
 
 def literal_address(host: str) -> Address | None:
-    """The IP address that a host is, in any spelling a C library takes (`127.1`, `0x7f000001`); None for a name."""
+    """The host's IP address in any spelling that a C library accepts (`127.1`, `0x7f000001`); None for a name."""
     with suppress(ValueError):
         return ip_address(host)
     with suppress(OSError):
@@ -95,7 +95,7 @@ def literal_address(host: str) -> Address | None:
 
 
 def is_public(address: Address) -> bool:
-    """Whether an address belongs to the internet at large, as does any IPv4 address that it wraps."""
+    """Whether an address is public, including any IPv4 address embedded in it."""
     if isinstance(address, IPv6Address):
         wrapped = address.ipv4_mapped or address.sixtofour or _behind_nat64(address)
         if wrapped is not None:

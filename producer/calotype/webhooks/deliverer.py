@@ -1,4 +1,4 @@
-"""`Deliverer`: carries out the deliveries that are due, a few at a time, and decides what becomes of each."""
+"""`Deliverer`: attempts the deliveries that are due, a few at a time, and decides the outcome of each."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ log = logging.getLogger(__name__)
 
 ATTEMPTS = 8  # the last about eight hours after the first
 MAX_RETRY_AFTER_SECONDS = 3_600.0
-_SLACK_SECONDS = 50.0  # of a lease, for what the time-out does not bound: resolving names, reading records
-_BUSY_PAUSE, _IDLE_PAUSE, _OUTAGE_PAUSE = 0.05, 0.5, 5.0  # seconds between looks at Redis
+_SLACK_SECONDS = 50.0  # part of a lease for what the timeout does not cover: resolving names, reading records
+_BUSY_PAUSE, _IDLE_PAUSE, _OUTAGE_PAUSE = 0.05, 0.5, 5.0  # seconds between checks of Redis
 
 
 class Deliverer:
-    """Delivers webhooks for as many tenants as there are. Any number of processes may do so beside each other.
+    """Delivers the webhooks of all tenants. Any number of processes may do so at the same time.
 
     `secret` is the operator's, `timeout` seconds for one attempt. At most `concurrency` attempts run at a time, of
     which `per_host` go to one host and `per_tenant` belong to one tenant, so that slow receivers hold up only
@@ -73,7 +73,7 @@ class Deliverer:
         self._lock = threading.Lock()  # of the set
 
     def run(self, stop: threading.Event) -> None:
-        """Deliver until `stop` is set, then finish what is under way. Outlives outages of Redis."""
+        """Deliver until `stop` is set, then finish the attempts in progress. Survives outages of Redis."""
         with self._threads() as threads:
             while not stop.wait(_BUSY_PAUSE if self._under_way else _IDLE_PAUSE):
                 try:
@@ -86,7 +86,7 @@ class Deliverer:
                     stop.wait(_OUTAGE_PAUSE)
 
     def deliver_due(self) -> int:
-        """One round: make an attempt at what is due, as far as there is room, and wait for it. Returns how many.
+        """One round: attempt the deliveries that are due, up to the limits, and wait for them. Returns how many.
 
         Raises:
             RedisUnavailable: Redis cannot be reached.
@@ -116,7 +116,7 @@ class Deliverer:
         return len(hooks)
 
     def _deliver(self, hook: Hook) -> None:
-        """One attempt, from the record to the verdict. What goes wrong here stays here."""
+        """One attempt, from reading the record to settling the delivery. Contains its own errors."""
         try:
             self._attempt(hook)
         except (CalotypeError, RedisError) as error:  # its lease brings it back
@@ -136,7 +136,7 @@ class Deliverer:
             answer = self._post(hook, data)
         except InvalidRequest as error:
             self._give_up(hook, error.problem)
-        except Exception as error:  # whatever a stranger's server can cause, and storage that is away
+        except Exception as error:  # anything an untrusted server can cause, and unavailable storage
             self._try_again(hook, str(error) or type(error).__name__)
         else:
             self._settle(hook, answer)

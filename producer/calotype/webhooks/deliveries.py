@@ -1,4 +1,4 @@
-"""`Hooks`: the deliveries that wait in Redis. Takes those that are due and settles them; each step is one script."""
+"""`Hooks`: the deliveries that wait in Redis. Leases those that are due and settles them; each step is one script."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from calotype_shared.queue.scripts import Scripted, said_clearly
 
 @dataclass(frozen=True, kw_only=True)
 class Hook:
-    """One attempt at a delivery. Whoever has the newest attempt may settle it."""
+    """One attempt at a delivery. Only the owner of the newest attempt may settle it."""
 
-    id: str  # of the job or batch it tells of
+    id: str  # of the job or batch that it reports
     type: str  # such as job.succeeded
     url: str
     host: str  # of the url, with its port
@@ -24,20 +24,20 @@ class Hook:
 
     @property
     def message_id(self) -> str:
-        """The same at every attempt, so that a receiver can tell a repetition. A job or batch is final once."""
+        """The same for every attempt, so that receivers can detect repetitions. A job or batch is final once."""
         return f"msg_{self.id}"
 
 
 class Hooks(Scripted):
-    """Every method raises RedisUnavailable when Redis cannot be reached; what was taken comes back after its lease."""
+    """Every method raises RedisUnavailable if Redis cannot be reached. Deliveries whose lease expires are due again."""
 
     @said_clearly
     def take(
         self, *, lease_seconds: float, most: int, under_way: Collection[Hook], per_host: int, per_tenant: int
     ) -> list[Hook]:
-        """Up to `most` that are due, which nobody else gets during the lease.
+        """Lease up to `most` due deliveries, which nobody else gets during the lease.
 
-        `under_way` are the caller's own, which count towards what one host and one tenant may have at a time.
+        `under_way` are the caller's own, which count towards the limits per host and per tenant.
         """
         arguments = [
             *(int(lease_seconds * 1000), most, per_host, per_tenant),
@@ -48,12 +48,12 @@ class Hooks(Scripted):
 
     @said_clearly
     def done(self, hook: Hook) -> bool:
-        """Nothing more to do about it. False if the lease was lost, here and below: then it is another's."""
+        """Mark it as settled. False (here and below) if the lease was lost and another owner has it."""
         return bool(self._run("hook_settle", [hook.id, hook.attempt, ""]))
 
     @said_clearly
     def postpone(self, hook: Hook, *, seconds: float) -> bool:
-        """Due again after a pause."""
+        """Make it due again after a pause."""
         return bool(self._run("hook_settle", [hook.id, hook.attempt, int(seconds * 1000)]))
 
 

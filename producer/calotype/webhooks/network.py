@@ -1,8 +1,8 @@
 """`GuardedNetwork`: connections to public addresses only, which all end at one deadline.
 
-A host's name is resolved at the moment of sending, and the connection goes to the very address that was checked: a
-name that changes its meaning in between (DNS rebinding) gains nothing. A receiver that sends byte by byte gains no
-time by each of them, as it would under a timeout per read.
+A host's name is resolved at the moment of sending, and the connection goes to exactly the address that was checked, so
+changing the name's address in between (DNS rebinding) has no effect. The deadline covers the whole exchange: a receiver
+that sends byte by byte cannot extend it, as it could with a timeout per read.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Resolver = Callable[[str, int], Sequence[str]]  # (host, port) -> its IP address
 
 
 class AddressRefused(httpcore2.ConnectError):
-    """A host's name leads only to addresses that webhooks may not go to."""
+    """A host's name resolves only to addresses that webhooks may not call."""
 
 
 def resolve_host(host: str, port: int) -> Sequence[str]:
@@ -36,9 +36,9 @@ def resolve_host(host: str, port: int) -> Sequence[str]:
 
 
 class GuardedNetwork(httpcore2.NetworkBackend):
-    """The network of one exchange, `seconds` long from its construction. Belongs to one thread.
+    """The network of one exchange, limited to `seconds` from construction. Belongs to one thread.
 
-    The deadline cannot interrupt the resolution of a name, which counts against it all the same.
+    The deadline cannot interrupt the resolution of a name, but the time for it counts.
     """
 
     def __init__(self, *, seconds: float, allow_private: bool = False, resolve: Resolver = resolve_host) -> None:
@@ -56,11 +56,11 @@ class GuardedNetwork(httpcore2.NetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[httpcore2.SOCKET_OPTION] | None = None,
     ) -> httpcore2.NetworkStream:
-        """A connection to the first of the host's addresses that answers; they share the time that is left evenly.
+        """A connection to the first address of the host that responds. They share the remaining time evenly.
 
         Raises:
             AddressRefused: none of them is public.
-            httpcore2.ConnectError, httpcore2.ConnectTimeout: there is no such host, or none of them answers.
+            httpcore2.ConnectError, httpcore2.ConnectTimeout: the host does not exist, or no address responds.
         """
 
         def connect(address: str, share: float) -> httpcore2.NetworkStream:
@@ -74,7 +74,7 @@ class GuardedNetwork(httpcore2.NetworkBackend):
         return connect(addresses[-1], share)
 
     def left(self, error: type[Exception]) -> float:
-        """Seconds left; raises `error` when there are none."""
+        """Remaining seconds; raises `error` if there are none."""
         left = self._ends - time.monotonic()
         if left <= 0:
             raise error(f"no answer within {self._seconds:g} s")
@@ -92,7 +92,7 @@ class GuardedNetwork(httpcore2.NetworkBackend):
 
 
 class _Stream(httpcore2.NetworkStream):
-    """A connection whose every operation may take what is left of the exchange's time."""
+    """A connection in which each operation may take the exchange's remaining time."""
 
     def __init__(self, stream: httpcore2.NetworkStream, left: Callable[[type[Exception]], float]) -> None:
         self._stream = stream

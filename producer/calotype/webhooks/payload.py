@@ -1,4 +1,4 @@
-"""What a webhook says about a job: the part of its body under `data`."""
+"""The `data` part of a webhook's body, for a job."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from calotype_shared.queue.job_store import JobStore
 from calotype_shared.schema.jobs import JobRecord
 from calotype_shared.storage.s3 import Storage
 
-# (type such as job.succeeded, id) -> what to say, as JSON values; None if there is nothing to tell any more.
+# (type such as job.succeeded, id) -> the payload, as JSON values; None if there is nothing to report any more.
 Describe = Callable[[str, str], dict[str, Any] | None]
 
 
 def describe_job(store: JobStore, storage: Storage) -> Describe:
-    """Describes jobs as they are at the moment of sending, so that the links to their images are fresh."""
+    """Describes jobs at the moment of sending, so that the links to their images are fresh."""
 
     def describe(_type: str, job_id: str) -> dict[str, Any] | None:
         try:

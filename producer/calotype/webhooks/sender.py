@@ -1,7 +1,7 @@
-"""`Sender`: one HTTP POST to an untrusted address, over within a given time whatever the other side does.
+"""`Sender`: one HTTP POST to an untrusted address, with a strict time limit whatever the receiver does.
 
-It speaks through httpcore2 itself, one connection a message: httpx2 would log whole addresses and read proxies from the
-environment. Redirects are answers like any other, and of an answer only its head is read.
+It uses httpcore2 directly, one connection per message: httpx2 would log whole addresses and read proxies from the
+environment. Redirects are not followed, and only the head of a response is read.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from calotype.webhooks.network import GuardedNetwork, Resolver, resolve_host
 
 @dataclass(frozen=True, kw_only=True)
 class Response:
-    """What the receiver said. `retry_after` is in seconds; 0 if it did not say."""
+    """The receiver's response. `retry_after` is in seconds; 0 if not given."""
 
     status: int
     retry_after: float
@@ -32,14 +32,14 @@ class Response:
 
     @property
     def gone(self) -> bool:
-        """Whether it wants no more of this, by HTTP's word for it."""
+        """Whether the receiver wants no more deliveries (HTTP 410)."""
         return self.status == 410
 
 
 class Sender:
-    """Posts to addresses that strangers chose. Thread-safe: it holds no connection.
+    """Posts to untrusted addresses. Thread-safe: it holds no connection.
 
-    `timeout` is seconds for all of it but the name's resolution: connecting, writing, and reading the answer's head.
+    `timeout`, in seconds, covers everything except resolving the name: connecting, writing, and reading the head.
     """
 
     def __init__(
@@ -59,8 +59,8 @@ class Sender:
         """Send it once.
 
         Raises:
-            InvalidRequest: the address is none that webhooks go to.
-            httpcore2.NetworkError, httpcore2.TimeoutException, httpcore2.ProtocolError: there was no answer.
+            InvalidRequest: webhooks may not call this address.
+            httpcore2.NetworkError, httpcore2.TimeoutException, httpcore2.ProtocolError: there was no response.
         """
         check_webhook_url(url, allow_private=self._allow_private)
         parts = httpx2.URL(url)
@@ -76,7 +76,7 @@ class Sender:
 
 
 def _seconds(retry_after: str) -> float:
-    """Both spellings of the header: seconds, or a date. 0 for none, the past, and what makes no sense."""
+    """Parse both forms of the header: seconds or a date. 0 if missing, past or invalid."""
     try:
         if retry_after.isdecimal():
             return float(retry_after)

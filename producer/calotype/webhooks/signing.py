@@ -12,9 +12,9 @@ MIN_MASTER_CHARACTERS = 16
 
 
 def tenant_secret(master: str, tenant: str) -> str:
-    """What one tenant verifies its webhooks with: `whsec_` and 32 bytes in base64.
+    """The secret with which one tenant verifies its webhooks: `whsec_` and 32 bytes in base64.
 
-    It is derived from the operator's `master`, so nothing is stored, and no tenant can find out another's.
+    It is derived from the operator's `master`, so nothing is stored, and no tenant can compute another's.
 
     Raises:
         SettingsError: the master is so short that it could be guessed.

@@ -74,16 +74,16 @@ def samplers_of(pipeline: Any) -> Mapping[SamplerType, Sampler]:
         return {
             kind: given
             for kind, given in family.items()
-            if kind is own or (given.scheduler.__name__ in compatible and _can_be(given, scheduler.config))
+            if kind is own or (given.scheduler.__name__ in compatible and _takes(given, scheduler.config))
         }
     return {}
 
 
-def _can_be(sampler: Sampler, config: Mapping[str, Any]) -> bool:
-    """Whether a scheduler can be made from the pipeline's own config: not all know all noise levels."""
+def _takes(sampler: Sampler, config: Mapping[str, Any]) -> bool:
+    """Whether the sampler's scheduler knows this config's noise schedule: few know Shap-E's `exp`, for example."""
     try:
         sampler.scheduler.from_config(dict(config), **sampler.overrides)
-    except (ValueError, NotImplementedError, TypeError):
+    except (NotImplementedError, ValueError, TypeError):
         return False
     return True
 
@@ -113,7 +113,8 @@ def card_of(
     sizes_are_free = "height" in arguments.signature or "frame_size" in arguments.signature or arguments.starts
     if not sizes_are_free and kind == "image":
         multiple = math.gcd(*(side for size in native for side in size))
-    names = [kind.value for kind in sorted(samplers, key=lambda kind: kind is not own)] or [SamplerType.MODEL.value]
+    names = tuple(kind.value for kind in sorted(samplers, key=lambda kind: kind is not own))
+    names = names or (SamplerType.MODEL.value,)
     return ModelCard(
         name=name,
         family=type(pipeline).__name__,
@@ -122,13 +123,13 @@ def card_of(
         native_sizes=tuple((_fit(width, multiple), _fit(height, multiple)) for width, height in native),
         max_pixels=int(notes.get("max_pixels", (_AREA_LIMIT if sizes_are_free else 1) * max(w * h for w, h in native))),
         max_prompt_tokens=_prompt_tokens(pipeline, arguments),
-        samplers=tuple(names),
-        default_sampler=names[0],
+        samplers=names,
         features=frozenset(features),
         output_formats=tuple(found.value for found in _FORMATS[kind]),
         description=str(notes.get("description", "")),
         parameters=tuple(arguments.signature.free()),
         needs=arguments.needs,
+        default_sampler=names[0],
         default_steps=arguments.default_steps,
         default_guidance=arguments.default_guidance,
     )

@@ -178,10 +178,10 @@ class PipelineModel:
         return pipeline(**arguments)
 
     def order(self, place: Place) -> float:
-        """Which network's calls go first, the lowest before others.
+        """Sort key: calls with a lower value run first.
 
-        Those before the steps, so that requests start them together; in the steps the smaller network's; and after all
-        others those that follow the last step.
+        Networks that run before the steps go first, so that requests start their steps together; within the steps the
+        smaller network; last those that follow the last step.
         """
         return self._phases.get(place, 0) * 1e18 + self._sizes.get(place[0], 0)
 
