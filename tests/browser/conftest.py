@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
@@ -32,13 +33,29 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="package")
-def site(servers: EmbeddedServers, forge: Forge, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+def hold_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("hold") / "hold"
+
+
+@pytest.fixture
+def hold(hold_file: Path) -> Iterator[Path]:
+    """Jobs stay at their third step while this file is there, however long the browser takes."""
+    hold_file.touch()
+    yield hold_file
+    hold_file.unlink(missing_ok=True)
+
+
+@pytest.fixture(scope="package")
+def site(
+    servers: EmbeddedServers, forge: Forge, hold_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Gateway]:
     """The gateway; its worker has eight rows, and no time to measure whether fewer serve."""
     settings = own_settings(servers)
     own = {**settings.environment(), "OMP_NUM_THREADS": "1", "CALOTYPE_WORKER_PROFILE_SECONDS": "0"}
+    environment = {**os.environ, **servers.environment, **own, "TEST_HOLD": str(hold_file)}
     log = tmp_path_factory.mktemp("browser") / "worker.log"
     options = ["--model", "demo", "--max-rows", "8"]
-    worker = forge.start(options, environment={**os.environ, **servers.environment, **own}, log=log)
+    worker = forge.start(options, environment=environment, log=log, stops=["held"])
     gateway = Gateway(settings)
     try:
         worker.wait_for("worker ready", 180)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,7 +44,7 @@ def images(site: Gateway) -> list[JobHandle]:
     return jobs
 
 
-def test_a_prompt_becomes_a_image(visit: Visit) -> None:
+def test_a_prompt_becomes_an_image(visit: Visit, hold: Path) -> None:
     """Submitted with its parameters; previews and steps while it runs; then the image, whole and of its size."""
     page = visit.open()
     page.get_by_label("Prompt", exact=True).fill(PROMPT)
@@ -60,6 +61,7 @@ def test_a_prompt_becomes_a_image(visit: Visit) -> None:
     expect(preview).to_have_attribute("alt", re.compile(r"Preview after step \d+"))
     assert preview.evaluate("image => image.naturalWidth > 0")
     expect(card).to_contain_text(re.compile(r"step \d+ of 48"))
+    hold.unlink()
     finished(page)
     for number, seed in ((1, 7), (2, 8)):
         opening = card.get_by_role("button", name=f"Image {number} of 2, seed {seed}")
@@ -219,12 +221,15 @@ def test_images_side_by_side(visit: Visit, images: list[JobHandle]) -> None:
     assert rows["Model"].get_by_role("cell").all_inner_texts() == ["demo"] * 3
 
 
-def test_the_workers_rows_are_drawn_as_they_run(visit: Visit) -> None:
+def test_the_workers_rows_are_drawn_as_they_run(visit: Visit, hold: Path) -> None:
     """Which job, which step of how many, guided or not; and they move."""
     client = visit.site.client
+    hold.unlink()
     guided = client.submit("a guided one", num_inference_steps=700, guidance_scale=5.0)
     plain = client.submit("a plain one", num_inference_steps=800, guidance_scale=1.0)
     try:
+        until(lambda: all(job.status().step > 0 for job in (guided, plain)))
+        hold.touch()  # with both of them in the batch
         page = visit.open("fleet")
         rows = {job.id: page.locator(f'.row[data-key="{job.id}/0"]') for job in (guided, plain)}
         expect(rows[guided.id].locator(".row-step")).to_contain_text(re.compile(r"\d+/700"))
@@ -234,13 +239,16 @@ def test_the_workers_rows_are_drawn_as_they_run(visit: Visit) -> None:
         expect(page.locator(".group .hint")).to_contain_text("3 of 8 rows · 2 images")
         expect(page.locator('[data-key="In step batches"] .figure')).to_have_text("2")
         step = step_of(rows[plain.id])
+        hold.unlink()
         until(lambda: step_of(rows[plain.id]) > step)
+        hold.touch()
         expect(page.locator(".spark path")).to_have_attribute("d", re.compile("^M"))
         rows[plain.id].get_by_role("button").click()
         expect(page.get_by_role("dialog", name="Job, running")).to_contain_text("a plain one")
     finally:
         for job in (guided, plain):
             job.cancel()
+    hold.unlink()
     page.keyboard.press("Escape")
     expect(page.locator(".row")).to_have_count(0)
 
@@ -294,9 +302,12 @@ def test_a_key_is_asked_for_where_one_is_needed(visit: Visit, site: Gateway) -> 
 
 
 @pytest.mark.parametrize("colors", ["light", "dark"])
-def test_everyone_can_use_it(browser: Browser, site: Gateway, images: list[JobHandle], colors: Any) -> None:
+def test_everyone_can_use_it(
+    browser: Browser, site: Gateway, images: list[JobHandle], colors: Any, request: pytest.FixtureRequest
+) -> None:
     """axe finds nothing in any view or dialog, contrast included; and at 375 pixels nothing leaves the screen."""
     visit = Visit(browser, site, viewport={"width": 375, "height": 760}, color_scheme=colors, reduced_motion="reduce")
+    request.getfixturevalue("hold")  # once the images are made
     long = site.client.submit("a long one", num_inference_steps=900)
     try:
         wrong = {}

@@ -118,6 +118,31 @@ def _skewed(seconds: float) -> None:
         setattr(time, name, lambda original=original, skew=skew: original() + skew)
 
 
+def _held() -> None:
+    """While the file $TEST_HOLD exists, the third step from then on waits, so that a test can look at what runs."""
+    from calotype_worker.models.sd import StableDiffusion
+
+    file, steps, began = Path(os.environ["TEST_HOLD"]), 0, 0
+
+    def written() -> int:
+        """When the file was made or touched; 0 while it does not exist."""
+        try:
+            return file.stat().st_mtime_ns
+        except FileNotFoundError:
+            return 0
+
+    def wait(_: Any) -> None:
+        nonlocal steps, began
+        now = written()
+        steps = steps + 1 if now == began else 1
+        began = now
+        # The next test may have made the file again before this thread saw it go: that is another hold.
+        while began and steps > 2 and written() == began:
+            time.sleep(0.02)
+
+    _wrap(StableDiffusion, "predict", after=wait)
+
+
 def _poison() -> None:
     """A job that takes its whole process along, as a bug in a driver would."""
     from calotype_worker.engine import Engine
@@ -170,6 +195,7 @@ _STOPS: dict[str, Callable[[], None]] = {
     "slow-commit": _slow_commit,
     "clock-ahead": lambda: _skewed(600),
     "clock-behind": lambda: _skewed(-600),
+    "held": _held,
     "poison": _poison,
     "cursed": _cursed,
     "disk-full": _disk_full,

@@ -25,7 +25,7 @@ CARD = ModelCard(
     native_sizes=((64, 64),),
     max_pixels=512 * 512,
     max_prompt_tokens=77,
-    samplers=tuple(SamplerType),
+    samplers=tuple(sampler for sampler in SamplerType if sampler is not SamplerType.MODEL),
 )
 
 

@@ -179,5 +179,5 @@ def test_a_tampered_upload_fails_its_job_and_no_other(
     [record] = client.wait([bad.id], timeout=120, check=False)
     assert record.state is JobState.FAILED
     assert record.error is not None
-    assert "another" in record.error.message
+    assert "the stored file was changed" in record.error.message
     assert record.failures == 1, "the job itself was to blame: no retry"

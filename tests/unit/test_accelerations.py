@@ -469,7 +469,7 @@ def test_what_cannot_go_together_is_refused_at_the_start(
         ("sd3", {"deep_cache": 2}, r"'sd3': deep_cache=2 needs a U-Net .* SD3Transformer2DModel; leave it off"),
         ("sd", {"first_block_cache": 0.1}, r"first_block_cache=0.1 needs a transformer .* UNet2DConditionModel"),
         ("flux", {"token_merging": 0.5}, r"token_merging=0.5 needs a U-Net .* FluxTransformer2DModel"),
-        ("sd", {"quantized": "float8"}, r"float8 on device 'cpu': .* 8.9 or newer .* or quantized=int8"),
+        ("sd", {"quantized": "float8"}, r"float8 on device 'cpu' .* 8.9 or newer .* or quantized=int8"),
     ],
     ids=str,
 )

@@ -143,5 +143,5 @@ def test_buckets_are_few(rows: int, buckets: tuple[int, ...] | None) -> None:
 
 def test_the_same_bits_and_compiled_graphs_exclude_each_other() -> None:
     """A graph's bits depend on its number of rows."""
-    with pytest.raises(InvalidRequest, match=r"compile='default'.*leave it off"):
+    with pytest.raises(InvalidRequest, match=r"compile='default'.*turn off compile"):
         EngineSettings(deterministic=True, compile="default")

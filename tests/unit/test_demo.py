@@ -22,7 +22,7 @@ def test_the_examples_show_what_can_be_mixed() -> None:
     """At least 24 prompts over every sampler, 10 to 50 steps, with and without guidance, in two sizes."""
     configs = read_prompts(_EXAMPLES, "demo")
     assert len(configs) >= 24
-    assert {config.sampler for config in configs} == set(SamplerType)
+    assert {config.sampler for config in configs} == set(SamplerType) - {SamplerType.MODEL}
     steps = Counter(config.num_inference_steps for config in configs)
     assert (min(steps), max(steps)) == (10, 50)
     assert len(steps) >= 8

@@ -21,6 +21,7 @@ from calotype_worker.engine import Engine, EngineSettings, GenerationRequest
 from calotype_worker.models import Adapters, ModelPool, StepModel, load_model
 from calotype_worker.models.base import Rows
 from calotype_worker.request import ControlInput
+from calotype_worker.sampling.samplers import SAMPLERS
 from tests import family_models as tiny
 from tests.models import sample_image
 from tests.unit.test_engine_golden import TOLERANCE, levels, run_staggered
@@ -192,14 +193,14 @@ def test_a_refiner_takes_over_the_unfinished_latents(tmp_path: Path) -> None:
             refiner="refiner",
             refiner_start=(0.8, 0.6, 0.5)[index % 3],
         )
-        for index, sampler in enumerate(SamplerType)
+        for index, sampler in enumerate(SAMPLERS)
     ]
     engine = Engine(pool)
     engine.start()
     try:
         made = run_staggered(engine, wanted)
         [without] = run_staggered(engine, [replace(wanted[0], refiner=None)])
-        for start, said in ((0.9999, "no step to it"), (0.0001, "no step to the model before it")):
+        for start, said in ((0.9999, "no step for the refiner"), (0.0001, "no step for the base model")):
             with pytest.raises(InvalidRequest, match=said):
                 engine.submit(replace(wanted[0], request_id="none", refiner_start=start))
     finally:

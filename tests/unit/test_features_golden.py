@@ -21,6 +21,7 @@ from calotype_worker.engine import Engine, EngineSettings, GenerationRequest
 from calotype_worker.models import Adapters, StepModel, load_model
 from calotype_worker.request import ControlInput
 from calotype_worker.sampling import make_scheduler
+from calotype_worker.sampling.samplers import SAMPLERS
 from tests.models import (
     sample_image,
     write_kohya_lora,
@@ -85,7 +86,7 @@ def make(name: str, **changes: Any) -> GenerationRequest:
 SOURCE, OTHER = sample_image(1), sample_image(2)
 IMAGE_TO_IMAGE = [
     make(f"i2i-{sampler.value}", init_image=SOURCE, strength=strength, sampler=sampler)
-    for sampler, strength in zip(SamplerType, (0.3, 0.5, 0.75, 0.9, 0.6, 0.8, 0.4, 0.95, 0.7, 0.5), strict=True)
+    for sampler, strength in zip(SAMPLERS, (0.3, 0.5, 0.75, 0.9, 0.6, 0.8, 0.4, 0.95, 0.7, 0.5), strict=True)
 ]
 INPAINTING = [
     make(f"inpaint-{sampler.value}", init_image=SOURCE, mask=MASK, strength=strength, sampler=sampler)

@@ -70,6 +70,9 @@ def test_sampler_and_format_become_the_models_own_only_where_they_were_left_open
         resolved(flow, sampler="ddim")
     with pytest.raises(InvalidRequest, match=r"output_format='png': .* available: gif, mp4"):
         resolved(VIDEO, output_format="png")
+    meant = card(default_sampler="heun")
+    assert resolved(meant).sampler is SamplerType.HEUN, "also where it has the default of other models"
+    assert resolved(meant, sampler="ddim").sampler is SamplerType.DDIM
 
 
 def test_a_sampler_that_was_filled_in_is_checked_as_one_that_was_given() -> None:

@@ -32,6 +32,7 @@ class ModelCard(BaseModel):
     max_steps: int = 1000
     parameters: tuple[str, ...] = ()  # of the pipeline's own that a config's `parameters` may set
     needs: tuple[str, ...] = ()  # fields without which it makes nothing
+    default_sampler: str | None = None  # None: the config's own default, if the model has it
     default_steps: int | None = None
     default_guidance: float | None = None
     description: str = ""

@@ -81,7 +81,7 @@ FILLED: Mapping[str, Callable[[GenerationConfig, ModelCard, Callable[[], int]], 
     "width": lambda config, card, draw: card.native_size(config.width, config.height)[0],
     "height": lambda config, card, draw: card.native_size(config.width, config.height)[1],
     "seed": lambda config, card, draw: draw(),
-    "sampler": lambda config, card, draw: _own_or_first(config.sampler, card.samplers),
+    "sampler": lambda config, card, draw: card.default_sampler or _own_or_first(config.sampler, card.samplers),
     "output_format": lambda config, card, draw: _own_or_first(config.output_format, card.output_formats),
     "num_inference_steps": lambda config, card, draw: card.default_steps or config.num_inference_steps,
     "guidance_scale": lambda config, card, draw: (

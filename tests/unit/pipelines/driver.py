@@ -26,11 +26,17 @@ _STEPS = (2, 3, 5, 2)
 _GUIDANCE = (1.0, 4.0, 7.5, 2.0)
 
 
-def load(pipeline: Any, *, name: str = "tiny", merging: bool = True) -> PipelineModel:
-    """The pipeline as a model, on the CPU in its own precision."""
+def load(pipeline: Any, *, name: str = "tiny", merging: bool = True, side: int | None = None) -> PipelineModel:
+    """The pipeline as a model, on the CPU in its own precision; `side`: its native width and height in pixels."""
     pipeline.set_progress_bar_config(disable=True)
     return PipelineModel(
-        pipeline, name=name, version="0", device=torch.device("cpu"), dtype=torch.float32, merging=merging
+        pipeline,
+        name=name,
+        version="0",
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        notes={} if side is None else {"native_sizes": [[side, side]]},
+        merging=merging,
     )
 
 

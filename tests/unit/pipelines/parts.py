@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from tests import family_models
+
 WIDTH = 32  # of text encoders
 
 
@@ -102,3 +104,121 @@ def flow_euler(**options: Any) -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     return FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **options})
+
+
+def qwen3(*, layers: int = 4) -> Any:
+    """Qwen3, of which pipelines read hidden states."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(4)
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            hidden_size=WIDTH,
+            intermediate_size=32,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=16,
+            vocab_size=len(qwen_tokenizer()),
+            max_position_embeddings=1024,
+            bos_token_id=None,
+            eos_token_id=256,
+        )
+    )
+
+
+def qwen_processor() -> Any:
+    """Images as patches for Qwen2.5-VL, of few of them."""
+    from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
+
+    return Qwen2VLProcessor(
+        image_processor=Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=56 * 56),
+        tokenizer=qwen_tokenizer(),
+        video_processor=Qwen2VLVideoProcessor(),
+        chat_template=qwen_tokenizer().chat_template,
+    )
+
+
+def umt5() -> Any:
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    torch.manual_seed(5)
+    tokenizer = family_models.t5_tokenizer()
+    return UMT5EncoderModel(
+        UMT5Config(vocab_size=len(tokenizer), d_model=WIDTH, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+    )
+
+
+def t5(width: int = WIDTH) -> Any:
+    from transformers import T5Config, T5EncoderModel
+
+    torch.manual_seed(6)
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=len(family_models.t5_tokenizer()), d_model=width, d_kv=8, d_ff=64, num_layers=2, num_heads=4
+        )
+    )
+
+
+def wan_vae(z_dim: int = 4) -> Any:
+    from diffusers import AutoencoderKLWan
+
+    torch.manual_seed(7)
+    return AutoencoderKLWan(
+        base_dim=8,
+        z_dim=z_dim,
+        dim_mult=[1, 2, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * z_dim,
+        latents_std=[1.0] * z_dim,
+    )
+
+
+def wan_transformer(seed: int = 0, **options: Any) -> Any:
+    from diffusers import WanTransformer3DModel
+
+    torch.manual_seed(seed)
+    return WanTransformer3DModel(
+        **{
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "in_channels": 4,
+            "out_channels": 4,
+            "text_dim": WIDTH,
+            "freq_dim": 32,
+            "ffn_dim": 32,
+            "num_layers": 2,
+            "rope_max_seq_len": 32,
+            **options,
+        }
+    )
+
+
+def vision(*, projection: bool = True, side: int = 32) -> Any:
+    from transformers import CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithProjection
+
+    torch.manual_seed(8)
+    config = CLIPVisionConfig(
+        hidden_size=WIDTH,
+        projection_dim=WIDTH,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=side,
+        patch_size=side // 4,
+    )
+    return CLIPVisionModelWithProjection(config) if projection else CLIPVisionModel(config)
+
+
+def image_processor() -> Any:
+    from transformers import CLIPImageProcessor
+
+    return CLIPImageProcessor(crop_size={"height": 32, "width": 32}, size={"shortest_edge": 32}, do_resize=True)
+
+
+def t5_tokenizer(length: int) -> Any:
+    """One that says how long prompts may be, as published ones do."""
+    tokenizer = family_models.t5_tokenizer()
+    tokenizer.model_max_length = length
+    return tokenizer

@@ -193,3 +193,11 @@ def test_video_and_mesh(tmp_path: Path) -> None:
                 assert np.abs(generated.frames.astype(int) - expected.frames.astype(int)).max() <= 1
     finally:
         engine.stop()
+
+
+def test_only_samplers_that_know_the_noise_schedule_are_offered() -> None:
+    """Shap-E's betas follow an exponential that most schedulers cannot make; its own sampler is the default."""
+    card = load(builders.shap_e()).card
+    assert card.default_sampler == card.samplers[0] == "heun"
+    assert "ddim" not in card.samplers
+    assert "ddim" in load(builders.stable_diffusion()).card.samplers

@@ -113,6 +113,8 @@ class Arguments:
             found[self.frame_rate] = request.fps
         if self.duration is not None:
             found[self.duration] = request.audio_seconds
+        if "max_area" in self.signature:
+            found["max_area"] = request.width * request.height  # to which it would resize what was asked for
         if "frame_size" in self.signature:
             found["frame_size"] = request.width
         found |= self._images(request)

@@ -13,7 +13,7 @@ from calotype_worker.models.pipeline.copies import parts
 from calotype_worker.sampling.samplers import FLOW_SAMPLERS, SAMPLERS, Sampler, sampler_of
 
 _AREA_LIMIT = 4  # times the native area
-_USUAL_SIDE = 512  # pixels, where nothing says another
+_USUAL_SIDES = {"unet": 512, "transformer": 1024}  # pixels, where nothing says another
 _FORMATS: Mapping[str, Sequence[OutputFormat]] = {
     "image": (OutputFormat.PNG, OutputFormat.WEBP, OutputFormat.JPEG),
     "video": (OutputFormat.MP4, OutputFormat.GIF),
@@ -54,7 +54,8 @@ def native_sizes(pipeline: Any, arguments: Arguments, notes: Mapping[str, Any]) 
                 break
     if isinstance(sample, list | tuple):
         return ((int(sample[-1]) * factor, int(sample[0]) * factor),)
-    side = int(sample) * factor if sample else _USUAL_SIDE
+    usual = next((_USUAL_SIDES[name] for name, _ in parts(pipeline) if name in _USUAL_SIDES), 512)
+    side = int(sample) * factor if sample else usual
     return ((side, side),)
 
 
@@ -70,8 +71,21 @@ def samplers_of(pipeline: Any) -> Mapping[SamplerType, Sampler]:
         if getattr(scheduler.config, "prediction_type", "") == "flow_prediction":
             return {own: family[own]}  # the others do not know these noise levels
         compatible = {kind.__name__ for kind in getattr(scheduler, "compatibles", ())} | {type(scheduler).__name__}
-        return {kind: given for kind, given in family.items() if given.scheduler.__name__ in compatible}
+        return {
+            kind: given
+            for kind, given in family.items()
+            if kind is own or (given.scheduler.__name__ in compatible and _takes(given, scheduler.config))
+        }
     return {}
+
+
+def _takes(sampler: Sampler, config: Mapping[str, Any]) -> bool:
+    """Whether the sampler's scheduler knows this config's noise schedule: few know Shap-E's `exp`, for example."""
+    try:
+        sampler.scheduler.from_config(dict(config), **sampler.overrides)
+    except (NotImplementedError, ValueError, TypeError):
+        return False
+    return True
 
 
 def card_of(
@@ -99,6 +113,8 @@ def card_of(
     sizes_are_free = "height" in arguments.signature or "frame_size" in arguments.signature or arguments.starts
     if not sizes_are_free and kind == "image":
         multiple = math.gcd(*(side for size in native for side in size))
+    names = tuple(kind.value for kind in sorted(samplers, key=lambda kind: kind is not own))
+    names = names or (SamplerType.MODEL.value,)
     return ModelCard(
         name=name,
         family=type(pipeline).__name__,
@@ -107,13 +123,13 @@ def card_of(
         native_sizes=tuple((_fit(width, multiple), _fit(height, multiple)) for width, height in native),
         max_pixels=int(notes.get("max_pixels", (_AREA_LIMIT if sizes_are_free else 1) * max(w * h for w, h in native))),
         max_prompt_tokens=_prompt_tokens(pipeline, arguments),
-        samplers=tuple(kind.value for kind in sorted(samplers, key=lambda kind: kind is not own))
-        or (SamplerType.MODEL.value,),
+        samplers=names,
         features=frozenset(features),
         output_formats=tuple(found.value for found in _FORMATS[kind]),
         description=str(notes.get("description", "")),
         parameters=tuple(arguments.signature.free()),
         needs=arguments.needs,
+        default_sampler=names[0],
         default_steps=arguments.default_steps,
         default_guidance=arguments.default_guidance,
     )

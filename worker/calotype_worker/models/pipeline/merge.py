@@ -51,8 +51,11 @@ def merge(calls: Sequence[Described], *, expand: bool) -> tuple[tuple[Any, ...],
     first = calls[0]
     values = [{path: value for path, value, _ in call.roles} for call in calls]
     padded = padded_paths(calls)
+    masks = {padding.mask for padding in first.paddings}
     found: dict[Path, Any] = {}
     for path, value, role in first.roles:
+        if path in masks:
+            continue
         if role.kind is Kind.ROWS:
             parts = [own[path] for own in values]
             if path in padded:

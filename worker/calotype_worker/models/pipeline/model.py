@@ -79,7 +79,7 @@ class PipelineModel:
                 notes=notes or {},
                 version=version,
             )
-            self._last = _after_denoising(single)
+            self._phases = _phases(single)
             roles = self._learn(single, width, height) if merging and not self.changes else Roles()
             self.calls = NetworkCalls(roles, merging=merging and not self.changes)
             if self.calls.merging:
@@ -178,9 +178,12 @@ class PipelineModel:
         return pipeline(**arguments)
 
     def order(self, place: Place) -> float:
-        """Which network's calls go first: the smaller one's, and after all others those that follow the last step."""
-        size = self._sizes.get(place[0], 0)
-        return size + (1e18 if place in self._last else 0.0)
+        """Sort key: calls with a lower value run first.
+
+        Networks that run before the steps go first, so that requests start their steps together; within the steps the
+        smaller network; last those that follow the last step.
+        """
+        return self._phases.get(place, 0) * 1e18 + self._sizes.get(place[0], 0)
 
     def to(self, device: torch.device) -> None:
         for module in self.modules.values():
@@ -282,14 +285,19 @@ def probe_request(arguments: Arguments, width: int, height: int, *, prompt: str,
     )
 
 
-def _after_denoising(recording: Recording) -> frozenset[Place]:
-    """Places that are called only after the last call of the one that is called most."""
+def _phases(recording: Recording) -> Mapping[Place, int]:
+    """-1 for what is called only before the steps, 1 for what is called only after them, 0 for what they call."""
     places = [call.place for call in recording.calls]
-    if not places:
-        return frozenset()
-    busiest = max(set(places), key=lambda place: (places.count(place), place))
-    last = len(places) - 1 - places[::-1].index(busiest)
-    return frozenset(places[last + 1 :]) - frozenset(places[: last + 1])
+    first = {place: places.index(place) for place in places}
+    last = {place: index for index, place in enumerate(places)}
+    # The denoiser: what is called most, and last among those; an autoencoder is called for pieces of a long video.
+    networks = [place for place in first if place[1] == "__call__"] or list(first)
+    if not networks:
+        return {}
+    denoiser = max(networks, key=lambda place: (places.count(place), last[place]))
+    return {
+        place: -1 if last[place] < first[denoiser] else 1 if first[place] > last[denoiser] else 0 for place in first
+    }
 
 
 def _refuse_empty(module: torch.nn.Module, inputs: Any, surface: Any) -> None:
