@@ -43,12 +43,9 @@ class NetworkCalls:
                 break
             verdict = self.trust.of(_pattern(members, expand=expand))
             if verdict is None:
-                members, all_members = members[:_VERIFIED], members
-                verdict = self.trust.of(_pattern(members, expand=expand))
-                if verdict is None:
-                    return members
-                if verdict.cuts is None:
-                    members = all_members
+                few = _unlike(members)
+                # Where a few do not show what is unlike in all of them, all are verified.
+                return few if self.trust.of(_pattern(few, expand=expand)) is None else members
             if verdict.cuts is not None:
                 return members
         return [lead]
@@ -121,6 +118,17 @@ def alone(call: Call) -> Any:
     """One call exactly as its pipeline made it, with its own random numbers."""
     with call.caller.calling():
         return call.function()(*rebuilt(call.args, {}), **rebuilt(call.kwargs, {}))
+
+
+def _unlike(calls: Sequence[Described]) -> list[Described]:
+    """A few of the calls, of as many lengths as there are; the first among them."""
+    seen: set[Hashable] = set()
+    first: list[Described] = []
+    again: list[Described] = []
+    for call in calls:
+        (again if call.even in seen else first).append(call)
+        seen.add(call.even)
+    return [*first, *again][:_VERIFIED]
 
 
 def _is_of_device(error: Exception) -> bool:
