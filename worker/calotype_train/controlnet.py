@@ -18,7 +18,7 @@ from calotype_train.pipeline import BaseModel, Shot
 
 
 class ControlNetRecipe:
-    """`light` leaves the copy's attention out: it then hears no words, only the U-Net does, and is far smaller."""
+    """`light` leaves out the copy's attention. It is far smaller, and only the U-Net sees the prompt."""
 
     name = "controlnet"
 

@@ -93,7 +93,7 @@ def read_examples(folder: Path, *, conditions: bool = False) -> list[Example]:
     """The examples that `metadata.jsonl` lists, in its order.
 
     Raises:
-        InvalidRequest: no such folder or list, a line that is no example, or an image that is not there.
+        InvalidRequest: no such folder or list, a line that is not an example, or an image that is not there.
     """
     listing = folder / METADATA
     if not listing.is_file():

@@ -1,7 +1,7 @@
-"""The worker: a step-batching diffusion engine, the Celery process around it, and its in-process face.
+"""The worker: a step-batching diffusion engine, the Celery process around it, and its in-process API.
 
-`from calotype_worker import DiffusionModel, GenerationConfig` needs no queue. Names load when first used: a worker
-process checks its services before it spends seconds on torch.
+`from calotype_worker import DiffusionModel, GenerationConfig` needs no queue. Names are imported on first use, so that
+a worker process can check its services before it imports torch, which takes seconds.
 """
 
 from __future__ import annotations

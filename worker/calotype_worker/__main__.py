@@ -29,7 +29,7 @@ EXIT_USAGE, EXIT_UNAVAILABLE, EXIT_MODEL = 2, 4, 6
 
 
 def build_app() -> typer.Typer:
-    """One command, which returns the options that were given."""
+    """The single command; returns the given options."""
     app = new_app()
 
     @app.command()
@@ -52,13 +52,13 @@ def build_app() -> typer.Typer:
 def main(arguments: list[str] | None = None, *, own_process: bool = False) -> int:
     """Returns the exit status: 0 after a drain, 2 invalid settings, 4 Redis or storage unavailable, 6 unusable model.
 
-    With `own_process`, torchao is blocked from being imported in this process unless a setting needs it.
+    With `own_process`, the import of torchao is blocked in this process unless a setting needs it.
     """
     wait_briefly()
     try:
         options = parsed(build_app(), arguments, name="calotype worker")
         if not isinstance(options, dict):
-            return 0  # help was asked for
+            return 0  # --help
         if options.pop("devices", False):
             print(json.dumps(devices()))
             return 0
@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None, *, own_process: bool = False) -> in
         print(f"calotype worker: {error}", file=sys.stderr)
         return EXIT_USAGE
     if own_process and worker_settings.quantized == "off":
-        # diffusers imports torchao where it is installed: two seconds of every start.
+        # diffusers imports torchao if it is installed, which takes two seconds of every start.
         sys.modules.setdefault("torchao", None)  # type: ignore[arg-type]
     set_up_logging(log_format=worker_settings.log_format, level=worker_settings.log_level)
     try:
@@ -85,10 +85,10 @@ def main(arguments: list[str] | None = None, *, own_process: bool = False) -> in
 
 
 def check_services(settings: Settings, options: WorkerSettings) -> None:
-    """Check that Redis answers and the bucket exists, before the seconds that importing torch takes.
+    """Check that Redis responds and the bucket exists, before importing torch, which takes seconds.
 
     Raises:
-        ServiceUnavailable: which service, where, and what to do.
+        ServiceUnavailable: names the service, its address and the remedy.
     """
     with connect_redis(settings) as redis:
         JobStore(redis, key_prefix=settings.key_prefix).ping()
@@ -128,7 +128,7 @@ def _quieten() -> None:
 
     # Celery warns about running as root with pickled messages. Our messages are JSON only.
     warnings.filterwarnings("ignore", category=SecurityWarning)
-    for noisy in ("torchao", "torch.utils._pytree"):  # diffusers imports torchao where it is installed
+    for noisy in ("torchao", "torch.utils._pytree"):  # diffusers imports torchao if it is installed
         logging.getLogger(noisy).setLevel(logging.ERROR)
     diffusers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error()

@@ -16,11 +16,11 @@ _BAR = 32  # characters of the best throughput
 
 
 def print_profiles(options: WorkerSettings) -> None:
-    """Measures, for at least ten seconds where it was not said how long.
+    """Profile the models, for `profile_seconds` but at least ten seconds.
 
     Raises:
         ModelLoadError: a model cannot be loaded.
-        InvalidRequest: deterministic mode takes `max_rows` always, whatever a step of so many takes.
+        InvalidRequest: in deterministic mode, `max_rows` is always used, so there is nothing to measure.
     """
     if options.deterministic:
         raise InvalidRequest(

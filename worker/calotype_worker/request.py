@@ -1,4 +1,4 @@
-"""`GenerationRequest`: one image for the engine to make, and `Generated`: the image."""
+"""`GenerationRequest`: a request to the engine for one image; `Generated`: the finished image."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 class GroupKey(NamedTuple):
-    """What rows must share to go through one forward pass. Everything else is each row's own."""
+    """The properties that rows must share to run in one forward pass. All others may differ."""
 
     model: str
     latent_shape: tuple[Hashable, ...]  # (C, h, w); for an opaque model, all that a run's requests must share
 
-    windows: int = 0  # of the text encoder; only where bits must not depend on a neighbour's longer prompt
+    windows: int = 0  # of the text encoder; set only if bits must not depend on another row's longer prompt
 
     @property
     def step_shape(self) -> tuple[int, int, int]:
@@ -61,11 +61,11 @@ class GenerationRequest:
     model: str = ""  # empty: the engine's first
     interactive: bool = False  # joins its group's step batch before requests that are not
     init_image: np.ndarray | None = None  # uint8 (H, W, 3), of the size above
-    mask: np.ndarray | None = None  # bool (H, W), true where to paint anew; wants init_image
+    mask: np.ndarray | None = None  # bool (H, W), true where to paint; requires init_image
     strength: float = 1.0  # share of the steps that init_image goes through
     loras: tuple[tuple[str, float], ...] = ()  # name, weight
     controls: tuple[ControlInput, ...] = ()
-    refiner: str | None = None  # the model that takes over the unfinished latents
+    refiner: str | None = None  # the model that continues with the unfinished latents
     refiner_start: float = 0.8  # share of the steps
     preview_every: int = 0  # steps; 0: no previews
     num_frames: int | None = None  # of a video; None: the model's own
@@ -74,13 +74,13 @@ class GenerationRequest:
     images: tuple[np.ndarray, ...] = ()  # references to edit or follow, each uint8 (H, W, 3) of any size
     control_image: np.ndarray | None = None  # uint8 (H, W, 3), of the size above
     parameters: Mapping[str, Any] = field(default_factory=dict)  # of the pipeline's own, by its names
-    output_format: OutputFormat | None = None  # what will be written of it; None: it may be anything
+    output_format: OutputFormat | None = None  # the format to be written; None: any
 
     @property
     def guided(self) -> bool:
         return self.guidance_scale > 1.0
 
-    # What a model's card is asked (`calotype_shared.schema.resolve.Asked`).
+    # Used to check a request against a model's card (`calotype_shared.schema.resolve.Asked`).
 
     @property
     def features(self) -> frozenset[Feature]:
@@ -123,10 +123,10 @@ class GenerationRequest:
         images: Mapping[str, np.ndarray] | None = None,
         interactive: bool = False,
     ) -> Self:
-        """Image number `index` of a config; its seed is the config's plus `index`.
+        """The request for image `index` of a config. Its seed is the config's seed plus `index`.
 
         With an ensemble, all images of the first model come first. `images` holds the config's uploads, uint8
-        (H, W, 3): references in their own sizes, the others fitted to the config's.
+        (H, W, 3): references in their own sizes, the others resized to the config's.
 
         Raises:
             InvalidRequest: the config has no such image.
@@ -176,9 +176,9 @@ class GenerationRequest:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Generated:
-    """A finished image. `timings` are seconds spent in wait (for a place), encode, denoise and decode.
+    """A finished image. `timings` are the seconds of wait (for admission), encode, denoise and decode.
 
-    A video is `frames` and a 3D object is `mesh`, each with `image` as the image to show for it.
+    A video has `frames` and a 3D object a `mesh`, each with an `image` that represents it.
     """
 
     request_id: str
@@ -190,7 +190,7 @@ class Generated:
     frames: np.ndarray | None = None  # uint8 (F, H, W, 3)
     mesh: Mesh | None = None
     audio: Audio | None = None
-    fps: float | None = None  # of the frames; None: the format's own
+    fps: float | None = None  # of the frames; None: the format's default
     accelerations: tuple[str, ...] = ()  # accelerations that cost likeness, see docs/accelerations.md
 
 

@@ -1,4 +1,4 @@
-"""`WorkerSettings`: one frozen object a worker process, from `CALOTYPE_WORKER_*` and the command line."""
+"""`WorkerSettings`: one frozen object per worker process, from `CALOTYPE_WORKER_*` and the command line."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class WorkerSettings(StrictSettings):
         return {name: source or None for name, _, source in pairs}
 
     def registered(self, kind: Literal["lora", "embedding", "control"], model: str) -> dict[str, str]:
-        """What was registered for a model: names and files."""
+        """The additions registered for a model: names and files."""
         found = {}
         for entry in filter(None, getattr(self, kind).split(",")):
             written, _, file = entry.partition("=")

@@ -1,9 +1,9 @@
-"""How the threads of one operator wait for each other on a CPU. Call it before torch is imported for the first time.
+"""Configures how the threads of one operator wait for each other on a CPU. Call it before the first import of torch.
 
-GNU's OpenMP lets threads that wait at a barrier spin for long, in the hope that the others are there by then. Where
-another process has one of the cores they are not, and a step of several hundred barriers takes many times longer.
-Measured on two cores, a forward pass of 31 rows, alone and beside three busy processes: 121 and 1,120 ms with the
-default of 300,000 turns, 116 and 600 ms with 10,000, 131 and 418 with 3,000, 191 and 437 with 100.
+In GNU's OpenMP, threads that wait at a barrier spin for a long time, expecting the others soon. If another process uses
+one of the cores, they wait in vain, and a step with several hundred barriers takes many times longer. Measured on two
+cores, a forward pass of 31 rows, alone and beside three busy processes: 121 and 1,120 ms with the default of 300,000
+spins, 116 and 600 ms with 10,000, 131 and 418 ms with 3,000, 191 and 437 ms with 100.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from typing import TypeVar
 T = TypeVar("T")
 
 _own = threading.local()
-_SPINS = "10000"  # the fewest that cost nothing on a machine of one's own
+_SPINS = "10000"  # the fewest that cost nothing on an idle machine
 _CHOSEN_BY_OTHERS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
 def wait_briefly(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Have waiting threads go to sleep soon, unless the environment says how they should wait."""
+    """Make waiting threads sleep soon, unless the environment configures how they wait."""
     if not any(name in environment for name in _CHOSEN_BY_OTHERS):
         environment["GOMP_SPINCOUNT"] = _SPINS
 
 
 def compute_alone() -> None:
-    """What this thread computes from now on, it computes without others' help. Cheap to say again.
+    """Make this thread compute without helper threads from now on. Cheap to call again.
 
-    OpenMP keeps threads for each thread that ever computed something in parallel, and takes a process in which these
-    are more than the cores for a crowded one, where everybody waits asleep. In a worker, whose forty threads prepare
-    requests, a step of 24 rows took 120 ms then instead of 80, and one of two rows 46 instead of 18.
+    OpenMP keeps helper threads for each thread that has ever computed in parallel. If a process has more of them than
+    cores, all waiting threads sleep instead of spinning. In a worker whose forty threads prepare requests, this
+    increased the time of a step of 24 rows from 80 to 120 ms, and of one of two rows from 18 to 46 ms.
     """
     if not getattr(_own, "alone", False):
         compute_with(1)
@@ -42,7 +42,7 @@ def compute_alone() -> None:
 
 @contextmanager
 def alone_meanwhile() -> Iterator[None]:
-    """`compute_alone` for a while, in a thread that is not ours."""
+    """`compute_alone` within the block, in a thread of other code."""
     import torch  # noqa: PLC0415
 
     before = torch.get_num_threads()
@@ -57,15 +57,15 @@ def alone_meanwhile() -> Iterator[None]:
 
 
 def compute_with(threads: int) -> None:
-    """How many threads this one's operators use, whatever others choose for theirs."""
+    """Set how many threads this thread's operators use, independently of other threads."""
     import torch  # noqa: PLC0415 - this module is imported before it
 
-    torch.get_num_threads()  # a thread's first look takes the number that anyone chose last: have it over
+    torch.get_num_threads()  # a thread's first call adopts the number set last by any thread, so do it now
     torch.set_num_threads(threads)
 
 
 def apart(work: Callable[[], T]) -> T:
-    """What `work` returns or raises, of a thread that ends with it, and with OpenMP's threads for it."""
+    """Run `work` in a new thread that ends afterwards, together with its OpenMP threads. Returns or raises the same."""
     outcome: Future[T] = Future()
 
     def run() -> None:

@@ -1,4 +1,4 @@
-"""`Worker`: one process on one device. Puts the parts together, runs Celery, and leaves in good order."""
+"""`Worker`: one process on one device. Assembles the parts, runs Celery, and shuts down in order."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ from calotype_worker.threads import apart
 
 log = logging.getLogger(__name__)
 
-EXIT_FATAL = 70  # the device is lost, or a part that must not end has; a supervisor should start a new process
+EXIT_FATAL = 70  # the device is lost, or an essential thread has ended; a supervisor should start a new process
 _REPORT_TTL_SECONDS = 15.0
 
 
@@ -96,7 +96,7 @@ class Worker:
         self._store = JobStore(
             connect_redis(settings), key_prefix=settings.key_prefix, retention_seconds=settings.retention_seconds
         )
-        storage = Storage(settings, attempts=2)  # whoever calls it tries again
+        storage = Storage(settings, attempts=2)  # callers retry
         spool = _make_spool(options)
         pool = ModelPool(apart(lambda: load_models(options)), memory_budget=_bytes(options.memory_budget_gib))
         self._cards = {name: pool.get(name).card for name in pool.names}
@@ -222,7 +222,7 @@ class Worker:
             self._store.retire_worker(self.name)
         except ServiceUnavailable as error:
             log.warning("worker not retired", extra={"reason": str(error)})
-        if not self._drain.begun:  # nobody has asked it to: Celery has met a bug, and has logged it
+        if not self._drain.begun:  # nobody requested it: Celery has logged an internal error
             log.critical("worker exits: its consumer has stopped", extra={"worker": self.name})
             return EXIT_FATAL
         log.info("worker stopped", extra={"worker": self.name})
@@ -284,11 +284,11 @@ class Worker:
 
 
 def _keep_our_logging(**_: Any) -> None:
-    """A receiver of Celery's `setup_logging` makes it leave the root logger alone."""
+    """A receiver of Celery's `setup_logging` keeps Celery from configuring the root logger."""
 
 
 def _leave_for_dead(error: BaseException) -> None:
-    """The device is lost: end the process without a word to Redis, so that leases expire and others take over."""
+    """The device is lost: end the process without telling Redis, so that leases expire and others take over."""
     log.critical("worker exits: its device is lost", extra={"reason": str(error)})
     logging.shutdown()
     os._exit(EXIT_FATAL)

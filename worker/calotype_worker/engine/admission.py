@@ -1,4 +1,4 @@
-"""`Admission`: what a request needs of the device before its first step: its text and its source image encoded."""
+"""`Admission`: the device work before a request's first step: encoding its text and its source image."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Admission:
         self._conditioning = ConditioningCache(capacity=cache_capacity, together=together)
 
     def admit(self, model: StepModel, stages: Sequence[Stage]) -> list[Exception | None]:
-        """Fill in the members' conditioning and latents. For each, None or what went wrong with it alone."""
+        """Set the members' conditioning and latents. Returns for each member None or its own error."""
         encoded = self._conditioning.encode(model, {text for stage in stages for text in stage.texts})
         outcomes: list[Exception | None] = []
         for stage in stages:

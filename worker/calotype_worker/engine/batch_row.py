@@ -1,7 +1,7 @@
-"""`BatchRow`: one request's place in a step batch, and `layout`: which rows of a forward pass the members take.
+"""`BatchRow`: one request's place in a step batch, and `layout`: which rows of a forward pass the members occupy.
 
-A row has one row in the forward pass, and a second, unconditional one if it is guided: rows are the conditional ones
-of all members in order, then the unconditional ones of guided members, then padding.
+A member has one row in the forward pass, and a second, unconditional one if it is guided. The order is: the conditional
+rows of all members, then the unconditional rows of guided members, then padding.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _AHEAD_BYTES = 32 * 2**20  # of one request's noise
 
 @dataclass(frozen=True, kw_only=True)
 class InpaintBlend:
-    """What inpainting keeps: after every step the unmasked part is the source again, noised to the step's level."""
+    """State of inpainting: after every step the unmasked part is reset to the source, noised to the step's level."""
 
-    mask: torch.Tensor  # (1, h, w) float32, 1 where to paint anew
+    mask: torch.Tensor  # (1, h, w) float32, 1 where to paint
     image: torch.Tensor  # (C, h, w) latents of the source
     noise: torch.Tensor  # (C, h, w), one draw for the whole trajectory
     noising: torch.Tensor  # (N + 1, 2): shares of image and noise before each step
@@ -41,10 +41,10 @@ class BatchRow:
     """One request inside a step batch. `step` is written by the engine's thread and may be read by any."""
 
     request: GenerationRequest
-    generator: torch.Generator  # the request's own, on the CPU: no neighbour can disturb its noise
+    generator: torch.Generator  # the request's own, on the CPU, so that other rows cannot affect its noise
     sampler: SamplerTable | RowScheduler
     total_steps: int  # network evaluations
-    guided: bool  # by an unconditional row beside the conditional one
+    guided: bool  # whether it has an unconditional row besides the conditional one
     step: int = 0  # evaluations done
     latents: torch.Tensor | None = None  # (1, C, h, w) float32: the start; later the batch's state is the truth
     conditioning: Conditioning = field(default_factory=dict)  # of one row, without a batch dimension
@@ -57,16 +57,16 @@ class BatchRow:
 
     @property
     def rows(self) -> int:
-        """Rows of a step batch this takes."""
+        """The number of rows that this occupies in a step batch."""
         return 2 if self.guided else 1
 
     def forget(self) -> None:
-        """Let go of what was kept of its rows: it has left its step batch and may yet wait for its decode."""
+        """Free the state of its rows after it has left its step batch; it may still wait for its decode."""
         for memory in self.memories:
             memory.kept.clear()
 
     def draw_ahead(self, shape: tuple[int, int, int]) -> None:
-        """Draw the noise of all steps now, beside the step loop; of large latents only the first steps' part."""
+        """Draw the noise of all steps outside the step loop; for large latents, only that of the first steps."""
         if isinstance(self.sampler, SamplerTable):
             most = _AHEAD_BYTES // (4 * math.prod(shape))
             for _ in range(min(most, sum(self.sampler.draws_noise))):
@@ -81,19 +81,19 @@ class BatchRow:
 class Layout:
     """How members map to the R rows of a forward pass."""
 
-    source: torch.Tensor  # (R,) the row each row belongs to
+    source: torch.Tensor  # (R,) the member that each row belongs to
     owners: Sequence[int | None]  # the same, None for padding
     conditioning: Conditioning  # each (R, …)
-    lengths: Mapping[str, Sequence[int]]  # each row's own, of what was padded
+    lengths: Mapping[str, Sequence[int]]  # each row's own length in padded tensors
     guided: torch.Tensor  # (G,) members that have an unconditional row
     guidance: torch.Tensor  # (G, 1, 1, 1) float32
-    unconditional: torch.Tensor  # (R,) each row's unconditional row; its own row where it has none
-    scales: torch.Tensor  # (R, 1, 1, 1) float32: guidance of the row in that place, 1 elsewhere
+    unconditional: torch.Tensor  # (R,) each row's unconditional row, or its own if it has none
+    scales: torch.Tensor  # (R, 1, 1, 1) float32: guidance of guided rows, 1 for others
     loras: Sequence[tuple[str, torch.Tensor]]
-    control_images: Mapping[tuple[str, int], torch.Tensor]  # by name and how often the name came before: (R, 3, H, W)
+    control_images: Mapping[tuple[str, int], torch.Tensor]  # by name and number of earlier uses of it: (R, 3, H, W)
 
     def controls(self, members: Sequence[BatchRow]) -> list[ControlRows]:
-        """Every ControlNet's part at the members' present steps."""
+        """Every ControlNet's input at the members' current steps."""
         found = []
         for (name, nth), images in self.control_images.items():
             scales = torch.zeros(len(self.owners))
@@ -104,10 +104,10 @@ class Layout:
         return found
 
     def memories(self, members: Sequence[BatchRow]) -> list[RowMemory | None]:
-        """Each row's, at the members' present steps.
+        """Each row's memory, at the members' current steps.
 
-        None for padding, and beside ControlNets, whose scales change from step to step: what was kept would not follow
-        them.
+        None for padding, and for rows with ControlNets: their scales change from step to step, so cached values would
+        be outdated.
         """
         found: list[RowMemory | None] = []
         for row, owner in enumerate(self.owners):
@@ -151,10 +151,10 @@ def layout(members: Sequence[BatchRow], *, buckets: Sequence[int], device: torch
 
 
 def stack(rows: Sequence[Conditioning], device: torch.device) -> Conditioning:
-    """Rows' tensors of each name, stacked.
+    """Stack the rows' tensors of each name.
 
-    Where first dimensions differ, the shorter are padded with zeros and `{name}_mask`, (R, length) float32, is 1 on
-    what is real: masked attention gives a row what it has alone.
+    If their first dimensions differ, the shorter ones are padded with zeros, and `{name}_mask`, (R, length) float32, is
+    1 where values are not padding. With masked attention, a row then gets the same result as alone.
     """
     stacked = {}
     for name in rows[0]:
@@ -172,14 +172,14 @@ def stack(rows: Sequence[Conditioning], device: torch.device) -> Conditioning:
 
 
 def lengths(name: str, rows: Sequence[Conditioning]) -> list[int]:
-    """First dimensions of rows' tensors of a name; 0 of vectors, which have none that could differ."""
+    """First dimensions of the rows' tensors of one name; 0 for vectors, whose lengths never differ."""
     return [row[name].shape[0] if row[name].dim() > 1 else 0 for row in rows]
 
 
 def _loras(
     members: Sequence[BatchRow], owners: Sequence[int | None], device: torch.device
 ) -> list[tuple[str, torch.Tensor]]:
-    """Each LoRA that any row wants, with every row's weight of it."""
+    """Each LoRA that any row uses, with its weight for every row."""
     chosen = [dict(row.request.loras) for row in members]
     names = sorted({name for own in chosen for name in own})
     return [

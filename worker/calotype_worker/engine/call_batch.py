@@ -12,12 +12,12 @@ from calotype_worker.engine.pipeline_run import PipelineRun
 from calotype_worker.models.pipeline.network_calls import NetworkCalls, alone
 from calotype_worker.models.pipeline.roles import Place
 
-_LONGEST_WAIT = 16  # calls of others that one waits for at most, however cheap they are
+_LONGEST_WAIT = 16  # maximum number of other calls that a call waits for
 
 
 @dataclass(frozen=True, kw_only=True)
 class CallReport:
-    """What one merged call did. The runs in `ended` have left the batch."""
+    """The result of one merged call. The runs in `ended` have left the batch."""
 
     place: Place
     rows: int
@@ -28,8 +28,8 @@ class CallReport:
 class CallBatch:
     """Owned by the engine's thread.
 
-    `order` ranks the networks' methods, the lowest first: cheap ones go before the denoiser, so that requests which are
-    out of step catch up with those that wait there, and what comes after the last step goes last.
+    `order` ranks the networks' methods, lowest first: cheap ones run before the denoiser, so that requests that are
+    behind catch up with those waiting there; calls after the last step run last.
     """
 
     def __init__(
@@ -43,28 +43,28 @@ class CallBatch:
         self._calls = calls
         self._order = order
         self._max_rows = max_rows
-        self._limit = limit  # calls of a place that fit into memory together
+        self._limit = limit  # how many calls of one place fit into memory together
         self.runs: list[PipelineRun] = []  # in the order in which they joined
 
     def join(self, run: PipelineRun) -> None:
-        """Take a run in and let it run up to its first network call. It may end there."""
+        """Add a run and execute it up to its first network call. It may end before that."""
         run.begin()
         self.runs.append(run)
 
     def leave(self, run: PipelineRun) -> None:
-        """End a run, wherever it sleeps. The others go on as if it had never been."""
+        """End a run wherever it is suspended. The others are not affected."""
         self.runs.remove(run)
         run.cancel()
 
     def step(self) -> CallReport | None:
-        """One merged call, and each of its runs up to its next call. None: nobody waits for one."""
+        """Execute one merged call, then each of its runs up to its next call. None: no run waits for a call."""
         ended = [run for run in self.runs if run.ended]
         waiting = [run for run in self.runs if run.call is not None]
         if not waiting:
             self._drop(ended)
             return CallReport(place=("", ""), rows=0, calls=0, ended=ended) if ended else None
         lead = self._lead(waiting)
-        chosen = self._company(lead, waiting)
+        chosen = self._mergeable(lead, waiting)
         place = _place(lead)
         outcomes = self._run(place, chosen)
         rows = sum(run.described.rows if run.described is not None else 1 for run in chosen)
@@ -84,14 +84,14 @@ class CallBatch:
         self.runs = [run for run in self.runs if id(run) not in gone]
 
     def _lead(self, waiting: Sequence[PipelineRun]) -> PipelineRun:
-        """Whose call goes next: the one that has waited too long, or the one that ranks first."""
+        """The run whose call is next: one that has waited too long, else the one that ranks first."""
         oldest = max(waiting, key=lambda run: run.waited)
         if oldest.waited >= _LONGEST_WAIT:
             return oldest
         return min(waiting, key=lambda run: (self._order(_place(run)), -run.waited))
 
-    def _company(self, lead: PipelineRun, waiting: Sequence[PipelineRun]) -> list[PipelineRun]:
-        """The runs whose calls go with the lead's, up to the rows of one pass."""
+    def _mergeable(self, lead: PipelineRun, waiting: Sequence[PipelineRun]) -> list[PipelineRun]:
+        """The runs whose calls are merged with the lead's, up to the rows of one pass."""
         described: dict[int, PipelineRun] = {}
         for run in waiting:
             if run.call is not None and run.call.place == _place(lead):
@@ -102,7 +102,9 @@ class CallBatch:
             return [lead]
         chosen: list[PipelineRun] = []
         rows = 0
-        for call in self._calls.company(lead.described, [run.described for run in described.values() if run.described]):
+        for call in self._calls.mergeable(
+            lead.described, [run.described for run in described.values() if run.described]
+        ):
             if chosen and rows + call.rows > self._max_rows:
                 continue
             rows += call.rows
@@ -110,7 +112,7 @@ class CallBatch:
         return chosen
 
     def _run(self, place: Place, runs: Sequence[PipelineRun]) -> list[Any]:
-        """Each run's result, or what its call raises even when alone."""
+        """Each run's result, or the error that its call raises even when executed alone."""
         limit = self._limit(place)
 
         def work(part: Sequence[PipelineRun]) -> list[Any]:

@@ -1,8 +1,8 @@
 """`CompiledStep`: a denoising step's network, guidance and sampler product as one compiled graph.
 
-Only the model's native sizes are compiled, which the start-up's profile does: a graph takes up to a minute, in which
-nobody's steps are run. Other sizes go the eager way, and so do rows with LoRAs, ControlNets or masked text, and
-everything after a compilation that failed: a compiler's bug costs speed and never an image.
+Only the model's native sizes are compiled, while the model is profiled at start: compiling a graph takes up to a
+minute, during which no steps run. Other sizes run eagerly, and so do rows with LoRAs, ControlNets or masked text, and
+everything after a failed compilation: a bug of the compiler costs speed, but never an image.
 """
 
 from __future__ import annotations
@@ -65,15 +65,15 @@ class CompiledStep:
         self._step = torch.compile(
             whole, dynamic=False if self.static else None, mode=mode if self.static else None, fullgraph=True
         )
-        # All models' steps are one function to PyTorch, and of one it makes eight graphs and refuses any more. The
-        # setting is a thread's own: this is made where it is called.
+        # PyTorch treats the steps of all models as one function, and compiles at most eight graphs per function. The
+        # setting is per thread, so this is created in the thread that calls it.
         limits = torch._dynamo.config
         limits.recompile_limit = max(limits.recompile_limit, limits.accumulated_recompile_limit)
 
     def can(self, rows: Layout, shape: tuple[int, int, int]) -> bool:
         """Whether these rows, of latents (C, h, w), can take this way."""
         plain = not (rows.loras or rows.control_images or any(name.endswith("_mask") for name in rows.conditioning))
-        # A single row would be compiled as a case of its own, and is no slower without.
+        # A single row would need its own compilation, and is not slower without.
         return plain and shape in self._shapes and not self.broken and len(rows.owners) > 1
 
     def __call__(
@@ -87,9 +87,9 @@ class CompiledStep:
         timesteps: torch.Tensor,
         noise: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-        """New state (n, K+1, L), guided model output and scaled inputs, both (n, C, h, w); or None where it failed.
+        """New state (n, K+1, L), guided model output and scaled inputs, both (n, C, h, w); or None if it failed.
 
-        All but `rows` is of the n members, each at its own step; `noise` is (n, 1, L).
+        Everything except `rows` describes the n members, each at its own step; `noise` is (n, 1, L).
         """
         count, padded = len(state), len(rows.owners)
 
@@ -125,6 +125,6 @@ class CompiledStep:
                 "compiled step failed; the model continues without compilation", extra={"model": self._model.card.name}
             )
             return None
-        # Clones: a CUDA graph writes its next results over these.
+        # Clones, because a CUDA graph overwrites these with its next results.
         state_, guided, inputs = (result[:count].clone() for result in results)
         return state_, guided, inputs

@@ -10,9 +10,10 @@ from calotype_worker.models.base import Conditioning, StepModel, Text
 
 
 class ConditioningCache:
-    """Least recently used out first. Owned by the engine's thread.
+    """Evicts the least recently used entries. Owned by the engine's thread.
 
-    `together` encodes new prompts in one call; without it one by one, which gives the same bits in any company.
+    `together` encodes new prompts in one call. Without it they are encoded one by one, so that the bits of a prompt's
+    conditioning do not depend on other prompts.
     """
 
     def __init__(self, *, capacity: int, together: bool) -> None:
@@ -21,7 +22,7 @@ class ConditioningCache:
         self._cache: OrderedDict[tuple[str, Text], Conditioning] = OrderedDict()
 
     def encode(self, model: StepModel, texts: Iterable[Text]) -> Mapping[Text, Conditioning | Exception]:
-        """Conditioning of each text by this model, or what its encoding raised."""
+        """The conditioning of each text by this model, or the error that encoding it raised."""
         name = model.card.name
         wanted = sorted(set(texts))
         missing = [text for text in wanted if (name, text) not in self._cache]

@@ -28,9 +28,9 @@ class Finished:
 class Decoder:
     """Decodes finished latents, up to `batch` of one model and shape per VAE call. Owned by the engine's thread.
 
-    A latent waits at most `max_wait_steps` turns of the loop, and only while another one is about to finish.
+    A latent waits at most `max_wait_steps` iterations of the loop, and only while another one is about to finish.
     `steps_until_next(model, shape)` is the number of steps until the next latent is finished; `limits(kind, batch)`
-    gives the memory limit of that kind of decode.
+    returns the memory limit of that kind of decode.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Decoder:
         self._pending.setdefault((finished.model, finished.latents.shape), []).append(finished)
 
     def discard(self, request_id: str) -> None:
-        """Forget a request that was cancelled before its decode."""
+        """Remove a request that was cancelled before its decode."""
         for line in self._pending.values():
             line[:] = [finished for finished in line if finished.request_id != request_id]
 

@@ -1,7 +1,7 @@
 """`Engine`: one thread that owns a device. Requests join and leave its step batches at any denoising step.
 
-The loop: take what was submitted and cancelled, let the scheduler choose a group and who joins it, run one step,
-decode finished latents a few at a time. `submit` does in the caller's thread all that needs no device.
+The loop: read submissions and cancellations, let the scheduler choose a group and which requests join it, run one
+step, decode finished latents a few at a time. `submit` does all work that needs no device in the caller's thread.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 class Engine:
     """Start it, submit requests from any thread, stop it. `on_fatal` is called once if the device is lost.
 
-    `on_preview(request_id, step, image)` gets rough images, uint8 (h, w, 3), in the engine's thread: it must not
+    `on_preview(request_id, step, image)` receives rough images, uint8 (h, w, 3), in the engine's thread, and must not
     wait.
     """
 
@@ -73,7 +73,7 @@ class Engine:
         self._wake = threading.Condition()  # guards the four below
         self._inbox: deque[RequestState] = deque()
         self._cancelled: set[str] = set()
-        self._states: dict[str, RequestState] = {}  # every request not yet resolved
+        self._states: dict[str, RequestState] = {}  # all unresolved requests
         self._stop_at: float | None = None
         # From here on the engine's thread alone.
         self._counters = EngineStats()
@@ -106,7 +106,7 @@ class Engine:
         )
         self._profile_seconds: float | None = None
         self._profiled: Future[None] = Future()
-        self._threads = torch.get_num_threads()  # of the engine's own operators; others' threads may choose fewer
+        self._threads = torch.get_num_threads()  # used by the engine's operators; other threads may use fewer
         self._thread = threading.Thread(target=self._main, name="calotype-engine", daemon=True)
 
     # ---- from any thread
@@ -117,7 +117,7 @@ class Engine:
         return self._thread.is_alive()
 
     def start(self) -> None:
-        """Once it runs, nothing more."""
+        """Start the engine's thread. Does nothing if it has been started."""
         if self._thread.ident is None:
             self._thread.start()
 
@@ -127,7 +127,7 @@ class Engine:
         The future gives a `Generated`, or raises GenerationFailed, InvalidRequest, or CancelledError after `cancel`.
 
         Raises:
-            InvalidRequest: the model cannot do this; nothing was queued.
+            InvalidRequest: the model does not support this; nothing was queued.
             GenerationFailed: the engine is stopping or its device is lost.
         """
         with alone_meanwhile():
@@ -167,16 +167,16 @@ class Engine:
         return self._counters.snapshot(in_flight=in_flight)
 
     def running(self) -> tuple[StepGroup, ...]:
-        """The busiest step batches of this moment, row by row. The step loop is not held up."""
+        """The largest step batches at this moment, row by row. Does not block the step loop."""
         with self._wake:
             states = list(self._states.values())
         return running_groups(states, self._batches.copy(), self._budgets.current)
 
     def row_budget(self, model: str, width: int, height: int) -> int:
-        """Rows that may run together, of images of a size.
+        """The maximum number of rows of one image size that may run together.
 
         Raises:
-            InvalidRequest: the model is not here, or cannot make them.
+            InvalidRequest: the model is not served here, or does not support the size.
         """
         found = self.models.get(model)
         found.card.check_size(width, height)
@@ -188,19 +188,19 @@ class Engine:
         return self._budgets.current(GroupKey(model=found.card.name, latent_shape=shape))
 
     def rows_of_image(self, model: str, guided: bool) -> int:
-        """Rows that one image takes."""
+        """The number of rows of one image."""
         found = self.models.get(model)
         return 1 if isinstance(found, PipelineModel) or not guided or found.embedded_guidance else 2
 
     def profile(self, *, seconds: float) -> list[Profile]:
         """Start the engine, measuring steps of the models' native sizes first; row budgets are then at the knee.
 
-        Takes about `seconds` in all and, with graphs to compile, as long as they need. Does nothing in deterministic
-        mode, where the number of rows must not depend on a measurement. If measuring fails, its error is raised, and
-        the engine runs with the budgets of its settings, unless the device is lost.
+        Takes about `seconds`, plus the time to compile graphs. Does nothing in deterministic
+        mode, where the number of rows must not depend on a measurement. If measuring fails, its error is raised and the
+        engine runs with the budgets of its settings, unless the device is lost.
 
         Raises:
-            GenerationFailed: the engine has been started already.
+            GenerationFailed: the engine has already been started.
         """
         if self.settings.deterministic:
             return []
@@ -213,11 +213,11 @@ class Engine:
 
     @property
     def profiles(self) -> list[Profile]:
-        """What was measured: of each model, its native sizes."""
+        """The measurements: each model's native sizes."""
         return self._budgets.profiles
 
     def stop(self, *, drain_seconds: float = 0.0) -> None:
-        """Refuse new requests, finish what is in flight for up to `drain_seconds`, cancel the rest, end the thread."""
+        """Refuse new requests, finish running ones for up to `drain_seconds`, cancel the rest, and end the thread."""
         with self._wake:
             self._stop_at = time.monotonic() + drain_seconds
             self._wake.notify()
@@ -255,7 +255,7 @@ class Engine:
             self._abandon(None)
 
     def _measure(self, seconds: float) -> None:
-        """In this thread, as CUDA graphs belong to the thread that recorded them."""
+        """Runs in the engine's thread, because CUDA graphs belong to the thread that recorded them."""
         try:
             profile_models(
                 self.models,
@@ -310,7 +310,7 @@ class Engine:
         for request_id in cancelled:
             state = self._states.get(request_id)
             if state is None:
-                continue  # finished meanwhile
+                continue  # has finished in the meantime
             self._decoder.discard(request_id)
             self._leave(state)
             state.future.cancel()
@@ -446,7 +446,7 @@ class Engine:
             state.resolve(state.made(outcome, now))
 
     def _steps_until_next(self, model: str, shape: torch.Size) -> float:
-        """After how many steps of theirs the next latents of a shape are finished; infinity where none will be."""
+        """In how many steps the next latents of a shape are finished; infinity if there are none."""
         running = [
             row
             for group, batch in self._batches.items()
@@ -456,7 +456,7 @@ class Engine:
         return min((row.total_steps - row.step for row in running), default=math.inf)
 
     def _decode(self) -> None:
-        """Decode what is due: a full small batch, what nobody joins in time, or all when nothing else can run."""
+        """Decode what is due: a full batch, latents that nothing will join in time, or all if nothing else can run."""
         began = time.monotonic()
         results = self._decoder.run(flush=not len(self._scheduler))
         if not results:
@@ -474,7 +474,7 @@ class Engine:
             state.resolve(state.generated(image, now))
 
     def _fail(self, state: RequestState, error: Exception) -> None:
-        """One request fails; the others never notice."""
+        """Fail one request without affecting the others."""
         self._counters.failed += 1
         self._leave(state)
         self._forget(state)
@@ -486,7 +486,7 @@ class Engine:
         state.resolve(error)
 
     def _leave(self, state: RequestState) -> None:
-        """Out of the scheduler and its step batch, wherever it stands."""
+        """Remove it from the scheduler and from its step batch, whatever its state."""
         if self._scheduler.has(state.id):
             self._scheduler.remove(state.id)
         if not state.stages:
@@ -503,7 +503,7 @@ class Engine:
             self._states.pop(state.id, None)
 
     def _abandon(self, error: Exception | None) -> None:
-        """End every request that is left: with `error`, or as cancelled."""
+        """End every remaining request with `error`, or as cancelled."""
         self._pipelines.close()
         with self._wake:
             self._stop_at = self._stop_at or 0.0
@@ -519,7 +519,7 @@ class Engine:
 
 
 def _said(error: Exception, request: GenerationRequest) -> str:
-    """An error that is not of our own making, and what to do about it where we know."""
+    """Convert an unexpected error to a Calotype error, with advice if the cause is known."""
     if not is_out_of_memory(error):
         return f"{type(error).__name__}: {error}"
     return (

@@ -14,7 +14,7 @@ Result = TypeVar("Result")
 
 
 def is_fatal(error: BaseException) -> bool:
-    """Whether the device itself is lost, so that no further work on it can succeed in this process."""
+    """Whether the device is lost, so that no further work on it can succeed in this process."""
     lost = isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in str(error)
     return lost and not isinstance(error, torch.OutOfMemoryError)
 
@@ -22,13 +22,13 @@ def is_fatal(error: BaseException) -> bool:
 def run_isolating_failures(
     items: Sequence[Item], run: Callable[[Sequence[Item]], Sequence[Result]]
 ) -> list[Result | Exception]:
-    """`run(items)` as a list; where it raises, each half again alone, down to single items.
+    """Return `run(items)` as a list. If it raises, run each half separately, down to single items.
 
-    The list holds, for each item in order, its result or the exception it raises even when alone. So one bad item
-    fails by itself, and a batch too large for the device's memory goes through in smaller parts.
+    The list holds for each item, in order, its result or the exception that it raises even when run alone. So one bad
+    item fails alone, and a batch that is too large for the device's memory succeeds in smaller parts.
 
     Raises:
-        Exception: only what `is_fatal`.
+        Exception: only errors for which `is_fatal` holds.
     """
     try:
         return list(run(items))

@@ -1,4 +1,4 @@
-"""How much of a kind of work fits into the device's memory at a time, learned from where it did not."""
+"""How many items of one kind of work fit into the device's memory together, learned from passes that did not fit."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_PATIENCE = 200  # good passes before a little more is tried
+_PATIENCE = 200  # successful passes before the limit is raised
 _LONGEST_PATIENCE = 20_000
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether there was too little memory, of the device or of this machine."""
+    """Whether the device or this machine ran out of memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     # The CPU's allocator raises plain RuntimeErrors.
@@ -26,7 +26,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def free_failed_pass(error: BaseException) -> None:
-    """Free what a pass that failed still holds: its frames keep their tensors as long as its exception lives."""
+    """Free the memory of a failed pass: the exception's frames keep their tensors alive."""
     seen: BaseException | None = error
     while seen is not None:
         traceback.clear_frames(seen.__traceback__)
@@ -37,28 +37,29 @@ def free_failed_pass(error: BaseException) -> None:
 
 
 class MemoryLimit:
-    """At most `current` items at a time, of `most`. Owned by the engine's thread.
+    """Runs at most `current` items at a time, never more than `most`. Owned by the engine's thread.
 
-    Too many: half of what was tried, or what went through before, until it does again. After two hundred good passes a
-    quarter more is tried, for memory may have been short for a passing reason; where that fails too, the next try comes
-    twice as late. With `doubling` it is twice as many at a time, so that a power of two stays one.
-    `on_lower(tried, current)` hears of each lowering.
+    After running out of memory, the limit becomes half of the size that failed or, if larger, the largest size that has
+    succeeded. The shortage may be temporary, so after 200 successful passes the limit is raised by a quarter. If
+    that fails too, the next attempt waits for twice as many passes. With `doubling` the limit is doubled instead, so
+    that a power of two stays one.
+    `on_lower(tried, current)` is called each time the limit is lowered.
     """
 
     def __init__(self, most: int, *, doubling: bool = False, on_lower: Callable[[int, int], None]) -> None:
         self.current = self._most = most
         self._doubling = doubling
         self._on_lower = on_lower
-        self._proven = 0  # the largest part that went through
+        self._proven = 0  # the largest part that succeeded
         self._good = 0  # passes since it last changed
         self._patience = _PATIENCE
         self._raised = False  # the last change was upwards
 
     def run(self, items: Sequence[Item], run: Callable[[Sequence[Item]], Result]) -> list[Result]:
-        """`run` on parts of the items that fit, in order; the result of each part.
+        """Call `run` on parts of the items that fit into memory, in order. Returns each part's result.
 
         Raises:
-            Exception: what `run` raises, unless it is out of memory with more than one item.
+            Exception: what `run` raises, except running out of memory with more than one item.
         """
         results: list[Result] = []
         done = 0
@@ -81,7 +82,7 @@ class MemoryLimit:
 
     def _lower(self, tried: int) -> None:
         if self._proven >= tried:
-            self._proven = 0  # there is less memory now than there was then
+            self._proven = 0  # less memory is available now than before
         self.current = max(1, tried // 2, self._proven)
         self._patience = min(2 * self._patience, _LONGEST_PATIENCE) if self._raised else _PATIENCE
         self._good, self._raised = 0, False

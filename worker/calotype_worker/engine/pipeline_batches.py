@@ -1,4 +1,4 @@
-"""`PipelineBatches`: the requests of pipelines in the engine, from admission to what they made."""
+"""`PipelineBatches`: requests of pipelines in the engine, from admission to their outputs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _STARTED = 2  # requests per call: tokenizers and checks take the engine's threa
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineReport:
-    """What one merged call did. Requests in `ended` are out of their batch."""
+    """The result of one merged call. Requests in `ended` have left their batch."""
 
     ended: Sequence[tuple[RequestState, Output | Exception]]
     joined: int
@@ -58,7 +58,7 @@ class PipelineBatches:
             self._batches[group].starting.extend(states)
 
     def step(self, group: GroupKey) -> PipelineReport | None:
-        """Start a few of the admitted requests, then one merged call. None: the group has none."""
+        """Start a few of the admitted requests, then execute one merged call. None: the group has none."""
         batch = self._batches.get(group)
         if batch is None:
             return None
@@ -85,7 +85,7 @@ class PipelineBatches:
         )
 
     def leave(self, state: RequestState) -> None:
-        """Forget a request, wherever it is. Its run ends where it sleeps; the others go on."""
+        """Remove a request in any state. Its run ends where it is suspended; the others continue."""
         batch = self._batches.get(state.group)
         if batch is None:
             return

@@ -12,13 +12,13 @@ from calotype_worker.models.pipeline.call import Described
 from calotype_worker.models.pipeline.module_state import ModuleState
 from calotype_worker.models.pipeline.stand_in import Call, CallingGreenlet
 
-_LAST_CALLS = 8  # network calls that a run may make while it ends
+_LAST_CALLS = 8  # maximum number of network calls that a run may make while it ends
 
 
 class PipelineRun:
     """Owned by the engine's thread, in which all its code runs.
 
-    After `begin` and each `resume` or `fail` it either sleeps, with `call` set, or has ended, with `result` or `error`.
+    After `begin`, `resume` or `fail`, it is either suspended with `call` set, or has ended with `result` or `error`.
     """
 
     def __init__(self, request_id: str, *, seed: int, watched: ModuleState | None = None) -> None:
@@ -26,11 +26,11 @@ class PipelineRun:
         self.request_id = request_id
         self.work: Callable[[], Any]
         self.call: Call | None = None
-        self.described: Described | None = None  # of the call, by whoever merges it
-        self.waited = 0  # calls of others since this one sleeps
+        self.described: Described | None = None  # description of the call, set when it is merged
+        self.waited = 0  # other calls executed while this one waits
         self.result: Any = None
         self.error: Exception | None = None
-        self.calls = 0  # made so far
+        self.calls = 0  # number of calls so far
         self.changed = False  # whether it has changed the networks at any of them
         self.steps_done = 0
         self.total_steps = 0
@@ -52,11 +52,11 @@ class PipelineRun:
         self._switch(self._greenlet.resume, value)
 
     def fail(self, error: Exception) -> None:
-        """Raise in place of its call's result."""
+        """Raise an error in the run instead of returning its call's result."""
         self._switch(self._greenlet.fail, error)
 
     def cancel(self) -> None:
-        """End it where it sleeps."""
+        """End it where it is suspended."""
         for _ in range(_LAST_CALLS):
             if self.ended:
                 break
@@ -64,7 +64,7 @@ class PipelineRun:
         self.result = None
 
     def follow(self, scheduler: Any) -> None:
-        """Count the steps of its own scheduler as progress."""
+        """Report the steps of its own scheduler as progress."""
         step, set_timesteps = scheduler.step, scheduler.set_timesteps
 
         @functools.wraps(step)

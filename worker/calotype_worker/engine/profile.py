@@ -1,14 +1,14 @@
-"""`profile`: how long a step takes over its number of rows, and the knee beyond which more rows bring nothing.
+"""`profile`: measures how long a step takes by number of rows, and finds the knee where more rows stop helping.
 
-Up to the knee a row more is nearly free, for the device waits for memory and kernel launches; beyond it a step takes
-longer in proportion, so that images only wait for each other. The knee depends on model, size and device, so it is
-measured.
+Up to the knee an additional row is nearly free, because the device waits for memory and kernel launches. Beyond it, the
+time of a step grows in proportion to its rows, so images only wait for each other. The knee depends on model, size and
+device, so it is measured.
 
-A worker keeps its knee for life, and may start on a machine that is busy with other things. What disturbs a measurement
-only makes it longer, so the least of several is taken; and what more rows were done in, fewer could have been. Short
-steps slip through between the others' turns where long ones do not: on a processor that is shared, a throughput that
-falls with more rows says only that it was busy. Then no knee is believed: too many rows cost some latency, too few
-most of the throughput.
+A worker measures its knee once, possibly on a machine that is busy with other work. Disturbances only make a
+measurement longer, so the minimum of several is used; and a step never takes longer than a measured one with more rows.
+On a shared processor, short steps may run undisturbed where long ones are interrupted, so a throughput that falls with
+more rows only shows that the processor was busy. The measurement is then not used to reduce the rows: too many rows
+cost some latency, too few cost most of the throughput.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ import torch
 
 from calotype_worker.engine.memory_limit import free_failed_pass, is_out_of_memory
 
-_TOLERANCE = 0.05  # of the best throughput: what is given up for shorter steps
-_STEPS = 5  # timed of each size, where there is time for them
+_TOLERANCE = 0.05  # share of the best throughput that is given up for shorter steps
+_STEPS = 5  # timed steps per size, if there is enough time
 _LEAST_STEPS = 3  # timed of each size in any case, and one before that
-_FALL = 0.75  # of the best throughput: with less at the most rows, the processor was busy with other things
+_FALL = 0.75  # share of the best throughput: if the largest batch achieves less, the processor was busy otherwise
 _LONGEST = 3.0  # seconds of one step: no larger batch is tried then
 
 
@@ -47,16 +47,16 @@ class Profile:
     width: int  # pixels
     height: int
     points: tuple[Point, ...]  # by rows
-    shared: bool = False  # with other processes, as a CPU is
+    shared: bool = False  # whether other processes use it too, like a CPU
 
     @property
     def disturbed(self) -> bool:
-        """Whether others were at work, so that the figures say nothing about how rows compare."""
+        """Whether other processes disturbed the measurement, so that sizes cannot be compared."""
         return self.shared and self.points[-1].rate < _FALL * max(point.rate for point in self.points)
 
     @property
     def knee(self) -> Point:
-        """The fewest rows that come within 5% of the best throughput; the most that were tried if it was disturbed."""
+        """The fewest rows within 5% of the best throughput; the most that were measured if disturbed."""
         if self.disturbed:
             return self.points[-1]
         best = max(point.rate for point in self.points)
@@ -74,11 +74,11 @@ def measure(
 ) -> tuple[Point, ...]:
     """Time `make_step(rows)()` for each size, in interleaved rounds for about `seconds`.
 
-    Every size is tried, however busy the machine, or a slow start would be taken for a small knee; only where the
-    device is out of memory or a step takes seconds does it stop growing. There is always a first point.
+    Every size is measured even on a busy machine, because stopping early would look like a small knee. Larger sizes
+    are skipped only when the device runs out of memory or a step takes seconds. There is always a first point.
 
     Raises:
-        Exception: what the smallest step raises.
+        Exception: the error of the smallest step.
     """
 
     def timed(step: Callable[[], object]) -> float:
@@ -104,7 +104,7 @@ def measure(
         steps[rows], least[rows] = step, took
         if took > _LONGEST:
             break
-    for number in range(_LEAST_STEPS - 1, _STEPS):  # interleaved: a busy moment of the machine hits all sizes
+    for number in range(_LEAST_STEPS - 1, _STEPS):  # interleaved: busy moments affect all sizes
         for rows, step in steps.items():
             if number < _LEAST_STEPS or time.perf_counter() < ends:
                 least[rows] = min(least[rows], timed(step))

@@ -33,9 +33,9 @@ def profile_models(
     admission: Admission,
     make_batch: MakeBatch,
 ) -> None:
-    """Give `budgets` the profiles of each model's native sizes, with `sizes(most)` rows tried, in `seconds` in all.
+    """Give `budgets` the profiles of each model's native sizes, trying `sizes(most)` rows, in `seconds` overall.
 
-    In the engine's thread, whose helpers are then those that were measured.
+    Runs in the engine's thread, so that PyTorch's helper threads of that thread are the ones measured.
     """
     found = [models.get(name) for name in models.names]
     steppable = [model for model in found if not isinstance(model, PipelineModel)]

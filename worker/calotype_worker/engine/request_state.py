@@ -1,4 +1,4 @@
-"""`RequestState`: a request's way through the engine; and `prepare`, which makes one beside the step loop."""
+"""`RequestState`: the state of a request in the engine; and `prepare`, which creates it outside the step loop."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from calotype_worker.sampling.trajectory import Trajectory
 class Source:
     """An image to start from. All noise it needs is drawn beforehand, in the order of diffusers' pipelines."""
 
-    encoding: torch.Tensor | None  # (1, C, h, w) for the autoencoder's sample; None: the image is not looked at
+    encoding: torch.Tensor | None  # (1, C, h, w) for the autoencoder's sample; None: the image is not used
     noise: torch.Tensor  # (1, C, h, w)
     masked_encoding: torch.Tensor | None = None  # the same for the masked image
     noising: torch.Tensor  # (N + 1, 2), see `probe_noising`
@@ -35,7 +35,7 @@ class Source:
 
 @dataclass(kw_only=True, eq=False)
 class Stage:
-    """One model's part of the work: one for most requests, two where a refiner takes over."""
+    """One model's part of the work. Most requests have one, those with a refiner two."""
 
     group: GroupKey
     row: BatchRow
@@ -45,12 +45,12 @@ class Stage:
 
 @dataclass(kw_only=True, eq=False)
 class RequestState:
-    """Made in the submitter's thread; from then on the engine's thread owns it. Times are `time.monotonic()`."""
+    """Created in the submitter's thread, then owned by the engine's thread. Times are `time.monotonic()`."""
 
     request: GenerationRequest
     group: GroupKey
     rows: int
-    stages: list[Stage]  # the present one first; none for a pipeline
+    stages: list[Stage]  # the current one first; none for a pipeline
     total_steps: int
     future: Future[Generated] = field(default_factory=Future)
     submitted: float = field(default_factory=time.monotonic)
@@ -73,7 +73,7 @@ class RequestState:
         return self.steps_before + (self.stages[0].row.step if self.stages else 0)
 
     def next_stage(self, latents: torch.Tensor) -> bool:
-        """Hand unfinished latents (C, h, w) to the next model; False if there is none and they are finished."""
+        """Pass unfinished latents (C, h, w) to the next model; False if there is none, so they are finished."""
         if len(self.stages) < 2:
             return False
         self.steps_before += self.stages.pop(0).row.total_steps
@@ -82,7 +82,7 @@ class RequestState:
         return True
 
     def generated(self, image: np.ndarray, now: float) -> Generated:
-        """The finished image, and where its time went."""
+        """The finished image and its timings."""
         return Generated(
             request_id=self.id,
             image=_with_kept_pixels(self.request, image),
@@ -99,7 +99,7 @@ class RequestState:
         )
 
     def made(self, output: Output, now: float) -> Generated:
-        """What a pipeline made, and where its time went."""
+        """A pipeline's outputs and their timings."""
         return Generated(
             request_id=self.id,
             image=output.shown(self.request.width, self.request.height),
@@ -114,7 +114,7 @@ class RequestState:
         )
 
     def resolve(self, outcome: Generated | Exception) -> None:
-        """Set the future's outcome; dropped if the caller cancelled it in the same moment."""
+        """Set the future's outcome; ignored if the caller has just cancelled it."""
         try:
             if isinstance(outcome, Exception):
                 self.future.set_exception(outcome)
@@ -125,12 +125,12 @@ class RequestState:
 
 
 def prepare(request: GenerationRequest, pool: ModelPool, tables: TableCache, *, exact: bool = False) -> RequestState:
-    """Checks, sampler tables and starting noise: all that needs no device. For any thread.
+    """Checks, sampler tables and starting noise: everything that needs no device. Thread-safe.
 
-    `exact` groups requests so that none can change another's bits.
+    `exact` groups requests so that none can change the bits of another.
 
     Raises:
-        InvalidRequest: the model, or the sampler, cannot do this.
+        InvalidRequest: the model or the sampler does not support this.
     """
     model = pool.get(request.model)
     check(request, model.card)
@@ -169,7 +169,7 @@ def prepare(request: GenerationRequest, pool: ModelPool, tables: TableCache, *, 
             )
     for stage in stages:
         if isinstance(stage.row.sampler, RowScheduler):
-            break  # it draws as it steps, from the same generator: nothing after it may be drawn before
+            break  # it draws while stepping, from the same generator, so later noise must not be drawn earlier
         stage.row.draw_ahead(stage.group.step_shape)
     return RequestState(
         request=request,
@@ -260,7 +260,7 @@ def _source(
 
 
 def _texts(request: GenerationRequest, model: StepModel, *, guided: bool, first: bool) -> tuple[Text, ...]:
-    """What is to be encoded; both prompts to the same number of windows."""
+    """The texts to encode; both prompts are padded to the same number of windows."""
     names = [name for name, _ in request.loras] if first else []
     touching = model.text_loras(names)
     loras = tuple(pair for pair in request.loras if pair[0] in touching) if first else ()
@@ -287,7 +287,7 @@ def _check_pixels(request: GenerationRequest) -> None:
 
 
 def _with_kept_pixels(request: GenerationRequest, image: np.ndarray) -> np.ndarray:
-    """Inpainting puts the source's own pixels back where the mask keeps them: the autoencoder would blur them."""
+    """Inpainting restores the source's pixels where the mask keeps them: the autoencoder would blur them."""
     if request.mask is None or request.init_image is None:
         return image
     return np.where(request.mask[:, :, None], image, request.init_image)

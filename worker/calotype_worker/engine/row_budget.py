@@ -18,10 +18,10 @@ _REMEMBERED_LIMITS = 128
 
 
 class RowBudgets:
-    """`on_out_of_memory` is called each time a limit is lowered. Read from any thread; the engine's changes it.
+    """`on_out_of_memory` is called each time a limit is lowered. Changed only by the engine's thread, read by any.
 
-    `max_rows` is for images of a model's native area and shrinks as the area grows. With `powers_of_two` a row's bits
-    do not depend on its position: measured, with 6 rows on two threads they do, with 4 or 8 they do not.
+    `max_rows` is for images of a model's native area and shrinks as the area grows. With `powers_of_two`, a row's
+    bits do not depend on its position. Measured on two threads: with 6 rows they do, with 4 or 8 they do not.
     """
 
     def __init__(
@@ -43,13 +43,13 @@ class RowBudgets:
         self._profiles[model] = dict(profiles)
 
     def current(self, group: GroupKey) -> int:
-        """At least two: a guided request needs them, one after the other if it must be."""
+        """At least two, because a guided request has two rows (executed one after the other if necessary)."""
         most = self.max(group)
         limit = self._limits.get(group)
         return most if limit is None else max(min(2, most), min(most, limit.current))
 
     def max(self, group: GroupKey) -> int:
-        """While there is memory enough."""
+        """The budget while memory is sufficient."""
         model = self._models.get(group.model)
         if isinstance(model, PipelineModel):
             width, height = model.card.native_sizes[0]
@@ -68,7 +68,7 @@ class RowBudgets:
         return budget
 
     def limit(self, work: Hashable, most: int) -> MemoryLimit:
-        """What was learned about a kind of work: the steps of a group, or the decoding of a shape."""
+        """What was learned about one kind of work: the steps of a group, or the decoding of a shape."""
 
         def on_lower(tried: int, current: int) -> None:
             self._on_out_of_memory()

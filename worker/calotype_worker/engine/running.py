@@ -1,4 +1,4 @@
-"""`running_groups`: what an engine works on at this moment, for the worker's report."""
+"""`running_groups`: what an engine is working on, for the worker's report."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _ROWS = 64  # over all groups: a report is written every second and read by ever
 def running_groups(
     states: Iterable[RequestState], batches: Mapping[GroupKey, StepBatch], budget: Callable[[GroupKey], int]
 ) -> tuple[StepGroup, ...]:
-    """The groups with the most images, and their first rows; the counts are of all.
+    """The groups with the most images, and their first rows. The counts include all groups.
 
-    For any thread. The engine's own goes on meanwhile, so two numbers may be a step apart. `states` and `batches` are
+    Thread-safe. The engine continues meanwhile, so two numbers may be one step apart. `states` and `batches` must be
     the caller's own copies.
     """
     groups: dict[GroupKey, list[RequestState]] = {}

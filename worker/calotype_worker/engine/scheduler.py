@@ -1,13 +1,13 @@
 """`Scheduler`: which group of requests runs the next step, and who joins it. Pure bookkeeping; imports no torch.
 
-Always holds: nobody joins a group whose running rows would then exceed its budget, which may change between steps;
-requests of one group are admitted in the order they came, interactive ones before the others. Groups share the device's
-time by deficit round robin (Shreedhar & Varghese 1995): in a round each has as much as the dearest step takes, so
-groups of small images run several steps where one of large images runs one, and what is left over is kept for the
-next round. Groups with interactive requests go first, except at every ninth step. So a group with anything to run waits
-for a bounded time: for each other group at most twice the most expensive step; if those have interactive requests, for
-eight steps of theirs before each of its own; and, if its model is not on the device, for `switch_delay_steps` steps
-more.
+Invariants: no request joins a group if the running rows would then exceed the group's budget, which may change
+between steps; requests of a group are admitted in the order of arrival, interactive ones before the others. Groups
+share the device's time by deficit round robin (Shreedhar & Varghese 1995): in each round every group gets as much time
+as the most expensive step takes, so groups of small images run several steps while one of large images runs one;
+unused time is kept for the next round. Groups with interactive requests run first, except at every ninth step. So the
+wait of a group with anything to run is bounded: for each other group at most twice the most expensive step; if those
+have interactive requests, eight of their steps before each of its own; and, if its model is not on the device, another
+`switch_delay_steps` steps.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class _Group:
     bulk: deque[str] = field(default_factory=deque)
     running: dict[str, None] = field(default_factory=dict)  # an ordered set
     urgent_running: set[str] = field(default_factory=set)
-    passed_over: int = 0  # turns it gave to groups at hand
+    passed_over: int = 0  # turns it gave to groups whose model is on the device
     credit: float | None = None  # seconds of the device it may still use in this round; None: the round has yet to come
     kept: float = 0.0  # seconds from the round before
 
@@ -63,10 +63,11 @@ class _Group:
 class Scheduler(Generic[Key]):
     """Owned by the engine's thread. `row_budget(group)` says how many rows may run together in a group; at least two.
 
-    It is asked before each step, so that it may follow what is learned about the device; so is `step_cost(group)`, the
-    seconds that a group's next step will take.
+    It is called before each step, so that budgets may change with what is learned about the device. So is
+    `step_cost(group)`, the seconds that a group's next step will take.
 
-    `resident(group)` says whether it could run at once; others give way for up to `switch_delay_steps` turns.
+    `resident(group)` says whether the group could run immediately. Groups that could not wait for up to
+    `switch_delay_steps` steps.
     """
 
     def __init__(
@@ -94,10 +95,10 @@ class Scheduler(Generic[Key]):
         return request_id in self._place
 
     def add(self, request_id: str, group: Key, rows: int, *, interactive: bool = False) -> None:
-        """Put a request at the end of its group's line, of the interactive ones or of the others.
+        """Append a request to its group's queue of interactive or of other requests.
 
         Raises:
-            ValueError: the id is already here, or the request could never fit its group's budget.
+            ValueError: the id already exists, or the request could never fit its group's budget.
         """
         if request_id in self._place:
             raise ValueError(f"request {request_id!r} is already scheduled; ids must be unique")

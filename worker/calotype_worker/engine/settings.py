@@ -10,21 +10,21 @@ from calotype_worker.engine.compiled import CompileMode
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
-    """How many rows a step batch has, and what is given up for that or for the same bits.
+    """The size of step batches, and the balance between throughput, latency and bit-identical images.
 
-    `max_rows` is for images of the model's native area and shrinks as the area grows; `Engine.profile` may find
-    that fewer serve as well. `row_buckets` pads every forward pass to one of a few sizes, for compiled graphs.
-    `deterministic` makes an image the same bit for bit whatever stood beside it, by one fixed number of rows (a power
-    of two): costly at low load. Where the device's memory is too small for that number, a smaller one is used from then
-    on, whose bits may be others.
+    `max_rows` applies to images of the model's native area and shrinks as the area grows; `Engine.profile` may find
+    that fewer rows are just as fast. `row_buckets` pads every forward pass to one of a few sizes, for compiled graphs.
+    `deterministic` makes images bit-identical whatever runs beside them, by one fixed number of rows (a power of two),
+    which is expensive at low load. If the device's memory is too small for that number, a smaller one is used from then
+    on, which may produce other bits.
     """
 
     max_rows: int = 32
     row_buckets: tuple[int, ...] = ()
     decode_batch: int = 4  # images decoded together
-    decode_max_wait_steps: int = 4  # steps a finished latent waits for company at most
+    decode_max_wait_steps: int = 4  # maximum steps that a finished latent waits for others
     conditioning_cache: int = 512  # prompts
-    model_switch_delay_steps: int = 50  # steps a model that is not on the device waits for those that are
+    model_switch_delay_steps: int = 50  # steps that a model waits while others are on the device
     compile: CompileMode = "off"
     deterministic: bool = False
 

@@ -8,7 +8,7 @@ from typing import Protocol
 
 
 class Step(Protocol):
-    """What a forward pass reports."""
+    """The report of one forward pass."""
 
     @property
     def rows(self) -> int: ...
@@ -25,26 +25,26 @@ class Step(Protocol):
 
 @dataclass(kw_only=True)
 class EngineStats:
-    """The engine's thread owns and writes one; other threads get copies, by `Engine.stats`."""
+    """Owned by the engine's thread; other threads get copies from `Engine.stats`."""
 
     forward_passes: int = 0
-    rows: int = 0  # rows that belonged to a request, over all forward passes
+    rows: int = 0  # rows of requests, without padding, over all forward passes
     padding_rows: int = 0  # rows added to reach a bucket
     images: int = 0
     failed: int = 0
     cancelled: int = 0
     fallback_steps: int = 0  # row steps taken by a scheduler object instead of a table
-    out_of_memory: int = 0  # passes that the device had too little memory for
+    out_of_memory: int = 0  # passes that ran out of device memory
     compiled_passes: int = 0  # forward passes that ran as a compiled graph
-    in_flight: int = 0  # requests submitted and not yet resolved
+    in_flight: int = 0  # unresolved requests
     encode_seconds: float = 0.0
     step_seconds: float = 0.0  # network, guidance and sampler
     decode_seconds: float = 0.0
-    idle_seconds: float = 0.0  # nothing to do
+    idle_seconds: float = 0.0  # without work
 
     @property
     def mean_rows(self) -> float:
-        """Useful rows a forward pass."""
+        """Mean number of rows of requests per forward pass."""
         return self.rows / self.forward_passes if self.forward_passes else 0.0
 
     def count_step(self, report: Step, seconds: float) -> None:
@@ -59,5 +59,5 @@ class EngineStats:
         self.out_of_memory += 1
 
     def snapshot(self, *, in_flight: int) -> EngineStats:
-        """For any thread: each number is whole, but two may be a step apart."""
+        """Thread-safe. Each number is consistent, but two may be one step apart."""
         return dataclasses.replace(self, in_flight=in_flight)

@@ -19,7 +19,7 @@ from calotype_worker.sampling.table import SamplerTable, product
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """What one step did. `failed` pairs members with what they raised; they have left the batch."""
+    """The result of one step. `failed` pairs members with their errors; they have left the batch."""
 
     finished: Sequence[tuple[BatchRow, torch.Tensor]]  # with their latents, (C, h, w) float32
     failed: Sequence[tuple[BatchRow, Exception]]
@@ -46,26 +46,26 @@ class StepBatch:
         self._model = model
         self._shape = shape  # (C, h, w)
         self._limit = limit  # rows of a forward pass that fit into memory
-        self._buckets = sorted(buckets)  # a forward pass is padded to the next of these; none: no padding
-        self._exact = exact  # the same bits in any company
+        self._buckets = sorted(buckets)  # a forward pass is padded to the next of these; empty: no padding
+        self._exact = exact  # the same bits whatever rows run beside
         self._compiled = compiled
         self.members: list[BatchRow] = []
         # S = [x, s_1 … s_K] of each row, flattened: (members, K+1, C*h*w) float32.
         self._state = torch.zeros(0, 1, shape[0] * shape[1] * shape[2], device=model.device)
         self._layout: Layout | None = None  # rebuilt when membership changes
-        # All members' tables laid end to end, and where each row stands in them.
+        # All members' tables, concatenated, and each row's position in them.
         self._matrices = self._input_scale = self._timesteps = self._position = torch.empty(0)
 
     def join(self, members: Sequence[BatchRow]) -> None:
         """Take members in at their first step. Their latents and conditioning must be set."""
         starts = [row.latents for row in members if row.latents is not None]
-        # Those that another model hands over are on the device already, fresh ones are not.
+        # Latents from another model are already on the device; new ones are not.
         fresh = torch.cat([latents.reshape(1, 1, -1).to(self._model.device) for latents in starts])
         self.members += members
         self._lay_out(torch.cat([self._state, _widen(fresh, self._state.shape[1])]))
 
     def leave(self, members: Sequence[BatchRow]) -> None:
-        """Drop members, finished or not. The others' states are untouched."""
+        """Remove members, finished or not. The states of the others do not change."""
         gone = {id(row) for row in members}
         for row in members:
             row.forget()
@@ -74,7 +74,7 @@ class StepBatch:
         self._lay_out(self._state[torch.tensor(kept, dtype=torch.long, device=self._state.device)])
 
     def step(self) -> StepReport:
-        """One denoising step of every row; finished and failed ones leave."""
+        """Execute one denoising step of every row. Finished and failed members leave."""
         failed: list[tuple[BatchRow, Exception]] = []
         self._layout = self._layout or self._lay_out_rows(self.members)
         useful = len(self.members) + len(self._layout.guided)
@@ -117,7 +117,7 @@ class StepBatch:
     def _run_compiled(
         self, rows: Layout, noise: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-        """The whole step as one graph; None where these rows cannot go that way, or would not fit into memory."""
+        """Execute the whole step as one graph. None if these rows cannot, or do not fit into memory."""
         if self._compiled is None or not self._compiled.can(rows, self._shape):
             return None
         if len(rows.owners) > self._limit.current:
@@ -138,7 +138,7 @@ class StepBatch:
             if is_fatal(error) or not is_out_of_memory(error):
                 raise
             free_failed_pass(error)
-            return None  # the eager way finds out what fits
+            return None  # eager execution finds out what fits
 
     def _inputs(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Scaled network inputs (members, C, h, w) and each row's own timestep (members,)."""
@@ -154,7 +154,7 @@ class StepBatch:
     def _forward(
         self, rows: Layout, members: Sequence[BatchRow], inputs: torch.Tensor, timesteps: torch.Tensor
     ) -> torch.Tensor:
-        """Guided model output of the members, (members, C, h, w) float32.
+        """The members' guided model output, (members, C, h, w) float32.
 
         Classifier-free guidance (Ho & Salimans 2022): m = m_u + g * (m_c - m_u), on guided rows only.
         """
@@ -179,9 +179,9 @@ class StepBatch:
         return result
 
     def _predict(self, rows: Rows, *, useful: int) -> torch.Tensor:
-        """The network on all rows at once, or, where they do not fit into memory, in parts of as many as do.
+        """Call the network on all rows at once or, if they do not fit into memory, in parts that do.
 
-        Parts that are padding alone are left out.
+        Parts that consist only of padding are skipped.
         """
         count, most = len(rows.latents), self._limit.current
         needed = min(count, -(-useful // most) * most)
@@ -195,7 +195,7 @@ class StepBatch:
     def _forward_apart(
         self, inputs: torch.Tensor, timesteps: torch.Tensor
     ) -> tuple[torch.Tensor, list[tuple[BatchRow, Exception]]]:
-        """After a forward pass raised: smaller passes, to find who is to blame. The blameless get their outputs."""
+        """Repeat a failed forward pass in smaller parts to find the members that fail. The others get their outputs."""
 
         def run(indices: Sequence[int]) -> list[torch.Tensor]:
             chosen = torch.tensor(indices, device=inputs.device)
@@ -214,7 +214,7 @@ class StepBatch:
     def _previews(
         self, inputs: torch.Tensor, outputs: torch.Tensor, timesteps: torch.Tensor, bad: set[int]
     ) -> list[tuple[BatchRow, np.ndarray]]:
-        """Rough images of where members are heading, for those that want one after this step."""
+        """Preview images for the members that want one after this step."""
         due = [
             index
             for index, row in enumerate(self.members)
@@ -230,7 +230,7 @@ class StepBatch:
         return [(self.members[index], self._model.preview(own)) for index, own in zip(due, clean, strict=True)]
 
     def _noise(self) -> torch.Tensor:
-        """Each row's fresh noise, zero where its sampler wants none in this step: (members, 1, L)."""
+        """Each member's new noise, zero if its sampler uses none in this step: (members, 1, L)."""
         device = self._state.device
         noise = torch.zeros(len(self.members), 1, self._state.shape[2], pin_memory=device.type == "cuda")
         for index, row in enumerate(self.members):
@@ -239,7 +239,7 @@ class StepBatch:
         return noise.to(device, non_blocking=True)
 
     def _advance(self, outputs: torch.Tensor, new_state: torch.Tensor) -> int:
-        """To S' = M_i · [S; m; n] of every row at its own i. Returns how many members went the slow way instead."""
+        """Set S' = M_i · [S; m; n] for every member at its own i. Returns how many used a scheduler object instead."""
         fallback_steps = 0
         for index, row in enumerate(self.members):
             if isinstance(row.sampler, RowScheduler):
@@ -270,7 +270,7 @@ class StepBatch:
             matrices.append(table.widened(remembered))
             scales.append(table.input_scale)
             timesteps.append(table.timesteps)
-            # A row that just finished points one past its own table; it leaves before the next look-up.
+            # A member that just finished points one past its own table; it leaves before the next look-up.
             positions.append(offset + row.step)
             offset += len(table)
         if not self.members:
@@ -283,13 +283,13 @@ class StepBatch:
 
 
 def _widen(state: torch.Tensor, height: int) -> torch.Tensor:
-    """Room for more remembered tensors, zeroed: 0 · NaN would poison the product."""
+    """Add space for more remembered tensors, zeroed because 0 · NaN would be NaN."""
     missing = height - state.shape[1]
     return torch.nn.functional.pad(state, (0, 0, 0, missing)) if missing > 0 else state
 
 
 def _standstill(steps: int) -> SamplerTable:
-    """A table that changes nothing, for members whose scheduler object does the stepping."""
+    """An identity table, for members that are stepped by a scheduler object."""
     keep = torch.zeros(steps, 1, 3)
     keep[:, 0, 0] = 1
     return SamplerTable(

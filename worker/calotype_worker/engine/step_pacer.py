@@ -1,8 +1,8 @@
-"""`StepPacer`: keeps the host close to its device, and knows what a step costs there.
+"""`StepPacer`: limits how far the host runs ahead of its device, and measures the cost of steps.
 
-A GPU takes orders and answers later: without this the engine would order many steps ahead of it. Who joins or leaves
-then would wait for all of them, and the time between two orders would say nothing about a step's cost. One step ahead
-is enough to keep the device busy while the host looks after its requests.
+A GPU executes asynchronously: without a limit, the engine would launch many steps ahead of it. Requests that join or
+leave would then wait for all of them, and the time between two launches would not show a step's cost. One step ahead is
+enough to keep the device busy while the host handles requests.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ import torch
 Key = TypeVar("Key", bound=Hashable)
 T = TypeVar("T")
 
-_STEPS = 8  # whose times are remembered
+_STEPS = 8  # number of latest steps whose times are kept
 _GROUPS = 128
 
 
 class Event(Protocol):
-    """A moment in a device's stream of work, as `torch.cuda.Event` is."""
+    """A point in a device's stream of work, like `torch.cuda.Event`."""
 
     def record(self) -> Any: ...
 
     def synchronize(self) -> Any:
-        """Wait until the device gets there. Lets other threads run meanwhile."""
+        """Wait until the device reaches this point. Other threads run meanwhile."""
         ...
 
     def elapsed_time(self, end_event: Any) -> float:
-        """Milliseconds from here to there."""
+        """Milliseconds from this event to `end_event`."""
         ...
 
 
 class StepPacer(Generic[Key]):
-    """Owned by the engine's thread. `make_event` is None for devices that have done a thing when the call returns."""
+    """Owned by the engine's thread. `make_event` is None for devices that execute synchronously."""
 
     def __init__(self, make_event: Callable[[], Event] | None = None, *, ahead: int = 1) -> None:
         self._make_event = make_event
@@ -45,7 +45,7 @@ class StepPacer(Generic[Key]):
         self._seconds: OrderedDict[Key, deque[float]] = OrderedDict()  # the last used at the end
 
     def step(self, key: Key, order: Callable[[], T]) -> T:
-        """Call `order`; returns once at most `ahead` steps are not done."""
+        """Call `order`, then wait until at most `ahead` steps are unfinished."""
         if self._make_event is None:
             began = time.monotonic()
             result = order()
@@ -63,7 +63,7 @@ class StepPacer(Generic[Key]):
         return result
 
     def cost(self, key: Key) -> float:
-        """Seconds of a group's next step: the least of its last ones, for a stall of the machine is none of its own."""
+        """Estimated seconds of a group's next step: the minimum of its latest steps, to exclude stalls."""
         return min(self._seconds[key]) if key in self._seconds else 0.0
 
     def _note(self, key: Key, seconds: float) -> None:
@@ -74,7 +74,7 @@ class StepPacer(Generic[Key]):
 
 
 def events_of(device: torch.device) -> Callable[[], Event] | None:
-    """What marks moments on this device, in a thread that works on it; None where nothing needs to."""
+    """The event factory for this device, in a thread that uses it; None if events are not needed."""
     if device.type != "cuda":
         return None
 
@@ -82,6 +82,6 @@ def events_of(device: torch.device) -> Callable[[], Event] | None:
 
 
 def work_on(device: torch.device) -> None:
-    """What this thread orders without naming a device is for that one: moments, generated kernels, pinned memory."""
+    """Make `device` this thread's default: for events, generated kernels and pinned memory."""
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)

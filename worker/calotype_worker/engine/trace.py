@@ -1,4 +1,4 @@
-"""`Tracer`: where the engine reports its spans: to a trace file, to metrics, or nowhere."""
+"""`Tracer`: receives the engine's spans, for a trace file, for metrics, or for nothing."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ log = logging.getLogger(__name__)
 
 
 class Tracer(Protocol):
-    """Where spans go."""
+    """Receives spans."""
 
     def span(self, track: str, name: str, began: float, ended: float, **facts: Any) -> None:
-        """Note that `name` happened on `track` from `began` to `ended`, both `time.monotonic()`. Never waits."""
+        """Record that `name` happened on `track` from `began` to `ended`, both `time.monotonic()`. Never blocks."""
         ...
 
     def wait(self, name: str, identity: str, began: float, ended: float) -> None:
-        """The same for what may overlap: one of many waits."""
+        """The same for waits, which may overlap."""
         ...
 
 
 class NoopTracer:
-    """Drops all."""
+    """Discards all spans."""
 
     def span(self, track: str, name: str, began: float, ended: float, **facts: Any) -> None:
         return
@@ -34,7 +34,7 @@ class NoopTracer:
 
 
 class Tracers:
-    """Passes spans on to several tracers. One that raises is logged and dropped; callers never notice."""
+    """Passes spans on to several tracers. One that raises is logged and removed; callers are not affected."""
 
     def __init__(self, tracers: Sequence[Tracer]) -> None:
         self._tracers = tuple(tracers)

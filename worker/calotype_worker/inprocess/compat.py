@@ -1,4 +1,4 @@
-"""diffusers' pipeline names on Calotype's engine: a script changes its import line, and gains step batching.
+"""diffusers' pipeline names on Calotype's engine: a script changes only its import line and gains step batching.
 
 ```python
 from calotype_worker.inprocess.compat import StableDiffusionPipeline
@@ -31,14 +31,14 @@ _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "
 
 @dataclass(frozen=True)
 class PipelineOutput:
-    """What diffusers' pipelines return."""
+    """The return value of diffusers' pipelines."""
 
     images: list[Image.Image]
 
 
 @dataclass(frozen=True)
 class ControlNetModel:
-    """A ControlNet's folder or hub id, loaded with the pipeline it is given to."""
+    """A ControlNet's folder or hub id, loaded together with its pipeline."""
 
     source: str
 
@@ -48,7 +48,7 @@ class ControlNetModel:
 
 
 class StableDiffusionPipeline(DiffusionPipeline):
-    """Any of the supported families; the other names below are this class."""
+    """A pipeline of any supported family; the other names below are aliases of this class."""
 
     def __init__(self, source: str, *, dtype: str | None = None, adapters: Adapters | None = None) -> None:
         self._source, self._dtype, self._adapters = source, dtype, adapters or Adapters()
@@ -64,7 +64,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         use_safetensors: bool = True,
         controlnet: ControlNetModel | list[ControlNetModel] | None = None,
     ) -> Self:
-        """A diffusers folder, a hub id or a .safetensors file. Loads at the first call, on the device chosen by then.
+        """A diffusers folder, a hub id or a .safetensors file. Loaded at the first call, on the selected device.
 
         Weights are always safetensors, whatever `use_safetensors` says.
         """
@@ -73,7 +73,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         return cls(source, dtype=_DTYPES.get(torch_dtype or torch.float64), adapters=Adapters(controls=controls))
 
     def load_lora_weights(self, file: str | Path, *, adapter_name: str = "default") -> None:
-        """Use a LoRA file from now on, at weight 1 beside those loaded before."""
+        """Use a LoRA file from now on, at weight 1, in addition to those loaded before."""
         self._adapters = replace(self._adapters, loras={**self._adapters.loras, adapter_name: Path(file)})
         self.model.set_adapters(self._adapters)
 
@@ -86,7 +86,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         num_images_per_prompt: int = 1,
         **fields: Any,
     ) -> PipelineOutput:
-        """Images of one prompt or several, made together. `image` is each ControlNet's source.
+        """Generate images of one or several prompts together. `image` is each ControlNet's source.
 
         `fields` are any of `GenerationConfig`'s: seed, num_inference_steps, guidance_scale, width, height …
         """

@@ -1,6 +1,6 @@
-"""A model's parts by themselves, as the founding document names them: schedule, network, text encoder, decoder.
+"""A model's parts as separate objects, named as in the founding document: schedule, network, text encoder, decoder.
 
-They are the parts that the engine works with, called directly. Not to be used while the same `DiffusionModel` makes
+They are the parts that the engine uses, called directly. Do not use them while the same `DiffusionModel` generates
 images in another thread.
 """
 
@@ -23,7 +23,7 @@ Array = TypeVar("Array", np.ndarray, torch.Tensor)
 class NoiseScheduler:
     """A noise schedule: forward diffusion, and the reverse steps of a sampler, from the engine's own tables.
 
-    Arrays and tensors of any shape go in, and what went in comes out.
+    Its methods accept arrays and tensors of any shape, and return the type that was given.
     """
 
     def __init__(
@@ -37,10 +37,12 @@ class NoiseScheduler:
         num_inference_steps: int | None = None,
         prediction_type: str = "epsilon",
     ) -> None:
-        """`beta_schedule` is diffusers': linear, scaled_linear, squaredcos_cap_v2 …; steps default to all but one.
+        """`beta_schedule` is one of diffusers', such as linear, scaled_linear or squaredcos_cap_v2.
+
+        By default the sampler takes one step per training timestep.
 
         Raises:
-            InvalidRequest: the sampler cannot do that many steps.
+            InvalidRequest: the sampler does not support that many steps.
         """
         config = {
             "num_train_timesteps": num_train_timesteps,
@@ -57,7 +59,7 @@ class NoiseScheduler:
 
     @property
     def timesteps(self) -> torch.Tensor:
-        """Those that `step` may be called with, in order: (N,) float32."""
+        """The timesteps that `step` may be called with, in order: (N,) float32."""
         return self._table.timesteps
 
     def add_noise(self, original: Array, noise: Array, timestep: float) -> Array:
@@ -70,10 +72,10 @@ class NoiseScheduler:
     ) -> Array:
         """Reverse diffusion: the sample at the next timestep.
 
-        Samplers that remember earlier steps do so while timesteps follow each other; the first one starts anew.
+        Samplers with state from earlier steps keep it while timesteps follow each other; the first timestep resets it.
 
         Raises:
-            InvalidRequest: not one of `timesteps`, or in the middle of a sampler that remembers.
+            InvalidRequest: not one of `timesteps`, or not the next one, for a sampler with state.
         """
         index = self._index(timestep)
         state: torch.Tensor = torch.zeros(self._table.remembered + 1, *np.shape(sample))
@@ -89,7 +91,7 @@ class NoiseScheduler:
         return result.numpy() if isinstance(sample, np.ndarray) else result.to(sample)
 
     def _index(self, timestep: float) -> int:
-        """Where the timestep stands. A timestep may occur twice in a row: then the one that is next."""
+        """The timestep's index. If a timestep occurs twice in a row: the index of the next one."""
         places = (self._table.timesteps == float(timestep)).nonzero().flatten().tolist()
         if not places:
             raise InvalidRequest(
@@ -112,7 +114,7 @@ class UNetModel:
     ) -> torch.Tensor:
         """`noisy_image` (B, C, h, w), `timestep` one or (B,), `text_embedding` (B, tokens, features).
 
-        All may lack the batch dimension; the result is shaped like `noisy_image`, float32.
+        The batch dimension is optional for all; the result is shaped like `noisy_image`, float32.
         """
         latents = noisy_image if noisy_image.dim() == 4 else noisy_image.unsqueeze(0)
         text = text_embedding if text_embedding.dim() == 3 else text_embedding.unsqueeze(0)

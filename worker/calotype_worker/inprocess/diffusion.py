@@ -1,4 +1,4 @@
-"""The engine in one's own process, without a queue: the classes of the project's founding document.
+"""The engine in the caller's process, without a queue: the classes of the project's founding document.
 
 ```python
 from calotype_worker import DiffusionModel, GenerationConfig
@@ -8,8 +8,8 @@ result = model.generate(GenerationConfig(prompt="a red circle on a blue backgrou
 result.save("circle.png")
 ```
 
-They run on the very engine that workers run: images made together share step batches, and an image made here is
-the one that a job with the same config gives.
+They use the same engine as workers: images generated together share step batches, and an image generated here equals
+that of a job with the same config.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ KEPT_UPLOADS = 256
 
 
 class GenerationConfig(shared.GenerationConfig):
-    """`calotype_shared`'s config, which may be changed here; every change is checked like the first values.
+    """`calotype_shared`'s config, but mutable; every change is validated like the initial values.
 
     Raises:
-        InvalidRequest: from the constructor and from an assignment, naming field, value and remedy.
+        InvalidRequest: from the constructor or an assignment; names field, value and remedy.
     """
 
     model_config = ConfigDict(frozen=False, validate_assignment=True)
@@ -69,16 +69,16 @@ class GenerationConfig(shared.GenerationConfig):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GeneratedImage:
-    """A finished image with what it was made from."""
+    """A finished image and its config."""
 
     image_data: np.ndarray  # uint8 (H, W, 3)
     prompt: str
-    config: GenerationConfig  # complete: makes this very image again
-    generation_time: float  # seconds from its start to its end, shared with those beside it
+    config: GenerationConfig  # complete: generates exactly this image again
+    generation_time: float  # seconds from its start to its end, during which others may have run too
     steps_taken: int  # network evaluations
     frames: np.ndarray | None = None  # of a video: uint8 (F, H, W, 3)
     mesh: Mesh | None = None
-    accelerations: tuple[str, ...] = ()  # accelerations that were used; none: an exact image
+    accelerations: tuple[str, ...] = ()  # accelerations that were used; empty: an exact image
 
     @property
     def image(self) -> Image.Image:
@@ -108,7 +108,7 @@ class DiffusionModel:
     ) -> None:
         """`source` is a diffusers folder, a hub id or a .safetensors file; None for the bundled model.
 
-        `device` is the GPU where there is one, and `dtype` what suits the device, unless given.
+        By default, `device` is a GPU if there is one, and `dtype` is chosen for the device.
         """
         self._name, self._source = model, source
         self._device = device or ("cuda:0" if torch.cuda.is_available() else "cpu")
@@ -124,11 +124,11 @@ class DiffusionModel:
     # ---- images
 
     def generate(self, config: shared.GenerationConfig) -> GeneratedImage:
-        """One image.
+        """Generate one image.
 
         Raises:
-            InvalidRequest: the model cannot do this, or the config asks for several images.
-            GenerationFailed: something went wrong while making it.
+            InvalidRequest: the model does not support this, or the config requests several images.
+            GenerationFailed: an error occurred during generation.
         """
         if config.image_count != 1:
             raise InvalidRequest(
@@ -140,10 +140,10 @@ class DiffusionModel:
         return self.generate_batch([config])[0]
 
     def generate_batch(self, prompts: Sequence[str | shared.GenerationConfig], **fields: Any) -> list[GeneratedImage]:
-        """All images of these prompts or configs, in order, made together. `fields` go with bare prompts.
+        """Generate the images of these prompts or configs together; returns them in order. `fields` apply to prompts.
 
         Raises:
-            InvalidRequest, GenerationFailed: as `generate`, for the first that cannot be made.
+            InvalidRequest, GenerationFailed: as for `generate`, for the first that fails.
         """
         configs = [GenerationConfig(prompt=p, **fields) if isinstance(p, str) else p for p in prompts]
         return self._make(configs)
@@ -151,9 +151,9 @@ class DiffusionModel:
     def image_to_image(
         self, prompt: str, init_image: ImageInput, strength: float = shared.DEFAULT_STRENGTH, **fields: Any
     ) -> GeneratedImage:
-        """Transform an image: at strength 0 it comes back as it is, at 1 it is ignored.
+        """Transform an image: strength 0 returns it unchanged, strength 1 ignores it.
 
-        The result has the image's size, to the next size below that the model can make. `fields` are any of
+        The result has the image's size, rounded down to a size that the model supports. `fields` are any of
         `GenerationConfig`'s.
         """
         return self._from_image(prompt, init_image, None, strength=strength, **fields)
@@ -161,7 +161,7 @@ class DiffusionModel:
     def inpaint(
         self, prompt: str, image: ImageInput, mask: ImageInput, strength: float = 1.0, **fields: Any
     ) -> GeneratedImage:
-        """Paint anew where the mask is 1 (or white), and keep what is 0 (or black) exactly."""
+        """Repaint where the mask is 1 (white); where it is 0 (black), the image is kept exactly."""
         return self._from_image(prompt, image, mask, strength=strength, **fields)
 
     def _from_image(self, prompt: str, image: ImageInput, mask: ImageInput | None, **fields: Any) -> GeneratedImage:
@@ -175,12 +175,12 @@ class DiffusionModel:
         return self._make([GenerationConfig(prompt=prompt, **fields)])[0]
 
     def upload(self, image: ImageInput, *, field: str = "image") -> str:
-        """Keep an image for configs that name it (`init_image`, `mask_image`, a control's `image`); returns its id.
+        """Store an image for use in configs (`init_image`, `mask_image`, a control's `image`). Returns its id.
 
-        The same id that `Client.upload` gives. The last `KEPT_UPLOADS` are remembered.
+        The id is the same as from `Client.upload`. The last `KEPT_UPLOADS` images are kept.
 
         Raises:
-            InvalidRequest: it is no image, or too large.
+            InvalidRequest: it is not an image, or too large.
         """
         return self._keep(image_bytes(image), field)
 
@@ -207,7 +207,7 @@ class DiffusionModel:
             return [_generated(config, future.result()) for config, future in futures]
         finally:
             for _, future in futures:
-                future.cancel()  # only those still to come, after one failed
+                future.cancel()  # after a failure, cancels only those that have not started
 
     def _fitted_uploads(self, config: ResolvedConfig) -> dict[str, np.ndarray]:
         found = {}
@@ -224,7 +224,7 @@ class DiffusionModel:
         return found
 
     def _resolved(self, config: shared.GenerationConfig) -> ResolvedConfig:
-        """Complete and checked; the model is this one, whatever name the config gives."""
+        """The complete, checked config. The model is always this one, whatever the config names."""
         card = self.card
         return resolve(config.model_copy(update={"model": card.name}), {card.name: card})
 
@@ -232,16 +232,16 @@ class DiffusionModel:
 
     @property
     def card(self) -> ModelCard:
-        """What the model can do."""
+        """The model's capabilities."""
         return self._running().models.first.card
 
     @property
     def step_model(self) -> StepModel:
-        """The loaded model itself. Not to be called while images are made in another thread."""
+        """The loaded model. Do not call it while another thread generates images."""
         return self._running().models.steppable("")
 
     def to(self, device: str) -> Self:
-        """Move to a device: "cpu", "cuda" or "cuda:1". Waits for what is being made."""
+        """Move to a device: "cpu", "cuda" or "cuda:1". Waits for images in progress."""
         self.close()
         self._device = "cuda:0" if device == "cuda" else device
         return self
@@ -260,12 +260,12 @@ class DiffusionModel:
         self.close()
 
     def set_adapters(self, adapters: Adapters) -> None:
-        """Register these LoRAs, textual inversions and ControlNets in place of the present ones; loads anew."""
+        """Register these LoRAs, textual inversions and ControlNets instead of the current ones. Reloads the model."""
         self.close()
         self._adapters = adapters
 
     def set_memory(self, **changes: Any) -> None:
-        """Change fields of `Memory`; loads anew."""
+        """Change fields of `Memory`. Reloads the model."""
         self.close()
         self._memory = replace(self._memory, **changes)
 

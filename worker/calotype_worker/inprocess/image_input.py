@@ -1,4 +1,4 @@
-"""`ImageInput`: an image or a mask as a caller gives it, turned into the bytes of a file."""
+"""`ImageInput`: the accepted types of images and masks, and their conversion to the bytes of a file."""
 
 from __future__ import annotations
 

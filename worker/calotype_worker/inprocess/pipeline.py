@@ -12,18 +12,18 @@ class DiffusionPipeline:
     """`model` is a DiffusionModel, or the name of one."""
 
     def __init__(self, model: DiffusionModel | str = "demo", **options: Any) -> None:
-        """`options` are `DiffusionModel`'s where a name is given."""
+        """`options` are those of `DiffusionModel`, if a name is given."""
         self.model = DiffusionModel(model, **options) if isinstance(model, str) else model
 
     def text_to_image(self, prompt: str, num_images: int = 1, **fields: Any) -> list[GeneratedImage]:
-        """`num_images` images of a prompt, made together; image i has the seed plus i.
+        """Generate `num_images` images of a prompt together; image i has the seed plus i.
 
         `fields` are any of `GenerationConfig`'s. Raises InvalidRequest, GenerationFailed.
         """
         return self.model.generate_batch([GenerationConfig(prompt=prompt, num_images=num_images, **fields)])
 
     def get_optimal_config(self, quality: str = "balanced") -> GenerationConfig:
-        """The steps and guidance of "fast", "balanced" or "high"; give it a prompt before use."""
+        """A config with the steps and guidance of "fast", "balanced" or "high". Set its prompt before use."""
         return GenerationConfig(prompt="", **quality_preset(quality))
 
     def to(self, device: str) -> Self:

@@ -1,4 +1,4 @@
-"""The Celery app of a worker. Each setting is here for a reason; `docs/decisions/` and the comments give it."""
+"""The Celery app of a worker. The reason of each setting is in the comments or in `docs/decisions/`."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def queue_names(models: Sequence[str], lane: Lane) -> list[str]:
 
 
 def make_app(settings: Settings, *, models: Sequence[str], run_next: Callable[[str], None]) -> Celery:
-    """A Celery app whose one task hands a queue's name to `run_next`.
+    """A Celery app whose only task passes a queue's name to `run_next`.
 
-    It consumes the models' queues: urgent ones first, and each model's in its turn.
+    It consumes the models' queues: interactive ones first, and the models in turn.
     """
     broker = broker_of(settings)
     app = Celery("calotype", broker=broker.url, set_as_current=False)
@@ -34,7 +34,7 @@ def make_app(settings: Settings, *, models: Sequence[str], run_next: Callable[[s
     app.conf.update(
         task_queues=[Queue(name, exchange=direct, routing_key=name) for name in names],
         task_default_queue=names[-1],
-        # Nothing is ever unpickled.
+        # Messages are never unpickled.
         accept_content=["json"],
         task_serializer="json",
         result_serializer="json",
@@ -47,15 +47,15 @@ def make_app(settings: Settings, *, models: Sequence[str], run_next: Callable[[s
         # The default of 100 attempts would end the worker after a long outage of Redis.
         broker_connection_max_retries=None,
         broker_connection_retry_on_startup=True,
-        # Without it an answer such as "out of memory" or "I am a replica now" would end the worker.
+        # Otherwise a Redis error such as "out of memory" or "read-only replica" would end the worker.
         broker_channel_error_retry=True,
         broker_use_ssl=broker.ssl,
         broker_transport_options={
             **broker.options,
             "global_keyprefix": settings.key_prefix,
-            # Only a backstop: leases bring lost jobs back long before. Shorter would make duplicates.
+            # Only a backstop: leases return lost jobs long before. A shorter time would cause duplicates.
             "visibility_timeout": 3600,
-            "unacked_mutex_expire": 30,  # the default lets a dead restorer block restores for five minutes
+            "unacked_mutex_expire": 30,  # by default, a process that dies in a restore blocks others for 5 minutes
             "queue_order_strategy": "calotype_worker.jobs.lanes:PriorityRoundRobin",
             "priority_steps": [0],  # urgency is by queue; every step would add keys to each BRPOP
             # Without time-outs a dropped connection can hang a worker for ever. `retry_on_timeout` stays unset.

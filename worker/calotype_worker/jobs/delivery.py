@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 _THREADS = 4
 _MAX_PENDING = 1_000
-_AWAY_SECONDS = 10.0  # after a failure files go to the spool for so long without trying
+_AWAY_SECONDS = 10.0  # after a failure: how long files go to the spool without an upload attempt
 _BACKOFF_SECONDS = (0.5, 15.0)
 _LOOK_SECONDS = 0.2
 
@@ -47,7 +47,7 @@ class PendingResult:
 class UploadQueue:
     """While storage is available, job threads upload their own files and this queue stays empty.
 
-    While storage is unavailable, results wait here with their files on disk, and the job threads go on with other jobs.
+    While storage is unavailable, results wait here with their files on disk, and job threads continue with other jobs.
     When the spool is full, the job threads block, so the worker stops claiming jobs. The upload threads call
     `finish(result)`, which calls `deliver`.
     """
@@ -69,7 +69,7 @@ class UploadQueue:
             thread.start()
 
     def stop(self) -> None:
-        """Call it when no pending is left."""
+        """Call it when no pending result is left."""
         self._stopped.set()
         for thread in self._threads:
             if thread.is_alive():
@@ -78,14 +78,14 @@ class UploadQueue:
 
     @property
     def away(self) -> bool:
-        """Whether the storage is known to be away."""
+        """Whether the storage is known to be unavailable."""
         return time.monotonic() < self._away_until
 
     def try_store(self, pending: PendingResult, files: Iterable[File]) -> bool:
-        """Store files now, unless the storage is known to be away. Whether all are stored.
+        """Store files now, unless the storage is known to be unavailable. Returns whether all are stored.
 
         Raises:
-            CancelledError: the claim is lost, or to be handed back.
+            CancelledError: the claim is lost, or the job is being returned to its queue.
         """
         if self.away:
             return False
@@ -98,7 +98,7 @@ class UploadQueue:
         return True
 
     def leave(self, pending: PendingResult) -> bool:
-        """Hand a pending over, if there is room for what is not stored yet. If not, it stays as it is."""
+        """Take over a pending result, if there is space for its unstored files. If not, it is unchanged."""
         try:
             for file in pending.files:
                 if not file.stored and file.path is None:
@@ -113,10 +113,10 @@ class UploadQueue:
         return True
 
     def deliver(self, pending: PendingResult) -> None:
-        """Store what is not stored yet, trying again until the storage takes it.
+        """Store the unstored files, and retry until the storage accepts them.
 
         Raises:
-            CancelledError: the claim is lost, or to be handed back.
+            CancelledError: the claim is lost, or the job is being returned to its queue.
         """
         for pause in delays(*_BACKOFF_SECONDS):
             try:
@@ -130,9 +130,9 @@ class UploadQueue:
             pending.job.wait_given_up(pause)
 
     def discard(self, pending: PendingResult) -> None:
-        """Remove the pending's files from disk and, as nothing refers to them, from storage; there as far as it works.
+        """Remove a pending result's files from disk and, as far as possible, from storage: nothing refers to them.
 
-        What is left behind is swept later: the attempt is among the orphans.
+        Remaining files are removed later, because the attempt is recorded as an orphan.
         """
         self.forget(pending)
         try:

@@ -1,4 +1,4 @@
-"""`Drain`: how a worker leaves. Jobs get a grace period, then what is left is handed back to the queue."""
+"""`Drain`: stops a worker. Jobs get a grace period; then the unfinished ones are returned to the queue."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ log = logging.getLogger(__name__)
 
 EXIT_NOW = 75  # a second signal
 _LEAVE_NOW_SECONDS = 0.6
-_HAND_BACK_SECONDS = 5.0  # before the machine is taken away, for jobs that are still running then
+_HAND_BACK_SECONDS = 5.0  # time reserved before the machine is reclaimed, for returning unfinished jobs
 _LOOK_SECONDS = 0.05
 
 
 class Drain:
-    """Begun by a signal in the main thread or by a notice in the watcher's; each drains in a thread of its own."""
+    """Started by a signal in the main thread or a notice in the watcher's thread; each drains in its own thread."""
 
     def __init__(self, store: JobStore, heartbeat: Heartbeat, *, worker: str, grace_seconds: float) -> None:
         self._store = store
@@ -35,12 +35,12 @@ class Drain:
 
     @property
     def begun(self) -> bool:
-        """Whether this worker takes no more jobs."""
+        """Whether this worker has stopped accepting jobs."""
         return self._begun.is_set()
 
     def on_signal(self, number: int, _: object) -> None:
-        """A handler of SIGTERM and SIGINT: the first drains, a second one leaves within a second."""
-        # No logging here: the interrupted code may hold the logger's lock.
+        """A handler for SIGTERM and SIGINT: the first signal drains; a second one exits within a second."""
+        # No logging here, because the interrupted code may hold the logger's lock.
         self._signals += 1
         if self._signals > 1:
             threading.Thread(target=self._leave_now, daemon=True).start()
@@ -48,7 +48,7 @@ class Drain:
             self._begin(signal.Signals(number).name, self._grace_seconds)
 
     def on_notice(self, notice: Notice) -> None:
-        """Does not count as a signal: the one that follows, when the machine is shut down, is a first one."""
+        """Does not count as a signal: the one sent when the machine shuts down is the first."""
         within = max(0.0, notice.seconds_left - _HAND_BACK_SECONDS)
         self._begin(f"preemption notice ({notice.where})", min(self._grace_seconds, within))
 
@@ -58,9 +58,9 @@ class Drain:
             time.sleep(_LOOK_SECONDS)
 
     def _begin(self, reason: str, grace_seconds: float) -> None:
-        """From any thread or signal handler, and more than once: the earliest end counts."""
+        """May be called from any thread or signal handler, repeatedly: the earliest end counts."""
         self._begun.set()
-        celery_state.should_stop = 0  # Celery's warm shutdown: stop consuming, wait for what runs, exit status 0
+        celery_state.should_stop = 0  # Celery's warm shutdown: stop consuming, wait for running tasks, exit status 0
         threading.Thread(target=self._run, args=(reason, grace_seconds), daemon=True).start()
 
     def _run(self, reason: str, grace_seconds: float) -> None:
@@ -70,7 +70,7 @@ class Drain:
         self._heartbeat.release_all()
 
     def _leave_now(self) -> None:
-        """Hand back what can be handed back at once, and exit."""
+        """Return the jobs that can be returned immediately, and exit."""
         releasing = threading.Thread(target=self._release_directly, daemon=True)
         releasing.start()
         releasing.join(_LEAVE_NOW_SECONDS)

@@ -1,6 +1,6 @@
-"""`Heartbeat`: renews the leases of running jobs, tells their progress, hears of lost ones and of urgent arrivals.
+"""`Heartbeat`: renews running jobs' leases, reports progress, and learns of lost claims and interactive jobs.
 
-Runs beside the step loop in threads of its own, so that neither a busy device nor a slow upload starves a lease.
+Runs beside the step loop in its own threads, so that neither a busy device nor a slow upload can delay a renewal.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _LOOK_SECONDS = 0.2
 
 @dataclass(kw_only=True, eq=False)
 class RunningJob:
-    """A job this process works on. `lost` and `released` are set once and never cleared."""
+    """A job that this process works on. `lost` and `released` are set once and never cleared."""
 
     claim: Claim
     request_ids: tuple[str, ...]
-    lost: bool = False  # cancelled, or someone else's now: nothing we do with it counts
+    lost: bool = False  # cancelled, or claimed by another worker: this attempt's results do not count
     released: bool = False  # we are leaving and hand it back
     shown: tuple[int, int] = field(default=(0, 0))  # progress last written
 
@@ -41,7 +41,7 @@ class RunningJob:
         return self.lost or self.released
 
     def wait_given_up(self, seconds: float) -> bool:
-        """Sleep, but not much past the moment at which the job is given up; whether it is."""
+        """Sleep, but wake up soon after the job is given up. Returns whether it is."""
         ends = time.monotonic() + seconds
         while not self.given_up and (left := ends - time.monotonic()) > 0:
             time.sleep(min(_LOOK_SECONDS, left))
@@ -49,9 +49,9 @@ class RunningJob:
 
 
 class Heartbeat:
-    """`progress(request_id)` says how far one image is; `stop_request(request_id)` takes it out of the engine.
+    """`progress(request_id)` returns the progress of one image; `stop_request(request_id)` removes it from the engine.
 
-    `on_interactive` is called when a job has come into one of `interactive_queues`.
+    `on_interactive` is called when a job has arrived in one of `interactive_queues`.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Heartbeat:
             return list(self._jobs.values())
 
     def release_all(self) -> None:
-        """Give up on what is left: every job's requests leave the engine, and its thread hands it back."""
+        """Give up all remaining jobs: their requests leave the engine, and their threads return them to the queue."""
         for job in self.running():
             job.released = True
             self._stop(job)
@@ -142,7 +142,7 @@ class Heartbeat:
             present = [progress for progress in known if progress is not None]
             if not present:
                 continue
-            total = present[0][1]  # every image of a job takes the same steps
+            total = present[0][1]  # all images of a job have the same number of steps
             # An image the engine no longer has is done with its steps.
             done = sum(step for step, _ in present) + total * (len(known) - len(present))
             if (done, total * len(known)) != job.shown:
@@ -165,7 +165,7 @@ class Heartbeat:
                     while not self._stopped.is_set():
                         self._heard(wait(_LISTEN_SECONDS))
             except ServiceUnavailable:
-                self._stopped.wait(full_jitter(_BACKOFF_SECONDS))  # the heartbeat tells of it
+                self._stopped.wait(full_jitter(_BACKOFF_SECONDS))  # the heartbeat reports it
             except Exception:
                 log.exception("unexpected error while listening for events")
                 self._stopped.wait(_BACKOFF_SECONDS)
@@ -184,7 +184,7 @@ class Heartbeat:
     def _lose(self, job: RunningJob) -> None:
         with self._lock:
             known, job.lost = job.lost, True
-        if not known:  # the listener and a renewal may both hear of it
+        if not known:  # the listener and a renewal may both detect it
             self._counters.count(names.LOST_CLAIMS)
             log.info("claim lost", extra={"job_id": job.claim.job_id, "attempt": job.claim.attempt})
         self._stop(job)

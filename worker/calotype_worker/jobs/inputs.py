@@ -1,4 +1,4 @@
-"""`Inputs`: fetches the images a config names, checks them again, and fits them to its size."""
+"""`Inputs`: fetches a config's input images, checks them again, and resizes them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Inputs:
         self._storage = storage
 
     def fetch(self, config: ResolvedConfig) -> dict[str, np.ndarray]:
-        """Each upload of a config by its id: uint8 (H, W, 3), of the config's size, or its own for references.
+        """A config's uploads by id: uint8 (H, W, 3), in the config's size; references keep their own.
 
         Raises:
-            InvalidRequest: what is stored is not what was uploaded.
-            StorageUnavailable: it cannot be fetched; `ObjectMissing` if it is gone.
+            InvalidRequest: the stored image is not the uploaded one.
+            StorageUnavailable: it cannot be fetched; `ObjectMissing` if it no longer exists.
         """
         found = {}
         for upload_id in config.uploads:

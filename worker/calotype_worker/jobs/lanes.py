@@ -1,4 +1,4 @@
-"""`PriorityRoundRobin`: in which order a worker's queues are asked for messages."""
+"""`PriorityRoundRobin`: the order in which a worker polls its queues for messages."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from calotype_shared.schema.enums import Lane
 
 
 class PriorityRoundRobin(round_robin_cycle):
-    """Queues of the interactive lane before all others; within a lane, who was served goes to the end of it.
+    """Interactive queues come before all others. Within a lane, a queue that was served moves to the end.
 
-    So a worker with several models serves each of them, however long the line of one is.
+    So a worker with several models serves all of them, however long the queue of one is.
     """
 
     def update(self, it: Iterable[str]) -> None:

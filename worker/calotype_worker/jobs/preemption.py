@@ -1,7 +1,7 @@
-"""Notices that this machine will be taken away: where each cloud puts them, and `Watcher`, which looks for them.
+"""Notices that this machine will be reclaimed: where each cloud publishes them, and `Watcher`, which polls them.
 
-A notice can come again with another time, so the watcher goes on looking; the worker keeps the earliest end.
-Whatever a metadata service answers, the worker goes on: what cannot be understood is logged and asked again.
+A notice can be repeated with another time, so the watcher continues; the worker keeps the earliest end.
+No response of a metadata service stops the worker: an invalid one is logged, and the request is repeated.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 METADATA = "http://169.254.169.254"  # the link-local address that AWS, Google and Azure share
 
 _POLL_SECONDS = 2.0
-_SOONER_SECONDS = 1.0  # by so much a notice must be sooner than the one before to be told again
+_SOONER_SECONDS = 1.0  # a repeated notice is passed on if it is this much earlier
 _ANSWER_SECONDS = 2.0  # for a whole answer, and so also for one that trickles
 _LARGEST_ANSWER = 64 * 1024  # bytes
 _TOKEN_SECONDS = 21_600  # the longest that AWS allows
@@ -39,20 +39,20 @@ _AZURE_EVENTS = ("Preempt", "Terminate")
 
 @dataclass(frozen=True, kw_only=True)
 class Notice:
-    """This machine goes in `seconds_left`: 0 if that is now or cannot be told, infinity if nobody says."""
+    """This machine will be reclaimed in `seconds_left`: 0 if now or unreadable, infinity if not stated."""
 
     where: str
     seconds_left: float
 
 
 class Source(Protocol):
-    """A place where a notice may appear. Called by one thread, again and again; raises what it likes."""
+    """A place where a notice may appear. Called repeatedly by one thread; may raise any exception."""
 
     def __call__(self) -> Notice | None: ...
 
 
 class Metadata:
-    """A metadata service, asked directly: no proxy of the environment, no redirect, in bounded time and memory."""
+    """Requests to a metadata service, without proxies and redirects, bounded in time and memory."""
 
     def __init__(self, endpoint: str) -> None:
         parts = urlsplit(endpoint)
@@ -64,7 +64,7 @@ class Metadata:
         connection = HTTPConnection(self._host, self._port, timeout=_ANSWER_SECONDS)
         ends = time.monotonic() + _ANSWER_SECONDS
         connection.connect()
-        # The connection's own time-out begins anew with each byte.
+        # The connection's own timeout restarts with each byte.
         cut = threading.Timer(_ANSWER_SECONDS, _cut, [connection.sock])
         cut.daemon = True
         cut.start()
@@ -75,14 +75,14 @@ class Metadata:
         finally:
             cut.cancel()
             connection.close()
-        if time.monotonic() >= ends:  # it may have been cut off, and so be a part
+        if time.monotonic() >= ends:  # the response may have been cut off
             raise TimeoutError(f"{path}: no complete response within {_ANSWER_SECONDS:g} s")
         if len(body) > _LARGEST_ANSWER:
             raise ValueError(f"{path}: the response has more than {_LARGEST_ANSWER} bytes")
         return answer.status, body.decode()
 
     def text(self, path: str, headers: Mapping[str, str], *, method: str = "GET") -> str:
-        """What is there. Raises as `ask`; ValueError for a status other than 200."""
+        """The content. Raises the same as `ask`, and ValueError for a status other than 200."""
         status, body = self.ask(path, headers, method=method)
         if status != 200:
             raise ValueError(f"{path}: status {status}")
@@ -90,9 +90,9 @@ class Metadata:
 
 
 class AwsNotice:
-    """Amazon EC2, IMDSv2: `spot/instance-action` is missing until the machine is to go, mostly two minutes ahead.
+    """Amazon EC2, IMDSv2: `spot/instance-action` appears before the machine is reclaimed, usually by two minutes.
 
-    A rebalance recommendation is no notice: the machine may stay for hours after it.
+    A rebalance recommendation is not a notice: the machine may remain for hours after it.
     """
 
     _TOKEN_HEADER = "X-aws-ec2-metadata-token"  # noqa: S105 - a name
@@ -110,7 +110,7 @@ class AwsNotice:
         status, body = self._metadata.ask(path, {self._TOKEN_HEADER: self._token})
         if status == 404:
             return None
-        if status == 401:  # it is valid on one machine only, and this one may have been moved
+        if status == 401:  # a token is valid on one machine only, and this machine may have been moved
             self._token = None
         if status != 200:
             raise ValueError(f"{path}: status {status}")
@@ -131,7 +131,7 @@ class GcpNotice:
 
     def __init__(self, metadata: Metadata) -> None:
         self._metadata = metadata
-        self._last_false = -math.inf  # so a machine that was on its way out when we came goes now
+        self._last_false = -math.inf  # so that a machine that is already being reclaimed is noticed immediately
 
     def __call__(self) -> Notice | None:
         asked = time.monotonic()
@@ -148,7 +148,7 @@ class GcpNotice:
 class AzureNotice:
     """Azure: scheduled events of type Preempt or Terminate that name this machine.
 
-    All machines of a scale set are shown each other's events.
+    All machines of a scale set see each other's events.
     """
 
     _HEADERS: ClassVar = {"Metadata": "true"}
@@ -182,7 +182,7 @@ class AzureNotice:
 
 
 class FileNotice:
-    """A file that a node agent writes: its existence is the notice; its content may be seconds left when written."""
+    """A file that a node agent writes: it is the notice, and may contain the seconds left at that time."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -205,9 +205,9 @@ class FileNotice:
 
 
 class Watcher:
-    """Asks a source every two seconds, in a thread of its own, and calls `on_notice` there.
+    """Polls a source every two seconds in its own thread, and calls `on_notice` in that thread.
 
-    A notice that comes again is passed on only if less time is left than was said before.
+    A repeated notice is passed on only if it leaves less time than the one before.
     """
 
     def __init__(self, source: Source, on_notice: Callable[[Notice], object]) -> None:
@@ -226,7 +226,7 @@ class Watcher:
             time.sleep(_POLL_SECONDS)
 
     def look(self) -> None:
-        """Ask once. Whatever goes wrong is logged, once a kind."""
+        """Poll once. Errors are logged, once per kind."""
         try:
             notice = self._source()
             if notice is None:
@@ -249,7 +249,7 @@ def _cut(connection: socket.socket) -> None:
 
 
 def _seconds_until(said: Any, parse: Callable[[Any], datetime]) -> float:
-    """From now, by this machine's clock; 0 if nobody can tell."""
+    """Seconds from now, by this machine's clock; 0 if unreadable."""
     try:
         when = parse(said)
     except (TypeError, ValueError):
@@ -259,7 +259,7 @@ def _seconds_until(said: Any, parse: Callable[[Any], datetime]) -> float:
 
 
 def notice_source(where: str, endpoint: str | None) -> Source | None:
-    """What `CALOTYPE_WORKER_PREEMPTION` and its endpoint name; None for off."""
+    """The source that `CALOTYPE_WORKER_PREEMPTION` and its endpoint select; None for off."""
     metadata = Metadata(endpoint or METADATA)
     match where:
         case "off":

@@ -1,4 +1,4 @@
-"""`Previews`: takes rough images from the engine and keeps them where producers look, without ever making it wait."""
+"""`Previews`: stores rough images from the engine for producers, without ever blocking the engine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _QUALITY = 80
 
 
 class Previews:
-    """`offer` is for the engine's thread; a thread of its own encodes and writes."""
+    """`offer` is for the engine's thread; another thread encodes and writes."""
 
     def __init__(self, store: JobStore) -> None:
         self._store = store
@@ -31,7 +31,7 @@ class Previews:
         threading.Thread(target=self._write, name="calotype-previews", daemon=True).start()
 
     def offer(self, request_id: str, step: int, pixels: np.ndarray) -> None:
-        """`pixels`: uint8 (h, w, 3). Dropped if too many wait: another follows."""
+        """`pixels`: uint8 (h, w, 3). Dropped if too many are waiting, because more will follow."""
         try:
             self._waiting.put_nowait((request_id, step, pixels))
         except queue.Full:
@@ -46,7 +46,7 @@ class Previews:
                 preview = Preview(index=int(index), step=step, attempt=int(attempt.partition("-")[0]), image=image)
                 self._store.put_preview(job_id, preview)
             except ServiceUnavailable:
-                continue  # the heartbeat tells of it
+                continue  # the heartbeat reports it
             except Exception:
                 log.exception("unexpected error in a preview")
 

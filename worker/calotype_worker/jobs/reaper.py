@@ -1,7 +1,7 @@
-"""`Reaper`: every few seconds, what is everybody's to do and needs nobody in particular.
+"""`Reaper`: periodic tasks that any worker can do for all.
 
-Jobs of workers that fell silent go back into line, folders of attempts without a commit are emptied, and jobs that are
-too new for this version are noticed.
+It requeues jobs whose workers no longer renew their leases, deletes files of uncommitted attempts, and reports jobs
+that are too new for this version.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from calotype_worker.observability.counters import Counters
 
 log = logging.getLogger(__name__)
 
-_SWEEP_LEASES = 3.0  # an attempt's folder is left alone for so many leases after its end
+_SWEEP_LEASES = 3.0  # an attempt's folder is kept for this many leases after its end
 
 
 class Reaper:
-    """Every worker has one, that looks every `every_seconds` on average; the store lets one at a time reap."""
+    """Each worker has one, which runs every `every_seconds` on average; the store lets only one at a time reap."""
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class Reaper:
             )
 
     def _look_for_newer(self) -> None:
-        """Jobs that this version cannot do are left to others: said once, and shown for as long as it is so."""
+        """Jobs that this version does not support are left to others: logged once, and reported while it lasts."""
         found = self._store.left_for_newer(self._queues)
         for queue, schema in found.items():
             if queue not in self._told_of:

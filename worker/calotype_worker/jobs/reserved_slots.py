@@ -1,4 +1,4 @@
-"""`ReservedSlots`: keeps room for urgent jobs while a worker is full of patient ones."""
+"""`ReservedSlots`: keeps threads free for interactive jobs while other jobs fill the worker."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-RESERVED = 8  # threads that only urgent jobs get
-_HOLD_SECONDS = 1.0  # then, or later, a message is given back if it is the last: another worker may have room
-_LOOK_SECONDS = 1.0  # between looks for urgent jobs of which no notice came
+RESERVED = 8  # threads for interactive jobs only
+_HOLD_SECONDS = 1.0  # after this time, the last message of a queue is returned: another worker may have a free thread
+_LOOK_SECONDS = 1.0  # between checks for interactive jobs whose notice was lost
 _TURN_SECONDS = 0.2  # between questions whether to stop
 
 
 class ReservedSlots:
-    """At most `patient` patient jobs run at a time; urgent ones take any thread that is left.
+    """At most `bulk_slots` non-interactive jobs run at a time; interactive ones may use all remaining threads.
 
-    A thread whose message is for a patient job while all those places are taken waits for one. It does so usefully:
-    the message is an invitation and no job, so meanwhile the thread takes an urgent job when there is one.
+    A thread whose message is for a non-interactive job waits while all those places are taken. It uses this time:
+    the message only announces that a job exists, so the thread meanwhile runs an interactive job if there is one.
     """
 
     def __init__(self, bulk_slots: int) -> None:
         self._changed = threading.Condition()
         self._free = bulk_slots
-        self._interactive = False  # whether an urgent job may wait
+        self._interactive = False  # whether an interactive job may be waiting
         self._looked_at = -math.inf
-        self._asked_at: dict[str, float] = {}  # by queue: when a thread last asked, for all, if it has any to spare
+        self._asked_at: dict[str, float] = {}  # by queue: when a thread last checked it for spare messages
 
     def interactive_arrived(self) -> None:
-        """One of the threads that wait is to look for an urgent job."""
+        """Tell one of the waiting threads to look for an interactive job."""
         with self._changed:
             self._interactive = True
             self._changed.notify()
@@ -41,9 +41,9 @@ class ReservedSlots:
     def bulk(
         self, queue: str, look: Callable[[], T | None], *, stopped: Callable[[], bool], spare: Callable[[str], bool]
     ) -> Iterator[T | bool]:
-        """Yields True with a place taken, an urgent job that `look` found, or False if neither came in time.
+        """Yields True when it has a place, an interactive job that `look` found, or False if neither came in time.
 
-        That is, while that queue had messages to `spare` for other workers.
+        It keeps waiting while the queue has messages to `spare` for other workers.
         """
         found = self._wait(queue, look, stopped, spare)
         try:
@@ -73,9 +73,9 @@ class ReservedSlots:
                 if not (looks or asks):
                     self._changed.wait(_TURN_SECONDS)
             if looks and (found := look()) is not None:
-                self.interactive_arrived()  # it may not have come alone
+                self.interactive_arrived()  # there may be more than one
                 return found
             if asks and not spare(queue):
-                self._asked_at.pop(queue, None)  # the next one asks for itself: this message is now one to spare
+                self._asked_at.pop(queue, None)  # the next thread checks again: this message is now spare
                 return False
         return False

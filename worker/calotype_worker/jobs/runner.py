@@ -1,6 +1,6 @@
-"""`JobRunner`: what one Celery thread does with one job, from claim to commit.
+"""`JobRunner`: processes one job in a Celery thread, from claim to commit.
 
-Nothing here runs on the device: the engine does that, and this thread waits for it, then encodes and uploads.
+Nothing here uses the device: this thread waits for the engine, then encodes and uploads.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class JobRunner:
         self._trace = trace or NoopTracer()
         self._counters = counters or Counters()
         self._tracer = tracer or otel.NoOpTracer()
-        self._quarantine = threading.Lock()  # held while this worker works on a job that may kill it
+        self._quarantine = threading.Lock()  # held while this worker runs a suspect job, which may kill it
 
     def start(self) -> None:
         self._uploads.start()
@@ -97,7 +97,7 @@ class JobRunner:
         self._uploads.stop()
 
     def run(self, queue: str) -> None:
-        """Work on a queue's next job, if there is one. Returns when the message may be acknowledged; never raises."""
+        """Process a queue's next job, if there is one. Returns when the message may be acknowledged; never raises."""
         compute_alone()
         if queue in self._interactive_queues:
             self._next(queue)
@@ -111,14 +111,14 @@ class JobRunner:
             self._give_back(queue)
 
     def _claim_interactive(self) -> Claim | None:
-        """An urgent job to do while there is no place for others; errors are told where they matter."""
+        """Claim an interactive job while there is no place for others. Errors are reported elsewhere."""
         try:
             return self._claim(*self._interactive_queues)
         except CalotypeError:
             return None
 
     def _spare(self, queue: str) -> bool:
-        """Whether other workers, too, can have a message of that queue."""
+        """Whether the queue also has messages for other workers."""
         try:
             return self._store.spare_messages(queue) > 0
         except CalotypeError:
@@ -131,7 +131,7 @@ class JobRunner:
             log.warning("message not returned", extra={"queue": queue, "reason": str(error)})  # the reaper will see
 
     def _next(self, queue: str) -> None:
-        """Claim and work; again after a job that not every worker takes, for others of its kind may be left in line."""
+        """Claim a job and process it. Repeats after a job that not every worker accepts: more may be queued."""
         while True:
             if self._draining():
                 self._give_back(queue)
@@ -139,7 +139,7 @@ class JobRunner:
             try:
                 claim = self._patiently(lambda: self._claim(queue))
             except CalotypeError as error:
-                # The job still waits in line: the reaper of any worker sends another message for it.
+                # The job is still queued: the reaper of any worker sends another message for it.
                 log.warning("claim failed", extra={"queue": queue, "reason": str(error)})
                 return
             if claim is None:
@@ -205,18 +205,18 @@ class JobRunner:
         self._attempt(pending, self._make)
 
     def finish(self, pending: PendingResult) -> None:
-        """Store what is not stored yet, and commit. Never raises; the outbox's threads call it too."""
+        """Store the unstored files and commit. Never raises. The outbox's threads call it too."""
         self._attempt(pending, self._send)
 
     def _attempt(self, pending: PendingResult, work: Callable[[PendingResult], bool]) -> None:
-        """`work` returns whether the job is done; if not, the outbox has the pending and goes on with it."""
+        """`work` returns whether the job is done; if not, the outbox continues with the pending result."""
         job, done, left = pending.job, False, False
         try:
             with _about(pending):
                 done = work(pending)
             left = not done
         except CancelledError:
-            pass  # by its lost claim, or because this worker leaves
+            pass  # because its claim was lost or this worker stops
         except Exception as error:
             with _about(pending):
                 self._fail(job, error)
@@ -236,7 +236,7 @@ class JobRunner:
                 pending.span.end()
 
     def _make(self, pending: PendingResult) -> bool:
-        """All of a job's images, made, encoded and stored; and where the time went, summed over them."""
+        """Generate, encode and store all images of a job; returns them and the times, summed over the images."""
         claim = pending.job.claim
         record, timings = claim.record, pending.timings
         timings["queue"] = _queued(claim)
@@ -273,7 +273,7 @@ class JobRunner:
 
     @contextmanager
     def _phase(self, pending: PendingResult, name: str, said: str = "", *, timing: str = "") -> Iterator[None]:
-        """A part of an attempt, told to all who want to know how long it takes: record, trace and telemetry."""
+        """Measures a part of an attempt for the record, the trace and telemetry."""
         with (
             _timed(pending.timings, timing or name),
             spanning(self._trace, _track(name), pending.job.claim.job_id),
@@ -282,11 +282,11 @@ class JobRunner:
             yield
 
     def _part(self, pending: PendingResult, name: str, **attributes: bool) -> AbstractContextManager[otel.Span]:
-        """A span within the attempt's, which may be continued in another thread."""
+        """A span within the attempt's span, which may continue in another thread."""
         return span_block(self._tracer, name, within=_within(pending), attributes=dict(attributes))
 
     def _trace_engine(self, pending: PendingResult, generated: Generated, *, began: float) -> None:
-        """What the engine did with one image, phase after phase, from `began`, when the image was submitted."""
+        """Spans of the engine's phases for one image, from `began`, the time of submission."""
         for phase, seconds in generated.timings.items():
             span = self._tracer.start_span(
                 "encode prompt" if phase == "encode" else phase,
@@ -298,7 +298,7 @@ class JobRunner:
             span.end(int(began * 1e9))
 
     def _send(self, pending: PendingResult) -> bool:
-        """The end of an attempt: everything is in storage, and the record says so. Raises CancelledError."""
+        """Finish an attempt whose files are all stored, by committing its record. Raises CancelledError."""
         job, claim = pending.job, pending.job.claim
         late = nullcontext() if pending.stored else self._part(pending, "upload", **{"calotype.late": True})
         with _timed(pending.timings, "upload"), late:
@@ -315,7 +315,7 @@ class JobRunner:
         return True
 
     def _fail(self, job: RunningJob, error: Exception) -> None:
-        """Note why the attempt failed. Another follows where that may help: the job itself was not to blame."""
+        """Record why the attempt failed. The job is retried if that may help, because it was not the cause."""
         claim = job.claim
         known = isinstance(error, CalotypeError)
         retry = not known or not self._engine.alive
@@ -346,11 +346,11 @@ class JobRunner:
             log.warning("job not returned", extra={"job_id": claim.job_id, "reason": str(error)})
 
     def _patiently(self, call: Callable[[], T], job: RunningJob | None = None) -> T:
-        """`call` again, with jittered backoff, while Redis or the storage is away. Every script checks its fence.
+        """Retry `call` with jittered backoff while Redis or the storage is unavailable. Each script checks the fence.
 
         Raises:
-            CancelledError: the claim `held` is lost, or to be handed back.
-            ServiceUnavailable: without `held`, once this worker drains; `ObjectMissing` at once.
+            CancelledError: the claim `held` is lost, or the job is being returned to its queue.
+            ServiceUnavailable: without `held`, as soon as this worker drains; `ObjectMissing` immediately.
         """
         for pause in delays(0.1, 5.0):
             try:
@@ -373,19 +373,19 @@ def _track(phase: str) -> str:
 
 
 def _queued(claim: Claim) -> float:
-    """Seconds that the job has waited in line; both times are the server's."""
+    """Seconds that the job was queued; both times are the server's."""
     record = claim.record
     return max(0.0, (record.started_at or record.queued_at) - record.queued_at)
 
 
 def _about(pending: PendingResult) -> AbstractContextManager[None]:
-    """Log lines within the block say which job and which trace they are of."""
+    """Adds the job and the trace to log lines within the block."""
     claim = pending.job.claim
     return about(job_id=claim.job_id, trace_id=trace_id_of(pending.span))
 
 
 def _within(pending: PendingResult) -> Context:
-    """The attempt's span alone: what is current in this thread does not matter."""
+    """A context with only the attempt's span, whatever this thread's current context is."""
     return otel.set_span_in_context(pending.span, Context())
 
 

@@ -1,7 +1,7 @@
-"""`SizeAffinity`: what a worker runs, by model and shape, and so which jobs join a step batch rather than begin one.
+"""`SizeAffinity`: the rows that a worker runs, by model and shape, so that it prefers jobs that join a step batch.
 
-Rows count from the claim, not from when the engine has them: of forty jobs claimed in one moment each must know of
-those before.
+Rows count from the claim, not from when they reach the engine, because each of many jobs claimed together must take
+the earlier ones into account.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from calotype_shared.queue.job_store import Claim
 from calotype_shared.queue.keys import models_of
 
 _MOST_SHAPES = 16  # that a claim names
-_TURN_SECONDS = 0.1  # to wait for other claims: where Redis hangs, they would add up
+_TURN_SECONDS = 0.1  # maximum wait for other claims: if Redis hangs, waits would add up
 
 
 class SizeAffinity:
-    """For any thread. Prefers jobs of the sizes that run already.
+    """Thread-safe. Prefers jobs of sizes that are already running.
 
-    `budget(model, width, height)` is how many rows may run together, `rows(model, guided)` how many an image takes.
+    `budget(model, width, height)` is how many rows may run together, `rows(model, guided)` how many an image has.
 
-    Queues that are `unmoved`, the urgent ones, are claimed strictly in order; what is claimed there counts as running.
+    The `unmoved` (interactive) queues are claimed strictly in order; jobs claimed from them count as running, too.
     """
 
     def __init__(
@@ -35,18 +35,18 @@ class SizeAffinity:
         rows: Callable[[str, bool], int],
         unmoved: frozenset[str] = frozenset(),
     ) -> None:
-        self.lookahead = lookahead  # jobs of a line; 0: always the first
+        self.lookahead = lookahead  # jobs of a queue to consider; 0: always the first
         self._budget = budget
         self._rows = rows
         self._unmoved = unmoved
-        self._turn = threading.Lock()  # held by who claims, so that the next one knows of it
+        self._turn = threading.Lock()  # held during a claim, so that the next one knows its result
         self._lock = threading.Lock()  # guards the two below
         self._running: dict[tuple[str, int, int], int] = {}  # rows by model, width and height; the newest last
-        self._claims: dict[str, dict[tuple[str, int, int], int]] = {}  # by folder, which no other attempt has
+        self._claims: dict[str, dict[tuple[str, int, int], int]] = {}  # by folder, which is unique to an attempt
 
     @contextmanager
     def preferred_shapes(self, *queues: str) -> Iterator[list[str]]:
-        """Around a claim, and `claimed` after it: the shapes that it should rather get."""
+        """Use it around a claim, and `claimed` after it. Yields the shapes that the claim should prefer."""
         if not self.lookahead or not self._unmoved.isdisjoint(queues):
             yield []
             return
@@ -58,7 +58,7 @@ class SizeAffinity:
                 self._turn.release()
 
     def wanted(self, *queues: str) -> list[str]:
-        """Shapes that run here with room for more, of models whose queues these are."""
+        """Running shapes with space for more rows, of the models of these queues."""
         models = {model for queue in queues for model in models_of(queue)}
         with self._lock:
             running = list(reversed(self._running.items()))
@@ -79,14 +79,14 @@ class SizeAffinity:
                 self._budget(*key)
                 own[key] = own.get(key, 0) + config.num_images * self._rows(model, config.guided)
         except InvalidRequest:
-            return  # it fails where it is submitted, with more words
+            return  # it fails on submission, with a better message
         with self._lock:
             self._claims[claim.folder] = own
             for key, rows in own.items():
                 self._running[key] = self._running.get(key, 0) + rows
 
     def released(self, claim: Claim) -> None:
-        """Its images are made, or never will be. May be said twice."""
+        """Its images are finished, or never will be. May be called twice."""
         with self._lock:
             for key, rows in self._claims.pop(claim.folder, {}).items():
                 self._running[key] -= rows

@@ -1,4 +1,4 @@
-"""`Spool`: a folder of bounded size where finished files wait while the storage is away."""
+"""`Spool`: a folder of bounded size where finished files wait while the storage is unavailable."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class SpoolFull(OSError):
 
 
 class Spool:
-    """Belongs to one process: what a dead one has left is of no use to others, and is removed by the next to start.
+    """Belongs to one process. Files of a dead process are useless to others; the next one to start removes them.
 
     Thread-safe.
     """
 
     def __init__(self, parent: Path | None = None, *, max_bytes: int) -> None:
-        """Raises OSError if no folder can be made in `parent`, by default the system's one for temporary files."""
+        """Raises OSError if no folder can be created in `parent`, by default the system's temporary folder."""
         parent = parent or Path(tempfile.gettempdir())
         parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(parent)
@@ -41,7 +41,7 @@ class Spool:
         return self._used
 
     def put(self, data: bytes) -> Path:
-        """Keep a file. Raises SpoolFull, or OSError where the disk is full; then nothing is kept."""
+        """Store a file. Raises SpoolFull, or OSError if the disk is full; then nothing is stored."""
         with self._lock:
             if self._used + len(data) > self.max_bytes:
                 raise SpoolFull(errno.ENOSPC, f"the spool is full: {self._used} of {self.max_bytes} bytes are used")
@@ -68,11 +68,11 @@ class Spool:
 
 
 def _remove_abandoned(parent: Path) -> None:
-    """Folders whose process is gone: nobody holds their lock."""
+    """Folders of ended processes: nobody holds their lock."""
     for folder in parent.glob(f"{_PREFIX}*"):
         try:
             with (folder / "lock").open("r+") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(folder, ignore_errors=True)
         except OSError:
-            continue  # it is in use, just being made, or another user's
+            continue  # in use, being created, or owned by another user

@@ -1,4 +1,4 @@
-"""Removes what attempts without a commit have left in storage."""
+"""Removes files of uncommitted attempts from storage."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from calotype_shared.storage.s3 import Storage
 
 
 def sweep(store: JobStore, storage: Storage, *, older_than_seconds: float) -> int:
-    """Empty the folders of attempts that ended at least so long ago; returns how many folders.
+    """Delete the files of attempts that ended at least this long ago; returns the number of folders.
 
-    Give even a worker that was frozen the time to find its claim lost: what it writes later nobody sweeps.
-    Raises ServiceUnavailable; a folder is forgotten only once it is empty.
+    The time must be enough for a suspended worker to notice that its claim is lost: files written later stay.
+    Raises ServiceUnavailable; a folder is removed from the list only when it is empty.
     """
     folders = store.orphans(older_than_seconds=older_than_seconds)
     for folder in folders:

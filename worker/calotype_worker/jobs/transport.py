@@ -1,4 +1,4 @@
-"""How Celery reaches Redis, in its own words, and a transport that outlives whatever is put into its lists."""
+"""Celery's settings for reaching Redis, and a transport that survives invalid messages in its lists."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 class _Tolerant:
-    """A message that is none is dropped. Kombu has taken it from its list, and would end the worker with its error."""
+    """Drops invalid messages. Kombu has already removed them, and its error would end the worker."""
 
     def _brpop_read(self, **options: Any) -> Any:
         try:
@@ -45,7 +45,7 @@ class SentinelTransport(redis.SentinelTransport):
 
 @dataclass(frozen=True)
 class Broker:
-    """What Celery is told. `url` and `options` may contain passwords."""
+    """Celery's connection settings. `url` and `options` may contain passwords."""
 
     url: str = field(repr=False)
     options: dict[str, Any] = field(default_factory=dict, repr=False)
@@ -53,7 +53,7 @@ class Broker:
 
 
 def broker_of(settings: Settings) -> Broker:
-    """For the settings' Redis. Puts our transports in the place of kombu's, which looks them up at each failover."""
+    """The broker for these settings. Replaces kombu's registered transports, which it looks up at each failover."""
     TRANSPORT_ALIASES.update(
         redis=f"{__name__}:Transport", rediss=f"{__name__}:Transport", sentinel=f"{__name__}:SentinelTransport"
     )

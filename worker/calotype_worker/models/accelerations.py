@@ -16,16 +16,16 @@ MOST_MERGED = 0.75  # one token of each 2x2 square stays
 
 @dataclass(frozen=True, kw_only=True)
 class Accelerations:
-    """Of one model; see docs/accelerations.md for what each costs and gains.
+    """The accelerations of one model. docs/accelerations.md describes what each gains and costs.
 
-    `deep_cache`: of so many steps of an image one runs the whole U-Net, the others only its outermost blocks.
-    `first_block_cache`: a transformer's blocks but the first are left out for a row where the first one's residual has
-    changed by at most this share since they last ran for it.
-    `token_merging`: the share of a U-Net's tokens that have no self-attention of their own, at the highest resolution.
+    `deep_cache`: one of this many steps runs the whole U-Net; the others run only its outermost blocks.
+    `first_block_cache`: a transformer's other blocks are skipped for a row while its first block's residual has changed
+    by at most this share since they last ran.
+    `token_merging`: the share of a U-Net's tokens that are merged for self-attention, at the highest resolution.
     `quantized`: the weights of the network's attention and feed-forward layers, by torchao.
 
     Raises:
-        InvalidRequest: a value out of its range.
+        InvalidRequest: a value is out of range.
     """
 
     deep_cache: int = 1
@@ -48,7 +48,7 @@ class Accelerations:
         return self.deep_cache > 1 or self.first_block_cache > 0
 
     def used_for(self, request: GenerationRequest) -> tuple[str, ...]:
-        """What goes into an image's provenance. Images with ControlNets take no part in caches."""
+        """The entries for an image's provenance. Images with ControlNets do not use caches."""
         cached = self.caches and not request.controls
         used = (
             (f"deep_cache:{self.deep_cache}", cached and self.deep_cache > 1),
@@ -59,10 +59,10 @@ class Accelerations:
         return tuple(name for name, on in used if on)
 
     def check(self, *, deterministic: bool, compiled: bool) -> None:
-        """Refuse what cannot go with an engine's settings.
+        """Refuse combinations that an engine's settings do not allow.
 
         Raises:
-            InvalidRequest: which, and what to do.
+            InvalidRequest: names the setting and the remedy.
         """
         named = {"deep_cache": self.deep_cache, "first_block_cache": self.first_block_cache}
         cache = next((name for name, value in named.items() if value not in (0, 1)), "")

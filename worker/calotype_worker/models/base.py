@@ -1,4 +1,4 @@
-"""`StepModel`: what the engine needs of a model family. Everything family-specific stays behind it."""
+"""`StepModel`: the engine's interface to a model family. All family-specific code is behind it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Text(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ControlRows:
-    """One ControlNet's part in a forward pass. Rows with scale 0 have nothing of it."""
+    """One ControlNet's input to a forward pass. It has no effect on rows with scale 0."""
 
     name: str
     images: torch.Tensor  # (R, 3, H, W) in 0..1, pixels
@@ -40,9 +40,9 @@ class ControlRows:
 
 @dataclass(kw_only=True, eq=False)
 class RowMemory:
-    """What a model that caches keeps of one row from step to step. The engine's thread alone uses it.
+    """State that a caching model keeps for one row between steps. Used only by the engine's thread.
 
-    The row's row owns it, so that no neighbour can touch it and it goes when the row leaves.
+    It belongs to the row, so that other rows cannot change it and it is freed when the row leaves.
     """
 
     step: int = 0  # the row's present step
@@ -51,16 +51,16 @@ class RowMemory:
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """What goes through the network together. R rows need to share nothing but the latent shape."""
+    """The input of one forward pass. The R rows must share only the latent shape."""
 
-    latents: torch.Tensor  # (R, C, h, w) float32, scaled as the sampler wants
+    latents: torch.Tensor  # (R, C, h, w) float32, scaled for the sampler
     timesteps: torch.Tensor  # (R,) float32, each row its own
     conditioning: Conditioning  # each (R, …)
-    lengths: Mapping[str, Sequence[int]] = field(default_factory=dict)  # each row's own, of what was padded
+    lengths: Mapping[str, Sequence[int]] = field(default_factory=dict)  # each row's own length in padded tensors
     loras: Sequence[tuple[str, torch.Tensor]] = ()  # name, and each row's weight (R,); 0: not this row
     controls: Sequence[ControlRows] = ()
-    exact: bool = False  # the same bits in any company: no work on a part of the rows
-    memories: Sequence[RowMemory | None] = ()  # each row's own; None: this row goes the exact way. Empty: all do
+    exact: bool = False  # the same bits whatever rows run beside: never process only a part of the rows
+    memories: Sequence[RowMemory | None] = ()  # each row's own; None: this row is computed exactly. Empty: all rows are
 
     def part(self, chosen: slice | Sequence[int]) -> Rows:
         """Some of them."""
@@ -87,7 +87,7 @@ def _chosen(items: Sequence[Any], chosen: slice | Sequence[int]) -> Sequence[Any
 class StepModel(Protocol):
     """A latent diffusion model that can be called one denoising step at a time.
 
-    Called by the engine's thread only, but for what says otherwise.
+    Called by the engine's thread only, except where stated.
     """
 
     card: ModelCard
@@ -95,33 +95,33 @@ class StepModel(Protocol):
     dtype: torch.dtype
     mask_channels: int  # extra input channels, for mask and masked image; 0: inpainting by blending
     embedded_guidance: bool  # the network reads the guidance scale itself, so no row is doubled for it
-    accelerations: Accelerations  # what it gives up likeness for
+    accelerations: Accelerations  # those that trade exactness for speed
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """(C, h, w) for an image of that size in pixels. Any thread."""
         ...
 
     def make_scheduler(self, request: GenerationRequest) -> Any:
-        """A fresh diffusers scheduler with the timesteps of the request's full trajectory. Any thread.
+        """A new diffusers scheduler with the timesteps of the request's full trajectory. Thread-safe.
 
         Raises:
-            InvalidRequest: this model's samplers cannot do that.
+            InvalidRequest: this model's samplers do not support it.
         """
         ...
 
     def text_windows(self, field: str, prompt: str) -> int:
-        """How many windows of the text encoder a prompt takes. Any thread.
+        """The number of text encoder windows of a prompt. Thread-safe.
 
         Raises:
-            InvalidRequest: naming `field`: the prompt's weights are malformed, or it is longer than the model reads.
+            InvalidRequest: for `field`: the prompt's weights are malformed, or it is longer than the model supports.
         """
         ...
 
     def text_loras(self, names: Sequence[str]) -> frozenset[str]:
-        """Those of the LoRAs that change the text encoder, all loaded now. Any thread.
+        """Load the LoRAs and return those that change the text encoder. Thread-safe.
 
         Raises:
-            InvalidRequest: no LoRA of that name, or it does not fit this model.
+            InvalidRequest: no LoRA has this name, or it does not fit this model.
         """
         ...
 
@@ -130,11 +130,11 @@ class StepModel(Protocol):
         ...
 
     def row_inputs(self, request: GenerationRequest, *, negative: bool) -> Conditioning:
-        """What a row's network call wants besides text: sizes, an embedded guidance scale. No batch dimension."""
+        """A row's network inputs besides text: sizes, an embedded guidance scale. Without batch dimension."""
         ...
 
     def forward(self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        """`predict` of rows without LoRAs, ControlNets and masks: nothing but tensors, so that it can be compiled."""
+        """`predict` for rows without LoRAs, ControlNets and masks: only tensors, so that it can be compiled."""
         ...
 
     def predict(self, rows: Rows) -> torch.Tensor:
@@ -142,7 +142,7 @@ class StepModel(Protocol):
         ...
 
     def predicted_original(self, latents: torch.Tensor, outputs: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Where each row is heading: the clean latents that (scaled) latents and model outputs imply, same shapes."""
+        """Each row's estimated clean latents, from its (scaled) latents and model output; same shapes."""
         ...
 
     def encode_images(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -157,7 +157,7 @@ class StepModel(Protocol):
         ...
 
     def preview(self, latents: torch.Tensor) -> np.ndarray:
-        """A rough image of latents (C, h, w) for next to nothing: uint8 (h, w, 3), one pixel a latent cell."""
+        """A rough image of latents (C, h, w) at almost no cost: uint8 (h, w, 3), one pixel per latent cell."""
         ...
 
     def to(self, device: torch.device) -> None:

@@ -23,9 +23,9 @@ MAX_WINDOWS = 8
 
 
 class ClipText:
-    """One tokenizer and its encoder. `penultimate` takes the hidden states that SDXL is trained on.
+    """One tokenizer and its encoder. `penultimate` selects the hidden states that SDXL is trained on.
 
-    `device` is where the encoder computes, which an offloaded one does not tell itself.
+    `device` is where the encoder computes, which an offloaded encoder does not report.
     """
 
     def __init__(
@@ -34,20 +34,21 @@ class ClipText:
         self.encoder = encoder
         self._device: torch.device = device or encoder.device
         self._penultimate = penultimate
-        # A fast tokenizer keeps its truncation as state and refuses two threads at once ("Already borrowed"): one
+        # A fast tokenizer keeps truncation as state and does not allow two threads ("Already borrowed"): so one
         # for the engine's thread, one for the others.
         self._tokenizer = tokenizer
         self._shared_tokenizer = copy.deepcopy(tokenizer)
         self._lock = threading.Lock()
         for own in (self._tokenizer, self._shared_tokenizer):
-            own.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True  # it may be
+            # Longer prompts are valid, so no warning about them.
+            own.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
 
     @property
     def window_tokens(self) -> int:
         return int(self._tokenizer.model_max_length)
 
     def windows(self, field: str, prompt: str) -> int:
-        """How many windows a prompt takes. Any thread.
+        """The number of windows of a prompt. Thread-safe.
 
         Raises:
             InvalidRequest: a weight out of range, or more than `MAX_WINDOWS`.
@@ -78,7 +79,7 @@ class ClipText:
         if plain:
             output = self.encoder(torch.cat(list(plain.values())), output_hidden_states=self._penultimate)
             embedded = output.hidden_states[-2] if self._penultimate else output.last_hidden_state
-            # Rows of one result are views of it; a clone lets the others' memory go when they leave a cache.
+            # Rows of one result are views of it. Clones can be freed one by one when they leave a cache.
             found = {key: own.clone() for key, own in zip(plain, embedded, strict=True)}
         return [found[key] if key in found else self.encode(*key) for key in prompts]
 
@@ -97,7 +98,7 @@ class ClipText:
         return embedded
 
     def tokens(self, prompt: str) -> torch.Tensor:
-        """Token ids of one truncated window, weights left out: (1, window_tokens). The engine's thread."""
+        """Token ids of one truncated window, without weights: (1, window_tokens). Engine's thread only."""
         text = "".join(text for text, _ in _fragments(prompt, self._tokenizer, "prompt"))
         found = self._tokenizer(
             [text], padding="max_length", max_length=self.window_tokens, truncation=True, return_tensors="pt"
@@ -106,7 +107,7 @@ class ClipText:
         return ids.to(self._device)
 
     def _provider(self, tokenizer: Any) -> EmbeddingsProvider:
-        # Made anew each time: it remembers the empty prompt's embedding, which a LoRA changes.
+        # Created for each call, because it caches the empty prompt's embedding, which a LoRA changes.
         return EmbeddingsProvider(
             tokenizer=tokenizer,
             text_encoder=_Placed(self.encoder, self._device),
@@ -122,7 +123,7 @@ class ClipText:
 
 
 class _Placed:
-    """An encoder for compel, which asks it for its device to put tensors there."""
+    """An encoder for compel, which reads its device to place tensors there."""
 
     def __init__(self, encoder: Any, device: torch.device) -> None:
         self._encoder = encoder

@@ -1,4 +1,4 @@
-"""ControlNets (Zhang et al. 2023) beside a U-Net, for some rows of a forward pass and with each row's own scale."""
+"""ControlNets (Zhang et al. 2023) for a U-Net, for some rows of a forward pass, with each row's own scale."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def load_controlnets(sources: Mapping[str, str], *, dtype: torch.dtype, cross_at
     """ControlNets by name, from diffusers folders or hub ids with safetensors weights.
 
     Raises:
-        ModelLoadError: one cannot be loaded, or was made for another kind of model.
+        ModelLoadError: one cannot be loaded, or is for another kind of model.
     """
     from diffusers import ControlNetModel  # noqa: PLC0415
 
@@ -43,9 +43,9 @@ def load_controlnets(sources: Mapping[str, str], *, dtype: torch.dtype, cross_at
 def control_residuals(
     nets: Mapping[str, Any], rows: Rows, *, dtype: torch.dtype, added: Mapping[str, torch.Tensor] | None = None
 ) -> Residuals:
-    """The sum of what all ControlNets add to the U-Net's down blocks and its middle, for all R rows.
+    """The sum of all ControlNets' residuals for the U-Net's down blocks and middle block, for all R rows.
 
-    Only the rows that a ControlNet acts on go through it, unless `rows.exact`.
+    A ControlNet processes only the rows that use it, unless `rows.exact`.
     """
     down: list[torch.Tensor] | None = None
     middle: torch.Tensor | None = None
@@ -62,9 +62,9 @@ def control_residuals(
 
 
 def _passes(control: ControlRows, rows: Rows) -> Sequence[tuple[int | None, Sequence[int]]]:
-    """Rows to run together, with their texts' length where not all texts are as long.
+    """Rows to run together, with their texts' length if texts differ in length.
 
-    A ControlNet takes no mask for padded text, so lengths go apart.
+    A ControlNet accepts no mask for padded text, so different lengths run separately.
     """
     scales = control.scales.tolist()
     if not any(scales):

@@ -1,10 +1,9 @@
 """`DeepCache`: a U-Net whose inner blocks run only at every n-th step of a row (Ma, Fang & Wang 2023).
 
-Neighbouring steps differ little in a U-Net's deep, coarse features. So the feature that enters the last up block is
-kept in the row's own memory, and in the steps between only the outermost blocks run, which see the new latents and
-timestep. diffusers' caches keep one state a batch; here rows of one pass are at different steps, so the outer blocks
-run for all of them together and the inner ones for those whose turn it is. A row's image depends on its own steps
-alone.
+A U-Net's deep, coarse features differ little between neighbouring steps. So the input of the last up block is kept in
+the row's memory, and in the steps between only the outermost blocks run, with the new latents and timestep. diffusers'
+caches keep one state per batch. Here rows of one pass are at different steps, so the outer blocks run for all of them
+together and the inner ones only for the rows that are due. A row's image depends only on its own steps.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from calotype_shared.errors import ModelLoadError
 from calotype_worker.models.base import Rows
 from calotype_worker.models.lora import LoraBank
 
-_DEEP = "deep"  # name in a row's memory of what entered the last up block, (C, h, w)
+_DEEP = "deep"  # key in a row's memory of the input to the last up block, (C, h, w)
 _KNOWN = ("DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D")
 
 
 class _Seen(NamedTuple):
-    """What every block of the network looks at beside its input."""
+    """The inputs that every block of the network gets besides hidden states."""
 
-    embedding: torch.Tensor  # (R, features) of timesteps and what is added to them
+    embedding: torch.Tensor  # (R, features) of timesteps and additional conditions
     text: torch.Tensor  # (R, tokens, features)
     text_bias: torch.Tensor | None  # (R, 1, tokens)
 
@@ -39,10 +38,10 @@ class _Seen(NamedTuple):
 
 
 class DeepCache:
-    """Called in place of a `UNet2DConditionModel`. The engine's thread."""
+    """Called instead of a `UNet2DConditionModel`, in the engine's thread."""
 
     def __init__(self, unet: Any, *, every: int, loras: LoraBank, name: str) -> None:
-        """Raises ModelLoadError: the network of model `name` is no U-Net of a known form."""
+        """Raises ModelLoadError if the network of model `name` is not a U-Net of a known structure."""
         outermost = [*getattr(unet, "down_blocks", ())[:1], *getattr(unet, "up_blocks", ())[-1:]]
         kinds = [type(block).__name__ for block in outermost]
         if not outermost or len(unet.up_blocks) < 2 or not set(kinds) <= set(_KNOWN):
@@ -68,7 +67,7 @@ class DeepCache:
         mid_block_additional_residual: torch.Tensor | None = None,
         return_dict: bool = False,
     ) -> tuple[torch.Tensor]:
-        """The network's forward pass, as diffusers' own; what ControlNets add is zero in other rows."""
+        """The network's forward pass, like diffusers' own. ControlNets' residuals are zero in other rows."""
         unet = self._unet
         embedding = unet.time_embedding(unet.get_time_embed(sample=sample, timestep=timesteps), timestep_cond)
         added = unet.get_aug_embed(
@@ -112,7 +111,7 @@ class DeepCache:
         seen: _Seen,
         residuals: Sequence[torch.Tensor] | None,
     ) -> torch.Tensor:
-        """What enters the last up block: new for the rows whose turn it is, remembered for the others."""
+        """The input to the last up block: computed for the rows that are due, cached for the others."""
         memories = rows.memories or [None] * len(hidden)
         due = [
             row
@@ -137,7 +136,7 @@ class DeepCache:
     def _inner(
         self, hidden: torch.Tensor, size: torch.Size, seen: _Seen, residuals: Sequence[torch.Tensor] | None
     ) -> torch.Tensor:
-        """All blocks but the outermost. `hidden` comes out of the first down block's layers, `size` is its shape."""
+        """All blocks except the outermost. `hidden` is the output of the first down block's layers, of shape `size`."""
         unet = self._unet
         odd = any(side % 2**unet.num_upsamplers for side in size[-2:])
         for downsampler in unet.down_blocks[0].downsamplers:

@@ -1,9 +1,9 @@
-"""`FirstBlockCache`: a transformer that runs only its first block where that has hardly changed (ParaAttention, 2024).
+"""`FirstBlockCache`: a transformer that runs only its first block while that hardly changes (ParaAttention, 2024).
 
-What the first block adds to its input tells how much the whole network's output has changed since the last step. As
-long as that is little, what the other blocks added last time is added again. diffusers' hook of this name decides by
-the mean of a batch and keeps one state for it; here each row decides by its own memory, and those that must run go
-through the other blocks together, as a smaller batch.
+The first block's residual (what it adds to its input) shows how much the whole network's output has changed since the
+last step. While the change is small, the other blocks' last residual is added again. diffusers' hook of this name
+decides by the mean of a batch and keeps one state for it. Here each row decides by its own memory, and the rows that
+must run pass the other blocks together, as a smaller batch.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from calotype_shared.errors import ModelLoadError
 from calotype_worker.models.base import RowMemory, Rows
 from calotype_worker.models.lora import LoraBank
 
-_FIRST = "first"  # names in a row's memory: what the first block added when the others last ran, (tokens, features)
-_REST = "rest"  # and what they added
+_FIRST = "first"  # keys in a row's memory: the first block's residual when the others last ran, (tokens, features)
+_REST = "rest"  # and the others' residual
 
 
 class Stream(NamedTuple):
-    """What flows through the blocks."""
+    """The hidden states of the blocks."""
 
     image: torch.Tensor  # (R, tokens, features)
     text: torch.Tensor  # (R, tokens, features)
@@ -46,10 +46,10 @@ class Blocks(Protocol):
 
 
 class FirstBlockCache:
-    """Called in place of a transformer. The engine's thread."""
+    """Called instead of a transformer, in the engine's thread."""
 
     def __init__(self, transformer: Any, *, threshold: float, loras: LoraBank, name: str) -> None:
-        """Raises ModelLoadError: the network of model `name` is no transformer of a known form."""
+        """Raises ModelLoadError if the network of model `name` is not a transformer of a known structure."""
         kind = BLOCKS.get(type(transformer).__name__)
         if kind is None:
             raise ModelLoadError(
@@ -68,7 +68,7 @@ class FirstBlockCache:
         return (self._blocks.end(head._replace(image=image), **inputs),)
 
     def _rest(self, rows: Rows, added: torch.Tensor, head: Stream) -> torch.Tensor:
-        """What leaves the last block, (R, tokens, features); `added` is what the first one did to its input."""
+        """The output of the last block, (R, tokens, features). `added` is the first block's residual."""
         memories = rows.memories or [None] * len(added)
         changes = _changes(added, memories).tolist()  # the device is waited for here
         due = [row for row, change in enumerate(changes) if not change <= self._threshold]
@@ -82,13 +82,13 @@ class FirstBlockCache:
             if changes[row] <= self._threshold:
                 image[row] += memory.kept[_REST]
             else:
-                # Both at once and only here: a pass that failed before this is simply run again.
+                # Both are set together and only here, so a pass that failed earlier can simply be repeated.
                 memory.kept = {_FIRST: added[row].clone(), _REST: image[row] - head.image[row]}
         return image
 
 
 def _changes(added: torch.Tensor, memories: Sequence[RowMemory | None]) -> torch.Tensor:
-    """Each row's relative change of what its first block added, (R,) float32; infinite where nothing is known yet."""
+    """Relative change of each row's first residual, (R,) float32; infinity if there is none cached."""
     found = torch.full((len(added),), torch.inf, device=added.device)
     known = [row for row, memory in enumerate(memories) if memory is not None and _FIRST in memory.kept]
     if known:

@@ -1,4 +1,4 @@
-"""What the flow-matching families share: Stable Diffusion 3 and Flux (Lipman et al. 2023, Esser et al. 2024)."""
+"""Common code of the flow-matching families: Stable Diffusion 3 and Flux (Lipman et al. 2023, Esser et al. 2024)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class FlowModel(LatentModel):
         denoiser: torch.nn.Module,
         text_encoders: Mapping[str, torch.nn.Module],
     ) -> None:
-        """Raises ModelLoadError: a textual inversion or a ControlNet was registered, which nothing here would read."""
+        """Raises ModelLoadError if a textual inversion or ControlNet was registered: these families support neither."""
         unread = [*setup.adapters.embeddings, *setup.adapters.controls]
         if unread:
             raise ModelLoadError(

@@ -21,8 +21,8 @@ T5_TOKENS = 512  # as diffusers' pipeline reads by default
 class Flux(FlowModel):
     """A `StepModel` around the parts of a `FluxPipeline`.
 
-    Flux is distilled from guidance: "dev" reads its scale as an input and "schnell" has none, so no row is doubled
-    and a negative prompt is not read.
+    Flux is guidance-distilled: "dev" gets the scale as an input and "schnell" has none, so rows are not doubled
+    and negative prompts have no effect.
     """
 
     samplers = {SamplerType.EULER: FLOW_SAMPLERS[SamplerType.EULER]}  # noqa: RUF012 - others take no given noise levels

@@ -1,4 +1,4 @@
-"""`LatentModel`: what all families of latent diffusion share: autoencoder, LoRAs, previews, where weights live."""
+"""`LatentModel`: common code of all latent diffusion families: autoencoder, LoRAs, previews, placement of weights."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """What to give up for less memory. None of it changes images by more than rounding, but for VAE tiling.
+    """Options that save memory at the cost of speed. Except VAE tiling, they change images only by rounding.
 
-    `offload`: "model" keeps on the device only the part at work (text encoder, network or autoencoder),
-    "sequential" only the layer at work, which is far slower.
+    `offload`: "model" keeps only the active part on the device (text encoder, network or autoencoder),
+    "sequential" only the active layer, which is far slower.
     """
 
     attention_slicing: bool = False
@@ -43,7 +43,7 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class Adapters:
-    """What an operator registered for one model, by name."""
+    """The files that an operator registered for one model, by name."""
 
     loras: Mapping[str, Path] = field(default_factory=dict)  # safetensors files
     embeddings: Mapping[str, Path] = field(default_factory=dict)  # textual inversions; the name is the token
@@ -53,7 +53,7 @@ class Adapters:
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What a model is set up with beside its pipeline, which was loaded in `dtype`."""
+    """The options of a model besides its pipeline, which was loaded in `dtype`."""
 
     card: ModelCard
     device: torch.device
@@ -69,11 +69,11 @@ class LatentModel:
     samplers: Mapping[Any, Sampler] = SAMPLERS
     embedded_guidance = False
     mask_channels = 0  # extra input channels of the network: mask and masked image
-    size_factor = 1  # what a side of the latents must be a multiple of
+    size_factor = 1  # the sides of the latents must be multiples of this
 
     @classmethod
     def features_of(cls, pipeline: Any, adapters: Adapters) -> frozenset[Feature]:
-        """What the model can do, for its card."""
+        """The model's capabilities, for its card."""
         features = {Feature.TEXT_TO_IMAGE, Feature.IMAGE_TO_IMAGE, Feature.INPAINTING, Feature.PREVIEW}
         features |= {Feature.PROMPT_WEIGHTS, Feature.LORA} if adapters.loras else {Feature.PROMPT_WEIGHTS}
         return frozenset(features | ({Feature.CONTROLNET} if adapters.controls else set()))
@@ -136,10 +136,10 @@ class LatentModel:
         return None
 
     def _network(self, rows: Rows) -> Any:
-        """What a family calls for these rows: the denoiser, or what stands before it and remembers."""
+        """The callable for these rows: the denoiser, or the cache in front of it."""
         return self._denoiser if self._step_cache is None else functools.partial(self._step_cache, rows)
 
-    # ---- where the weights live
+    # ---- placement of the weights
 
     def _place_weights(self, memory: Memory) -> None:
         denoiser: Any = self._denoiser
@@ -159,7 +159,7 @@ class LatentModel:
 
     @contextmanager
     def _using(self, name: str) -> Iterator[None]:
-        """The part is on the device within the block; with model offload the others are not."""
+        """Within the block, the part is on the device; with model offload, the others are not."""
         if self._memory.offload == "model":
             for other, part in self._parts.items():
                 part.to(self.device if other == name else torch.device("cpu"))
@@ -241,7 +241,7 @@ class LatentModel:
     def _preview_weights(self) -> torch.Tensor:
         """(C + 1, 3): the least-squares map from a latent cell to its pixels' mean color, for any autoencoder.
 
-        Fitted once on images of smooth colors put through the autoencoder's own encoder.
+        Fitted once, on images of smooth colors encoded by the autoencoder.
         """
         generator = torch.Generator().manual_seed(0)
         side = 16 * self._vae_factor
@@ -264,7 +264,7 @@ class LatentModel:
                 found |= dict(zip(own, encode(own), strict=True))
         return [found[text] for text in texts]
 
-    # ---- what most families have nothing of
+    # ---- not supported by most families
 
     def text_loras(self, names: Sequence[str]) -> frozenset[str]:
         text_parts = [part for part in self._parts if part.startswith("text_encoder")]

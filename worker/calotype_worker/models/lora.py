@@ -1,8 +1,9 @@
-"""LoRAs (Hu et al. 2021), a different choice of them on every row of one forward pass.
+"""LoRAs (Hu et al. 2021), with a separate selection for every row of one forward pass.
 
 A forward hook on each adapted layer adds `weight · scale · up(down(x))` to its output, with `weight` each row's own;
-rows without that LoRA have weight 0. Working on all rows keeps a row's bits free of its neighbours' choices, and the
-two small products are cheap beside the layer's own. peft's mixed batches allow one adapter a row at one fixed weight.
+rows without that LoRA have weight 0. Because all rows are processed, a row's bits do not depend on the LoRAs of others,
+and the two small products are cheap compared with the layer's. peft's mixed batches allow one adapter per row, at one
+fixed weight.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Lora:
 
 
 class LoraBank:
-    """A model's LoRAs: registered by name, loaded when first wanted, least recently used out first. Any thread."""
+    """A model's LoRAs: registered by name, loaded on first use, the least recently used evicted. Thread-safe."""
 
     def __init__(
         self, pipeline: Any, components: Mapping[str, torch.nn.Module], files: Mapping[str, Path], *, capacity: int
@@ -66,16 +67,16 @@ class LoraBank:
 
     @property
     def loaded(self) -> tuple[str, ...]:
-        """Those in memory, the next to leave first."""
+        """The LoRAs in memory, the next to be evicted first."""
         with self._lock:
             return tuple(self._loaded)
 
     def get(self, name: str) -> Lora:
-        """The LoRA, from memory or its file.
+        """Get the LoRA from memory or its file.
 
         Raises:
-            InvalidRequest: not registered for this model.
-            ModelLoadError: its file is broken or made for another model.
+            InvalidRequest: it is not registered for this model.
+            ModelLoadError: its file is broken or for another model.
         """
         if name not in self._files:
             raise InvalidRequest(
@@ -98,7 +99,7 @@ class LoraBank:
     @contextmanager
     def active(self, chosen: Sequence[tuple[str, torch.Tensor]]) -> Iterator[None]:
         """Within the block every adapted layer applies these: name, and each row's weight (R,). The engine's thread."""
-        before = self._active  # a part of the rows may go through a part of the network within
+        before = self._active  # nested: a part of the rows may run a part of the network
         self._active = [(self.get(name), weights) for name, weights in sorted(chosen, key=lambda pair: pair[0])]
         try:
             yield
@@ -126,7 +127,7 @@ class LoraBank:
                 )
             module_path, module = found
             weight = cast("torch.Tensor", module.weight)
-            # Sequential offload leaves weights on no device; the hook then brings these to its inputs.
+            # With sequential offload, weights have no device; the hook then moves these to its inputs' device.
             device = torch.device("cpu") if weight.is_meta else weight.device
             adapted[component, module_path] = LoraLayer(
                 down=layer.down.to(device, weight.dtype),
@@ -151,7 +152,7 @@ class LoraBank:
 
 
 def _change(module: torch.nn.Module, layer: LoraLayer, inputs: torch.Tensor) -> torch.Tensor:
-    down, up = layer.down.to(inputs), layer.up.to(inputs)  # no copy where they fit already
+    down, up = layer.down.to(inputs), layer.up.to(inputs)  # no copy if they already match
     if isinstance(module, torch.nn.Conv2d):
         middle = torch.nn.functional.conv2d(inputs, down, None, module.stride, module.padding, module.dilation)
         return torch.nn.functional.conv2d(middle, up)
@@ -209,7 +210,7 @@ def _text_to_peft(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _scale(component: str, module_path: str, rank: int, *, alpha: float | None, metadata: Mapping[str, Any]) -> float:
-    """alpha / r: alpha is given beside the layer, in the file's metadata, or equals the rank."""
+    """alpha / r. Alpha is stored with the layer or in the file's metadata, or equals the rank."""
     if alpha is not None:
         return float(alpha) / rank
     own = {
@@ -223,7 +224,7 @@ def _scale(component: str, module_path: str, rank: int, *, alpha: float | None, 
 
 
 def _find(root: torch.nn.Module, path: str) -> tuple[str, torch.nn.Module] | None:
-    """The module and its path here: transformers 5 left out the `text_model.` that files still write."""
+    """The module and its path: transformers 5 has removed the prefix `text_model.` that files still contain."""
     for candidate in (path, path.removeprefix("text_model."), f"text_model.{path}"):
         try:
             return candidate, root.get_submodule(candidate)

@@ -17,15 +17,15 @@ AnyModel = StepModel | PipelineModel
 
 
 class ModelPool:
-    """Models by name. `use` belongs to the engine's thread, the rest to any."""
+    """Models by name. `use` is for the engine's thread, the rest for any."""
 
     def __init__(self, models: Sequence[AnyModel], *, memory_budget: int | None = None) -> None:
-        """`memory_budget` is bytes of weights on the device at a time; None: all of them stay there.
+        """`memory_budget` is the maximum size of weights on the device, in bytes; None: all models stay there.
 
-        Models come loaded and on their device; those over the budget are moved to main memory, the last first.
+        Models are passed loaded and on their device; those over the budget are moved to main memory, the last first.
 
         Raises:
-            InvalidRequest: two models of one name, none at all, or one larger than the budget.
+            InvalidRequest: two models have one name, there is none, or one is larger than the budget.
         """
         if not models:
             raise InvalidRequest("is empty", field="models", value=[], remedy="give at least one model")
@@ -34,7 +34,7 @@ class ModelPool:
             names = [model.card.name for model in models]
             raise InvalidRequest("has duplicate names", field="models", value=names, remedy="use unique names")
         self._budget = memory_budget
-        self._resident: OrderedDict[str, None] = OrderedDict()  # the next to leave first
+        self._resident: OrderedDict[str, None] = OrderedDict()  # the next to be moved away first
         self.moves = 0  # times a model was brought back
         for model in models:
             if memory_budget is not None and model.weight_bytes > memory_budget:
@@ -58,14 +58,14 @@ class ModelPool:
 
     @property
     def resident(self) -> tuple[str, ...]:
-        """Models on the device, the next to leave first."""
+        """Models on the device, the next to be moved away first."""
         return tuple(self._resident)
 
     def get(self, name: str) -> AnyModel:
         """The model; the first for an empty name.
 
         Raises:
-            InvalidRequest: not one of these.
+            InvalidRequest: it is not one of these.
         """
         if not name:
             return self.first
@@ -85,7 +85,7 @@ class ModelPool:
         return model
 
     def use(self, name: str) -> AnyModel:
-        """The model, on its device from now until another is used."""
+        """Get the model, which stays on its device until another is used."""
         model = self._models[name]
         if name not in self._resident:
             self._make_room(model.weight_bytes)

@@ -1,4 +1,4 @@
-"""Weights in eight bits, by torchao: half the memory of bfloat16, and faster where a device computes in eight bits."""
+"""Weights in eight bits, by torchao: half the memory of bfloat16, and faster on devices that compute in eight bits."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _FLOAT8_SINCE = (8, 9)  # CUDA compute capability: Ada and Hopper
 
 
 def quantize(network: torch.nn.Module, kind: Quantized, *, device: torch.device, offload: str, name: str) -> None:
-    """Quantize the layers of a network that see whole sequences: attention and feed-forward.
+    """Quantize the layers of a network that process whole sequences: attention and feed-forward.
 
-    The rest has few weights and few rows: embeddings of timesteps, modulations, convolutions (which torchao leaves).
+    Other layers have few weights and rows: timestep embeddings, modulations, convolutions (unsupported by torchao).
     "int8" keeps computing in the model's dtype; "int8-dynamic" and "float8" round the layers' inputs too.
 
     Raises:
-        ModelLoadError: torchao is missing, or the device cannot do this.
+        ModelLoadError: torchao is missing, or the device does not support it.
     """
     if kind == "float8" and not _has_float8(device):
         raise ModelLoadError(
@@ -50,7 +50,7 @@ def _has_float8(device: torch.device) -> bool:
 
 
 def _sees_sequences(module: torch.nn.Module, path: str) -> bool:
-    """Kernels for eight bits want multiples of 16 features, and more than a few rows."""
+    """Eight-bit kernels require multiples of 16 features, and more than a few rows."""
     return (
         isinstance(module, torch.nn.Linear)
         and "transformer_blocks." in path

@@ -1,4 +1,4 @@
-"""Finds and loads models by name. A request carries a name only; the operator decides what it stands for."""
+"""Finds and loads models by name. Requests contain only a name; the operator decides what it refers to."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ FAMILIES: dict[str, tuple[str, type[LatentModel]]] = {
     "FluxPipeline": ("flux", Flux),
 }
 
-# Images above this many times the native area are refused: memory and quality both give way.
+# Images larger than this multiple of the native area are refused: memory and quality do not allow them.
 _AREA_LIMIT = 4
 
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def demo_folder() -> Path:
-    """The folder of the model that comes with the package."""
+    """The folder of the bundled model."""
     return Path(str(resources.files("calotype_worker") / "assets" / "demo"))
 
 
 def bundled_adapters() -> Adapters:
-    """What comes with the bundled model: two style LoRAs, a learned word, an outline ControlNet (docs/training.md)."""
+    """The bundled model's additions: two style LoRAs, a textual inversion, an outline ControlNet (docs/training.md)."""
     folder = demo_folder().parent / "adapters"
     return Adapters(
         loras={name: folder / f"{name}.safetensors" for name in ("neon", "sticker")},
@@ -61,7 +61,7 @@ def bundled_adapters() -> Adapters:
 
 
 def with_bundled(adapters: Adapters) -> Adapters:
-    """The bundled ones, and these over them."""
+    """The bundled ones, overridden by these."""
     own = bundled_adapters()
     return replace(
         adapters,
@@ -72,7 +72,7 @@ def with_bundled(adapters: Adapters) -> Adapters:
 
 
 def resolve_source(name: str, source: str | None) -> str:
-    """What a model name stands for: a diffusers folder or a hub id.
+    """What a model name refers to: a diffusers folder or a hub id.
 
     Raises:
         ModelLoadError: no source was given and the name is not the bundled model's.
@@ -87,7 +87,7 @@ def resolve_source(name: str, source: str | None) -> str:
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """float32 on a CPU, where images are then those of plain diffusers; bfloat16 on a GPU that has it."""
+    """float32 on a CPU, so that images equal those of plain diffusers; bfloat16 on a GPU that supports it."""
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
@@ -107,11 +107,11 @@ def load_model(
     """Load a model onto a device, with the LoRAs, textual inversions and ControlNets that were registered for it.
 
     A source is a folder, a hub id or a checkpoint file; `CLASS:SOURCE` runs it as that pipeline class of diffusers.
-    `as_pipeline` runs it as diffusers does also where there is a family of our own for it.
+    `as_pipeline` runs it as a diffusers pipeline even if Calotype has its own implementation of the family.
 
     Raises:
-        ModelLoadError: the device is not there, the source is missing or broken, its weights are pickled, or its
-            family is not supported. Each says which and what to do.
+        ModelLoadError: the device does not exist, the source is missing or broken, its weights are pickled, or its
+            family is not supported. The message names the cause and the remedy.
     """
     torch_device = _device(device)
     torch_dtype = DTYPES[dtype] if dtype else default_dtype(torch_device)
@@ -194,7 +194,7 @@ def _pipeline(name: str, location: str, dtype: torch.dtype, named: str | None, *
 
 
 def _notes(folder: Path) -> dict[str, Any]:
-    """What an operator says of a model in its folder's calotype.json: native_sizes, max_pixels, description."""
+    """An operator's settings for a model, in its folder's calotype.json: native_sizes, max_pixels, description."""
     own = folder.with_suffix("") / "calotype.json" if folder.is_file() else folder / "calotype.json"
     notes: dict[str, Any] = json.loads(own.read_text()) if own.is_file() else {}
     return notes
@@ -213,7 +213,7 @@ def latent_card(
     """The card of a model that can be stepped, from its pipeline's own configs and the operator's notes."""
     factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
     network = getattr(pipeline, "unet", None) or pipeline.transformer
-    # Flux' network does not say its size; its pipeline does.
+    # Flux' network does not state its native size; its pipeline does.
     side = int(getattr(network.config, "sample_size", None) or pipeline.default_sample_size) * factor
     native = tuple((int(w), int(h)) for w, h in notes.get("native_sizes", [(side, side)]))
     tokenizer = pipeline.tokenizer or pipeline.tokenizer_2  # a refiner has only the second

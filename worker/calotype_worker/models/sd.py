@@ -22,8 +22,8 @@ _INPAINTING_CHANNELS = 9  # latents, mask, and the latents of the masked image
 class StableDiffusion(UNetModel):
     """A `StepModel` around the parts of a `StableDiffusionPipeline` that was loaded in `dtype`.
 
-    Epsilon and v-prediction differ only in the scheduler's config, so one class serves both; so it does for U-Nets
-    of 9 input channels, made for inpainting, and for those that read their guidance scale themselves (LCM).
+    Epsilon and v-prediction differ only in the scheduler's config, so one class serves both. It also
+    serves U-Nets with 9 input channels (for inpainting) and those with the guidance scale as an input (LCM).
     """
 
     @classmethod
@@ -56,10 +56,10 @@ class StableDiffusion(UNetModel):
 
 
 def load_embeddings(pipeline: Any, files: dict[str, Path] | Any) -> None:
-    """Teach a pipeline's text encoder the tokens of textual inversions (Gal et al. 2022), by token and file.
+    """Add the tokens of textual inversions (Gal et al. 2022) to a pipeline's text encoder, by token and file.
 
     Raises:
-        ModelLoadError: a file is no safetensors textual inversion for this model.
+        ModelLoadError: a file is not a safetensors textual inversion for this model.
     """
     for token, path in files.items():
         try:
@@ -73,7 +73,7 @@ def load_embeddings(pipeline: Any, files: dict[str, Path] | Any) -> None:
 
 
 def _refuse_other_inputs(config: Any, name: str) -> None:
-    """A U-Net that wants more than this gives it would run and give wrong images: refuse it."""
+    """Refuse a U-Net that needs inputs not provided here: it would run, but generate wrong images."""
     wants = {
         f"{config.in_channels} input channels": config.in_channels not in (_LATENT_CHANNELS, _INPAINTING_CHANNELS),
         f"class labels ({config.class_embed_type})": config.class_embed_type is not None,

@@ -53,7 +53,7 @@ class StableDiffusion3(FlowModel):
         return {"mu": self._shift(request.width, request.height, default_max=1.16)}
 
     def text_windows(self, field: str, prompt: str) -> int:
-        # CLIP reads the beginning, T5 all of it; without T5 only the beginning counts, and more would be lost.
+        # CLIP reads only the beginning, T5 all of it. Without T5, text beyond the beginning would be lost.
         (self._t5 or self._clips["text_encoder"]).check(field, prompt)
         return 1
 

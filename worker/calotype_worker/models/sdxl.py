@@ -16,7 +16,7 @@ from calotype_worker.models.latent import Adapters, Setup
 from calotype_worker.models.unet import UNetModel
 from calotype_worker.request import GenerationRequest
 
-# What diffusers' refiner pipeline says of an image and of what to avoid, on the scale of LAION's aesthetic predictor.
+# Aesthetic scores of diffusers' refiner pipeline, positive and negative, on the scale of LAION's predictor.
 _AESTHETIC_SCORE, _NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
 
 

@@ -1,8 +1,8 @@
-"""Single-file checkpoints, as the community ships them: all of a model's weights in one .safetensors file.
+"""Single-file checkpoints, as the community shares them: all of a model's weights in one .safetensors file.
 
 Such a file holds no configs and no tokenizer. They come from a diffusers folder beside it with the file's name
 (`model.safetensors` and `model/`, of which only the small files are needed), or else from the hub. Parts that the file
-lacks, as files of Flux's transformer alone do, come from that folder too, with their weights; T5 may be absent from
+lacks (some contain only Flux's transformer) come from that folder too, with their weights; T5 may be absent from
 Stable Diffusion 3.
 """
 
@@ -23,7 +23,7 @@ SUFFIX = ".safetensors"
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 _HEADER_AT_MOST = 100 * 2**20  # bytes, the format's own limit
 
-# What diffusers makes of a file's keys and shapes -> the pipeline that it is for.
+# The kind that diffusers derives from a file's keys and shapes -> the pipeline of that kind.
 _PIPELINES = {
     "inpainting": "StableDiffusionInpaintPipeline",
     "inpainting_v2": "StableDiffusionInpaintPipeline",
@@ -38,7 +38,7 @@ _PIPELINES = {
     "flux-dev": "FluxPipeline",
     "flux-schnell": "FluxPipeline",
 }
-# Parts of these pipelines that a file may lack, and how the keys of those that it holds begin.
+# Parts of these pipelines that a file may lack, and the prefixes of the keys of those that it contains.
 _VAE = {"vae": ("first_stage_model.", "vae.")}
 _SD_PARTS = {**_VAE, "text_encoder": ("cond_stage_model.",)}
 _PARTS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -62,12 +62,12 @@ _PARTS: dict[str, dict[str, tuple[str, ...]]] = {
         "text_encoder_2": ("text_encoders.t5xxl.",),
     },
 }
-# A part of some key in every file of a known family; diffusers takes what it does not know for Stable Diffusion 1.
+# Every file of a known family has a key with one of these; diffusers takes unknown files for Stable Diffusion 1.
 _MARKS = ("model.diffusion_model.", "double_blocks.", "joint_blocks.")
 
 
 def is_single_file(location: str) -> bool:
-    """Whether a model's source names a file rather than a folder or a hub id."""
+    """Whether a model's source is a file instead of a folder or hub id."""
     return Path(location).suffix in (SUFFIX, *_PICKLES)
 
 
@@ -75,7 +75,7 @@ def load_single_file(name: str, file: Path, dtype: torch.dtype) -> Any:
     """The diffusers pipeline of a checkpoint file, on the CPU in `dtype`.
 
     Raises:
-        ModelLoadError: a pickle, no safetensors file, of no known family, without configs at hand, or incomplete.
+        ModelLoadError: it is a pickle, not a safetensors file, of an unknown family, incomplete, or has no configs.
     """
     keys = _checked_keys(name, file)
     if not any(mark in key for key in keys for mark in _MARKS):
@@ -118,10 +118,10 @@ def load_single_file(name: str, file: Path, dtype: torch.dtype) -> Any:
 def _other_parts(
     name: str, file: Path, keys: Collection[str], class_name: str, dtype: torch.dtype
 ) -> dict[str, torch.nn.Module | None]:
-    """The parts that a file lacks, from the folder beside it; None for what the model can do without.
+    """The parts that a file lacks, from the folder beside it; None for optional ones.
 
     Raises:
-        ModelLoadError: the folder has not their weights either.
+        ModelLoadError: the folder does not have their weights either.
     """
     beside = file.with_suffix("")
     index = beside / "model_index.json"
@@ -130,7 +130,7 @@ def _other_parts(
     for part, prefixes in _PARTS[class_name].items():
         library, own_class = classes.get(part) or ("", "")
         optional = part == "text_encoder_3"
-        declined = optional and bool(classes) and not own_class  # the folder says to do without
+        declined = optional and bool(classes) and not own_class  # the folder declares it as absent
         if any(key.startswith(prefixes) for key in keys) and not declined:
             continue
         if library in ("diffusers", "transformers") and list((beside / part).glob("*.safetensors")):

@@ -1,9 +1,9 @@
-"""Token merging for U-Nets (Bolya & Hoffman 2023): alike tokens share one place in self-attention.
+"""Token merging for U-Nets (Bolya & Hoffman 2023): similar tokens are merged for self-attention.
 
-Attention costs the square of the number of tokens, most of all at the highest resolution, where neighbours are alike.
-One token of each 2x2 square, the first, is a destination; of the others those most like a destination, by cosine, are
-averaged into it, and take its result as theirs afterwards. Every row finds its own matches, and nothing is drawn: the
-paper's random destinations would tie a row's image to the draws of the batch.
+Attention costs grow with the square of the number of tokens, so they are highest at the highest resolution, where
+neighbouring tokens are similar. The first token of each 2x2 square is a destination. The other tokens most similar to a
+destination (by cosine) are averaged into it, and afterwards get its result. Every row is matched separately and without
+random numbers: with the paper's random destinations, a row's image would depend on the batch.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from calotype_shared.errors import ModelLoadError
 
 
 class Matches:
-    """Which tokens of each row are merged into which, at one place of the network."""
+    """Which tokens of each row are merged into which, in one layer of the network."""
 
     def __init__(self, tokens: torch.Tensor, height: int, width: int, ratio: float) -> None:
         """`tokens` (R, height * width, features); `ratio` of them are merged, at most all but the destinations."""
-        # A compiler cannot look into the cache, and needs none.
+        # A compiler cannot trace the cache, and does not need it.
         find = _slots.__wrapped__ if torch.compiler.is_compiling() else _slots
         self._kept, self._others = find(height, width, tokens.device)
         count = min(int(ratio * height * width), len(self._others))
         unit = torch.nn.functional.normalize(tokens.float(), dim=-1)
         likeness, best = (unit[:, self._others] @ unit[:, self._kept].transpose(1, 2)).max(-1)
         order = likeness.argsort(dim=1, descending=True, stable=True)
-        self._merged, self._alone = order[:, :count], order[:, count:]  # (R, …) places among the others
-        self._into = best.gather(1, self._merged)  # (R, count) places among the kept
+        self._merged, self._alone = order[:, :count], order[:, count:]  # (R, …) indices among the other tokens
+        self._into = best.gather(1, self._merged)  # (R, count) indices among the destinations
 
     def merge(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(R, N, features) to (R, N - count, features): those left alone, then the destinations."""
+        """(R, N, features) to (R, N - count, features): the unmerged tokens, then the destinations."""
         others = tokens[:, self._others]
         alone = others.gather(1, _wide(self._alone, tokens))
         merged = others.gather(1, _wide(self._merged, tokens))
@@ -40,7 +40,7 @@ class Matches:
         return torch.cat([alone, kept], dim=1)
 
     def split(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Back to (R, N, features), each merged token a copy of what it was merged into."""
+        """Back to (R, N, features); each merged token becomes a copy of its destination."""
         alone, kept = tokens[:, : self._alone.shape[1]], tokens[:, self._alone.shape[1] :]
         others = torch.empty_like(tokens[:, :1]).expand(-1, len(self._others), -1).clone()
         others = others.scatter(1, _wide(self._alone, tokens), alone)
@@ -52,16 +52,16 @@ class Matches:
 
 
 class MergingProcessor:
-    """A diffusers attention processor that runs another one on fewer tokens. The engine's thread."""
+    """A diffusers attention processor that runs another one on fewer tokens. Engine's thread only."""
 
     def __init__(self, inner: Any, ratio: float, *, native_side: int) -> None:
-        """`native_side`: tokens a side at the model's native size. Another size means compiling a graph anew."""
+        """`native_side`: tokens per side at the model's native size. Another size requires compiling a new graph."""
         self._inner = inner
         self._ratio = ratio
         self._size = (native_side, native_side)
 
     def look(self, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        """A hook before the module that turns an image (R, C, h, w) into tokens: says what shape they had."""
+        """A hook before the module that turns an image (R, C, h, w) into tokens: records the image's shape."""
         height, width = inputs[0].shape[-2:]
         self._size = (height, width)
 
@@ -79,10 +79,10 @@ class MergingProcessor:
 
 
 def merge_tokens(unet: Any, *, ratio: float, name: str) -> None:
-    """Have a U-Net merge tokens in all self-attention of the highest resolution that has any.
+    """Make a U-Net merge tokens in all self-attention layers of the highest resolution that has any.
 
     Raises:
-        ModelLoadError: the network of model `name` is no U-Net, or one without attention.
+        ModelLoadError: the network of model `name` is not a U-Net with attention.
     """
     downs, ups = list(getattr(unet, "down_blocks", ())), list(getattr(unet, "up_blocks", ()))[::-1]
     for level, pair in enumerate(zip(downs, ups, strict=True)):
@@ -103,7 +103,7 @@ def merge_tokens(unet: Any, *, ratio: float, name: str) -> None:
 
 @functools.lru_cache(maxsize=64)
 def _slots(height: int, width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Numbers of the tokens that are destinations, and of the others. No masks: a device would be waited for."""
+    """Indices of the destination tokens, and of the others. Not as masks, which would block on the device."""
     kept = [row * width + column for row in range(0, height, 2) for column in range(0, width, 2)]
     others = sorted(set(range(height * width)) - set(kept))
     return torch.tensor(kept, device=device), torch.tensor(others, dtype=torch.long, device=device)

@@ -1,4 +1,4 @@
-"""What the families with a U-Net share: Stable Diffusion 1.x, 2.x and XL."""
+"""Common code of the families with a U-Net: Stable Diffusion 1.x, 2.x and XL."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from calotype_worker.request import GenerationRequest
 
 
 class UNetModel(LatentModel):
-    """ControlNets, a guidance scale that the network may read itself (LCM), and extra input channels."""
+    """ControlNets, a guidance scale as a network input (LCM), and additional input channels."""
 
     def __init__(self, pipeline: Any, setup: Setup, *, text_encoders: Mapping[str, torch.nn.Module]) -> None:
         unet = pipeline.unet
@@ -68,7 +68,7 @@ class UNetModel(LatentModel):
         return output.float()
 
     def _added(self, conditioning: Conditioning) -> dict[str, torch.Tensor] | None:
-        """What the network is told beside the prompt and the timestep."""
+        """The network's inputs besides the prompt and the timestep."""
         return None
 
 

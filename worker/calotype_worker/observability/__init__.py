@@ -1,1 +1,1 @@
-"""What a worker reports: metrics, counters, the admin port, the live view."""
+"""A worker's metrics, counters, admin port and live view."""

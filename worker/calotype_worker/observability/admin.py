@@ -1,6 +1,6 @@
-"""`WorkerAdmin`: what a worker tells at its metrics port, where it has one: metrics, and whether it lives and is ready.
+"""`WorkerAdmin`: a worker's metrics port, if it has one: metrics, and whether it is alive and ready.
 
-Nothing of prometheus-client is imported unless that port is set.
+prometheus-client is imported only if that port is set.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from calotype_worker.engine.trace import Tracer, Tracers
 from calotype_worker.observability.counters import Counters
 from calotype_worker.settings import WorkerSettings
 
-_SILENCE_SECONDS = 60.0  # of the heartbeat's thread; it goes on while Redis is away
+_SILENCE_SECONDS = 60.0  # of the heartbeat's thread, which also runs while Redis is unavailable
 
 
 class WorkerAdmin:
-    """Made before the model is loaded, so that a port that is taken is told at once; answers from `start` on."""
+    """Created before the model is loaded, so that a used port is reported immediately. Serves after `start`."""
 
     def __init__(self, options: WorkerSettings) -> None:
-        """Raises SettingsError if the port cannot be had."""
+        """Raises SettingsError if the port is not available."""
         self._server: AdminServer | None = None
         self._not_alive: Callable[[], str | None] = lambda: "starting"
         self._not_ready: Callable[[], str | None] = lambda: "starting"
@@ -42,7 +42,7 @@ class WorkerAdmin:
         )
 
     def tracer(self, trace: Tracer, models: Iterable[str]) -> Tracer:
-        """`trace`, and beside it what makes metrics of the same spans."""
+        """`trace`, plus a tracer that turns the same spans into metrics."""
         if self._server is None:
             return trace
         from calotype_worker.observability.metrics import SpanMeters  # noqa: PLC0415
@@ -60,7 +60,7 @@ class WorkerAdmin:
         gauges: Mapping[names.Metric, Callable[[], float]],
         not_ready: Callable[[], str | None],
     ) -> None:
-        """Tell of these from now on. `not_ready` says why no jobs are taken, if they are not."""
+        """Report these from now on. `not_ready` says why no jobs are claimed, if so."""
 
         def not_alive() -> str | None:
             if not engine.alive:

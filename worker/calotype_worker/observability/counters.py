@@ -1,4 +1,4 @@
-"""`Counters`: counts of what the threads around the engine do, from the worker's start on."""
+"""`Counters`: counts events of the threads around the engine, since the worker's start."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Counters:
         self._counts: Counter[tuple[Metric, str]] = Counter()
 
     def count(self, metric: Metric, value: str = "", *, by: int = 1) -> None:
-        """So many more; `value` is that of the metric's label, if it has one."""
+        """Add to a counter. `value` is the value of the metric's label, if it has one."""
         with self._lock:
             self._counts[metric, value] += by
 

@@ -1,6 +1,6 @@
-"""What a worker shows at `/metrics`: spans as histograms, and everything else as it is when asked.
+"""A worker's `/metrics`: spans as histograms, everything else read when scraped.
 
-The step loop knows nothing of it: it notes spans, as for a trace, and keeps its own counters.
+The step loop is independent of it: it records spans, as for a trace, and keeps its own counters.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _TALLIED = (names.ATTEMPTS, names.LEASE_RENEWALS, names.LOST_CLAIMS, names.FENCE
 
 
 class SpanMeters:
-    """A `Tracer` that observes how long things take. A microsecond or two a span; for any thread."""
+    """A `Tracer` that observes durations. Costs one or two microseconds per span. Thread-safe."""
 
     def __init__(self, registry: CollectorRegistry, models: Iterable[str]) -> None:
         rows, steps = histogram(names.BATCH_ROWS, registry), histogram(names.STEP_SECONDS, registry)
@@ -60,7 +60,7 @@ class SpanMeters:
 
 
 class WorkerCollector(Collector):
-    """Reads the worker's own counters when it is scraped, so that keeping them costs nothing more."""
+    """Reads the worker's counters when scraped, so that counting has no additional cost."""
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ def _by_label(values: Mapping[str, float]) -> dict[tuple[str, ...], float]:
 
 
 def _memory(device: torch.device) -> dict[str, float]:
-    """Bytes; of a CPU, as Linux counts them. Empty where nobody can tell."""
+    """Memory in bytes; for a CPU, as Linux counts it. Empty if unknown."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return {"total": total, "used": total - free, "allocated": torch.cuda.memory_allocated(device)}

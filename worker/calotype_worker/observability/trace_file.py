@@ -1,4 +1,4 @@
-"""`TraceFile`: writes what the engine and the job threads did when, for Chrome's and Perfetto's trace viewers.
+"""`TraceFile`: writes a timeline of the engine and the job threads for Chrome's and Perfetto's trace viewers.
 
 Open the file at https://ui.perfetto.dev or chrome://tracing. Format: "Trace Event Format", JSON array of complete
 events; the closing bracket may be missing, so a file is readable while its worker runs and after it was killed.
@@ -21,7 +21,7 @@ _MOST_BYTES = 512 * 2**20
 
 
 class TraceFile:
-    """A `Tracer` that writes from a thread of its own. Thread-safe; never blocks the caller, never raises."""
+    """A `Tracer` that writes in its own thread. Thread-safe; never blocks the caller, never raises."""
 
     def __init__(self, path: Path, *, process: str) -> None:
         """Raises OSError if the file cannot be written."""
@@ -30,7 +30,7 @@ class TraceFile:
         self._tracks: dict[str, int] = {}
         self._waiting: queue.Queue[dict[str, Any] | None] = queue.Queue(_WAITING_AT_MOST)
         self._bytes = 0
-        self.dropped = 0  # events, because the disk was too slow or the file has grown too large
+        self.dropped = 0  # events lost because the disk was too slow or the file too large
         self._file.write("[\n")
         self._put({"ph": "M", "name": "process_name", "pid": self._pid, "tid": 0, "args": {"name": process}})
         self._thread = threading.Thread(target=self._write, name="calotype-trace", daemon=True)
@@ -58,7 +58,7 @@ class TraceFile:
         self._put({"ph": "e", "ts": round(ended * 1e6, 1), **shared})
 
     def close(self) -> None:
-        """Write what waits, and end the file."""
+        """Write the waiting events, and end the file."""
         self._waiting.put(None)
         self._thread.join()
 

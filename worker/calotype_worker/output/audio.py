@@ -1,4 +1,4 @@
-"""Encodes sound as WAV and FLAC with its provenance inside, reads it back, and puts it beside frames.
+"""Encodes sound as WAV and FLAC with its provenance inside, reads it back, and adds it to videos.
 
 A FLAC carries the JSON as a Vorbis comment, a WAV as the comment of its INFO list.
 """
@@ -74,7 +74,7 @@ def add_sound(container: Any, audio: Audio) -> Any:
 
 
 def write_sound(container: Any, stream: Any, audio: Audio) -> None:
-    """All of the sound, as far as its first two channels go."""
+    """All of the sound, at most its first two channels."""
     rate = _aac_rate(audio)
     samples = audio.samples[:2].clip(-1, 1)
     if rate != audio.rate:

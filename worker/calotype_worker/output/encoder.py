@@ -1,4 +1,4 @@
-"""`Encoder`: makes a file of a generated image, and a JSON with its provenance to go beside it."""
+"""`Encoder`: encodes a generated image as a file, and its provenance as JSON."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from calotype_worker.output.video import FRAMES_PER_SECOND, encode_gif, encode_m
 
 
 def encode(generated: Generated, output_format: OutputFormat, provenance: Mapping[str, Any]) -> bytes:
-    """The file of what was generated, with its provenance inside.
+    """Encode the output as a file with its provenance inside.
 
     Raises:
-        GenerationFailed: a mesh was asked for, and the object has no surface; or sound, and there is none.
+        GenerationFailed: a mesh was requested but the object has no surface; or sound, but there is none.
     """
     if output_format is OutputFormat.PLY:
         return encode_ply(generated.mesh, provenance)
@@ -47,7 +47,7 @@ class Encoder:
         self._version = version  # of Calotype
 
     def encode(self, claim: Claim, index: int, generated: Generated) -> tuple[list[File], ImageRef]:
-        """An image's files, to be stored under its attempt's own folder, and what the record will say of it.
+        """An image's files, to be stored in its attempt's folder, and its entry in the record.
 
         Raises:
             GenerationFailed: as `encode`.
@@ -80,7 +80,7 @@ class Encoder:
         single = config.model_copy(update=alone)
         return {
             "calotype": self._version,
-            "config": json.loads(single.canonical_json()),  # makes this very image again
+            "config": json.loads(single.canonical_json()),  # generates the same image again
             "digest": single.digest(),
             "job_id": claim.job_id,
             "index": index,
@@ -90,6 +90,6 @@ class Encoder:
             "steps_taken": generated.steps_taken,
             **(
                 {"accelerations": list(generated.accelerations)} if generated.accelerations else {}
-            ),  # an exact image has no such entry
+            ),  # exact images have no such entry
             "parameters": parameters_line(single, seed=generated.seed, steps=config.num_inference_steps),
         }

@@ -14,5 +14,5 @@ class File:
     content_type: str
     data: bytes | None
     path: Path | None = None
-    tried: bool = False  # so something may be there
+    tried: bool = False  # so it may be partly stored
     stored: bool = False

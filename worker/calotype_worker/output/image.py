@@ -1,4 +1,4 @@
-"""Encodes images with their provenance inside, and reads it again."""
+"""Encodes images with their provenance inside, and reads it back."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def encode_image(pixels: np.ndarray, output_format: OutputFormat, provenance: Ma
 
 
 def read_provenance(data: bytes) -> dict[str, Any]:
-    """What `encode_image` put into a file. Empty for an image that is not ours."""
+    """The metadata that `encode_image` wrote. Empty for other images."""
     with Image.open(io.BytesIO(data)) as image:
         text = getattr(image, "text", {}).get("calotype") or image.getexif().get(IMAGE_DESCRIPTION)
     if not text:

@@ -12,7 +12,7 @@ from calotype_shared.errors import GenerationFailed
 from calotype_worker.request import Mesh
 
 _TAG = "calotype "  # begins the comment lines that hold the JSON, in order
-_PIECE = 200  # characters of JSON a line: some readers refuse lines that are longer than their buffer
+_PIECE = 200  # characters of JSON per line: some readers refuse lines longer than their buffer
 _VERTEX = np.dtype([("position", "<f4", 3), ("color", "u1", 3)])
 _FACE = np.dtype([("corners", "u1"), ("vertices", "<i4", 3)])
 
@@ -21,7 +21,7 @@ def encode_ply(mesh: Mesh | None, provenance: Mapping[str, Any]) -> bytes:
     """A binary little-endian PLY of triangles with a color at each vertex.
 
     Raises:
-        GenerationFailed: there is no mesh: the model made an object without a surface.
+        GenerationFailed: there is no mesh, because the generated object has no surface.
     """
     if mesh is None or not len(mesh.faces):
         raise GenerationFailed(
@@ -49,7 +49,7 @@ def encode_ply(mesh: Mesh | None, provenance: Mapping[str, Any]) -> bytes:
 
 
 def read_provenance(data: bytes) -> dict[str, Any]:
-    """What `encode_ply` put into a file. Empty for a mesh that is not ours."""
+    """The metadata that `encode_ply` wrote. Empty for other meshes."""
     header, _, _ = data.partition(b"\nend_header\n")
     start = f"comment {_TAG}"
     lines = header.decode("ascii", "replace").split("\n")

@@ -20,9 +20,9 @@ from PIL import Image, ImageSequence
 from calotype_worker.output.audio import add_sound, write_sound
 from calotype_worker.request import Audio
 
-FRAMES_PER_SECOND = 8.0  # what AnimateDiff is trained at, and a fair pace for a turntable
-_GIF_CLOCK = 100  # a GIF counts delays in hundredths of a second,
-_SHORTEST_DELAY = 2  # and browsers slow down what asks for less than two
+FRAMES_PER_SECOND = 8.0  # AnimateDiff is trained at this rate, and it suits a turntable
+_GIF_CLOCK = 100  # GIF delays are in hundredths of a second,
+_SHORTEST_DELAY = 2  # and browsers slow down delays of less than two
 _ENCODERS = ("libx264", "libopenh264", "mpeg4")  # the first that this build of FFmpeg has
 _X264_OPTIONS = {"crf": "17", "preset": "medium"}  # visually lossless
 _BT709 = 1  # in FFmpeg's enumerations of color spaces, primaries and transfers
@@ -41,7 +41,7 @@ class Video:
 def encode_gif(frames: np.ndarray, fps: float, provenance: Mapping[str, Any]) -> bytes:
     """An endless GIF of `frames`, uint8 (F, H, W, 3), with up to 256 colors a frame.
 
-    Equal frames in a row become one that is shown longer. Above 50 frames a second it plays slower than asked.
+    Equal frames in a row become one that is shown longer. Above 50 frames per second it plays slower than requested.
 
     Raises:
         ValueError: no frames, or not of that shape and type.
@@ -65,7 +65,7 @@ def encode_gif(frames: np.ndarray, fps: float, provenance: Mapping[str, Any]) ->
 
 
 def read_gif(data: bytes) -> Video:
-    """What a GIF file shows, and what `encode_gif` put beside it."""
+    """A GIF file's frames, and the metadata that `encode_gif` wrote."""
     with Image.open(io.BytesIO(data)) as image:
         comment = image.info.get("comment", b"")
         shown = [
@@ -83,7 +83,7 @@ def encode_mp4(frames: np.ndarray, fps: float, provenance: Mapping[str, Any], *,
 
     Video is H.264 with 4:2:0 chroma in BT.709, which every browser plays.
     Odd sides are made even by repeating the last row or column. A build of FFmpeg without an H.264 encoder falls back
-    to MPEG-4 part 2. H.264 is lossy, and x264 now and then encodes the same frames by a few levels differently.
+    to MPEG-4 part 2. H.264 is lossy, and x264 sometimes encodes the same frames with differences of a few levels.
 
     Raises:
         ValueError: no frames, or not of that shape and type.
@@ -115,7 +115,7 @@ def encode_mp4(frames: np.ndarray, fps: float, provenance: Mapping[str, Any], *,
 
 
 def read_mp4(data: bytes) -> Video:
-    """What an MP4 file shows, and what `encode_mp4` put beside it."""
+    """An MP4 file's frames, and the metadata that `encode_mp4` wrote."""
     with av.open(io.BytesIO(data), "r") as container:
         comment = container.metadata.get("comment", "")
         stream = container.streams.video[0]
@@ -129,9 +129,9 @@ def read_mp4(data: bytes) -> Video:
 
 
 def _paletted(image: Image.Image) -> Image.Image:
-    """In 256 colors of its own, dithered: smooth areas keep their mean color where the nearest color would band.
+    """Reduce to 256 adapted colors with dithering, which keeps the mean color of smooth areas and avoids bands.
 
-    Octree palettes are as good as median cut once dithered, and many times faster.
+    With dithering, octree palettes are as good as median cut, and many times faster.
     """
     palette = image.quantize(256, method=Image.Quantize.FASTOCTREE)
     return image.quantize(256, palette=palette, dither=Image.Dither.FLOYDSTEINBERG)

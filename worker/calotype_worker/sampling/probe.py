@@ -1,8 +1,8 @@
-"""Reads a scheduler's step off as a matrix, without knowing its formula.
+"""Derives the matrix of a scheduler's step without knowing its formula.
 
-Every linear sampler's step maps (sample, what it remembers, model output, fresh noise) to (new sample, what it
-remembers next). Feeding basis vectors for the inputs and reading the outputs gives that map's matrix. Tensors are
-shaped (1, 1, 1, D), one coordinate an input plus a few that no input uses: there only the drawn noise shows.
+Every linear sampler's step maps (sample, remembered tensors, model output, new noise) to (new sample, newly
+remembered tensors). Passing basis vectors as inputs and reading the outputs gives this map's matrix. Tensors are
+shaped (1, 1, 1, D), with one coordinate per input plus a few that no input uses, which show only the drawn noise.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-Path = tuple[str | int, ...]  # where a remembered tensor lives: ("model_outputs", 1)
+Path = tuple[str | int, ...]  # the location of a remembered tensor, such as ("model_outputs", 1)
 
 # In angle brackets, so that no attribute of a scheduler (Heun has one called `sample`) can be taken for them.
 SAMPLE, OUTPUT, NOISE = ("<sample>",), ("<output>",), ("<noise>",)
@@ -25,7 +25,7 @@ _MAX_REMEMBERED = 16  # a history longer than this has no useful table
 
 
 class NotLinear(Exception):
-    """This scheduler's step is no fixed linear map; it needs a scheduler object per row."""
+    """This scheduler's step is not a fixed linear map, so each row needs a scheduler object."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,22 +33,22 @@ class ProbedStep:
     """One step: `new[row] = sum over column of weights[row][column] * old[column]`. Absent weights are zero."""
 
     input_scale: float  # network input = input_scale * sample
-    draws_noise: bool  # whether the generator advanced, even where the noise then counts for nothing
+    draws_noise: bool  # whether the generator advanced, even if the noise had no effect
     weights: dict[Path, dict[Path, float]]
 
 
 def probe_steps(scheduler: Any, timesteps: torch.Tensor) -> list[ProbedStep]:
-    """Probe these steps of a scheduler whose timesteps are set. The scheduler itself is left untouched.
+    """Probe these steps of a scheduler whose timesteps are set. The scheduler itself is not changed.
 
     Raises:
-        NotLinear: noise or input scaling does not act as a plain factor, or the history has no bound.
+        NotLinear: noise or input scaling is not a plain factor, or the history is unbounded.
     """
     scheduler = copy.deepcopy(scheduler)
     return [_probe_step(scheduler, timestep) for timestep in timesteps]
 
 
 def step_arguments(scheduler: Any, generator: torch.Generator) -> dict[str, Any]:
-    """Keyword arguments for `scheduler.step`, as diffusers pipelines pass them: the generator where it is taken."""
+    """Keyword arguments for `scheduler.step`, like diffusers' pipelines: the generator, if it is accepted."""
     return {"return_dict": False, **({"generator": generator} if _takes_generator(type(scheduler).step) else {})}
 
 
@@ -58,7 +58,7 @@ def _takes_generator(step: Callable[..., Any]) -> bool:
 
 
 def scaled_input(scheduler: Any, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-    """What the network sees of a sample. Flow-matching schedulers leave it as it is and have no method for it."""
+    """The network's input for a sample. Flow-matching schedulers do not scale it and have no method for it."""
     scale = getattr(scheduler, "scale_model_input", None)
     return sample if scale is None else scale(sample, timestep)
 
@@ -100,10 +100,10 @@ def _probe_step(scheduler: Any, timestep: torch.Tensor) -> ProbedStep:
 
 
 def _split_noise(row: torch.Tensor, state: torch.Tensor) -> tuple[float, torch.Tensor]:
-    """How much drawn noise is in `row`, and the row without it.
+    """Split `row` into the factor of the drawn noise and the row without noise.
 
     Schedulers draw in the model output's dtype or always in float32, and the two give different numbers, so both
-    are tried: the right one explains the pure-noise coordinates by a single factor.
+    are tried: with the right one, a single factor explains the pure-noise coordinates.
     """
     pure = row[-_PURE_NOISE:]
     if not pure.any():
@@ -115,7 +115,7 @@ def _split_noise(row: torch.Tensor, state: torch.Tensor) -> tuple[float, torch.T
         weight = float(pure @ noise[-_PURE_NOISE:] / noise[-_PURE_NOISE:].square().sum())
         if torch.allclose(pure, weight * noise[-_PURE_NOISE:], rtol=1e-4, atol=1e-7):
             clean = row - weight * noise
-            # What is left of float32 rounding is not a weight.
+            # Remains of float32 rounding are not weights.
             return weight, torch.where(clean.abs() < 1e-6 * abs(weight), 0.0, clean)
     raise NotLinear("the drawn noise does not enter by a plain factor")
 

@@ -1,4 +1,4 @@
-"""The visible dict of samplers: which diffusers scheduler each `SamplerType` is, and with what settings."""
+"""The samplers: the diffusers scheduler and settings of each `SamplerType`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from calotype_shared.schema.enums import SamplerType
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """A diffusers scheduler class and what it sets over the model's own scheduler config."""
+    """A diffusers scheduler class, and its changes to the model's own scheduler config."""
 
     scheduler: type[Any]
     overrides: Mapping[str, Any] = field(default_factory=dict)
@@ -52,7 +52,7 @@ FLOW_SAMPLERS: dict[SamplerType, Sampler] = {
 
 
 def sampler_of(scheduler: Any, samplers: Mapping[SamplerType, Sampler]) -> SamplerType | None:
-    """The first sampler that runs on this scheduler's class: what a model's makers meant it to be sampled with."""
+    """The first sampler with this scheduler's class, which is the one that a model's authors intended."""
     return next((kind for kind, spec in samplers.items() if type(scheduler) is spec.scheduler), None)
 
 
@@ -64,14 +64,14 @@ def make_scheduler(
     samplers: Mapping[SamplerType, Sampler] = SAMPLERS,
     **timesteps: Any,
 ) -> Any:
-    """A fresh diffusers scheduler with its timesteps set.
+    """A new diffusers scheduler with its timesteps set.
 
     `base_config` is the config of the model's own scheduler, taken after its pipeline was constructed (the
     constructor rewrites it); beta schedule, prediction type and spacing carry over from it. `timesteps` are further
     arguments of `set_timesteps`.
 
     Raises:
-        InvalidRequest: this family has no such sampler, or the scheduler cannot do that many steps.
+        InvalidRequest: this family does not support the sampler, or the scheduler that number of steps.
     """
     if sampler not in samplers:
         raise InvalidRequest(

@@ -1,8 +1,8 @@
-"""`SamplerTable`: a whole sampler trajectory as one small matrix a step.
+"""`SamplerTable`: a whole sampler trajectory as one small matrix per step.
 
 A row keeps the state `S = [x, s_1 … s_K]` (K remembered tensors) and advances by `S' = M_i · [S; m; n]`, where m is
-the guided model output, n fresh noise and i the row's own step; the network sees `input_scale_i · x`. The matrices
-are read off the diffusers scheduler itself (`probe.py`) and checked against it on a random trajectory.
+the guided model output, n new noise and i the row's own step; the network sees `input_scale_i · x`. The matrices
+are derived from the diffusers scheduler itself (`probe.py`) and checked against it on a random trajectory.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class SamplerTable:
     """A sampler's N steps with K remembered tensors.
 
     Columns of a matrix are `[x, s_1 … s_K, m, n]`, rows `[x, s_1 … s_K]`. N counts network evaluations: PNDM makes
-    one more than the steps asked for, Heun nearly twice as many.
+    one more than the number of steps, Heun nearly twice as many.
     """
 
     matrices: torch.Tensor  # (N, K+1, K+3) float32
@@ -70,7 +70,7 @@ def build_table(trajectory: Trajectory) -> SamplerTable:
 
     Raises:
         NotLinear: no table describes this scheduler; use a scheduler object per row.
-        InvalidRequest: the scheduler cannot do this number of steps, or its numbers are not finite for it.
+        InvalidRequest: the scheduler does not support this number of steps, or its values are not finite.
     """
     scheduler = trajectory.scheduler
     try:
@@ -78,7 +78,7 @@ def build_table(trajectory: Trajectory) -> SamplerTable:
     except NotLinear:
         raise
     except Exception as error:
-        # What a scheduler raises where it can't step is anybody's guess: 1,000 steps from a config with an offset
+        # Schedulers raise various errors if they cannot step: 1,000 steps from a config with an offset
         # of one, for instance, run off the end of its own table with an IndexError.
         raise InvalidRequest(
             f"{type(scheduler).__name__} does not support this number of steps ({error})",
@@ -131,7 +131,7 @@ def trajectory_error(table: SamplerTable, trajectory: Trajectory) -> float:
 
 
 def _pack(steps: list[ProbedStep]) -> torch.Tensor:
-    """Give remembered tensors slots, dropping those that nothing reads later: (N, K+1, K+3) float64."""
+    """Assign slots to remembered tensors, dropping those that are not read later: (N, K+1, K+3) float64."""
     live: list[list[Path]] = [[]]  # live[i]: what must be remembered between step i - 1 and step i
     for step in reversed(steps):
         needed = [SAMPLE, *live[0]]
@@ -151,9 +151,9 @@ def _pack(steps: list[ProbedStep]) -> torch.Tensor:
 
 
 class TableCache:
-    """Tables by everything they depend on, least recently used out first. Safe to share between threads.
+    """Tables by everything they depend on; evicts the least recently used. Thread-safe.
 
-    A cached None says that there is no table and a scheduler object per row is needed.
+    A cached None means that there is no table, so each row needs a scheduler object.
     """
 
     def __init__(self, capacity: int = 256) -> None:
@@ -163,7 +163,7 @@ class TableCache:
         self._lock = threading.Lock()
 
     def get(self, key: Hashable, make_trajectory: Callable[[], Trajectory]) -> SamplerTable | None:
-        """The table under `key`, probed the first time from what `make_trajectory` returns."""
+        """The table of `key`. The first time, it is probed from the result of `make_trajectory`."""
         with self._lock:
             if key in self._tables:
                 self._tables.move_to_end(key)
@@ -179,7 +179,7 @@ class TableCache:
         return table
 
     def noising(self, key: Hashable, make_trajectory: Callable[[], Trajectory]) -> torch.Tensor:
-        """How a clean image is noised along that trajectory: `probe_noising`, remembered alike."""
+        """How a clean image is noised along that trajectory: `probe_noising`, cached in the same way."""
         with self._lock:
             if key in self._noisings:
                 self._noisings.move_to_end(key)
@@ -195,8 +195,8 @@ class TableCache:
 def product(matrices: torch.Tensor, stacked: torch.Tensor) -> torch.Tensor:
     """Each row's matrix times its column of tensors: (n, K+1, K+3) x (n, K+3, L) -> (n, K+1, L).
 
-    Written as sums of products, column by column: a batched matrix product picks its kernel, and so the order of its
-    sums, by n and K, and a row's last bits would depend on its neighbours. Here adding zeros for a larger K is exact.
+    Computed as sums of products, column by column: a batched matrix product selects its kernel, and so the order of its
+    sums, by n and K, so a row's last bits would depend on other rows. Here adding zeros for a larger K is exact.
     """
     result = matrices[:, :, 0, None] * stacked[:, None, 0]
     for column in range(1, stacked.shape[1]):

@@ -13,7 +13,7 @@ from calotype_worker.sampling.probe import scaled_input, step_arguments
 
 @dataclass(frozen=True, kw_only=True)
 class Trajectory:
-    """The steps to take with a scheduler. Its own `timesteps` stay whole: some samplers look ahead in them."""
+    """The steps to take with a scheduler. Its own `timesteps` stay complete, because some samplers look ahead."""
 
     scheduler: Any  # its timesteps are set
     timesteps: torch.Tensor  # (N,), those to step through
@@ -23,11 +23,11 @@ class Trajectory:
         return cls(scheduler=scheduler, timesteps=scheduler.timesteps)
 
     def starting_late(self, strength: float, num_inference_steps: int) -> Self:
-        """Without the steps before an init image's noise level, as diffusers' image-to-image `get_timesteps`.
+        """The trajectory without the steps before an init image's noise level, like diffusers' `get_timesteps`.
 
-        `strength` is the share of the steps that remain; it may leave none.
+        `strength` is the share of steps that remain; there may be none.
         """
-        if hasattr(self.scheduler, "scale_noise"):  # the pipelines of flow matching round the other way
+        if hasattr(self.scheduler, "scale_noise"):  # flow-matching pipelines round in the other direction
             begin = int(num_inference_steps - num_inference_steps * strength)
         else:
             begin = num_inference_steps - int(num_inference_steps * strength)
@@ -59,7 +59,7 @@ def probe_noising(trajectory: Trajectory) -> torch.Tensor:
     """How a clean image is noised at each of a trajectory's N steps: (N + 1, 2) float32.
 
     Row i is (p, q) of `p · image + q · noise` at the noise level before step i; the last row is (1, 0). Some
-    schedulers look this up by how far they have stepped, so a copy is stepped along.
+    schedulers derive this from their own step counter, so a copy is stepped along.
     """
     scheduler = copy.deepcopy(trajectory.scheduler)
     shape = (1, 1, 1, 2)

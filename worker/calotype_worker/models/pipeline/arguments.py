@@ -23,7 +23,7 @@ _CONTROL_IMAGES = ("control_image", "hint", "condtioning_image")
 
 
 class Arguments:
-    """Made once per pipeline. Any thread may use it."""
+    """Created once per pipeline. Thread-safe."""
 
     def __init__(self, pipeline: Any) -> None:
         self.signature = signature = CallSignature.of(pipeline)
@@ -49,7 +49,7 @@ class Arguments:
 
     @property
     def features(self) -> frozenset[str]:
-        """Of `Feature`, but for what the outputs decide."""
+        """The pipeline's `Feature`s, except those that depend on its outputs."""
         signature = self.signature
         found = {
             Feature.INPAINTING: self.mask,
@@ -61,12 +61,12 @@ class Arguments:
 
     @property
     def needs_image(self) -> bool:
-        """Whether there is nothing to make without one."""
+        """Whether the pipeline requires an image."""
         return any(self._required(name) for name in ("image", "video", "mask_image")) or (self.starts and not self.mask)
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """Fields of a config without which there is nothing to make."""
+        """Fields of a config that the pipeline requires."""
         found = {
             "init_image": self.starts and self.needs_image,
             "mask_image": self._required("mask_image"),
@@ -89,10 +89,10 @@ class Arguments:
         return float(found) if isinstance(found, int | float) else None
 
     def of(self, request: GenerationRequest, *, model: str) -> dict[str, Any]:
-        """Any thread.
+        """The arguments for a request. Thread-safe.
 
         Raises:
-            InvalidRequest: the pipeline does not take what the request gives, or lacks what it needs.
+            InvalidRequest: the pipeline does not accept something in the request, or requires something missing.
         """
         self.signature.check(model, request.parameters)
         self._refuse(request, model)
@@ -108,7 +108,7 @@ class Arguments:
         if self.guidance is not None:
             found[self.guidance] = request.guidance_scale
         if self.guidance == "true_cfg_scale" and guided:
-            found["negative_prompt"] = request.negative_prompt or " "  # without one there is no guidance at all
+            found["negative_prompt"] = request.negative_prompt or " "  # without one there is no guidance
         if self.frame_rate is not None:
             found[self.frame_rate] = request.fps
         if self.duration is not None:
@@ -127,19 +127,19 @@ class Arguments:
         return given
 
     def frames(self, request: GenerationRequest) -> int | None:
-        """Of the request's video; None: the pipeline's own default."""
+        """The frame rate of the request's video; None: the pipeline's default."""
         default = self.signature.default("num_frames")
         if request.num_frames is None and self.max_frames is not None and isinstance(default, int):
             return min(default, self.max_frames)
         return request.num_frames
 
     def output_type(self, request: GenerationRequest) -> str:
-        """What diffusers converts results to."""
+        """The value of `output_type`."""
         formats = request.output_format
         return "mesh" if formats is not None and formats.value == "ply" else "np"
 
     def doubled(self, arguments: Mapping[str, Any], prompts: Sequence[str]) -> list[dict[str, Any]]:
-        """Ways to ask for two of what `arguments` ask for one of, the most telling first."""
+        """Variants of `arguments` that request two results instead of one, the most informative first."""
         generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
         common = {**arguments, **({"generator": generators} if "generator" in self.signature else {})}
         images = {name: [value] * 2 for name, value in arguments.items() if isinstance(value, Image.Image)}
@@ -179,7 +179,7 @@ class Arguments:
         return found
 
     def _refuse(self, request: GenerationRequest, model: str) -> None:
-        """What the card's check refuses for jobs from the queue, in-process callers meet here."""
+        """The same checks as the card's for queued jobs, for in-process callers."""
         if self.renders and request.width != request.height:
             raise InvalidRequest(
                 f"the views of model {model!r} are square, and the width is {request.width}",

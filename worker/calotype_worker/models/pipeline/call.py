@@ -1,4 +1,4 @@
-"""`Described`: a network call as merging sees it: its arguments, their roles, and what it must share with others."""
+"""`Described`: a network call, as used for merging: its arguments, their roles, and what must be equal."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from calotype_worker.models.pipeline.roles import Arguments, Kind, Place, Role, 
 from calotype_worker.models.pipeline.stand_in import Call
 from calotype_worker.models.pipeline.tree import Path
 
-# Arguments that may be padded along dimension 1 where the other argument masks what was added.
+# Arguments that may be padded along dimension 1 if the other argument masks the padding.
 _MASKS = ("{}_mask", "{}_masks")
 _OTHER_MASKS = {"encoder_hidden_states": ("encoder_attention_mask",), "input_ids": ("attention_mask",)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Padding:
-    """An argument that may be padded with zeros along dimension 1, and the mask that says so."""
+    """An argument that may be padded with zeros along dimension 1, and its mask."""
 
     path: Path
-    mask: Path | None  # None: the call says each row's length otherwise
+    mask: Path | None  # None: the call gives each row's length in another way
     length: int
 
 
 @dataclass(kw_only=True, eq=False)
 class Described:
-    """One call, and what decides which others it may be merged with.
+    """One call, and the keys that decide which others it may be merged with.
 
     `key` is equal for calls that can be merged with padding, `even` for those that also have equal lengths, `exact` for
     those whose scalars are equal as well. `pattern` stays the same from step to step.
@@ -70,7 +70,7 @@ class Describer:
         self._signatures: dict[Place, Signature | None] = {}
 
     def describe(self, call: Call) -> Described | None:
-        """None: the call cannot be taken apart by its network's signature."""
+        """None: the call does not match its network's signature."""
         signature = self._signature(call)
         arguments = None if signature is None else signature.named(call)
         if signature is None or arguments is None:
@@ -136,7 +136,7 @@ class Signature:
 
     @classmethod
     def of(cls, call: Call) -> Self | None:
-        """None: Python does not know them."""
+        """None: Python cannot determine them."""
         function = call.module.forward if call.method == "__call__" else getattr(call.module, call.method)
         try:
             return cls(inspect.signature(function))
@@ -164,7 +164,7 @@ class Signature:
         )
 
     def named(self, call: Call) -> Arguments | None:
-        """Its arguments by name; None: they do not fit."""
+        """Its arguments by name; None: they do not match."""
         if len(call.args) > len(self._positional):
             return None
         named = dict(zip(self._positional, call.args, strict=False))
@@ -173,7 +173,7 @@ class Signature:
         return {**named, **call.kwargs}
 
     def paddings(self, roles: list[tuple[Path, Any, Role]]) -> tuple[Padding, ...]:
-        """Those that may be longer in a merged call."""
+        """The arguments that may be longer in a merged call."""
         at = {path: (value, role) for path, value, role in roles}
         found = []
         for path, value, role in roles:
@@ -190,7 +190,7 @@ class Signature:
 
 
 def _without_value(path: Path, value: Any, role: Role, entry: Hashable) -> Hashable:
-    """What of an argument decides how a network treats it, and not which numbers it computes."""
+    """The properties of an argument that decide how a network treats it, without its values."""
     if role.kind is Kind.ROWS:
         return path, role, value.dtype, value.ndim
     if role.kind is Kind.LIST:
@@ -207,7 +207,7 @@ def _shape(value: Any) -> Hashable:
 
 
 def _kinds(value: Any, interning: Interning) -> Hashable:
-    """What all elements of lists of rows must share: type and dimensions of tensors, all else by value."""
+    """What all elements of per-row lists must share: tensors' type and dimensions, other elements' values."""
     kinds = {_kind(part, interning) for part in value}
     return frozenset(kinds)
 

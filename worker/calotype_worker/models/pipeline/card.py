@@ -1,4 +1,4 @@
-"""The card of a pipeline, from the signature of its `__call__`, its configs, and what a first run returned."""
+"""A pipeline's card, from the signature of its `__call__`, its configs, and the results of a first run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def size_multiple(pipeline: Any) -> int:
     factor = _number(pipeline, "vae_scale_factor_spatial", "vae_scale_factor", "vae_spatial_compression_ratio") or 8
     network = next((part for name, part in parts(pipeline) if name in ("transformer", "unet")), None)
     if "frame_size" in Arguments(pipeline).signature:
-        return 32  # diffusers renders 20 views in batches of 4096 rays and drops what is left over
+        return 32  # diffusers renders 20 views in batches of 4096 rays and drops the remainder
     patch = getattr(getattr(network, "config", None), "patch_size", None)
     if isinstance(patch, list | tuple):
         patch = patch[-1]

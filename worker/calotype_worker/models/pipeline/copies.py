@@ -1,4 +1,4 @@
-"""A request's own copy of a pipeline: its networks are stand-ins, and what keeps state of a run is its own."""
+"""A request's copy of a pipeline: networks are replaced by stand-ins, and objects with state are copied."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from calotype_worker.models.pipeline.stand_in import stand_in
 
 
 class StandIns:
-    """The stand-ins of one pipeline's networks. They keep nothing of a request, so all requests share them."""
+    """The stand-ins of one pipeline's networks. They have no state of a request, so all requests share them."""
 
     def __init__(self, pipeline: Any) -> None:
         self.modules: dict[str, torch.nn.Module] = {}  # the real ones, by name
@@ -36,14 +36,14 @@ def is_pipeline(value: Any) -> bool:
 
 
 def is_stateful(value: Any) -> bool:
-    """A scheduler or a guider: a run leaves its traces in it."""
+    """Whether it is a scheduler or guider, which a run changes."""
     if callable(getattr(value, "set_timesteps", None)) and callable(getattr(value, "step", None)):
         return True
     return any(base.__name__ == "BaseGuidance" for base in type(value).__mro__)
 
 
 def parts(pipeline: Any) -> list[tuple[str, Any]]:
-    """Networks, schedulers, tokenizers and the like, of nested pipelines, too, by name."""
+    """Networks, schedulers, tokenizers and other components by name, including those of nested pipelines."""
     found = []
     for name, value in vars(pipeline).items():
         for label, part in _named_parts(name, value):
@@ -68,8 +68,7 @@ def _find_modules(pipeline: Any, prefix: str, found: dict[str, torch.nn.Module])
 def _overflows(module: torch.nn.Module) -> bool:
     """Whether this is an autoencoder whose activations overflow float16.
 
-    Its pipelines cast it to float32 around each call. That would cast it for all requests, so it is kept in float32
-    from the start.
+    Its pipelines cast it to float32 for each call. That would cast it for all requests, so it always stays float32.
     """
     config = getattr(module, "config", None)
     return bool(getattr(config, "force_upcast", False)) and getattr(module, "dtype", None) is torch.float16
@@ -86,7 +85,7 @@ def _named_parts(name: str, value: Any) -> list[tuple[str, Any]]:
 class _Copy:
     def __init__(self, stand_ins: Mapping[int, torch.nn.Module]) -> None:
         self._stand_ins = stand_ins
-        self._made: dict[int, Any] = {}  # what two nested pipelines share, they share in the copy
+        self._made: dict[int, Any] = {}  # objects that nested pipelines share stay shared in the copy
 
     def of(self, pipeline: Any) -> Any:
         if id(pipeline) in self._made:
@@ -96,7 +95,7 @@ class _Copy:
         # Not by setattr, which a pipeline answers by rewriting its config.
         made.__dict__.update({name: self._value(value) for name, value in vars(pipeline).items()})
         made.__dict__["_progress_bar_config"] = {"disable": True}
-        # Where weights are is the engine's business, and hooks that move them are others' hooks, too.
+        # The engine decides where weights are; hooks that move them would affect other requests, too.
         made.__dict__["maybe_free_model_hooks"] = _nothing
         return made
 

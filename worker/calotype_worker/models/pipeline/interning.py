@@ -13,8 +13,8 @@ _REMEMBERED = 256
 class Interning:
     """Numbers for tensors, equal for equal values. Owned by the engine's thread.
 
-    Most tensors of a step are those of the step before. So the comparison by value, for which the host waits for the
-    device, happens once per request.
+    Most tensors of a step are the same as in the step before. So the comparison by value, which waits for the device,
+    is done once per request.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class Interning:
                 self._values.move_to_end(number)
                 return number
         self._next += 1
-        # A copy: the caller may write into its own.
+        # A copy, because the caller may write into its own.
         self._values[self._next] = tensor.detach().clone()
         while len(self._values) > _REMEMBERED:
             self._values.popitem(last=False)

@@ -17,7 +17,7 @@ _CLASS_AND_SOURCE = re.compile(r"^([A-Z][A-Za-z0-9]*Pipeline):(.+)$")
 
 
 def split_source(source: str) -> tuple[str | None, str]:
-    """`CLASS:FOLDER` as the class and the folder; the class is None where the folder's own is meant."""
+    """Split `CLASS:FOLDER`; the class is None if the folder's own is used."""
     found = _CLASS_AND_SOURCE.match(source)
     return (found[1], found[2]) if found else (None, source)
 
@@ -26,7 +26,7 @@ def class_of(name: str, folder: Path) -> str:
     """The pipeline class that a folder's index names.
 
     Raises:
-        ModelLoadError: there is no index, it is broken, or names no class of diffusers' own.
+        ModelLoadError: the index is missing or broken, or does not name a class of diffusers.
     """
     index = next((folder / file for file in (_INDEX, _MODULAR_INDEX) if (folder / file).is_file()), None)
     if index is None:
@@ -42,7 +42,7 @@ def class_of(name: str, folder: Path) -> str:
 
 
 def check_class(name: str, class_name: Any) -> None:
-    """Raises ModelLoadError: it is no pipeline class of the installed diffusers. Code of a repository never runs."""
+    """Raises ModelLoadError if it is not a pipeline class of diffusers. A repository's code never runs."""
     import diffusers  # noqa: PLC0415 - takes seconds
 
     kind = getattr(diffusers, class_name, None) if isinstance(class_name, str) else None
@@ -85,7 +85,7 @@ def load_pipeline(
 
 
 def _left_out(folder: Path, names: Sequence[str]) -> dict[str, Any]:
-    """Parts that are not wanted, and those that a folder says it does without: diffusers wants that said again."""
+    """Parts that are excluded, and those that the folder declares as absent, which diffusers wants repeated."""
     index = folder / _INDEX
     if not index.is_file():
         return {}

@@ -33,12 +33,12 @@ class Cut:
     padded: int | None = None
 
 
-# By where in the result; what is not in it is the same for all calls.
+# By path in the result. Whatever has no entry is the same for all calls.
 Cuts = Mapping[Path, Cut]
 
 
 def padded_paths(calls: Sequence[Described]) -> frozenset[Path]:
-    """Arguments whose lengths differ."""
+    """The arguments whose lengths differ."""
     lengths: dict[Path, set[int]] = {}
     for call in calls:
         for padding in call.paddings:
@@ -75,7 +75,7 @@ def merge(calls: Sequence[Described], *, expand: bool) -> tuple[tuple[Any, ...],
                 found[padding.mask] = mask
     arguments = rebuilt(dict(first.arguments), found)
     for path, value in found.items():
-        if path[0] not in arguments:  # a mask that the calls went without
+        if path[0] not in arguments:  # a mask that the calls did not have
             arguments[path[0]] = value
     names = list(first.arguments)[: len(first.call.args)]
     return tuple(arguments.pop(name) for name in names), arguments
@@ -108,10 +108,10 @@ def _mask(
 
 
 def learn(calls: Sequence[Described], merged: Any, apart: Sequence[Any]) -> Cuts:
-    """How to cut `merged` into what the calls return when they run `apart`.
+    """Learn how to cut `merged` into the results of the calls when run `apart`.
 
     Raises:
-        CannotCut: their results are no parts of it.
+        CannotCut: their results are not parts of it.
     """
     found: dict[Path, Cut] = {}
     _learn(calls, merged, list(apart), (), found)
@@ -182,7 +182,7 @@ def cut(calls: Sequence[Described], merged: Any, cuts: Cuts) -> list[Any]:
     """Each call's own result.
 
     Raises:
-        CannotCut: it is not as long as `cuts` says.
+        CannotCut: its length differs from what `cuts` states.
     """
     lengths = _lengths(calls)
     results = []
@@ -217,7 +217,7 @@ class _Slice:
                 part = part.narrow(own.padded, 0, self.length)
             return part.contiguous()
         if isinstance(value, torch.Tensor):
-            return value.clone()  # the caller may write into what is its own
+            return value.clone()  # the caller may write into its own result
         if children(value) is None:
             return value
         return with_children(value, lambda key, part: self.of(part, (*path, key)))

@@ -33,10 +33,10 @@ _PROMPTS = ("a red circle", "a blue square", "one much longer prompt with a gree
 
 
 class PipelineModel:
-    """Loaded in one thread; then `copy`, `start`, `calls` and `to` belong to the engine's, the rest to any.
+    """Loaded in one thread; then `copy`, `start`, `calls` and `to` are for the engine's thread, the rest for any.
 
-    `roles` says which networks are merged; `changes` names a module that each run of the pipeline changes (its
-    attention processors, mostly): such requests share the device call by call, but no call.
+    `roles` states which networks' calls are merged; `changes` names a module that each run of the pipeline changes (its
+    attention processors, usually): such requests share the device in turns, but no calls.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class PipelineModel:
         """Probe the pipeline, which is on the CPU, and move it to `device`.
 
         Raises:
-            ModelLoadError: it does not run.
+            ModelLoadError: it fails when run.
         """
         self.device = device
         self.dtype = dtype
@@ -93,7 +93,7 @@ class PipelineModel:
         return self._stand_ins.modules
 
     def summary(self) -> dict[str, Any]:
-        """What is merged, and why some calls are not."""
+        """Which calls are merged, and why others are not."""
         if self.changes:
             return {"merged": False, "reason": f"its runs change {self.changes}"}
         refused = sorted({f"{pattern[0][0][0]}: {reason}" for pattern, reason in self.calls.trust.refused})  # type: ignore[index]
@@ -102,19 +102,19 @@ class PipelineModel:
     # ---- any thread
 
     def group(self, request: GenerationRequest) -> tuple[Hashable, ...]:
-        """What requests share that run together."""
+        """The key that requests must share to run together."""
         return ("pipeline", request.width, request.height, request.num_frames)
 
     def area(self, group: tuple[Hashable, ...]) -> int:
-        """Pixels of a request of a group; of the native size where the group is not known."""
+        """Pixels of a request of a group; of the native size if the group is unknown."""
         width, height = self.card.native_sizes[0]
         return int(str(group[1])) * int(str(group[2])) if len(group) == 4 else width * height
 
     def check(self, request: GenerationRequest) -> None:
-        """Refuse what cannot be made.
+        """Refuse requests that the pipeline does not support.
 
         Raises:
-            InvalidRequest: the pipeline does not take it, or its samplers cannot do it.
+            InvalidRequest: the pipeline or its samplers do not support it.
         """
         self.card.check_size(request.width, request.height)
         self.arguments.of(request, model=self.card.name)
@@ -131,7 +131,7 @@ class PipelineModel:
     # ---- the engine's thread
 
     def watched(self, request: GenerationRequest) -> ModuleState | None:
-        """The networks' state, where this request's run may change it."""
+        """The networks' state, if this request's run may change it."""
         names = frozenset(request.parameters)
         if not self.changes and names in self._plain_parameters:
             return None
@@ -143,7 +143,7 @@ class PipelineModel:
         self._plain_parameters.add(frozenset(request.parameters))
 
     def start(self, request: GenerationRequest, follow: Callable[[Any], None]) -> Callable[[], Any]:
-        """What runs the request, for a greenlet, and returns what `read` takes. `follow` gets its own scheduler."""
+        """The function to run in a greenlet, which returns the input of `read`. `follow` gets its own scheduler."""
         pipeline = self._stand_ins.copy()
         if self._replaces_scheduler(request):
             pipeline.__dict__["scheduler"] = self._scheduler(request)
@@ -154,19 +154,19 @@ class PipelineModel:
         return functools.partial(self._call, pipeline, arguments, guidance=request.guidance_scale)
 
     def read(self, result: Any) -> Output:
-        """What a run made.
+        """Read the outputs of a run.
 
         Raises:
-            GenerationFailed: nothing that could be stored.
+            GenerationFailed: it has no output that can be stored.
         """
         output = read(result, sample_rate=_sample_rate(self._pipeline))
         if self.arguments.renders and output.frames is not None:
-            # The last view is the first again, which would make a loop stutter.
+            # The last view equals the first, which would make a loop stutter.
             return dataclasses.replace(output, frames=output.frames[:-1])
         return output
 
     def plain(self, request: GenerationRequest) -> Any:
-        """What diffusers itself returns for the request, alone. It must not run beside others."""
+        """The result of diffusers itself for one request. Must not run beside others."""
         torch.manual_seed(request.seed)
         with torch.no_grad():
             arguments = self.arguments.of(request, model=self.card.name)
@@ -224,11 +224,11 @@ class PipelineModel:
 
     def _arguments_of(self, request: GenerationRequest) -> dict[str, Any]:
         found = self.arguments.of(request, model="")
-        # Views of an object take minutes on a CPU, and nothing of them is merged.
+        # Views of an object take minutes on a CPU, and none of their calls are merged.
         return {**found, "output_type": "latent"} if self.arguments.renders else found
 
     def _learn(self, single: Recording, width: int, height: int) -> Roles:
-        """Roles from a run for two; if there is none, all are guessed from shapes."""
+        """Learn roles from a run for two requests; if it fails, all are guessed from shapes."""
         arguments = self._probe_arguments(width, height)
         for way in self.arguments.doubled(arguments, _PROMPTS[:2]):
             try:
@@ -260,7 +260,7 @@ class PipelineModel:
 
 
 def probe_request(arguments: Arguments, width: int, height: int, *, prompt: str, seed: int) -> GenerationRequest:
-    """A request that any pipeline of these arguments takes: little work, all inputs that it needs."""
+    """A request that any pipeline with these arguments accepts: little work, all required inputs."""
     signature = arguments.signature
     image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     frames = signature.default("num_frames")

@@ -1,4 +1,4 @@
-"""`ModuleState`: what of a pipeline's networks a run may change: processors, hooks, `forward`, training mode."""
+"""`ModuleState`: the state of networks that a run may change: processors, hooks, `forward`, training mode."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _Entry = tuple[str, Any]  # which of the module's dicts holds it, and the value
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Change:
-    """One attribute of one module as a run wants it; `entry` None: without it."""
+    """One attribute of one module as set by a run; `entry` None: deleted."""
 
     name: str  # of the module
     module: torch.nn.Module
     key: str
     entry: _Entry | None
-    base: _Entry | None  # as others want it
+    base: _Entry | None  # as other runs need it
 
 
 class ModuleState:
@@ -46,11 +46,11 @@ class ModuleState:
         )
 
     def refresh(self) -> None:
-        """From now on the networks should be as they are at this moment."""
+        """Take the networks' current state as the base."""
         self._found = [(name, module, _state(module)) for name, module, _ in self._found]
 
     def take_out(self) -> list[Change]:
-        """Undo what was changed since; the changes."""
+        """Undo the changes since then, and return them."""
         changes = []
         for name, module, state in self._found:
             now = _state(module)
@@ -63,13 +63,13 @@ class ModuleState:
 
 
 def put_in(changes: Sequence[Change]) -> None:
-    """Make changes again that were taken out."""
+    """Apply removed changes again."""
     for change in changes:
         _set(change.module, change.key, change.entry)
 
 
 def restore(changes: Sequence[Change]) -> None:
-    """Take changes out again."""
+    """Remove changes again."""
     for change in changes:
         _set(change.module, change.key, change.base)
 

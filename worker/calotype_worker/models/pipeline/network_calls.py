@@ -16,14 +16,14 @@ from calotype_worker.models.pipeline.thread_state import ThreadState
 from calotype_worker.models.pipeline.tree import rebuilt
 from calotype_worker.models.pipeline.trust import Trust, difference, drew
 
-_VERIFIED = 3  # calls of the first merge of a pattern, which run apart, too
+_VERIFIED = 3  # number of calls in a pattern's first merge, which also run separately
 
-# What calls must have equal, from least to most; whether their scalars are repeated for each row.
+# Which keys of calls must be equal, from least to most; and whether scalars are repeated for each row.
 _LEVELS = (("key", True), ("even", True), ("exact", False))
 
 
 class NetworkCalls:
-    """Owned by the engine's thread. `merging` off: each call goes alone, with the bits of the plain pipeline."""
+    """Owned by the engine's thread. Without `merging`, each call runs alone, with the bits of the plain pipeline."""
 
     def __init__(self, roles: Roles, *, merging: bool = True) -> None:
         self._describer = Describer(roles)
@@ -31,10 +31,10 @@ class NetworkCalls:
         self.merging = merging
 
     def describe(self, call: Call) -> Described | None:
-        """None: the call goes alone."""
+        """None: the call runs alone."""
         return self._describer.describe(call) if self.merging and not call.caller.changes else None
 
-    def company(self, lead: Described, waiting: Sequence[Described]) -> list[Described]:
+    def mergeable(self, lead: Described, waiting: Sequence[Described]) -> list[Described]:
         """Those of the waiting calls that go with `lead`, which is among them; in their order, `lead` first."""
         members = [lead, *(call for call in waiting if call is not lead and call.key == lead.key)]
         for attribute, expand in _LEVELS:
@@ -51,10 +51,10 @@ class NetworkCalls:
         return [lead]
 
     def run(self, calls: Sequence[Described]) -> list[Any]:
-        """The results of calls that go together.
+        """Run calls together and return their results.
 
         Raises:
-            Exception: what the network raises, for any of them.
+            Exception: the network's error, for any of them.
         """
         for attribute, expand in _LEVELS if len(calls) > 1 else ():
             if len({getattr(call, attribute) for call in calls}) > 1:
@@ -79,7 +79,7 @@ class NetworkCalls:
             return call.function()(*args, **kwargs)
 
     def _verify(self, calls: Sequence[Described], pattern: Hashable, *, expand: bool) -> list[Any]:
-        """The calls apart; and whether merged they would have given the same."""
+        """Run the calls separately, and check whether merging gives the same results."""
         generators = [value for call in calls for _, value, role in call.roles if role.kind is Kind.GENERATOR]
         before = [generator.get_state() for generator in generators]
         merged, problem = None, ""
@@ -115,7 +115,7 @@ class NetworkCalls:
 
 
 def alone(call: Call) -> Any:
-    """One call as its pipeline made it, with its own random numbers."""
+    """One call exactly as its pipeline made it, with its own random numbers."""
     with call.caller.calling():
         return call.function()(*rebuilt(call.args, {}), **rebuilt(call.kwargs, {}))
 
@@ -132,7 +132,7 @@ def _unlike(calls: Sequence[Described]) -> list[Described]:
 
 
 def _is_of_device(error: Exception) -> bool:
-    """Whether it says nothing of the pattern: too little memory, or a lost device."""
+    """Whether the error is unrelated to the pattern: too little memory, or a lost device."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
         words in str(error) for words in ("memory", "CUDA error")
     )

@@ -1,4 +1,4 @@
-"""Reads what a pipeline returned: images, frames, sound or a mesh, whatever its class calls them."""
+"""Reads a pipeline's results: images, frames, sound or a mesh, whatever the names of the fields."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SOUND = ("audio", "audios", "sound")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Output:
-    """One of these is there, sound also beside frames."""
+    """Exactly one is set; sound may be set together with frames."""
 
     image: np.ndarray | None = None  # uint8 (H, W, 3)
     frames: np.ndarray | None = None  # uint8 (F, H, W, 3)
@@ -35,7 +35,7 @@ class Output:
         return "image" if self.image is not None else "audio"
 
     def shown(self, width: int, height: int) -> np.ndarray:
-        """What to show for it, uint8 (h, w, 3): the image, the middle frame, a mesh from the front, a waveform."""
+        """An image that represents it, uint8 (h, w, 3): the image, middle frame, mesh from the front, or waveform."""
         if self.image is not None:
             return self.image
         if self.frames is not None:
@@ -47,10 +47,10 @@ class Output:
 
 
 def read(result: Any, *, sample_rate: int) -> Output:
-    """The first (and only) of each of a pipeline's results.
+    """Read the first (and only) element of each of a pipeline's results.
 
     Raises:
-        GenerationFailed: there is none, it is not finite, or it is of no kind that could be stored.
+        GenerationFailed: there is none, it is not finite, or its kind cannot be stored.
     """
     named = _named(result)
     sound = next((named[name] for name in _SOUND if named.get(name) is not None), None)
@@ -159,7 +159,7 @@ def _drawn(mesh: Mesh, side: int) -> np.ndarray:
 
 
 def _waveform(audio: Audio, width: int, height: int) -> np.ndarray:
-    """The loudness of sound from left to right: uint8 (height, width, 3)."""
+    """A waveform image of sound: uint8 (height, width, 3)."""
     image = np.full((height, width, 3), 255, dtype=np.uint8)
     pieces = np.array_split(np.abs(audio.samples).max(axis=0), width)
     for column, piece in enumerate(pieces):

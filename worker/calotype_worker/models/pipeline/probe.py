@@ -1,4 +1,4 @@
-"""Runs a pipeline alone and records its network calls, to learn what their arguments are."""
+"""Runs a pipeline alone and records its network calls, to learn the roles of their arguments."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from calotype_worker.models.pipeline.stand_in import Call, CallingGreenlet
 
 @dataclass(frozen=True, kw_only=True)
 class Recording:
-    """A run's network calls in order, and whether it left its networks as they were throughout."""
+    """A run's network calls in order, and whether it changed its networks."""
 
     calls: Sequence[Call]
     result: Any
-    changes: str  # what it changed in its networks, such as their attention processors; empty: nothing
+    changes: str  # what it changed in its networks, such as attention processors; empty: nothing
 
 
 def record(stand_ins: StandIns, start: Callable[[Any], Any], *, seed: int = 0) -> Recording:
     """Run `start` with a copy of the pipeline.
 
     Raises:
-        Exception: what the pipeline raises.
+        Exception: the pipeline's error.
     """
     pipeline = stand_ins.copy()
     calls: list[Call] = []
@@ -47,7 +47,7 @@ def record(stand_ins: StandIns, start: Callable[[Any], Any], *, seed: int = 0) -
 
 
 def learn_roles(single: Recording, double: Recording) -> Roles:
-    """What the arguments of networks are, from a run for one request and one for two."""
+    """Learn the roles of networks' arguments, from a run for one request and one for two."""
     roles = Roles()
     ones, twos = _by_place(single), _by_place(double)
     for place, calls in ones.items():
@@ -69,7 +69,7 @@ def rehearse(stand_ins: StandIns, calls: NetworkCalls, starts: Sequence[Callable
     """Run several requests together, so that the patterns of their calls are verified before others wait for them.
 
     Raises:
-        Exception: what a pipeline or network raises.
+        Exception: the error of a pipeline or network.
     """
     running = []
     for seed, start in enumerate(starts):
@@ -82,7 +82,7 @@ def rehearse(stand_ins: StandIns, calls: NetworkCalls, starts: Sequence[Callable
         if lead is None:
             chosen, results = [waiting[0]], [alone(waiting[0])]
         else:
-            members = calls.company(lead, [other for other in described.values() if other is not None])
+            members = calls.mergeable(lead, [other for other in described.values() if other is not None])
             chosen, results = [member.call for member in members], calls.run(members)
         for call, result in zip(chosen, results, strict=True):
             waiting.remove(call)

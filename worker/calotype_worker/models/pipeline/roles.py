@@ -1,8 +1,8 @@
-"""`Roles`: which dimension of each argument of a network counts the batch's rows, read off two recorded runs.
+"""`Roles`: which dimension of each network argument counts the batch's rows, derived from two recorded runs.
 
 A dimension that is twice as long in a run for two requests as in one for a single request is the batch's; a list that
-is twice as long holds one element per row. What neither run shows is guessed from shapes. Merges that rest on a wrong
-guess are found by `trust`.
+is twice as long holds one element per row. Roles that the runs do not show are guessed from shapes. Merges
+based on a wrong guess are detected by `trust`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Kind(Enum):
     SHARED = "shared"  # a tensor that must be equal
     VALUE = "value"  # a Python value that must be equal
     OBJECT = "object"  # must be the same object
-    GENERATOR = "generator"  # left out of the comparison; see `trust`
+    GENERATOR = "generator"  # excluded from the comparison; see `trust`
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _compare(one: Any, two: Any, path: Path, found: dict[Path, Role]) -> None:
 
 
 def _count(found: Sequence[tuple[Path, Any]], known: Mapping[Path, Role]) -> int:
-    """Rows of a call: of the first argument that is known to count them, else of the first with a batch dimension."""
+    """Number of rows of a call: of the first argument known to count them, else the first with a batch dimension."""
     for path, value in found:
         role = known.get(path)
         if role is not None and _fits(value, role):
@@ -117,7 +117,7 @@ def _role(value: Any, known: Role | None, rows: int, *, probed: bool) -> Role:
     if isinstance(value, torch.Tensor):
         if value.ndim == 0 or (value.shape == (1,) and rows >= 1):
             return Role(Kind.SCALAR)
-        # The runs have shown that it is shared, or there were none.
+        # The runs have shown that it is shared, or there were no runs.
         guessed = not probed and value.shape[0] and value.shape[0] % rows == 0
         return _ROWS if guessed else Role(Kind.SHARED)
     if isinstance(value, torch.Generator):

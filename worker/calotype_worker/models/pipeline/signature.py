@@ -1,4 +1,4 @@
-"""`CallSignature`: what a pipeline's `__call__` takes, of classes and of blocks alike."""
+"""`CallSignature`: the parameters of a pipeline's `__call__`, for pipeline classes and modular blocks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from calotype_shared.errors import InvalidRequest
 
-# Set by the engine from other fields of a request, or not at all.
+# Set by the engine from other fields of a request, or never set.
 _OURS = frozenset(
     {
         "prompt", "negative_prompt", "height", "width", "num_inference_steps", "generator", "image", "mask_image",
@@ -24,7 +24,7 @@ _REFUSED_TYPES = ("Callable", "Tensor", "Generator", "Image", "Path", "ndarray")
 @dataclass(frozen=True, kw_only=True)
 class Parameter:
     name: str
-    default: Any  # None, too, where there is none
+    default: Any  # None if it has none
     required: bool
     annotation: str
 
@@ -70,18 +70,18 @@ class CallSignature:
         return name in self.parameters
 
     def default(self, name: str) -> Any:
-        """None where there is no such parameter."""
+        """None if there is no such parameter."""
         return self.parameters[name].default if name in self.parameters else None
 
     def free(self) -> list[str]:
-        """What a request's `parameters` may name: all that JSON can say and no other field does."""
+        """The names allowed in a request's `parameters`: those with JSON values that no other field sets."""
         return [name for name, given in self.parameters.items() if name not in _OURS and _free(given)]
 
     def check(self, model: str, parameters: Mapping[str, Any]) -> None:
-        """Refuse what the pipeline does not take.
+        """Refuse parameters that the pipeline does not accept.
 
         Raises:
-            InvalidRequest: no such parameter, or not of its type.
+            InvalidRequest: a parameter is unknown or has the wrong type.
         """
         free = self.free()
         for name, value in parameters.items():
@@ -111,7 +111,7 @@ def _free(given: Parameter) -> bool:
 
 
 def _types(given: Parameter) -> set[type]:
-    """Python types that the parameter takes; empty: unknown."""
+    """The Python types that the parameter accepts; empty: unknown."""
     found: set[type] = set()
     for kind in (bool, int, float, str, list, tuple, dict):
         if kind.__name__ in given.annotation.lower().replace("typing.", ""):

@@ -1,4 +1,4 @@
-"""Stand-ins for a pipeline's networks: within a request's greenlet their calls are handed to the engine instead.
+"""Stand-ins for a pipeline's networks: within a request's greenlet, their calls are passed to the engine.
 
 A stand-in is an instance of a subclass of the network's own class that shares its `__dict__`, so `isinstance`, configs,
 dtypes and hooks are those of the network. Only `__call__`, `encode` and `decode` differ.
@@ -19,7 +19,7 @@ from calotype_worker.models.pipeline.module_state import Change, ModuleState, pu
 from calotype_worker.models.pipeline.thread_state import ThreadState
 from calotype_worker.models.pipeline.tree import leaves, rebuilt
 
-# Methods that do the work of a network, where its class has them.
+# Methods that run a network, if its class has them.
 METHODS = ("__call__", "encode", "decode")
 
 
@@ -39,18 +39,18 @@ class Call:
         return self.component, self.method
 
     def function(self) -> Any:
-        """What does the work: the real network, or its method."""
+        """The callable to run: the real network, or its method."""
         return self.module if self.method == "__call__" else getattr(self.module, self.method)
 
 
 class CallingGreenlet(greenlet):
-    """Runs one request. Its parent gets each `Call` and switches back with the result, or throws what went wrong.
+    """Runs one request. Its parent gets each `Call` and switches back with the result, or throws the error.
 
-    `state` is what PyTorch keeps per thread or process and what belongs to this request: random numbers, grad mode.
+    `state` is this request's own copy of PyTorch's state per thread or process: random numbers, grad mode.
     """
 
     def __init__(self, run: Any, *, parent: greenlet, seed: int, watched: ModuleState | None = None) -> None:
-        """`watched`: the networks as they should be for all others, where this run may change them."""
+        """`watched`: the networks' state for all other requests, if this run may change it."""
         super().__init__(run, parent)
         self.state = ThreadState.fresh(seed)
         self.changes: Sequence[Change] = ()  # of the networks, by this run
@@ -62,18 +62,18 @@ class CallingGreenlet(greenlet):
         return self.parent.switch(call)
 
     def resume(self, *values: Any) -> Any:
-        """Switch to it, with its own thread state: its next `Call`, or what it returns."""
+        """Continue it with its own thread state. Returns its next `Call`, or its result."""
         with self.entered():
             return self.switch(*values)
 
     def fail(self, error: BaseException) -> Any:
-        """Raise where it sleeps: its next `Call`, or what it returns nevertheless."""
+        """Raise an error where it is suspended. Returns its next `Call`, or its result if it returns nevertheless."""
         with self.entered():
             return self.throw(error)
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """Within, thread and networks are as this run has left them."""
+        """Within the block, thread and networks have the state that this run left."""
         with self.state.entered():
             put_in(self.changes)
             try:
@@ -84,7 +84,7 @@ class CallingGreenlet(greenlet):
 
     @contextmanager
     def calling(self) -> Iterator[None]:
-        """The same for a network call. What a network changes of itself stays: some add hooks when they first run."""
+        """The same for a network call. A network's own changes are kept: some add hooks when they first run."""
         with self.state.entered():
             put_in(self.changes)
             try:
@@ -97,9 +97,9 @@ class CallingGreenlet(greenlet):
 
 
 def stand_in(component: str, module: torch.nn.Module, *, upcast: bool = False) -> torch.nn.Module:
-    """A stand-in for a network. Outside of a request's greenlet it calls the network itself.
+    """A stand-in for a network. Outside a request's greenlet, it calls the network itself.
 
-    `upcast`: the network is in float32, and pipelines are to take it for the float16 one that they would cast to
+    `upcast`: the network is in float32, but appears to pipelines as the float16 one that they would cast to
     float32 for each of its calls.
     """
     kind: Any = type(module)
@@ -110,7 +110,7 @@ def stand_in(component: str, module: torch.nn.Module, *, upcast: bool = False) -
     }
     if upcast:
         methods["dtype"] = property(lambda self: torch.float16)
-    # The engine decides where weights are: moving or casting a stand-in would move those of all requests.
+    # The engine decides where weights are: moving or casting a stand-in would affect all requests.
     methods["_apply"] = lambda self, *args, **kwargs: self
     methods["to"] = lambda self, *args, **kwargs: self
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}

@@ -1,4 +1,4 @@
-"""`ThreadState`: what PyTorch keeps for a whole thread or process, and what each request needs for itself."""
+"""`ThreadState`: PyTorch's state per thread or process that each request needs for itself."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 
 @dataclass(kw_only=True, eq=False)
 class ThreadState:
-    """Random numbers, grad mode and autocast of one request. The engine's thread alone uses it.
+    """Random numbers, grad mode and autocast of one request. Used only by the engine's thread.
 
-    Pipelines that draw without a generator use PyTorch's global one, so each request has a state of that for itself.
+    Pipelines that draw without a generator use PyTorch's global one, so each request has its own state of it.
     """
 
     random: torch.Tensor
@@ -37,7 +37,7 @@ class ThreadState:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """The thread has this state within, and the one that it had before afterwards."""
+        """Within the block, the thread has this state; afterwards, its previous one."""
         outside = ThreadState(
             random=torch.get_rng_state(),
             cuda=torch.cuda.get_rng_state() if self.cuda is not None else None,

@@ -1,4 +1,4 @@
-"""Arguments and results of network calls as trees: what their leaves are, and the same tree with others."""
+"""Arguments and results of network calls as trees: iterating over leaves and replacing them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def leaves(
 
 
 def rebuilt(value: Any, found: dict[Path, Any], path: Path = ()) -> Any:
-    """The same tree with the leaves or branches of `found` in their places.
+    """The same tree, with the leaves or branches of `found` replaced.
 
     Branches are always copied: a network may remove items from the lists that it is given.
     """
@@ -62,7 +62,7 @@ def children(value: Any) -> list[tuple[str | int, Any]] | None:
 
 
 def with_children(value: Any, change: Callable[[str | int, Any], Any]) -> Any:
-    """A copy of a result of which each part went through `change`."""
+    """A copy of a result with `change` applied to each part."""
     if isinstance(value, dict):
         made = copy.copy(value)
         for key, part in value.items():

@@ -1,7 +1,7 @@
-"""`Trust`: verify first. The first merge of each pattern also runs its calls apart, and has to give the same.
+"""`Trust`: verifies merging. The first merge of each pattern also runs its calls separately and compares results.
 
-Roles that were read off shapes can be wrong, and a network can mix rows (a norm over the batch, attention across it).
-Both show as a difference; such a pattern is never merged again.
+Roles guessed from shapes can be wrong, and a network can mix rows (a norm over the batch, attention across it).
+Both cause a difference, and such a pattern is never merged again.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from calotype_worker.models.pipeline.merge import CannotCut, Cuts
 from calotype_worker.models.pipeline.tree import children
 
 _REMEMBERED = 4096
-# Relative to the largest value of the tensor. Larger batches choose other kernels, which round otherwise: by 1e-6 in
-# float32. A network that mixes rows by less than this is not found out.
+# Relative to the largest value of the tensor. Larger batches use other kernels, which round differently: by 1e-6 in
+# float32. A network that mixes rows by less than the tolerance is not detected.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _TF32_TOLERANCE = 5e-3
 
@@ -43,7 +43,7 @@ class Trust:
         return [(pattern, found.reason) for pattern, found in self._verdicts.items() if found.cuts is None]
 
     def of(self, pattern: Hashable) -> Verdict | None:
-        """What is known of a pattern; None: it was never tried."""
+        """The verdict about a pattern; None: never tried."""
         found = self._verdicts.get(pattern)
         if found is not None:
             self._verdicts.move_to_end(pattern)
@@ -63,10 +63,10 @@ class Trust:
 
 
 def difference(own: Any, apart: Any) -> str:
-    """Where a part of a merged result differs from the call's own; empty where it does not.
+    """Where a part of a merged result differs from the call's own; empty if it does not.
 
     Raises:
-        CannotCut: they are not of one kind.
+        CannotCut: they are of different kinds.
     """
     if type(own) is not type(apart):
         raise CannotCut(f"{type(own).__name__} instead of {type(apart).__name__}")
