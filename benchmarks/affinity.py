@@ -272,7 +272,7 @@ def simulate(
     def claim() -> None:
         free = [worker for worker in fleet if worker.free]
         while free and len(line):
-            worker = chance.choice(free)  # whoever gets the message
+            worker = chance.choice(free)  # the one that gets the message
             together = all(line.waiting[tenant] for tenant in TENANTS)
             with worker.affinity.preferred_shapes(QUEUE) as shapes:
                 job = line.take(shapes)
@@ -330,7 +330,7 @@ def figures(jobs: Sequence[Job], shares: Sequence[float]) -> dict[str, float]:
 def simulate_models(order: str, *, move_seconds: float, jobs: int, seed: int = 0) -> dict[str, float]:
     """One worker, two models with a queue each.
 
-    `order` is which queue it takes from: `first` while that has any (as kombu's BRPOP does), `turns`, or `at hand`,
+    `order` is which queue it takes from: `first` while that has any (as kombu's BRPOP does), `turns`, or `resident`,
     whose model is on the device. The engine's patience is 50 steps.
     """
     chance = random.Random(seed)
@@ -349,7 +349,7 @@ def simulate_models(order: str, *, move_seconds: float, jobs: int, seed: int = 0
     ends: dict[str, list[float]] = {"a": [], "b": []}
     while any(lines.values()) or held:
         while len(held) < device.slots and any(lines.values()):
-            model = {"first": "a", "turns": next(turn), "at hand": resident}[order]
+            model = {"first": "a", "turns": next(turn), "resident": resident}[order]
             model = model if lines[model] else ("b" if model == "a" else "a")
             job = lines[model].pop(0)
             held[job.id] = job
@@ -423,7 +423,7 @@ def main() -> None:
             ),
         }
         for seconds in (0.5, 3.0)
-        for order in ("first", "turns", "at hand")
+        for order in ("first", "turns", "resident")
     ]
     for model in models:
         print(json.dumps(model), flush=True)

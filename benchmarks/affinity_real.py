@@ -5,7 +5,7 @@
 Each worker is the whole process: Celery, claims, engine, PNG, S3. Only its network and its decoder are replaced: a
 step of `rows` rows of `area` (1: the native size) sleeps `max(t0, rows * area * t1)`, as `affinity.py` has it. So
 several fit on a few cores. Two fleets run side by side, each on a queue of its own, and are given the same jobs in
-turns, one round after another; whoever has none sleeps. `throughput` is as there: the work done until the line is
+turns, one round after another; a worker without one sleeps. `throughput` is as there: the work done until the line is
 empty, in shares of what full step batches would do.
 """
 

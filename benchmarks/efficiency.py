@@ -75,7 +75,7 @@ def tflop(model: StepModel) -> tuple[float, float]:
 
 
 class Line:
-    """Keeps an engine's line full: whoever is done is followed by another."""
+    """Keeps an engine's line full: each request that ends is followed by another."""
 
     def __init__(self, engine: Engine, model: StepModel, *, standing: int) -> None:
         self._engine = engine

@@ -19,7 +19,9 @@ lines = [
     {"custom_id": color, "prompt": f"a large {color} circle on a white background", "num_inference_steps": 12}
     for color in ("red", "blue", "green")
 ]
-lines.append({"custom_id": "odd", "prompt": "a red circle", "width": 100})  # told by number; costs the others nothing
+lines.append(
+    {"custom_id": "odd", "prompt": "a red circle", "width": 100}
+)  # reported by line number; the others are not affected
 manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 with Client() as client:

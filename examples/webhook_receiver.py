@@ -6,7 +6,7 @@ Needs `pip install standardwebhooks`, and a running `calotype up` that signs web
     calotype up
     WEBHOOK_SECRET=$(calotype keys webhook-secret default) python examples/webhook_receiver.py
 
-Writes out/webhook_receiver.json, what was told.
+Writes out/webhook_receiver.json, the events received.
 """
 
 import json
@@ -21,14 +21,14 @@ from standardwebhooks import Webhook, WebhookVerificationError
 from calotype import Client
 
 signatures = Webhook(os.environ["WEBHOOK_SECRET"])
-told: queue.Queue[dict] = queue.Queue()
+events: queue.Queue[dict] = queue.Queue()
 
 
 class Receiver(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["content-length"]))
         try:
-            told.put(signatures.verify(body, dict(self.headers)))  # refuses what is forged, changed or old
+            events.put(signatures.verify(body, dict(self.headers)))  # refuses what is forged, changed or old
             self.send_response(204)
         except WebhookVerificationError:
             self.send_response(401)
@@ -42,7 +42,7 @@ with ThreadingHTTPServer(("127.0.0.1", 0), Receiver) as server, Client() as clie
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}/"
     job = client.submit("a red circle on a blue background", num_inference_steps=10, seed=7, webhook_url=url)
-    event = told.get(timeout=120)  # deliveries may come twice: a real receiver remembers the webhook-id
+    event = events.get(timeout=120)  # deliveries may come twice: a real receiver remembers the webhook-id
     server.shutdown()
     assert event["data"]["id"] == job.id
     Path("out").mkdir(exist_ok=True)

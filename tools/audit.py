@@ -1,7 +1,7 @@
 """`make audit`: asks for known vulnerabilities of everything installed beside us, by pip-audit.
 
 Fails on a finding that `audit-ignore.toml` does not excuse, or no longer: an entry has a reason and a last day. Where
-the advisories cannot be reached it says loudly that nothing was audited, and does not fail: that is no finding.
+the advisories cannot be reached it says loudly that nothing was audited, and does not fail: that is not a finding.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ OURS = "calotype"
 
 
 def installed() -> list[str]:
-    """Pins of what is installed; a build's local version (`+cpu`) is no version of an advisory."""
+    """Pins of what is installed; a build's local version (`+cpu`) is not a version that advisories name."""
     found = {d.metadata["Name"]: d.version.partition("+")[0] for d in distributions() if d.metadata["Name"]}
     return sorted(f"{name}=={version}" for name, version in found.items() if name != OURS)
 

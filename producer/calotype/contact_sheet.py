@@ -30,7 +30,7 @@ class Print:
 
 def contact_sheet(prints: Sequence[Print], *, columns: int = 7) -> Image:
     """The prints in reading order. Small images are enlarged, so that a demo model's are easy to see."""
-    from PIL import Image, ImageDraw, ImageFont  # noqa: PLC0415 - only whoever draws needs Pillow
+    from PIL import Image, ImageDraw, ImageFont  # noqa: PLC0415 - only drawing needs Pillow
 
     columns = max(1, min(columns, len(prints)))
     rows = -(-len(prints) // columns)

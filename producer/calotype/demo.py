@@ -131,7 +131,7 @@ def follow(
     ):
         whole = progress.add_task("jobs", total=len(ids), rate="")
         bars: dict[str, TaskID] = {}
-        began = told = time.monotonic()
+        began = printed_at = time.monotonic()
         image_count = 0
         waiting = client.waiter.begin(ids, timeout=_ALL_JOBS_SECONDS)
         while not waiting.done:
@@ -150,9 +150,9 @@ def follow(
                     rate = f"{image_count / (time.monotonic() - began):.2f} images/s"
                     progress.update(whole, completed=len(final), rate=rate)
             workers.watch()
-            if not console.is_terminal and (waiting.done or time.monotonic() - told >= _PLAIN_SECONDS):
-                told = time.monotonic()
-                console.print(f"{len(final)}/{len(ids)} jobs done, {image_count / (told - began):.2f} images/s")
+            if not console.is_terminal and (waiting.done or time.monotonic() - printed_at >= _PLAIN_SECONDS):
+                printed_at = time.monotonic()
+                console.print(f"{len(final)}/{len(ids)} jobs done, {image_count / (printed_at - began):.2f} images/s")
             if not waiting.done:
                 time.sleep(client.waiter.pause(waiting))
         downloaded = {job_id: download.result() for job_id, download in downloads.items()}

@@ -200,7 +200,7 @@ NOISY = (SamplerType.EULER_A, SamplerType.DDPM, SamplerType.LCM)  # which draw n
 
 
 def missed_by(model: StepModel, references: dict[str, np.ndarray]) -> dict[GenerationRequest, float]:
-    """By how many levels each picture of a small mixed run is off."""
+    """By how many levels each image of a small mixed run is off."""
     requests = mixed_requests()[:10]
     engine = Engine(model, EngineSettings(max_rows=16))
     engine.start()

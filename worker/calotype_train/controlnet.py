@@ -18,7 +18,7 @@ from calotype_train.pipeline import BaseModel, Shot
 
 
 class ControlNetRecipe:
-    """`light` removes the copy's attention: only the U-Net then reads the prompt, and the copy is smaller."""
+    """`light` leaves out the copy's attention. It is far smaller, and only the U-Net sees the prompt."""
 
     name = "controlnet"
 

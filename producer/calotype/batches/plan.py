@@ -95,10 +95,10 @@ def write_plan(storage: Storage, batch: BatchRecord, resolver: Resolver, *, keep
         except Exception as bug:  # a bug: one line must not prevent the whole batch from starting
             log.exception("unexpected error in a manifest line", extra={"batch_id": batch.id, "line": line.number})
             invalid += 1
-            told = InvalidRequest(
+            refusal = InvalidRequest(
                 f"caused an internal error ({type(bug).__name__})", field="line", value=line.number, remedy="report it"
             )
-            errors += reader.refuse(line, told)
+            errors += reader.refuse(line, refusal)
         if in_part == _PART:
             flush()
     if in_part:

@@ -155,13 +155,13 @@ def batch_json(record: BatchRecord) -> dict[str, Any]:
 def batch_line(record: BatchRecord) -> str:
     """A batch as one line."""
     counts = record.counts
-    told = [f"{counts.done} of {counts.total or '?'} lines done"]
+    parts = [f"{counts.done} of {counts.total or '?'} lines done"]
     names = ("running", "queued", "waiting", "failed", "invalid", "cancelled", "expired")
-    told += [f"{value} {name}" for name in names if (value := getattr(counts, name))]
+    parts += [f"{value} {name}" for name in names if (value := getattr(counts, name))]
     if not record.state.final and record.seconds_left is not None:
-        told.append(f"{record.rate:.1f} per second, {record.seconds_left:.0f} s left")
+        parts.append(f"{record.rate:.1f} per second, {record.seconds_left:.0f} s left")
     paused = " (paused)" if record.paused else ""
-    return f"{record.id}  {record.state.value}{paused}  {', '.join(told)}" + (
+    return f"{record.id}  {record.state.value}{paused}  {', '.join(parts)}" + (
         f"  {record.problem}" if record.problem else ""
     )
 

@@ -93,10 +93,10 @@ Render = Callable[[Problem], dict[str, Any]]
 
 def problem_of(error: CalotypeError) -> Problem:
     status = next((STATUSES[ancestor] for ancestor in type(error).__mro__ if ancestor in STATUSES), 500)
-    told: dict[str, str] = {}
+    details: dict[str, str] = {}
     if isinstance(error, InvalidRequest):
-        told = {"field": error.field, "value": shown(error.value, 200), "remedy": error.remedy}
-    return Problem(title=type(error).__name__, status=status, detail=str(error), code=error.code, **told)
+        details = {"field": error.field, "value": shown(error.value, 200), "remedy": error.remedy}
+    return Problem(title=type(error).__name__, status=status, detail=str(error), code=error.code, **details)
 
 
 def _openai(problem: Problem) -> dict[str, Any]:

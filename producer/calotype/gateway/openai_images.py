@@ -184,8 +184,8 @@ async def _stream(services: Services, job_id: str, tenant: str, wanted: Generati
             yield _event(f"{kind}.completed", {**item, **_shown(record), "usage": _NO_USAGE})
     except CalotypeError as error:
         problem = problem_of(error)
-        told = {"message": problem.detail, "type": "server_error", "code": problem.code, "param": problem.field}
-        yield f"event: error\ndata: {json.dumps({'type': 'error', 'error': told})}\n\n"
+        body = {"message": problem.detail, "type": "server_error", "code": problem.code, "param": problem.field}
+        yield f"event: error\ndata: {json.dumps({'type': 'error', 'error': body})}\n\n"
     finally:
         if not done:
             await asyncio.shield(run_in_threadpool(services.client.cancel, job_id))

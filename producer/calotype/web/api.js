@@ -41,7 +41,7 @@ export const key = {
   },
 };
 
-const LEFT_ALONE_MS = 60_000; // whoever closed the question without a key
+const LEFT_ALONE_MS = 60_000; // after the key dialog was closed without a key
 
 let asking = null;
 let declined = -LEFT_ALONE_MS;
@@ -65,7 +65,7 @@ async function send(path, { method = "GET", body, headers = {}, signal } = {}) {
   }
 }
 
-/** The answer, once whoever sits here has given a key if one is needed. */
+/** The response, after asking for a key if one is needed. */
 async function answer(path, options) {
   for (;;) {
     const used = key.get();
@@ -86,7 +86,7 @@ async function answer(path, options) {
 /** Ask the gateway; the answer's JSON. Throws Problem. */
 export const call = async (path, options) => (await answer(path, options)).json();
 
-/** The lines of a JSONL answer, as they come; whoever breaks off ends the download. */
+/** The lines of a JSONL answer, as they arrive; leaving the loop ends the download. */
 export async function* jsonLines(path) {
   for await (const line of lines(await answer(path))) if (line.trim()) yield JSON.parse(line);
 }

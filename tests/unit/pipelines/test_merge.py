@@ -86,7 +86,7 @@ def run(network: Network, found: list[dict[str, Any]], calls: NetworkCalls) -> l
     waiting = [one for one in described if one is not None]
     assert len(waiting) == len(found)
     while waiting:
-        chosen = calls.company(waiting[0], waiting)
+        chosen = calls.mergeable(waiting[0], waiting)
         results |= {id(one): result for one, result in zip(chosen, calls.run(chosen), strict=True)}
         waiting = [one for one in waiting if id(one) not in results]
     return [results[id(one)] for one in described]

@@ -64,7 +64,7 @@ class CallBatch:
             self._drop(ended)
             return CallReport(place=("", ""), rows=0, calls=0, ended=ended) if ended else None
         lead = self._lead(waiting)
-        chosen = self._company(lead, waiting)
+        chosen = self._mergeable(lead, waiting)
         place = _place(lead)
         outcomes = self._run(place, chosen)
         rows = sum(run.described.rows if run.described is not None else 1 for run in chosen)
@@ -90,7 +90,7 @@ class CallBatch:
             return oldest
         return min(waiting, key=lambda run: (self._order(_place(run)), -run.waited))
 
-    def _company(self, lead: PipelineRun, waiting: Sequence[PipelineRun]) -> list[PipelineRun]:
+    def _mergeable(self, lead: PipelineRun, waiting: Sequence[PipelineRun]) -> list[PipelineRun]:
         """The runs whose calls are merged with the lead's, up to the rows of one pass."""
         described: dict[int, PipelineRun] = {}
         for run in waiting:
@@ -102,7 +102,9 @@ class CallBatch:
             return [lead]
         chosen: list[PipelineRun] = []
         rows = 0
-        for call in self._calls.company(lead.described, [run.described for run in described.values() if run.described]):
+        for call in self._calls.mergeable(
+            lead.described, [run.described for run in described.values() if run.described]
+        ):
             if chosen and rows + call.rows > self._max_rows:
                 continue
             rows += call.rows

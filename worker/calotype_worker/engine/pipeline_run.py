@@ -26,7 +26,7 @@ class PipelineRun:
         self.request_id = request_id
         self.work: Callable[[], Any]
         self.call: Call | None = None
-        self.described: Described | None = None  # description of the call, set by whoever merges it
+        self.described: Described | None = None  # description of the call, set when it is merged
         self.waited = 0  # other calls executed while this one waits
         self.result: Any = None
         self.error: Exception | None = None

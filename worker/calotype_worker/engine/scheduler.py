@@ -46,7 +46,7 @@ class _Group:
     bulk: deque[str] = field(default_factory=deque)
     running: dict[str, None] = field(default_factory=dict)  # an ordered set
     urgent_running: set[str] = field(default_factory=set)
-    passed_over: int = 0  # turns it gave to groups at hand
+    passed_over: int = 0  # turns it gave to groups whose model is on the device
     credit: float | None = None  # seconds of the device it may still use in this round; None: the round has yet to come
     kept: float = 0.0  # seconds from the round before
 

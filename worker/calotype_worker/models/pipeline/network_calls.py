@@ -34,7 +34,7 @@ class NetworkCalls:
         """None: the call runs alone."""
         return self._describer.describe(call) if self.merging and not call.caller.changes else None
 
-    def company(self, lead: Described, waiting: Sequence[Described]) -> list[Described]:
+    def mergeable(self, lead: Described, waiting: Sequence[Described]) -> list[Described]:
         """Those of the waiting calls that go with `lead`, which is among them; in their order, `lead` first."""
         members = [lead, *(call for call in waiting if call is not lead and call.key == lead.key)]
         for attribute, expand in _LEVELS:

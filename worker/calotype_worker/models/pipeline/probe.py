@@ -82,7 +82,7 @@ def rehearse(stand_ins: StandIns, calls: NetworkCalls, starts: Sequence[Callable
         if lead is None:
             chosen, results = [waiting[0]], [alone(waiting[0])]
         else:
-            members = calls.company(lead, [other for other in described.values() if other is not None])
+            members = calls.mergeable(lead, [other for other in described.values() if other is not None])
             chosen, results = [member.call for member in members], calls.run(members)
         for call, result in zip(chosen, results, strict=True):
             waiting.remove(call)
