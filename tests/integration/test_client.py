@@ -135,7 +135,7 @@ def test_images_come_back_as_they_were_stored(
         assert answer.read() == images[0].data
 
 
-def test_a_image_that_was_overwritten_is_refused(client: Client, store: JobStore, storage: Storage) -> None:
+def test_an_image_that_was_overwritten_is_refused(client: Client, store: JobStore, storage: Storage) -> None:
     """Bytes that differ from the record's digest are never handed out as the job's image."""
     job = client.submit("a red circle")
     finish(store, storage, job.id)

@@ -168,7 +168,7 @@ def services(tmp_path_factory: pytest.TempPathFactory, variables: dict[str, str]
 
 
 @pytest.mark.timeout(600)  # the worker profiles its model, which a busy machine takes minutes for
-def test_services_make_a_image_and_stop(services: dict[str, Service], variables: dict[str, str]) -> None:
+def test_services_make_an_image_and_stop(services: dict[str, Service], variables: dict[str, str]) -> None:
     """With a key made as the guide says: a job over HTTP, its image from the storage; each ends with status 0."""
     [create] = re.findall(r"^docker compose exec gateway (calotype keys create .*)$", GUIDE, re.MULTILINE)
     token = services["gateway"].run(shlex.split(create)).stdout.strip()

@@ -115,7 +115,7 @@ def test_dead_jobs_are_tried_again_by_their_tenant_alone(gateway: Gateway, store
     gateway.client.cancel(retried["id"])
 
 
-def test_where_a_image_comes_from(gateway: Gateway, store: JobStore) -> None:
+def test_where_an_image_comes_from(gateway: Gateway, store: JobStore) -> None:
     """What lies beside it in the storage; nothing for another tenant, and a clear word where it is gone."""
     job = gateway.client.submit("x", lane=Lane.BULK, num_inference_steps=5, tenant="acme")
     claim = store.claim("demo.bulk", worker="w", lease_seconds=30)

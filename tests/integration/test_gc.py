@@ -228,7 +228,7 @@ class Interrupted(Storage):
         setattr(self, call, interrupted)
 
 
-def test_a_image_that_is_uploaded_anew_meanwhile_stays(
+def test_an_image_that_is_uploaded_anew_meanwhile_stays(
     settings: Settings, store: JobStore, redis: Redis, storage: Storage, client: Client
 ) -> None:
     """Its key is the same, and was old and unused when it was listed."""

@@ -231,7 +231,7 @@ def test_tokens_are_merged_with_their_likes(height: int, width: int) -> None:
     ],
     ids=str,
 )
-def test_a_image_does_not_depend_on_its_company(shelf: Shelf, name: str, accelerations: dict[str, Any]) -> None:
+def test_an_image_does_not_depend_on_its_company(shelf: Shelf, name: str, accelerations: dict[str, Any]) -> None:
     """Joining and leaving at any step, beside rows of every kind: the accelerations image is the one made alone."""
     model, requests = shelf.model(name, **accelerations), wanted(name)
     together, mean_rows = stepped(model, requests)

@@ -17,7 +17,7 @@ BLOCK = re.compile(r"(<!-- results ([a-z-]+) -->\n).*?(<!-- end of results -->)"
 
 WAYS = {
     "sequential": "plain diffusers, one call per request",
-    "static_padded": "plain diffusers, static batches of compatible requests known in advance, padded to the longest",
+    "static_padded": "plain diffusers, static batches of compatible requests, known in advance, padded to the longest",
     "celery_batches": "celery-batches (grouped Celery tasks): static batches of what arrives together",
     "litserve": "LitServe (a model server): the same",
 }

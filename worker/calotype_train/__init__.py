@@ -1,1 +1,1 @@
-"""Training: what is added to a model (`calotype train`), and how the bundled demo model was made (`demo`)."""
+"""Training: additions to a model (`calotype train`), and the bundled demo model (`demo`)."""

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> TrainOptions | None:
-    """The options of the recipe that was chosen; None if only help was asked for. Raises SettingsError."""
+    """The options of the selected recipe; None if only help was requested. Raises SettingsError."""
     options = parsed(build_app(), arguments, name="calotype train")
     return options if isinstance(options, TrainOptions) else None
 
@@ -192,7 +192,7 @@ def _shots(model: BaseModel, judged_by: Sequence[Example], prompts: Sequence[str
 
 
 def _quiet() -> None:
-    """What the libraries would print over the progress bar."""
+    """Silence output of libraries that would disturb the progress bar."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     import transformers  # noqa: PLC0415
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: tensors in safetensors, facts in JSON, nothing pickled.
+"""Checkpoints of a training run: tensors in safetensors, other values in JSON, nothing pickled.
 
 The JSON file is written last and by rename: a checkpoint without one never finished and is not looked at.
 """
@@ -17,7 +17,7 @@ _KEPT = 2
 
 
 def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
-    """Write `step-N.safetensors` and `step-N.json`; of older ones the newest is kept, in case this one is lost."""
+    """Write `step-N.safetensors` and `step-N.json`; keep the newest of the older ones, in case this one is lost."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:06d}.safetensors"
     scratch = path.with_suffix(".new")
@@ -31,7 +31,7 @@ def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, torch.Tensor]
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-    """The newest finished checkpoint's tensors and facts, or None."""
+    """The newest complete checkpoint's tensors and values, or None."""
     finished = _finished(folder)
     if not finished:
         return None

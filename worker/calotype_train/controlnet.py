@@ -48,7 +48,7 @@ class ControlNetRecipe:
         self.model = model
         self._channels, self._light = tuple(embedding_channels), light
         with torch.random.fork_rng():
-            torch.manual_seed(seed)  # the embedding starts random, its last layer at zero: at first nothing changes
+            torch.manual_seed(seed)  # the embedding starts random, its last layer at zero: no effect at first
             net = ControlNetModel.from_unet(model.unet, conditioning_embedding_out_channels=self._channels)
             self.net = (_without_attention(net) if light else net).to(model.device).requires_grad_(True).eval()
         self.parameters: Mapping[str, torch.nn.Parameter] = dict(self.net.named_parameters())
@@ -104,7 +104,7 @@ class ControlNetRecipe:
 
 
 def _without_attention(full: Any) -> Any:
-    """The same ControlNet without its attention layers; what is left keeps the U-Net's weights."""
+    """The same ControlNet without its attention layers; the others keep the U-Net's weights."""
     from diffusers import ControlNetModel  # noqa: PLC0415
 
     blocks = {

@@ -32,7 +32,7 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Rows of one size. The captions are words: what is done with them is the recipe's."""
+    """Rows of one size. Captions are text, which the recipe encodes."""
 
     latents: torch.Tensor  # (B, C, h, w), scaled to unit deviation
     captions: tuple[str, ...]
@@ -93,7 +93,7 @@ def read_examples(folder: Path, *, conditions: bool = False) -> list[Example]:
     """The examples that `metadata.jsonl` lists, in its order.
 
     Raises:
-        InvalidRequest: no such folder or list, a line that is not an example, or an image that is not there.
+        InvalidRequest: the folder, the list or an image does not exist, or a line is not a valid example.
     """
     listing = folder / METADATA
     if not listing.is_file():
@@ -144,7 +144,7 @@ def _example(folder: Path, number: int, line: str, *, conditions: bool) -> Examp
 def hold_out(examples: Sequence[Example], *, share: float, most: int) -> tuple[list[Example], list[Example]]:
     """Examples to learn from and examples to judge by.
 
-    Which are held out depends on their names alone, so that more images or another seed do not move one across.
+    Which images are held out depends only on their names, not on the number of images or the seed.
     """
     count = max(1, min(most, round(share * len(examples))))
     ranked = sorted(examples, key=lambda example: hashlib.sha256(example.image.name.encode()).digest())
@@ -191,7 +191,7 @@ def _to_latents(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def nearest_size(size: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The (width, height) whose aspect is nearest; of equals the first."""
+    """The (width, height) with the nearest aspect ratio; the first if several are equal."""
     aspect = np.log(size[0] / size[1])
     return min(sizes, key=lambda own: abs(np.log(own[0] / own[1]) - aspect))
 

@@ -1,7 +1,7 @@
 """The training loop that all recipes share: batches, optimizer, validation, checkpoints, sample sheets, log.
 
-All randomness of step i comes from a generator seeded by (seed, i), so a run that goes on from a checkpoint takes the
-very steps that it would have taken.
+All randomness of step i comes from a generator seeded by (seed, i), so a run that resumes from a checkpoint takes the
+same steps as without the interruption.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _GRADIENT_NORM = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
-    """What the arithmetic of a run depends on, beside the recipe's own options."""
+    """The options that determine a run's results, besides the recipe's own."""
 
     steps: int
     batch_size: int
@@ -50,11 +50,11 @@ class TrainingSettings:
 
 
 class Recipe(Protocol):
-    """What is trained, and how it takes part in a prediction."""
+    """What is trained, and how it contributes to a prediction."""
 
     name: str
     model: BaseModel
-    parameters: Mapping[str, torch.nn.Parameter]  # what the optimizer changes, by names that a checkpoint keeps
+    parameters: Mapping[str, torch.nn.Parameter]  # what the optimizer changes, by the names in a checkpoint
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -64,10 +64,10 @@ class Recipe(Protocol):
         """The U-Net's prediction, like `noised` (B, C, h, w)."""
 
     def images(self, shots: Sequence[Shot], *, trained: bool) -> list[Image.Image]:
-        """Sample images, with what was learned or as the model was."""
+        """Sample images, with the trained addition or without."""
 
     def save(self, path: Path) -> None:
-        """Write what was learned, in the form that plain diffusers loads."""
+        """Write the trained addition in the format that plain diffusers loads."""
 
 
 class Training:
@@ -84,13 +84,13 @@ class Training:
         shots: Sequence[Shot],
         resume: bool = False,
     ) -> None:
-        """`work` is the folder that the run is kept in, `shots` the samples that it makes.
+        """`work` is the run's folder, `shots` are the sample images to generate.
 
         Raises:
-            InvalidRequest: `work` holds a run and `resume` was not given, or holds one with other settings.
+            InvalidRequest: `work` contains a run and `resume` was not given, or a run with other settings.
         """
         self.step = 0
-        self.seconds = 0.0  # spent on steps, over all parts of the run
+        self.seconds = 0.0  # time of steps, over all parts of the run
         self.untrained_loss = math.nan
         self.validation_loss = math.nan
         self._recipe = recipe
@@ -185,7 +185,7 @@ class Training:
         return total / count
 
     def sample_sheet(self) -> None:
-        """`samples-N.png` in the work folder: each shot without and with what was learned, from the same seed."""
+        """`samples-N.png` in the work folder: each shot without and with the trained addition, from the same seed."""
         if not self._shots:
             return
         if self._before is None:
@@ -199,7 +199,7 @@ class Training:
         """(B,) mean squared errors of a batch's prediction."""
         latents, noise, timesteps = (part.to(self._device) for part in (batch.latents, noise, timesteps))
         noised = self._objective.noised(latents, noise, timesteps)
-        # A GPU wants bfloat16; on CPU cores float32 was measured faster (decision note 0004).
+        # bfloat16 on GPUs; on CPU cores float32 was measured to be faster (decision note 0004).
         with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._device.type == "cuda"):
             predicted = self._recipe.predict(batch, noised, timesteps)
         target = self._objective.target(latents, noise, timesteps)
@@ -213,7 +213,7 @@ class Training:
         return rate
 
     def _facts(self) -> dict[str, Any]:
-        """What must be equal for a run to go on. A constant rate does not depend on how many steps there will be."""
+        """What must be equal to resume a run. A constant rate does not depend on the number of steps."""
         settings = asdict(self._settings)
         if self._settings.schedule == "constant":
             del settings["steps"]

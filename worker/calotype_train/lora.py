@@ -41,7 +41,7 @@ class LoraRecipe:
         self._rank, self._alpha, self._targets = rank, rank if alpha is None else alpha, tuple(targets)
         _check_targets(model.unet, self._targets)
         with torch.random.fork_rng():
-            torch.manual_seed(seed)  # A starts random, B at zero: at first nothing changes
+            torch.manual_seed(seed)  # A starts random, B at zero, so there is no effect at first
             model.unet.add_adapter(
                 LoraConfig(
                     r=rank,

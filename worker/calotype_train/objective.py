@@ -1,4 +1,4 @@
-"""What every recipe minimizes: the mean squared error of the noise, or of v, at a random timestep."""
+"""The loss of every recipe: the mean squared error of the noise, or of v, at a random timestep."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NOISY_FLOOR = 0.15  # keeps the noisiest steps' weights finite; decision note 0
 
 
 class Weighting(StrEnum):
-    """How much a timestep's error counts, by its signal-to-noise ratio; the mean weight is 1."""
+    """How a timestep's error is weighted by its signal-to-noise ratio; the mean weight is 1."""
 
     UNIFORM = "uniform"
     MIN_SNR = "min-snr"  # Hang et al. 2023, equation 5
@@ -24,7 +24,7 @@ class Objective:
     """The forward process and the target of a model's own schedule (Ho et al. 2020; v: Salimans & Ho 2022)."""
 
     def __init__(self, scheduler: Any, *, weighting: Weighting = Weighting.UNIFORM, gamma: float = 5.0) -> None:
-        """`scheduler` is the model's own, a diffusers object; `gamma` belongs to MIN_SNR.
+        """`scheduler` is the model's own diffusers object; `gamma` is for MIN_SNR.
 
         Raises:
             InvalidRequest: the schedule predicts something other than epsilon or v.
@@ -48,7 +48,7 @@ class Objective:
         return signal * latents + rest * noise
 
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """What the model should say: the noise, or v = sqrt(a) n - sqrt(1 - a) x."""
+        """The target of the model's output: the noise, or v = sqrt(a) n - sqrt(1 - a) x."""
         if not self._predicts_v:
             return noise
         signal, rest = self._amounts(timesteps, latents)

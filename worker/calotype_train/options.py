@@ -116,10 +116,10 @@ RECIPES: tuple[type[TrainOptions], ...] = (LoraOptions, TextualInversionOptions,
 
 
 def checked(kind: type[TrainOptions], given: dict[str, Any]) -> TrainOptions:
-    """Options as they were given on the command line, checked.
+    """Check options given on the command line.
 
     Raises:
-        SettingsError: names the option, its value and what would work.
+        SettingsError: names the option, its value and the remedy.
     """
     try:
         return kind(**given)

@@ -1,4 +1,4 @@
-"""The model to train on: a Stable Diffusion pipeline in float32, frozen, with what the recipes need of it."""
+"""The model to train on: a frozen Stable Diffusion pipeline in float32, with the functions that recipes need."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from calotype_worker.models.registry import demo_folder
 
 @dataclass(frozen=True, kw_only=True)
 class Shot:
-    """An image to make for a sample sheet."""
+    """An image to generate for a sample sheet."""
 
     prompt: str
     seed: int
@@ -27,13 +27,14 @@ class Shot:
 
 
 class BaseModel:
-    """A frozen pipeline. The recipe owns it and changes it: it adds adapters to the U-Net or words to the encoder."""
+    """A frozen pipeline. The recipe owns it and adds adapters to the U-Net or words to the encoder."""
 
     def __init__(self, name: str, *, device: str = "cpu") -> None:
         """`name`: demo, or the folder of a whole diffusers pipeline.
 
         Raises:
-            InvalidRequest: no such folder, not a Stable Diffusion pipeline with safetensors weights, or no such device.
+            InvalidRequest: the folder or device does not exist, or the folder has no Stable Diffusion pipeline with
+                safetensors weights.
         """
         self.name = name
         self.folder = demo_folder() if name == "demo" else Path(name)
@@ -88,7 +89,7 @@ class BaseModel:
         return ids.to(self.device)
 
     def images(self, shots: Sequence[Shot], pipeline: Any = None, **options: Any) -> list[Image.Image]:
-        """One image a shot, by the plain diffusers pipeline (or a given one), each from its own seed."""
+        """One image per shot, by the plain diffusers pipeline (or a given one), each from its own seed."""
         made = []
         for shot in shots:
             condition = {} if shot.condition is None else {"image": shot.condition}

@@ -1,4 +1,4 @@
-"""Contact sheets that compare: a column a prompt, a row a model, captions below, row names at the left."""
+"""Contact sheets for comparison: one column per prompt, one row per model, captions below, row names at the left."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _PAPER, _INK = (250, 249, 246), (30, 30, 30)
 
 
 def comparison(rows: Mapping[str, Sequence[Image.Image]], captions: Sequence[str]) -> Image.Image:
-    """Rows of images, the i-th of each under one another. Images keep their size; a cell is the largest's."""
+    """Rows of images in aligned columns. Images keep their size; cells have the size of the largest."""
     font = ImageFont.load_default(size=_FONT_SIZE)
     every = [image for images in rows.values() for image in images]
     width, height = max(p.width for p in every), max(p.height for p in every)

@@ -1,4 +1,4 @@
-"""Textual inversion (Gal et al. 2022): a new word is learned, as one or more token embeddings; all else stays."""
+"""Textual inversion (Gal et al. 2022): learns a new word as one or more token embeddings, and changes nothing else."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class TextualInversionRecipe:
     name = "textual-inversion"
 
     def __init__(self, model: BaseModel, *, token: str, initialize_from: str, vectors: int = 1) -> None:
-        """`token` is the new word, which begins as `initialize_from` and has so many `vectors`.
+        """`token` is the new word, initialized from `initialize_from`, with `vectors` vectors.
 
         Raises:
-            InvalidRequest: the token is a word already, or `initialize_from` is not one token.
+            InvalidRequest: the token already exists, or `initialize_from` is not one token.
         """
         self.model = model
         self.token, self._word, self._vectors = token, initialize_from, vectors
@@ -67,12 +67,12 @@ class TextualInversionRecipe:
 
     def predict(self, batch: Batch, noised: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         ids = self.model.token_ids([self.expand(caption) for caption in batch.captions])
-        text = self.model.text_encoder(ids)[0]  # through the encoder every time: what is learned is its input
+        text = self.model.text_encoder(ids)[0]  # through the encoder every time, because its input is trained
         predicted: torch.Tensor = self.model.unet(noised, timesteps, encoder_hidden_states=text, return_dict=False)[0]
         return predicted
 
     def images(self, shots: Sequence[Shot], *, trained: bool) -> list[Image.Image]:
-        """Untrained is the word that the new one started from."""
+        """Without training: with the word from which the new one was initialized."""
         self._shown = self.vectors if trained else self._start
         try:
             return self.model.images(shots)
@@ -92,10 +92,10 @@ class TextualInversionRecipe:
 
 
 def check_captions(captions: Sequence[str], token: str) -> None:
-    """Make sure that the new word can be learned from these captions.
+    """Check that the new word can be learned from these captions.
 
     Raises:
-        InvalidRequest: no caption has the new word, so nothing could be learned.
+        InvalidRequest: no caption contains the new word.
     """
     if not any(token in caption for caption in captions):
         raise InvalidRequest(

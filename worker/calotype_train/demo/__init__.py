@@ -1,1 +1,1 @@
-"""How the bundled demo model was made: `python -m calotype_train.demo --help`."""
+"""Trains the bundled demo model: `python -m calotype_train.demo --help`."""

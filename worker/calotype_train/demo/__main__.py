@@ -3,7 +3,7 @@
     python -m calotype_train.demo train --work FOLDER --out FOLDER [--vae-minutes 10 --unet-minutes 60]
     python -m calotype_train.demo score FOLDER [--sheet FILE.png]
 
-Training is bounded by wall-clock minutes, writes checkpoints and sample sheets into --work as it runs, and goes on
+Training is bounded by wall-clock minutes, writes checkpoints and sample sheets into --work as it runs, and resumes
 from them when started again.
 """
 
@@ -160,14 +160,14 @@ def _train_denoiser(
 
 
 def show(folder: Path, path: Path, count: int = 32) -> None:
-    """A sheet of held-out captions, for a person to look at."""
+    """A sheet of images of held-out captions, for visual inspection."""
     captions = [wanted[0] for wanted in held_out_captions(count)]
     images = sample(load_pipeline(folder), captions, steps=20, guidance=5.0, seed=7)
     sheet([(caption, image, True) for caption, image in zip(captions, images, strict=True)]).save(path)
 
 
 def build_copy(vae: Any) -> Any:
-    """The autoencoder's copy on the CPU, so that export may change its precision."""
+    """A copy of the autoencoder on the CPU, so that export can change its precision."""
     return copy.deepcopy(vae).cpu()
 
 

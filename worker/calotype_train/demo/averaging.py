@@ -14,7 +14,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
-        """Take the module's present weights in; the first updates count more, so the start is soon forgotten."""
+        """Add the module's current weights. Early updates count more, so that the initial weights soon fade."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         for name, value in module.state_dict().items():

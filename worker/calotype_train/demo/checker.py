@@ -11,18 +11,18 @@ from PIL import Image, ImageDraw
 from calotype_train.demo.scenes import COLORS, SHAPES, outline
 
 _SIDE = 48  # pixels of the normalized mask that shapes are compared in
-_FOREGROUND = 60.0  # distance in RGB from the background at which a pixel belongs to the shape
+_FOREGROUND = 60.0  # minimum RGB distance from the background for a pixel of the shape
 _LEAST = 40  # pixels of a shape; fewer is a speck
 
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """What an image shows. `shape` and `color` are None where nothing stands out from the background."""
+    """What an image shows. `shape` and `color` are None if nothing differs from the background."""
 
     background: str
     shape: str | None
     color: str | None
-    likeness: float  # of the mask to the shape's outline: intersection over union
+    likeness: float  # of the mask and the shape's outline: intersection over union
 
 
 def look(image: np.ndarray) -> Seen:
@@ -44,7 +44,7 @@ def _nearest(rgb: np.ndarray) -> str:
 
 
 def _eroded(mask: np.ndarray) -> np.ndarray:
-    """Without the blended pixels of its edge, where enough is left."""
+    """The mask without the blended pixels of its edge, if enough pixels remain."""
     inner = mask.copy()
     for axis in (0, 1):
         for step in (-1, 1):
@@ -53,7 +53,7 @@ def _eroded(mask: np.ndarray) -> np.ndarray:
 
 
 def _largest_part(mask: np.ndarray) -> np.ndarray:
-    """The largest 4-connected part of a mask: labels spread to neighbours until nothing changes."""
+    """The largest 4-connected part of a mask, by spreading labels to neighbours until nothing changes."""
     labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
     while True:
         padded = np.pad(labels, 1)

@@ -23,7 +23,7 @@ FEATURES = 128
 _ENCODED_TOGETHER = 16  # images a VAE call
 EMPTY_CAPTIONS = 0.12  # share trained without its caption, for classifier-free guidance
 LEARNING_RATE = 1e-3
-DECAY_FROM = 0.5  # of the run: flat until then, then linear to nothing
+DECAY_FROM = 0.5  # share of the run with a constant rate, before it decays linearly to zero
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ def build_text_encoder(vocabulary: int, *, start: int, end: int) -> Any:
             pad_token_id=end,
         )
     )
-    # CLIP's default deviations are meant for 512 features; at 128 the words would hardly differ.
+    # CLIP's default deviations are for 512 features; at 128 the words would hardly differ.
     for name, weight in encoder.named_parameters():
         if name.endswith("token_embedding.weight"):
             nn.init.normal_(weight, std=0.3)
@@ -142,13 +142,13 @@ class DenoiserTraining:
             self.modules.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-3
         )
         self.step = 0
-        self.seconds = 0.0  # spent so far, over all resumed parts
+        self.seconds = 0.0  # training time so far, over all resumed parts
         self._device = device
         self._rng = random.Random(seed)
         self._empty = token_ids(tokenizer, [""])
         self._alphas = scheduler().alphas_cumprod.to(device)
-        # Plain noise prediction hardly weighs the noisiest steps, where background and shape are decided: after 1,200
-        # steps of it images had the color of their caption but not its background. So those count for more.
+        # Plain noise prediction gives little weight to the noisiest steps, which decide background and shape: after
+        # 1,200 training steps, images had their caption's color but not its background. So those steps get more weight.
         signal_to_noise = self._alphas / (1 - self._alphas)
         weights = 1 / (signal_to_noise.sqrt() + 0.15)
         self._weights = weights / weights.mean()
@@ -169,12 +169,12 @@ class DenoiserTraining:
         alphas = self._alphas[timesteps].reshape(-1, 1, 1, 1)
         noised = alphas.sqrt() * latents + (1 - alphas).sqrt() * noise
         self.modules.train()
-        # On two CPU cores float32 was measured a quarter faster here than bfloat16; a GPU wants the latter.
+        # Measured on two CPU cores, float32 is a quarter faster here than bfloat16; GPUs use bfloat16.
         with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._device.type == "cuda"):
             conditioning = self.text_encoder(tokens)[0]
             predicted = self.unet(noised, timesteps, encoder_hidden_states=conditioning, return_dict=False)[0]
         errors = (predicted.float() - noise).square().mean(dim=(1, 2, 3))
-        loss = errors.mean()  # what is reported
+        loss = errors.mean()  # the reported value
         (errors * self._weights[timesteps]).mean().backward()
         nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
         self.optimizer.step()
@@ -184,7 +184,7 @@ class DenoiserTraining:
         return loss.item()
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint; an interrupted write leaves the last one in place."""
+        """Write a checkpoint. An interrupted write keeps the previous one."""
         state = {
             "modules": self.modules.state_dict(),
             "average": self.average.weights,
@@ -198,7 +198,7 @@ class DenoiserTraining:
         scratch.replace(path)
 
     def resume(self, path: Path) -> None:
-        # weights_only: plain tensors and numbers; nothing else in the file is ever executed.
+        # weights_only: only tensors and numbers are loaded; no code in the file is executed.
         state = torch.load(path, map_location=self._device, weights_only=True)
         self.modules.load_state_dict(state["modules"])
         self.average.weights, self.average.updates = state["average"], state["updates"]

@@ -35,10 +35,10 @@ def export(folder: Path, *, vae: Any, unet: Any, text_encoder: Any, tokenizer: A
     save_tokenizer(tokenizer, scratch / "tokenizer")
     for config in scratch.glob("*/config.json"):
         values = json.loads(config.read_text())
-        values.pop("_name_or_path", None)  # where it lay while it was trained is nobody's business
+        values.pop("_name_or_path", None)  # do not publish the path used during training
         config.write_text(json.dumps(values, indent=2) + "\n")
     for file in scratch.rglob("*.safetensors"):
-        file.chmod(0o644)  # safetensors writes for the owner alone, and an installed model has other readers
+        file.chmod(0o644)  # safetensors makes files readable by their owner only, but an installed model has others
     own = {
         "description": DESCRIPTION,
         "native_sizes": [list(size) for size in SIZES],

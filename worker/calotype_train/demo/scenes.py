@@ -40,7 +40,7 @@ RELATIONS: dict[str, tuple[float, float]] = {"above": (0, -1), "below": (0, 1), 
 COUNTS = {2: "two", 3: "three", 4: "four"}
 _JITTER = 7  # levels a channel, so that a color is a region and not a point
 _SUPERSAMPLE = 4
-_HELD_OUT_SHARE = 12  # one in so many (shape, color, background) combinations is never trained on
+_HELD_OUT_SHARE = 12  # one of this many (shape, color, background) combinations is excluded from training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +189,7 @@ def _caption(rng: random.Random, words: str, background: str, place: str) -> str
 
 
 def _placed(dx: float, dy: float, radius: float, width: int, height: int) -> tuple[float, float]:
-    """The centre that leaves a small margin at the image's edge, in shares of the shorter side."""
+    """A centre that leaves a small margin at the image's edge, as shares of the shorter side."""
     side = min(width, height)
     margin = 0.05
     return dx * (width / side / 2 - radius - margin), dy * (height / side / 2 - radius - margin)

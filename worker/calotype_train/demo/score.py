@@ -1,4 +1,4 @@
-"""Scores a model folder: does plain diffusers, given held-out captions, draw what they say?"""
+"""Scores a model folder: do images that plain diffusers generates from held-out captions match them?"""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def sample(
 def score(
     folder: Path, *, count: int = 200, steps: int = 20, guidance: float = 5.0, seed: int = 7
 ) -> tuple[dict[str, float], list[tuple[str, np.ndarray, bool]]]:
-    """Shares of images whose shape, color, background and all three are right; and the images themselves."""
+    """Shares of images with the correct shape, color, background, and all three; and the images."""
     wanted = held_out_captions(count)
     images = sample(load_pipeline(folder), [w[0] for w in wanted], steps=steps, guidance=guidance, seed=seed)
     right = {"shape": 0, "color": 0, "background": 0, "all": 0}

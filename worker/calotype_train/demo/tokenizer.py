@@ -37,7 +37,7 @@ def build_tokenizer(*, captions: int = 20_000, merges: int = 400, seed: int = 0)
 
 
 def learn_merges(words: Counter[str], count: int) -> list[tuple[str, str]]:
-    """Byte-pair encoding (Sennrich et al. 2016): merge the commonest neighbouring pair, again and again."""
+    """Byte-pair encoding (Sennrich et al. 2016): repeatedly merge the most common neighbouring pair."""
     pieces = {word: [*word[:-1], word[-1] + END_OF_WORD] for word in words}
     merges: list[tuple[str, str]] = []
     while len(merges) < count:

@@ -19,7 +19,7 @@ CROPS_UNTIL = 0.85  # of the run; then whole images
 
 
 def build_vae() -> Any:
-    """An `AutoencoderKL` whose trunk starts near the identity; with stock initialization it hardly learns."""
+    """An `AutoencoderKL` initialized near the identity, because with the default initialization it hardly learns."""
     from diffusers import AutoencoderKL  # noqa: PLC0415 - seconds to import, and `--help` needs none of it
 
     vae = AutoencoderKL(
@@ -44,7 +44,7 @@ def train_vae(
     seed: int,
     log: Callable[[dict[str, float]], None],
 ) -> dict[str, float]:
-    """Train until `share_done()` reaches 1. Leaves the averaged weights in `vae`; returns its PSNR in dB.
+    """Train until `share_done()` reaches 1. Stores the averaged weights in `vae`; returns its PSNR in dB.
 
     Loss: L1 + L2 + 0.5 * L1 of the image gradients + 2e-4 * KL.
     """
@@ -95,7 +95,7 @@ def measure(vae: Any, *, device: torch.device, count: int = 64, seed: int = 99) 
 
 
 def image_batch(rng: random.Random, count: int, *, crop: bool) -> torch.Tensor:
-    """Fresh scenes in -1..1, (count, 3, H, W); crops are chosen for contrast, since flat color teaches little."""
+    """New scenes in -1..1, (count, 3, H, W). Crops are chosen for contrast, because flat color teaches little."""
     images = []
     for _ in range(count):
         scene = random_scene(rng, width=128, height=128)
@@ -121,7 +121,7 @@ def _start_near_identity(vae: Any) -> None:
 
 
 def _pass_through(conv: nn.Conv2d) -> None:
-    """Channel i in to channel i out (modulo the smaller count), at the kernel's centre; the rest small noise."""
+    """Channel i in to channel i out (modulo the smaller count), at the kernel's centre; small noise elsewhere."""
     nn.init.normal_(conv.weight, std=0.02)
     outputs, inputs, height, width = conv.weight.shape
     for channel in range(outputs):
