@@ -93,7 +93,7 @@ class JobRecord(BaseModel):
     tenant: str = "default"  # the owner; tenants share a queue fairly
     config: ResolvedConfig
     digest: str  # of the config: equal digests mean equal images
-    attempt: int = 0  # claims so far; the newest is the fence token that a commit must carry
+    attempt: int = 0  # claims so far; with the claim's random token it is the fence token of a commit
     failures: int = 0  # attempts that ended in an error; releases on drain do not count
     max_failures: int = 3
     crashes: int = 0  # attempts whose worker was lost
