@@ -148,7 +148,12 @@ def test_a_release_is_tested_before_it_is_published() -> None:
     """Everything waits for the one job that checks the tag and runs all tests; each right is where it is used."""
     jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text())["jobs"]
     runs = [step.get("run", "") for step in jobs["build"]["steps"]]
-    assert [run for run in runs if run.startswith("make")] == ["make check", "make test", "make test-slow", "make build"]
+    assert [run for run in runs if run.startswith("make")] == [
+        "make check",
+        "make test",
+        "make test-slow",
+        "make build",
+    ]
     assert any("tools/release.py tag" in run for run in runs)
     writes = {
         name: sorted(right for right, level in job.get("permissions", {}).items() if level == "write")
