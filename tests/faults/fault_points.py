@@ -178,6 +178,18 @@ def _disk_full() -> None:
     Path.write_bytes = write_bytes  # type: ignore[method-assign]
 
 
+def _commit_unanswered() -> None:
+    """Commits take effect, and the responses are lost."""
+    from calotype_shared.errors import RedisUnavailable
+    from calotype_shared.queue.job_store import JobStore
+
+    def lose(_: bool) -> None:
+        os.write(1, b"reached commit-unanswered\n")
+        raise RedisUnavailable("the response was lost")
+
+    _wrap(JobStore, "commit", after=lose)
+
+
 def _newer() -> None:
     """This process is of the next version: it writes and does records of a schema that others do not know."""
     from calotype_shared.queue.scripts import Scripted
@@ -193,6 +205,7 @@ _STOPS: dict[str, Callable[[], None]] = {
     "uploaded": _uploaded,
     "committed": _committed,
     "slow-commit": _slow_commit,
+    "commit-unanswered": _commit_unanswered,
     "clock-ahead": lambda: _skewed(600),
     "clock-behind": lambda: _skewed(-600),
     "held": _held,

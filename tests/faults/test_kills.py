@@ -46,6 +46,19 @@ def test_a_worker_is_killed_at(point: str, site: Site, table: Table) -> None:
     table.add(f"worker killed: {point}", site.check(ids), recovery_seconds=took)
 
 
+def test_a_worker_that_leaves_keeps_what_it_may_have_committed(site: Site, table: Table) -> None:
+    """The response to a commit is lost, then the worker has to go: the images of the job stay."""
+    worker = site.start_worker("--grace-seconds", "1", stop="commit-unanswered")
+    ids = site.submit(2)
+    site.wait(ids)
+    worker.wait_for("reached commit-unanswered")
+    began = time.monotonic()
+    worker.send(signal.SIGTERM)
+    assert worker.wait() == 0
+    took = time.monotonic() - began
+    table.add("the response to a commit is lost, then SIGTERM", site.check(ids), recovery_seconds=took)
+
+
 @pytest.mark.slow
 def test_a_frozen_worker_comes_back_too_late(site: Site, table: Table) -> None:
     """SIGSTOP beyond the lease: the job is another's. After SIGCONT the zombie finishes its images, in vain."""

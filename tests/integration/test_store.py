@@ -257,6 +257,19 @@ def test_an_error_of_the_job_itself_is_final_at_once(store: JobStore) -> None:
     assert store.fail(claim, BROKEN, retry=False) is JobState.FAILED
 
 
+def test_a_claim_that_committed_is_not_lost(store: JobStore, redis: Redis) -> None:
+    """The response to a commit may be lost. A worker that then heard of a lost claim would delete the images."""
+    (job_id,) = store.create([CONFIG])
+    zombie = take(store)
+    expire_leases(store, redis)
+    store.reap()
+    claim = take(store)
+    assert store.commit(claim, images=[IMAGE], timings={})
+    assert store.renew([claim], lease_seconds=20) == set()
+    assert store.renew([zombie], lease_seconds=20) == {job_id}
+    assert redis.zscore(store.keys.leases, job_id) is None, "a final job has no lease"
+
+
 def test_cancel_wins_over_a_later_commit_and_loses_to_an_earlier_one(store: JobStore) -> None:
     """Whichever script runs first decides; the other changes nothing."""
     first, second, third = store.create([CONFIG] * 3)

@@ -5,7 +5,6 @@ Nothing here uses the device: this thread waits for the engine, then encodes and
 
 from __future__ import annotations
 
-import functools
 import logging
 import threading
 import time
@@ -229,7 +228,10 @@ class JobRunner:
             if not left:
                 if not done and job.released and not job.lost:
                     self._release(job.claim)
-                self._uploads.forget(pending) if done else self._uploads.discard(pending)
+                # A commit whose response was lost may have succeeded: then the objects are the job's images. If it did
+                # not, the sweep of orphans deletes them.
+                keep = done or pending.commit_unknown
+                self._uploads.forget(pending) if keep else self._uploads.discard(pending)
                 self._heartbeat.drop(job)
                 outcome = "succeeded" if done else "lost" if job.lost else "ended"
                 pending.span.set_attribute("calotype.outcome", outcome)
@@ -303,7 +305,14 @@ class JobRunner:
         late = nullcontext() if pending.stored else self._part(pending, "upload", **{"calotype.late": True})
         with _timed(pending.timings, "upload"), late:
             self._uploads.deliver(pending)
-        commit = functools.partial(self._store.commit, claim, images=pending.images, timings=pending.timings)
+
+        def commit() -> bool:
+            try:
+                return self._store.commit(claim, images=pending.images, timings=pending.timings)
+            except ServiceUnavailable:
+                pending.commit_unknown = True
+                raise
+
         with spanning(self._trace, _track("commit"), claim.job_id), self._part(pending, "commit"):
             committed = self._patiently(commit, job)
         if not committed:

@@ -2,8 +2,7 @@
 -- Returns 1, also if this commit was made before and its response was lost; else 0.
 local id = ARGV[1]
 if not holds(id, ARGV[2], ARGV[3]) then
-  local mine = redis.call('HGET', job_key(id), 'state') == 'succeeded' and claimed(id, ARGV[2], ARGV[3])
-  return mine and 1 or 0
+  return committed(id, ARGV[2], ARGV[3]) and 1 or 0
 end
 local total = redis.call('HGET', job_key(id), 'total_steps')
 redis.call('HSET', job_key(id), 'images', ARGV[4], 'timings', ARGV[5], 'step', total)

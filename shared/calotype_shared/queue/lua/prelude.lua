@@ -151,6 +151,11 @@ local function holds(id, attempt, token)
   return redis.call('HGET', job_key(id), 'state') == 'running' and claimed(id, attempt, token)
 end
 
+-- Whether this attempt ended the job by its commit: the worker may not know yet, because the response was lost.
+local function committed(id, attempt, token)
+  return redis.call('HGET', job_key(id), 'state') == 'succeeded' and claimed(id, attempt, token)
+end
+
 -- Called when an attempt ends without a commit: records how it ended, and adds its storage folder to the orphans.
 local function record_failed_attempt(id, how, problem, now)
   local job = job_key(id)
