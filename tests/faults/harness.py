@@ -35,7 +35,7 @@ from tests.invariants import check_store
 
 FULL = os.environ.get("FAULTS") == "full"
 ROOT = Path(__file__).parents[2]
-SHORT_LEASE = {"CALOTYPE_WORKER_LEASE_SECONDS": "3"}  # where jobs of a lost worker are to be taken over soon
+SHORT_LEASE = ("--lease-seconds", "3")  # where jobs of a lost worker are to be taken over soon
 SAMPLERS = ("ddim", "euler_a", "unipc", "dpmpp_2m_karras", "ddpm", "heun")
 # Different images that faulty runs are compared with. Equal jobs are made once, so no test may have more jobs.
 KINDS = {False: 2000 if FULL else 48, True: 120 if FULL else 48}  # by whether they take long

@@ -241,7 +241,7 @@ def test_the_primary_is_killed_and_a_replica_takes_its_place(
 ) -> None:
     """Workers and clients follow the sentinels, and nothing that was acknowledged is lost."""
     site = make_site(corner(redis_url=watched.url, redis_sentinel_password="sentinels"))
-    workers = [site.start_worker("--concurrency", "6", **SHORT_LEASE) for _ in range(2)]
+    workers = [site.start_worker("--concurrency", "6", *SHORT_LEASE) for _ in range(2)]
     ids = site.submit(40, long=True)
     until(lambda: sum(record is not None and record.state.final for record in site.store.get_many(ids)) >= 3)
     watched.kill_primary()

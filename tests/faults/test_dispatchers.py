@@ -67,7 +67,7 @@ def check_batch(site: Site, batch: BatchHandle) -> Outcome:
 @pytest.mark.slow
 def test_the_dispatcher_is_killed(site: Site, start_dispatcher: StartDispatcher, table: Table) -> None:
     """In mid-window, with a second one standing by and a worker that dies as well: the heir takes over by itself."""
-    worker = site.start_worker("--concurrency", "6", **SHORT_LEASE)
+    worker = site.start_worker("--concurrency", "6", *SHORT_LEASE)
     first = start_dispatcher(site)
     batch = submit(site)
     until(lambda: batch.status().counts.succeeded >= 4)
@@ -75,7 +75,7 @@ def test_the_dispatcher_is_killed(site: Site, start_dispatcher: StartDispatcher,
     first.send_signal(signal.SIGKILL)
     worker.kill()
     began = time.monotonic()
-    site.start_worker("--concurrency", "6", **SHORT_LEASE)
+    site.start_worker("--concurrency", "6", *SHORT_LEASE)
     cursor = batch.status().cursor
     until(lambda: batch.status().cursor != cursor)
     took = time.monotonic() - began
@@ -98,7 +98,7 @@ def test_redis_comes_back_as_it_was_before(
     server = ValkeyServer.start(folder)
     try:
         site = make_site(corner(redis_url=server.url))
-        worker = site.start_worker("--concurrency", "6", **SHORT_LEASE)
+        worker = site.start_worker("--concurrency", "6", *SHORT_LEASE)
         start_dispatcher(site)
         batch = submit(site)
         until(lambda: batch.status().counts.succeeded >= 6)

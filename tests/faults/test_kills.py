@@ -29,14 +29,14 @@ def final(site: Site, ids: list[str]) -> int:
 @pytest.mark.parametrize("point", [p if p == "uploaded" else pytest.param(p, marks=pytest.mark.slow) for p in POINTS])
 def test_a_worker_is_killed_at(point: str, site: Site, table: Table) -> None:
     """SIGKILL at that very point; another worker finishes what was begun."""
-    victim = site.start_worker(stop=point, **SHORT_LEASE)
+    victim = site.start_worker(*SHORT_LEASE, stop=point)
     ids = site.submit(8)
     victim.wait_for(f"reached {point}")
     victim.kill()
     began = time.monotonic()
     if point != "committed":
         assert final(site, ids) == 0
-    site.start_worker(**SHORT_LEASE)
+    site.start_worker(*SHORT_LEASE)
     records = site.wait(ids)
     took = time.monotonic() - began
     attempts = [record.attempt for record in records]
@@ -49,12 +49,12 @@ def test_a_worker_is_killed_at(point: str, site: Site, table: Table) -> None:
 @pytest.mark.slow
 def test_a_frozen_worker_comes_back_too_late(site: Site, table: Table) -> None:
     """SIGSTOP beyond the lease: the job is another's. After SIGCONT the zombie finishes its images, in vain."""
-    zombie = site.start_worker("--concurrency", "4", stop="slow-commit", **SHORT_LEASE)
+    zombie = site.start_worker("--concurrency", "4", *SHORT_LEASE, stop="slow-commit")
     ids = site.submit(4)
     zombie.wait_for("reached slow-commit")  # everything is uploaded
     zombie.send(signal.SIGSTOP)
     began = time.monotonic()
-    other = site.start_worker(**SHORT_LEASE)
+    other = site.start_worker(*SHORT_LEASE)
     records = site.wait(ids)
     took = time.monotonic() - began
     assert {record.attempt for record in records} == {2}
@@ -104,7 +104,7 @@ def test_the_same_message_twice(site: Site, table: Table) -> None:
 @pytest.mark.slow
 def test_a_poison_job_among_good_ones(site: Site, table: Table) -> None:
     """It takes five workers with it, is put aside with its history, and every other job is done."""
-    workers = [site.start_worker(stop="poison", **SHORT_LEASE)]
+    workers = [site.start_worker(*SHORT_LEASE, stop="poison")]
     good = site.submit(10)
     [poison] = site.submit(1, prompt=f"a {POISON} apple", seed=99)
     good += site.submit(10, first=10)
@@ -113,7 +113,7 @@ def test_a_poison_job_among_good_ones(site: Site, table: Table) -> None:
         assert time.monotonic() - began < 200
         if not workers[-1].alive:
             assert workers[-1].wait() == -signal.SIGKILL
-            workers.append(site.start_worker(stop="poison", **SHORT_LEASE))
+            workers.append(site.start_worker(*SHORT_LEASE, stop="poison"))
         time.sleep(0.05)
     took = time.monotonic() - began
     record = site.store.get(poison)
@@ -197,7 +197,7 @@ def test_workers_are_killed_at_random(site: Site, table: Table) -> None:
     """Every few seconds one of three is killed without a word, and another comes."""
     count, pause = (2000, (2.5, 5.0)) if FULL else (48, (2.0, 3.0))
     dice = random.Random(5)
-    start: Callable[[], WorkerProcess] = lambda: site.start_worker("--concurrency", "8", ready=False, **SHORT_LEASE)  # noqa: E731
+    start: Callable[[], WorkerProcess] = lambda: site.start_worker("--concurrency", "8", *SHORT_LEASE, ready=False)  # noqa: E731
     workers = [start() for _ in range(2)]
     for worker in workers:
         worker.wait_for("worker ready")

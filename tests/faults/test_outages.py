@@ -56,7 +56,7 @@ def test_redis_is_killed_and_restarted(
     """SIGKILL, away for a while, back with its append-only file: work resumes within ten seconds."""
     [server] = own_valkey
     site = make_site(corner(redis_url=server.url))
-    workers = [site.start_worker("--concurrency", "6", **SHORT_LEASE) for _ in range(2)]
+    workers = [site.start_worker("--concurrency", "6", *SHORT_LEASE) for _ in range(2)]
     ids = site.submit(40, long=True) if FULL else site.submit(16, num_inference_steps=24)
     until(lambda: final(site, ids) >= 3)
     site.redis.config_set("appendfsync", "always")  # from here on nothing acknowledged may be lost
@@ -128,12 +128,12 @@ def test_the_network_to_redis_fails(
     with Proxy.before(str(settings.redis_url)) as proxy:
         behind = settings.model_copy(update={"redis_url": proxy.url(str(settings.redis_url))})
         site = make_site(settings, worker_settings=behind)
-        lonely = site.start_worker("--concurrency", "4", stop="slow-commit", **SHORT_LEASE)
+        lonely = site.start_worker("--concurrency", "4", *SHORT_LEASE, stop="slow-commit")
         ids = site.submit(12, long=True)
         lonely.wait_for("reached slow-commit")
         proxy.set(mode)
         site.worker_settings = settings
-        other = site.start_worker(**SHORT_LEASE)
+        other = site.start_worker(*SHORT_LEASE)
         records = site.wait(ids)
         assert max(record.attempt for record in records) == 2, "nothing was taken over"
         other.kill()
