@@ -161,7 +161,7 @@ def test_two_workers_share_a_queue(start_worker: Callable[..., WorkerProcess], c
     for worker in [start_worker("--concurrency", "3", ready=False) for _ in range(2)]:
         worker.wait_for("worker ready")
     records = client.wait([job.id for job in client.submit_many(mixed(24, steps=15))], timeout=120)
-    assert all(record.attempt == 1 for record in records)
+    assert [record.history for record in records if record.attempt != 1] == []
     by_worker = Counter(record.worker for record in records)
     assert len(by_worker) == 2
     assert min(by_worker.values()) >= 3
