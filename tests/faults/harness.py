@@ -14,7 +14,8 @@ import tempfile
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,15 @@ class WorkerProcess:
 
     def send(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """The process stands still in the block."""
+        self.send(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.send(signal.SIGCONT)
 
     def kill(self) -> None:
         if self.alive:

@@ -31,6 +31,7 @@ MASK = Image.fromarray(np.pad(np.full((32, 32), 255, np.uint8), 16))
 class Service:
     client: Client
     folder: Path
+    worker: WorkerProcess
 
 
 @pytest.fixture
@@ -41,12 +42,12 @@ def service(start_worker: Callable[..., WorkerProcess], client: Client, tiny_mod
         write_tiny_lora(tmp_path / f"{name}.safetensors", seed=11 + index, text=bool(index))
     write_tiny_controlnet(tmp_path / "outline", seed=21)
     write_tiny_embedding(tmp_path / "ring.safetensors", "<ring>", seed=31)
-    start_worker(
+    worker = start_worker(
         *("--model", f"other={tmp_path / 'other'}"),
         *("--lora", f"first={tmp_path / 'first.safetensors'}", "--lora", f"second={tmp_path / 'second.safetensors'}"),
         *("--control", f"outline={tmp_path / 'outline'}", "--embedding", f"<ring>={tmp_path / 'ring.safetensors'}"),
     )
-    return Service(client=client, folder=tmp_path)
+    return Service(client=client, folder=tmp_path, worker=worker)
 
 
 def pixels(made: JobImage) -> np.ndarray:
@@ -74,8 +75,9 @@ ASKED: dict[str, dict[str, Any]] = {
 def test_every_feature_goes_through_the_queue(service: Service, storage: Storage) -> None:
     """One batch of everything; each does something, and provenance makes the same image again."""
     client = service.client
-    jobs = {name: client.submit({**BASE, **asked}) for name, asked in ASKED.items()}
-    pair = client.submit({**BASE, "ensemble": ["other"], "num_images": 2})
+    with service.worker.stopped():  # so that they meet, however long this takes
+        jobs = {name: client.submit({**BASE, **asked}) for name, asked in ASKED.items()}
+        pair = client.submit({**BASE, "ensemble": ["other"], "num_images": 2})
     made = {name: pixels(job.result(timeout=120)[0]) for name, job in jobs.items()}
     plain = made["plain"]
     for name in set(ASKED) - {"plain", "strength 1", "video size"}:

@@ -53,7 +53,8 @@ def test_jobs_become_images_with_their_provenance(
 ) -> None:
     """One worker, a mixed batch, and everything a user can ask of it afterwards."""
     worker = start_worker()
-    jobs = client.submit_many(mixed(12))
+    with worker.stopped():  # so that they meet, however long this takes
+        jobs = client.submit_many(mixed(12))
     records = client.wait([job.id for job in jobs], timeout=120)
     assert {record.state for record in records} == {JobState.SUCCEEDED}
     assert {record.attempt for record in records} == {1}
