@@ -219,6 +219,8 @@ def test_workers_are_killed_at_random(site: Site, table: Table) -> None:
     while final(site, ids) < count * 0.9:
         assert time.monotonic() < ends, f"{final(site, ids)} of {count} jobs are done"
         time.sleep(dice.uniform(*pause))
+        if not FULL and kills == MAX_CRASHES - 1:
+            continue  # on a slow machine one more might blame a job that was there each time
         victim = workers.pop(dice.randrange(len(workers)))
         victim.kill()
         kills += 1
