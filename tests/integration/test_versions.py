@@ -62,6 +62,7 @@ def test_what_is_written_is_what_the_files_say(settings: Settings, redis: Redis)
         ({"a": {"b": 1}}, {"a": {"b": 2}}, False, "/a/b: 1 became 2"),
         ({"a": 1}, {}, False, "/a is gone"),
         ({"token": "0a-1"}, {"token": "0a1"}, False, "/token: 0a-1 became 0a1"),
+        ({"ended_at": 1.5}, {"ended_at": None}, False, "/ended_at: 1.5 became None"),
         ({"history": '[{"how": "lost"}]'}, {"history": '[{"how": "gone"}]'}, False, "/how: lost became gone"),
         ({"a": 1}, {"a": 1, "b": 2}, True, ": {'b'}"),
     ],
@@ -70,6 +71,13 @@ def test_a_form_that_differs_is_noticed(old: Any, new: Any, exactly: bool, said:
     """The control: a value, a field that is gone, another sort of token, an older attempt, a field too many."""
     assert list(_differences(old, new, exactly=exactly)) == [said]
     assert list(_differences(old, old, exactly=exactly)) == []
+
+
+def test_a_time_on_a_full_second_is_a_time() -> None:
+    assert (
+        list(_differences({"ended_at": 1.5, "started_at": "1.5"}, {"ended_at": 2, "started_at": "2"}, exactly=True))
+        == []
+    )
 
 
 def _differences(old: Any, new: Any, *, exactly: bool, at: str = "") -> Iterator[str]:
@@ -91,7 +99,9 @@ def _differences(old: Any, new: Any, *, exactly: bool, at: str = "") -> Iterator
 
 
 def _shape(value: object) -> str:
-    """A text with the same sort of characters, or any number."""
+    """The kind of a value: a number (a time on a full second has no fraction), or a text with its characters masked."""
+    if re.fullmatch(r"\d+(\.\d+)?", str(value)):
+        return "number"
     return re.sub(r"\w", "x", value) if isinstance(value, str) else type(value).__name__
 
 
