@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.unit.pipelines import builders
+from tests.unit.pipelines.builders import flux1, flux2, image, qwen, sd, sound_and_mesh, video, wan
 from tests.unit.pipelines.driver import counted, difference, four, load, together, without_merging
 
 
@@ -21,32 +21,32 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "stable_diffusion": Case(builders.stable_diffusion, "unet"),
-    "sd_image_to_image": Case(builders.sd_image_to_image, "unet", tolerance=3e-5),
-    "sd_inpaint": Case(builders.sd_inpaint, "unet", tolerance=3e-5),
-    "sd_controlnet": Case(builders.sd_controlnet, "unet", tolerance=3e-5),
-    "sdxl": Case(builders.sdxl, "unet", tolerance=3e-5),
-    "sd3": Case(builders.sd3, "transformer"),
-    "flux": Case(builders.flux, "transformer", side=64),
-    "flux_image_to_image": Case(builders.flux_image_to_image, "transformer", side=64),
-    "flux_kontext": Case(builders.flux_kontext, "transformer", side=64),
-    "flux_controlnet": Case(builders.flux_controlnet, "transformer", side=64),
-    "flux2_klein": Case(builders.flux2_klein, "transformer", side=64),
-    "chroma": Case(builders.chroma, "transformer", side=64),
-    "qwen_image": Case(builders.qwen_image, "transformer"),
-    "qwen_image_to_image": Case(builders.qwen_image_to_image, "transformer"),
-    "qwen_inpaint": Case(builders.qwen_inpaint, "transformer"),
-    "qwen_controlnet": Case(builders.qwen_controlnet, "transformer"),
-    "z_image": Case(builders.z_image, "transformer", side=64),
-    "z_image_to_image": Case(builders.z_image_to_image, "transformer", side=64),
-    "pixart_sigma": Case(builders.pixart_sigma, "transformer", tolerance=3e-4),
-    "wan": Case(builders.wan, "transformer", "video", side=32),
-    "wan_two_transformers": Case(builders.wan_two_transformers, "transformer", "video", side=32),
-    "wan_image_to_video": Case(builders.wan_image_to_video, "transformer", "video", side=32),
-    "ltx": Case(builders.ltx, "transformer", "video", side=32),
+    "stable_diffusion": Case(sd.stable_diffusion, "unet"),
+    "sd_image_to_image": Case(sd.sd_image_to_image, "unet", tolerance=3e-5),
+    "sd_inpaint": Case(sd.sd_inpaint, "unet", tolerance=3e-5),
+    "sd_controlnet": Case(sd.sd_controlnet, "unet", tolerance=3e-5),
+    "sdxl": Case(sd.sdxl, "unet", tolerance=3e-5),
+    "sd3": Case(sd.sd3, "transformer"),
+    "flux": Case(flux1.flux, "transformer", side=64),
+    "flux_image_to_image": Case(flux1.flux_image_to_image, "transformer", side=64),
+    "flux_kontext": Case(flux1.flux_kontext, "transformer", side=64),
+    "flux_controlnet": Case(flux1.flux_controlnet, "transformer", side=64),
+    "flux2_klein": Case(flux2.flux2_klein, "transformer", side=64),
+    "chroma": Case(flux1.chroma, "transformer", side=64),
+    "qwen_image": Case(qwen.qwen_image, "transformer"),
+    "qwen_image_to_image": Case(qwen.qwen_image_to_image, "transformer"),
+    "qwen_inpaint": Case(qwen.qwen_inpaint, "transformer"),
+    "qwen_controlnet": Case(qwen.qwen_controlnet, "transformer"),
+    "z_image": Case(image.z_image, "transformer", side=64),
+    "z_image_to_image": Case(image.z_image_to_image, "transformer", side=64),
+    "pixart_sigma": Case(image.pixart_sigma, "transformer", tolerance=3e-4),
+    "wan": Case(wan.wan, "transformer", "video", side=32),
+    "wan_two_transformers": Case(wan.wan_two_transformers, "transformer", "video", side=32),
+    "wan_image_to_video": Case(wan.wan_image_to_video, "transformer", "video", side=32),
+    "ltx": Case(video.ltx, "transformer", "video", side=32),
     # With two rows diffusers pairs the temporal context of one with pixels of the other: merging would change results.
-    "stable_video": Case(builders.stable_video, "unet", "video", side=64, merged=False, tolerance=1e-4),
-    "stable_audio": Case(builders.stable_audio, "transformer", "audio"),
+    "stable_video": Case(video.stable_video, "unet", "video", side=64, merged=False, tolerance=1e-4),
+    "stable_audio": Case(sound_and_mesh.stable_audio, "transformer", "audio"),
 }
 
 
