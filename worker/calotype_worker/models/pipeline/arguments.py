@@ -12,6 +12,7 @@ from PIL import Image
 from calotype_shared.errors import InvalidRequest
 from calotype_shared.schema.enums import Feature
 from calotype_worker.models.pipeline.copies import parts
+from calotype_worker.models.pipeline.outputs import NAMES
 from calotype_worker.models.pipeline.signature import CallSignature
 from calotype_worker.request import GenerationRequest
 
@@ -26,8 +27,9 @@ class Arguments:
     """Created once per pipeline. Thread-safe."""
 
     def __init__(self, pipeline: Any) -> None:
+        self._pipeline = pipeline
         self.signature = signature = CallSignature.of(pipeline)
-        self.modular = signature.modular
+        self.outputs = [name for name in signature.outputs if name in NAMES]
         self.guidance = next((name for name in _GUIDANCE if name in signature), None)
         if "true_cfg_scale" in signature and not _embeds_guidance(pipeline):
             self.guidance = "true_cfg_scale"
@@ -36,6 +38,8 @@ class Arguments:
         self.duration = next((name for name in _DURATIONS if name in signature), None)
         self.control = next((name for name in _CONTROL_IMAGES if name in signature), None)
         controlled = any(name.startswith("controlnet") for name, _ in parts(pipeline))
+        if signature.modular and not controlled:
+            self.control = None  # the blocks for it have no network
         if self.control is None and controlled and "image" in signature and "strength" not in signature:
             self.control = "image"
         takes_image = "image" in signature and self.control != "image"
@@ -62,7 +66,9 @@ class Arguments:
     @property
     def needs_image(self) -> bool:
         """Whether the pipeline requires an image."""
-        return any(self._required(name) for name in ("image", "video", "mask_image")) or (self.starts and not self.mask)
+        required = any(self._required(name) for name in ("image", "video", "mask_image"))
+        # Blocks that do not require an image start from noise without one.
+        return required or (self.starts and not self.mask and not self.signature.modular)
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -71,7 +77,7 @@ class Arguments:
             "init_image": self.starts and self.needs_image,
             "mask_image": self._required("mask_image"),
             "images": self.needs_image and not self.starts,
-            "control_image": self.control is not None,
+            "control_image": self.control is not None and (not self.signature.modular or self._required(self.control)),
         }
         return tuple(name for name, needed in found.items() if needed)
 
@@ -86,6 +92,8 @@ class Arguments:
     @property
     def default_guidance(self) -> float | None:
         found = None if self.guidance is None else self.signature.default(self.guidance)
+        if self.guider is not None:
+            found = getattr(getattr(self._pipeline, self.guider), "guidance_scale", None)
         return float(found) if isinstance(found, int | float) else None
 
     def of(self, request: GenerationRequest, *, model: str) -> dict[str, Any]:
@@ -124,6 +132,8 @@ class Arguments:
             given["generator"] = torch.Generator().manual_seed(request.seed)
         if "output_type" in self.signature:
             given["output_type"] = self.output_type(request)
+        if self.signature.modular:
+            given["output"] = self.outputs
         return given
 
     def frames(self, request: GenerationRequest) -> int | None:
@@ -136,7 +146,10 @@ class Arguments:
     def output_type(self, request: GenerationRequest) -> str:
         """The value of `output_type`."""
         formats = request.output_format
-        return "mesh" if formats is not None and formats.value == "ply" else "np"
+        if formats is not None and formats.value == "ply":
+            return "mesh"
+        # Modular inpainting lays the image over the original only in this form.
+        return "pil" if self.signature.modular and request.mask is not None else "np"
 
     def doubled(self, arguments: Mapping[str, Any], prompts: Sequence[str]) -> list[dict[str, Any]]:
         """Variants of `arguments` that request two results instead of one, the most informative first."""

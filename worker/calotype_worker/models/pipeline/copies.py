@@ -15,6 +15,7 @@ class StandIns:
     """The stand-ins of one pipeline's networks. They have no state of a request, so all requests share them."""
 
     def __init__(self, pipeline: Any) -> None:
+        _quiet(getattr(pipeline, "_blocks", None))
         self.modules: dict[str, torch.nn.Module] = {}  # the real ones, by name
         self._by_module: dict[int, torch.nn.Module] = {}
         _find_modules(pipeline, "", self.modules)
@@ -114,6 +115,14 @@ class _Copy:
         if kind is dict:
             return {key: self._value(part) for key, part in value.items()}
         return value
+
+
+def _quiet(block: Any) -> None:
+    """Turn off the progress bars of modular blocks, which have no state otherwise; requests share them."""
+    if hasattr(block, "set_progress_bar_config"):
+        block.set_progress_bar_config(disable=True)
+    for inner in getattr(block, "sub_blocks", {}).values():
+        _quiet(inner)
 
 
 def _nothing() -> None:

@@ -65,15 +65,12 @@ def load_pipeline(
     import diffusers  # noqa: PLC0415 - takes seconds
 
     folder = Path(location)
+    kind = getattr(diffusers, class_name) if class_name else diffusers.DiffusionPipeline
     try:
-        if (folder / _MODULAR_INDEX).is_file() and not (folder / _INDEX).is_file():
-            made = diffusers.ModularPipeline.from_pretrained(location)
-            made.load_components(torch_dtype=dtype, use_safetensors=True)
-            missing = [part for part in made.null_component_names if part in made.pretrained_component_names]
-            if missing:
-                raise ValueError(f"{', '.join(missing)} could not be loaded")
-            return made
-        kind = getattr(diffusers, class_name) if class_name else diffusers.DiffusionPipeline
+        if issubclass(kind, diffusers.ModularPipeline):
+            return _with_components(kind(pretrained_model_name_or_path=location), dtype)
+        if class_name is None and _is_modular(location):
+            return _with_components(diffusers.ModularPipeline.from_pretrained(location, trust_remote_code=False), dtype)
         return kind.from_pretrained(location, torch_dtype=dtype, use_safetensors=True, **_left_out(folder, left_out))
     except Exception as error:
         # from_pretrained raises almost anything for a broken folder: OSError, KeyError, safetensors' own errors.
@@ -82,6 +79,34 @@ def load_pipeline(
             f"model {name!r}: {location!r} could not be loaded: {reason}; "
             "check that the folder or hub id is a complete diffusers pipeline with safetensors weights"
         ) from error
+
+
+def _is_modular(location: str) -> bool:
+    """Whether a folder or hub id has an index of modular blocks and none of a pipeline class."""
+    import diffusers  # noqa: PLC0415 - takes seconds
+
+    if Path(location).is_dir():
+        return (Path(location) / _MODULAR_INDEX).is_file() and not (Path(location) / _INDEX).is_file()
+    try:
+        diffusers.DiffusionPipeline.load_config(location)
+    except OSError:
+        return True
+    return False
+
+
+def _with_components(pipeline: Any, dtype: torch.dtype) -> Any:
+    """The modular pipeline with its parts loaded. Those for which its index has no source stay absent.
+
+    Raises:
+        Exception: a part could not be loaded.
+    """
+    options = {"torch_dtype": dtype, "use_safetensors": True}
+    pipeline.load_components(**options)
+    for part in set(pipeline.null_component_names) & set(pipeline.pretrained_component_names):
+        spec = pipeline.get_component_spec(part)
+        if spec.pretrained_model_name_or_path:
+            spec.load(**options)  # raises the error, which `load_components` only logs
+    return pipeline
 
 
 def _left_out(folder: Path, names: Sequence[str]) -> dict[str, Any]:

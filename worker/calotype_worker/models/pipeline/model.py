@@ -264,7 +264,7 @@ def probe_request(arguments: Arguments, width: int, height: int, *, prompt: str,
     signature = arguments.signature
     image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     frames = signature.default("num_frames")
-    starts = arguments.starts and (arguments.needs_image or "mask_image" in signature)
+    starts = arguments.starts and (arguments.needs_image or (arguments.mask and not signature.modular))
     needs = arguments.needs_image
     default = arguments.default_guidance
     return GenerationRequest(
