@@ -8,7 +8,7 @@ import torch
 
 from tests import family_models
 from tests.family_models import tiny_flux
-from tests.unit.pipelines import parts
+from tests.unit.pipelines import parts, text_encoders
 from tests.unit.pipelines.parts import noisy
 
 
@@ -28,10 +28,6 @@ def flux_image_to_image() -> Any:
 
 
 def flux_kontext() -> Any:
-    from diffusers.pipelines.flux import pipeline_flux_kontext
-
-    # It resizes references to one of these; a megapixel each otherwise.
-    pipeline_flux_kontext.PREFERRED_KONTEXT_RESOLUTIONS = [(64, 64)]
     return _of_flux("FluxKontextPipeline")
 
 
@@ -75,7 +71,7 @@ def chroma() -> Any:
         transformer=transformer,
         vae=family_models._vae(16),
         scheduler=parts.flow_euler(),
-        text_encoder=parts.t5(),
+        text_encoder=text_encoders.t5(),
         tokenizer=family_models.t5_tokenizer(),
     )
     pipeline.default_sample_size = 8

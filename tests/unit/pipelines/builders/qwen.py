@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tests.unit.pipelines import parts
+from tests.unit.pipelines import parts, text_encoders
 from tests.unit.pipelines.parts import noisy
 
 
@@ -29,7 +29,7 @@ def _qwen_image(kind: str, **more: Any) -> Any:
         transformer=transformer,
         vae=parts.qwen_vae(),
         scheduler=parts.flow_euler(),
-        text_encoder=parts.qwen_vl(),
+        text_encoder=text_encoders.qwen_vl(),
         tokenizer=parts.qwen_tokenizer(),
         **more,
     )

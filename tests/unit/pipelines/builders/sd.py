@@ -46,3 +46,14 @@ def sdxl() -> Any:
 
 def sd3() -> Any:
     return noisy(tiny_sd3())
+
+
+def sdxl_half() -> Any:
+    """SDXL in float16, whose autoencoder overflows in it."""
+    pipeline = sdxl()
+    pipeline.vae.register_to_config(force_upcast=True)
+    return pipeline.to(torch.float16)
+
+
+def sd_perturbed_attention() -> Any:
+    return _of_sd("StableDiffusionPAGPipeline", pag_applied_layers=["up_blocks.0"])

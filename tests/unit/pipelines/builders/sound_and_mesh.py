@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tests.unit.pipelines import parts
+from tests.unit.pipelines import parts, text_encoders
 from tests.unit.pipelines.parts import noisy
 from tests.video_and_mesh_models import tiny_shap_e
 
@@ -48,7 +48,7 @@ def stable_audio() -> Any:
         StableAudioPipeline(
             transformer=transformer,
             vae=vae,
-            text_encoder=parts.t5(),
+            text_encoder=text_encoders.t5(),
             tokenizer=parts.t5_tokenizer(64),
             projection_model=StableAudioProjectionModel(
                 text_encoder_dim=parts.WIDTH, conditioning_dim=parts.WIDTH, min_value=0, max_value=32

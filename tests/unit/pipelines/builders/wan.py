@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tests import family_models
-from tests.unit.pipelines import parts
+from tests.unit.pipelines import parts, text_encoders
 from tests.unit.pipelines.parts import noisy
 
 
@@ -17,7 +17,7 @@ def wan() -> Any:
             transformer=parts.wan_transformer(),
             vae=parts.wan_vae(),
             scheduler=parts.flow_euler(shift=7.0),
-            text_encoder=parts.umt5(),
+            text_encoder=text_encoders.umt5(),
             tokenizer=family_models.t5_tokenizer(),
         )
     )
@@ -32,7 +32,7 @@ def wan_two_transformers() -> Any:
             transformer_2=parts.wan_transformer(1),
             vae=parts.wan_vae(),
             scheduler=parts.flow_euler(shift=7.0),
-            text_encoder=parts.umt5(),
+            text_encoder=text_encoders.umt5(),
             tokenizer=family_models.t5_tokenizer(),
             boundary_ratio=0.875,
         )
@@ -47,7 +47,7 @@ def wan_image_to_video() -> Any:
             transformer=parts.wan_transformer(in_channels=12, image_dim=parts.WIDTH),
             vae=parts.wan_vae(),
             scheduler=parts.flow_euler(shift=7.0),
-            text_encoder=parts.umt5(),
+            text_encoder=text_encoders.umt5(),
             tokenizer=family_models.t5_tokenizer(),
             image_encoder=parts.vision(projection=False),
             image_processor=parts.image_processor(),

@@ -19,8 +19,8 @@ from calotype_worker.request import GenerationRequest
 _FURTHER_IMAGES = ("example_image", "reference_image", "last_image", "image_2")
 _FRAME_RATES = ("frame_rate", "fps")
 _DURATIONS = ("audio_length_in_s", "audio_duration", "audio_end_in_s", "duration")
-_GUIDANCE = ("guidance_scale", "true_cfg_scale", "max_guidance_scale")
-_CONTROL_IMAGES = ("control_image", "hint", "condtioning_image")
+_GUIDANCE = ("guidance_scale", "true_cfg_scale", "max_guidance_scale", "prior_guidance_scale")
+_CONTROL_IMAGES = ("control_image", "hint", "condtioning_image", "conditioning_frames")
 
 
 class Arguments:
@@ -48,6 +48,7 @@ class Arguments:
         self.mask = "mask_image" in signature
         self.video = "video" in signature
         self.renders = "frame_size" in signature  # square views of an object
+        self.fails_without_image = False  # known from a first run, where the signature does not say it
         unet = getattr(pipeline, "unet", None)
         self.max_frames: int | None = getattr(getattr(unet, "config", None), "motion_max_seq_length", None)
 
@@ -68,7 +69,7 @@ class Arguments:
         """Whether the pipeline requires an image."""
         required = any(self._required(name) for name in ("image", "video", "mask_image"))
         # Blocks that do not require an image start from noise without one.
-        return required or (self.starts and not self.mask and not self.signature.modular)
+        return required or self.fails_without_image or (self.starts and not self.mask and not self.signature.modular)
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -188,7 +189,10 @@ class Arguments:
         if request.mask is not None:
             found["mask_image"] = Image.fromarray(request.mask.astype(np.uint8) * 255)
         if request.control_image is not None and self.control is not None:
-            found[self.control] = _pil(request.control_image)
+            control = _pil(request.control_image)
+            still = self.control == "conditioning_frames"  # the same image for all frames of a video
+            frames = self.frames(request) or self.signature.default("num_frames") or 1
+            found[self.control] = [control] * frames if still else control
         return found
 
     def _refuse(self, request: GenerationRequest, model: str) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,17 +19,30 @@ class StandIns:
         _quiet(getattr(pipeline, "_blocks", None))
         self.modules: dict[str, torch.nn.Module] = {}  # the real ones, by name
         self._by_module: dict[int, torch.nn.Module] = {}
+        self._upcast: list[torch.nn.Module] = []
         _find_modules(pipeline, "", self.modules)
         for name, module in self.modules.items():
             upcast = _overflows(module)
             if upcast:
                 module.to(torch.float32)
+                self._upcast.append(module)
             self._by_module[id(module)] = stand_in(name, module, upcast=upcast)
         self._pipeline = pipeline
 
     def copy(self) -> Any:
         """The pipeline for one request."""
         return _Copy(self._by_module).of(self._pipeline)
+
+    @contextmanager
+    def as_loaded(self) -> Iterator[None]:
+        """Within the block, the networks have the precision in which the pipeline was loaded."""
+        for module in self._upcast:
+            module.to(torch.float16)
+        try:
+            yield
+        finally:
+            for module in self._upcast:
+                module.to(torch.float32)
 
 
 def is_pipeline(value: Any) -> bool:

@@ -168,7 +168,7 @@ class PipelineModel:
     def plain(self, request: GenerationRequest) -> Any:
         """The result of diffusers itself for one request. Must not run beside others."""
         torch.manual_seed(request.seed)
-        with torch.no_grad():
+        with torch.no_grad(), self._stand_ins.as_loaded():
             arguments = self.arguments.of(request, model=self.card.name)
             return self._call(self._pipeline, arguments, guidance=request.guidance_scale)
 
@@ -201,13 +201,15 @@ class PipelineModel:
         width, height = native[0]
         small = tuple(max(multiple, side // 4 // multiple * multiple) for side in (width, height))
         problem: Exception | None = None
-        for size in dict.fromkeys(((min(small[0], width), min(small[1], height)), (width, height))):
-            try:
-                start = functools.partial(self._probe_call, arguments=self._probe_arguments(*size))
-                return record(self._stand_ins, start), *size
-            except Exception as error:
-                problem = error
-                log.debug("probe failed", extra={"model": name, "size": size}, exc_info=error)
+        optional = (self.arguments.starts or self.arguments.edits) and not self.arguments.needs_image
+        for self.arguments.fails_without_image in (False, True) if optional else (False,):
+            for size in dict.fromkeys(((min(small[0], width), min(small[1], height)), (width, height))):
+                try:
+                    start = functools.partial(self._probe_call, arguments=self._probe_arguments(*size))
+                    return record(self._stand_ins, start), *size
+                except Exception as error:
+                    problem = problem or error
+                    log.debug("probe failed", extra={"model": name, "size": size}, exc_info=error)
         raise ModelLoadError(
             f"model {name!r}: a first run of {type(self._pipeline).__name__} failed: "
             f"{type(problem).__name__}: {problem}; check that the folder is complete and its parts fit together"
