@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -162,6 +163,9 @@ def test_meshes() -> None:
         mesh = made.result(300).mesh
         assert mesh is not None
         assert len(mesh.faces) > 100
+        # Closed: as many faces meet at each edge in one direction as in the other, so it has an inside.
+        edges = Counter((int(a), int(b)) for face in mesh.faces for a, b in zip(face, np.roll(face, -1), strict=True))
+        assert all(edges[b, a] == count for (a, b), count in edges.items())
         assert len(np.unique(mesh.colors, axis=0)) > 10
         with pytest.raises(GenerationFailed, match="no surface"):
             none.result(300)
@@ -191,6 +195,8 @@ def test_video_and_mesh(tmp_path: Path) -> None:
                 assert generated.frames is not None
                 assert expected.frames is not None
                 assert np.abs(generated.frames.astype(int) - expected.frames.astype(int)).max() <= 1
+                moves = np.abs(np.diff(generated.frames.astype(int), axis=0)).max(axis=(1, 2, 3))
+                assert (moves > 0).all(), "two frames in a row are equal"
     finally:
         engine.stop()
 

@@ -13,6 +13,7 @@ import torch
 from calotype_shared.errors import ModelLoadError
 
 _INDEX, _MODULAR_INDEX = "model_index.json", "modular_model_index.json"
+_MISSING_PACKAGE = re.compile(r"requires the (\w+) library|No module named '(\w+)'")
 _CLASS_AND_SOURCE = re.compile(r"^([A-Z][A-Za-z0-9]*Pipeline):(.+)$")
 
 
@@ -74,11 +75,17 @@ def load_pipeline(
         return kind.from_pretrained(location, torch_dtype=dtype, use_safetensors=True, **_left_out(folder, left_out))
     except Exception as error:
         # from_pretrained raises almost anything for a broken folder: OSError, KeyError, safetensors' own errors.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelLoadError(
-            f"model {name!r}: {location!r} could not be loaded: {reason}; "
-            "check that the folder or hub id is a complete diffusers pipeline with safetensors weights"
-        ) from error
+        raise ModelLoadError(f"model {name!r}: {location!r} could not be loaded: {_cause(error)}") from error
+
+
+def _cause(error: Exception) -> str:
+    """What went wrong and what to do about it, in one line."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    package = _MISSING_PACKAGE.search(reason) if isinstance(error, ImportError) else None
+    if package is not None:
+        name = (package[1] or package[2]).lower()
+        return f"it needs the package {name}, which is not installed; install it where the worker runs"
+    return f"{reason}; check that the folder or hub id is a complete diffusers pipeline with safetensors weights"
 
 
 def _is_modular(location: str) -> bool:

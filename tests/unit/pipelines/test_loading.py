@@ -1,7 +1,8 @@
-"""Modular pipelines as models: loaded from folders, with the features of their blocks."""
+"""Pipelines loaded from folders: modular ones with the features of their blocks, and what cannot be loaded."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Sequence
@@ -92,3 +93,18 @@ def test_broken_part(folder: Path, tmp_path: Path) -> None:
     (own / "modular_config.json").write_text(json.dumps({"auto_map": {"ModularPipelineBlocks": "blocks.Blocks"}}))
     with pytest.raises(ModelLoadError, match="trust_remote_code"):
         load_model("own", source=str(own))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="nothing is missing")
+def test_missing_package(tmp_path: Path) -> None:
+    """A part that needs a package which is not installed: the error names it."""
+    qwen_image().save_pretrained(tmp_path, safe_serialization=True)
+    shutil.copytree(tmp_path / "tokenizer", tmp_path / "processor")
+    (tmp_path / "processor" / "preprocessor_config.json").write_text(
+        '{"image_processor_type": "Qwen2VLImageProcessor"}'
+    )
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    index |= {"_class_name": "QwenImageEditPipeline", "processor": ["transformers", "Qwen2VLProcessor"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelLoadError, match="needs the package torchvision, which is not installed"):
+        load_model("edit", source=str(tmp_path))
