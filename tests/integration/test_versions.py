@@ -88,7 +88,8 @@ def _differences(old: Any, new: Any, *, exactly: bool, at: str = "") -> Iterator
             if name not in new:
                 yield f"{at}/{name} is gone"
             elif _VOLATILE.fullmatch(name):
-                if _shape(value) != _shape(new[name]):
+                shape = _is_time if name.endswith("_at") else _shape
+                if shape(value) != shape(new[name]):
                     yield f"{at}/{name}: {value} became {new[name]}"
             elif name == "history":
                 yield from _differences(json.loads(value)[-1], json.loads(new[name])[-1], exactly=exactly, at=at)
@@ -98,10 +99,13 @@ def _differences(old: Any, new: Any, *, exactly: bool, at: str = "") -> Iterator
         yield f"{at}: {old} became {new}"
 
 
+def _is_time(value: object) -> bool:
+    """Whether it is seconds since the epoch, as a number or a text; on a full second there is no fraction."""
+    return re.fullmatch(r"\d+(\.\d+)?", str(value)) is not None
+
+
 def _shape(value: object) -> str:
-    """The kind of a value: a number (a time on a full second has no fraction), or a text with its characters masked."""
-    if re.fullmatch(r"\d+(\.\d+)?", str(value)):
-        return "number"
+    """A text with its characters masked, or the type of a number."""
     return re.sub(r"\w", "x", value) if isinstance(value, str) else type(value).__name__
 
 
