@@ -127,16 +127,16 @@ def test_an_old_worker_passes_what_is_too_new_and_a_new_one_does_both(
 ) -> None:
     """However many stand before its own: the old ones in turn, while the new stay where they are, in their order."""
     ahead = newer.create([PLAIN] * 1200, tenant="eager")  # more than one claim looks at
-    mine = store.create([PLAIN] * 3, tenant="patient", max_failures=1)
+    mine = store.create([PLAIN] * 3, tenant="later", max_failures=1)
     [last] = newer.create([PLAIN])
     redis.zadd(store.keys.waiting("demo.bulk"), {job_id: 1e6 + n for n, job_id in enumerate(mine)})  # behind all
     assert store.left_for_newer(["demo.bulk", "demo.interactive"]) == {"demo.bulk": SCHEMA + 1}
     assert store.claim("demo.bulk", worker="w", lease_seconds=20) is None, "so far it has not looked"
     assert [take(store).job_id for _ in mine] == mine
     assert store.claim("demo.bulk", worker="w", lease_seconds=20) is None
-    [urgent] = store.create([PLAIN])
-    redis.zadd(store.keys.waiting("demo.bulk"), {urgent: 100})  # where a job comes back to: before what was passed
-    assert take(store).job_id == urgent
+    [returned] = store.create([PLAIN])
+    redis.zadd(store.keys.waiting("demo.bulk"), {returned: 100})  # where a job comes back to: before what was passed
+    assert take(store).job_id == returned
     assert store.left_for_newer(["demo.bulk"]) == {"demo.bulk": SCHEMA + 1}
     assert newer.left_for_newer(["demo.bulk"]) == {}
     [own] = store.create([PLAIN])
@@ -161,18 +161,20 @@ def test_an_old_client_follows_cancels_and_lists_a_new_job(client: Client, newer
     assert client.cancel(waiting) is JobState.CANCELLED
 
 
-def test_whoever_waits_hears_that_every_worker_is_too_old(settings: Settings, newer: JobStore, client: Client) -> None:
+def test_a_waiting_client_is_warned_that_every_worker_is_too_old(
+    settings: Settings, newer: JobStore, client: Client
+) -> None:
     """Not that there is none."""
     [job_id] = newer.create([PLAIN])
     info = WorkerInfo(name="w", model="demo", device="cpu", host="h", pid=1, version="1", started_at=1.0)
     newer.announce_worker(info, ttl_seconds=60)
-    told: list[str] = []
+    reported: list[str] = []
     with (
-        Client(settings=settings, on_warning=told.append) as listening,
+        Client(settings=settings, on_warning=reported.append) as listening,
         pytest.raises(WaitTimeout, match="every live worker of 'demo' is of an older version than the job"),
     ):
         listening.wait(job_id, 0.3)
-    assert told == [
+    assert reported == [
         "every live worker of 'demo' is of an older version than the job: it stays queued until one of a newer version "
         "is there; upgrade the workers"
     ]
