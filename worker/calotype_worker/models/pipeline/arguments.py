@@ -48,7 +48,7 @@ class Arguments:
         self.mask = "mask_image" in signature
         self.video = "video" in signature
         self.renders = "frame_size" in signature  # square views of an object
-        self.fails_without_image = False  # known from a first run, where the signature does not say it
+        self.assumed: frozenset[str] = frozenset()  # required as first runs showed, though not by the signature
         unet = getattr(pipeline, "unet", None)
         self.max_frames: int | None = getattr(getattr(unet, "config", None), "motion_max_seq_length", None)
 
@@ -67,9 +67,7 @@ class Arguments:
     @property
     def needs_image(self) -> bool:
         """Whether the pipeline requires an image."""
-        required = any(self._required(name) for name in ("image", "video", "mask_image"))
-        # Blocks that do not require an image start from noise without one.
-        return required or self.fails_without_image or (self.starts and not self.mask and not self.signature.modular)
+        return any(self._required(name) for name in ("image", "video", "mask_image"))
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -83,7 +81,15 @@ class Arguments:
         return tuple(name for name, needed in found.items() if needed)
 
     def _required(self, name: str) -> bool:
-        return name in self.signature and self.signature.parameters[name].required
+        return name in self.signature and (name in self.assumed or self.signature.parameters[name].required)
+
+    def assumptions(self) -> list[frozenset[str]]:
+        """Sets of images that the pipeline may require, though its signature does not say so; to be tried in order."""
+        sets: list[frozenset[str]] = [frozenset()]
+        for name, taken in (("image", self.starts or self.edits), ("mask_image", self.mask), ("video", self.video)):
+            if taken and not self._required(name):
+                sets.append(sets[-1] | {name})
+        return sets
 
     @property
     def default_steps(self) -> int | None:
