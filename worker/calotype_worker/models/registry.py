@@ -132,13 +132,21 @@ def load_model(
     notes, version = _notes(folder), _version(folder, location)
     class_name = type(pipeline).__name__
     if named is not None or as_pipeline or class_name not in FAMILIES:
-        if adapters != Adapters() or memory != Memory() or accelerations != EXACT:
+        if adapters.embeddings or adapters.controls or memory != Memory() or accelerations != EXACT:
             raise ModelLoadError(
-                f"model {name!r}: {class_name} runs by its own pipeline, without adapters, memory settings or "
-                "accelerations; leave out --lora, --embedding, --control, --offload, --deep-cache and the like, or "
-                "register them for another model"
+                f"model {name!r}: {class_name} runs by its own pipeline, without memory settings or accelerations, "
+                "textual inversions and ControlNets; leave out --embedding, --control, --offload, --deep-cache and "
+                "the like, or register them for another model"
             )
-        return PipelineModel(pipeline, name=name, version=version, device=torch_device, dtype=torch_dtype, notes=notes)
+        return PipelineModel(
+            pipeline,
+            name=name,
+            version=version,
+            device=torch_device,
+            dtype=torch_dtype,
+            notes=notes,
+            adapters=adapters,
+        )
     family, adapter = FAMILIES[class_name]
     if source is None:
         adapters = with_bundled(adapters)

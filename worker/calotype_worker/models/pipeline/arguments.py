@@ -206,7 +206,6 @@ class Arguments:
                 bool(request.negative_prompt),
                 "negative_prompt" in self.signature,
             ),
-            "loras": (bool(request.loras), False),
             "controls": (bool(request.controls), False),
             "refiner": (request.refiner is not None, False),
         }
