@@ -160,15 +160,17 @@ class LoraBank:
             )
             if (component, module_path) not in self._hooked:
                 self._hooked.add((component, module_path))
-                module.register_forward_hook(self._hook((component, module_path)))
+                module.register_forward_hook(self._hook((component, module_path)), with_kwargs=True)
         return Lora(name=name, layers=adapted)
 
     def _hook(self, key: tuple[str, str]) -> Any:
-        def add(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        def add(
+            module: torch.nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any], output: torch.Tensor
+        ) -> torch.Tensor:
             for lora, weights in self._active:
                 layer = lora.layers.get(key)
                 if layer is not None:
-                    change = _change(module, layer, inputs[0])
+                    change = _change(module, layer, args[0] if args else kwargs["input"])
                     output = output + _each(weights * layer.scale, change) * change
             return output
 
