@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import diffusers
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from calotype_shared.errors import InvalidRequest, ModelLoadError
 from calotype_shared.schema.config import GenerationConfig
 from calotype_shared.schema.resolve import resolve
+from calotype_worker.models import load_model
 from calotype_worker.models.latent import Adapters
 from calotype_worker.models.pipeline.model import PipelineModel
-from calotype_worker.request import GenerationRequest
+from calotype_worker.request import ControlInput, GenerationRequest
 from tests.unit.pipelines import builders
 from tests.unit.pipelines.driver import counted, difference, four, load, together, without_merging
 from tests.video_and_mesh_models import tiny_animatediff
@@ -167,3 +172,112 @@ def test_refused_lora_files(tmp_path: Path) -> None:
 def test_class_without_loras(tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError, match="PixArtSigmaPipeline takes no LoRAs"):
         load(builders.pixart_sigma(), adapters=Adapters(loras={"any": tmp_path / "any.safetensors"}))
+
+
+class ControlCase(NamedTuple):
+    build: Callable[[], Any]  # the base, without a ControlNet
+    control: Callable[[int], Any]
+    pipeline: str
+    image: str  # the control image's argument
+    denoiser: str
+
+
+CONTROL_CASES = {
+    "sdxl": ControlCase(builders.sdxl, builders.sdxl_control, "StableDiffusionXLControlNetPipeline", "image", "unet"),
+    "flux": ControlCase(builders.flux, builders.flux_control, "FluxControlNetPipeline", "control_image", "transformer"),
+}
+IMAGE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+
+# What four jobs ask for: the request's fields, the ControlNet, and diffusers' arguments.
+CONTROLS: tuple[tuple[dict[str, Any], str, dict[str, float]], ...] = (
+    (
+        {"controls": (ControlInput(name="edges", image=IMAGE, scale=0.5),)},
+        "edges",
+        {"controlnet_conditioning_scale": 0.5},
+    ),
+    (
+        {"controls": (ControlInput(name="depth", image=IMAGE, scale=1.5),)},
+        "depth",
+        {"controlnet_conditioning_scale": 1.5},
+    ),
+    ({"controls": (ControlInput(name="edges", image=IMAGE, end=0.5),)}, "edges", {"control_guidance_end": 0.5}),
+    (
+        {"control_image": IMAGE, "parameters": {"controlnet_conditioning_scale": 0.8}},
+        "edges",
+        {"controlnet_conditioning_scale": 0.8},
+    ),
+)
+
+
+def write_base(pipeline: Any, folder: Path) -> Path:
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    (folder / "calotype.json").write_text(json.dumps({"native_sizes": [[64, 64]]}))
+    return folder
+
+
+@pytest.mark.parametrize("name", CONTROL_CASES)
+def test_controlnets(name: str, tmp_path: Path) -> None:
+    """A class with a ControlNet runs on a base model's folder. Jobs choose the ControlNet, its scale and its steps."""
+    case = CONTROL_CASES[name]
+    base = write_base(case.build(), tmp_path / "base")
+    nets = {"edges": case.control(0), "depth": case.control(1)}
+    folders = {net: str(tmp_path / net) for net in nets}
+    for net, folder in folders.items():
+        nets[net].save_pretrained(folder, safe_serialization=True)
+    model = load_model("qc", source=f"{case.pipeline}:{base}", adapters=Adapters(controls=folders))
+    assert isinstance(model, PipelineModel)
+    common = [replace(request, control_image=None) for request in four(model)]
+    requests = [replace(request, **own) for request, (own, _, _) in zip(common, CONTROLS, strict=True)]
+
+    plain = getattr(diffusers, case.pipeline).from_pretrained(base, controlnet=nets["edges"])
+    plain.set_progress_bar_config(disable=True)
+    expected = []
+    for request, (_, net, arguments) in zip(common, CONTROLS, strict=True):
+        plain.controlnet = nets[net]
+        given = model.arguments.of(replace(request, control_image=IMAGE), model="")
+        expected.append(plain(**{**given, case.image: Image.fromarray(IMAGE), **arguments}))
+
+    together(model, requests)  # verifies calls with the second ControlNet, which start-up does not rehearse
+    with counted(model, case.denoiser) as calls:
+        runs = together(model, requests)
+    for run, result in zip(runs, expected, strict=True):
+        assert run.error is None
+        assert difference(run.result, result) <= 3e-5
+    assert difference(model.plain(requests[LONGEST]), expected[LONGEST]) == 0.0
+    assert calls.total() <= requests[LONGEST].num_inference_steps, model.summary()
+    other = replace(requests[1], controls=(ControlInput(name="edges", image=IMAGE, scale=1.5),))
+    assert difference(model.plain(other), expected[1]) > 1e-2, "the ControlNets are too alike to tell them apart"
+
+
+def test_refused_controlnets(tmp_path: Path) -> None:
+    """What does not go together is refused at start, and jobs that the model cannot run at submission."""
+    base = write_base(builders.flux(), tmp_path / "base")
+    folders = {}
+    for net, build in (("edges", builders.flux_control), ("sketch", builders.sdxl_control)):
+        build(0).save_pretrained(tmp_path / net, safe_serialization=True)
+        folders[net] = str(tmp_path / net)
+    source = f"FluxControlNetPipeline:{base}"
+    for text, given, controls in (
+        ("FluxControlNetPipeline needs a ControlNet.*--control qc/NAME=FOLDER", source, {}),
+        ("FluxPipeline takes no ControlNets", f"FluxPipeline:{base}", {"edges": folders["edges"]}),
+        ("'sketch' is a ControlNetModel, which FluxControlNetPipeline does not take", source, folders),
+        ("'edges': .* could not be loaded", source, {"edges": str(tmp_path / "none")}),
+    ):
+        with pytest.raises(ModelLoadError, match=text):
+            load_model("qc", source=given, adapters=Adapters(controls=controls))
+
+    model = load_model("qc", source=source, adapters=Adapters(controls={"edges": folders["edges"]}))
+    assert isinstance(model, PipelineModel)
+    assert model.card.controls == ("edges",)
+    config: dict[str, Any] = {"model": "qc", "prompt": "a star"}
+    use = {"name": "edges", "image": "0" * 64}
+    assert resolve(GenerationConfig.parse({**config, "controls": [use]}), {"qc": model.card}).control_names
+    with pytest.raises(InvalidRequest, match="needs it"):
+        resolve(GenerationConfig.parse(config), {"qc": model.card})
+    with pytest.raises(InvalidRequest, match="available: edges"):
+        resolve(GenerationConfig.parse({**config, "controls": [{**use, "name": "depth"}]}), {"qc": model.card})
+    request = replace(four(model)[0], controls=(ControlInput(name="edges", image=IMAGE),))
+    with pytest.raises(InvalidRequest, match="given twice"):
+        model.check(request)
+    with pytest.raises(InvalidRequest, match="one ControlNet per job"):
+        model.check(replace(request, control_image=None, controls=request.controls * 2))

@@ -11,6 +11,7 @@ from PIL import Image
 
 from calotype_shared.errors import InvalidRequest
 from calotype_shared.schema.enums import Feature
+from calotype_worker.models.pipeline.controls import control_arguments
 from calotype_worker.models.pipeline.copies import parts
 from calotype_worker.models.pipeline.signature import CallSignature
 from calotype_worker.request import GenerationRequest
@@ -176,6 +177,8 @@ class Arguments:
             found["mask_image"] = Image.fromarray(request.mask.astype(np.uint8) * 255)
         if request.control_image is not None and self.control is not None:
             found[self.control] = _pil(request.control_image)
+        if self.control is not None:
+            found |= control_arguments(request, self.signature, image=self.control)
         return found
 
     def _refuse(self, request: GenerationRequest, model: str) -> None:
@@ -206,7 +209,6 @@ class Arguments:
                 bool(request.negative_prompt),
                 "negative_prompt" in self.signature,
             ),
-            "controls": (bool(request.controls), False),
             "refiner": (request.refiner is not None, False),
         }
         for field, (given, taken) in takes.items():

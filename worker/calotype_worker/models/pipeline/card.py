@@ -10,6 +10,7 @@ from calotype_shared.schema.enums import Feature, OutputFormat, SamplerType
 from calotype_shared.schema.model_card import ModelCard
 from calotype_worker.models.latent import Adapters
 from calotype_worker.models.pipeline.arguments import Arguments
+from calotype_worker.models.pipeline.controls import names_of
 from calotype_worker.models.pipeline.copies import parts
 from calotype_worker.sampling.samplers import FLOW_SAMPLERS, SAMPLERS, Sampler, sampler_of
 
@@ -118,6 +119,8 @@ def card_of(
         )
     if adapters.loras:
         features.add(Feature.LORA.value)
+    if names_of(pipeline):
+        features.add(Feature.CONTROLNET.value)
     if kind == "video":
         features.add(Feature.TEXT_TO_VIDEO.value)
     sizes_are_free = "height" in arguments.signature or "frame_size" in arguments.signature or arguments.starts
@@ -137,6 +140,7 @@ def card_of(
         features=frozenset(features),
         output_formats=tuple(found.value for found in _FORMATS[kind]),
         loras=tuple(sorted(adapters.loras)),
+        controls=names_of(pipeline),
         description=str(notes.get("description", "")),
         parameters=tuple(arguments.signature.free()),
         needs=arguments.needs,

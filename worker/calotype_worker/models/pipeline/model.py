@@ -19,6 +19,7 @@ from calotype_worker.models.latent import Adapters
 from calotype_worker.models.pipeline.adapters import NO_LORAS, load_loras, loras_of
 from calotype_worker.models.pipeline.arguments import Arguments
 from calotype_worker.models.pipeline.card import card_of, native_sizes, samplers_of, size_multiple
+from calotype_worker.models.pipeline.controls import choose, share_roles
 from calotype_worker.models.pipeline.copies import StandIns, parts
 from calotype_worker.models.pipeline.module_state import ModuleState
 from calotype_worker.models.pipeline.network_calls import NetworkCalls
@@ -152,7 +153,7 @@ class PipelineModel:
 
     def start(self, request: GenerationRequest, follow: Callable[[Any], None]) -> Callable[[], Any]:
         """The function to run in a greenlet, which returns the input of `read`. `follow` gets its own scheduler."""
-        pipeline = self._stand_ins.copy()
+        pipeline = choose(self._stand_ins.copy(), request)
         if self._replaces_scheduler(request):
             pipeline.__dict__["scheduler"] = self._scheduler(request)
         scheduler = getattr(pipeline, "scheduler", None)
@@ -178,7 +179,8 @@ class PipelineModel:
         torch.manual_seed(request.seed)
         with torch.no_grad():
             arguments = self.arguments.of(request, model=self.card.name)
-            return self._call(self._pipeline, arguments, guidance=request.guidance_scale, loras=request.loras)
+            pipeline = choose(self._pipeline, request)
+            return self._call(pipeline, arguments, guidance=request.guidance_scale, loras=request.loras)
 
     def _call(
         self, pipeline: Any, arguments: Mapping[str, Any], *, guidance: float, loras: Sequence[tuple[str, float]] = ()
@@ -253,6 +255,7 @@ class PipelineModel:
                 continue
             roles = learn_roles(single, double)
             if roles.known:
+                share_roles(roles, self.modules)
                 return roles
         return Roles()
 
