@@ -22,6 +22,8 @@ from calotype_worker.models import load_model
 from calotype_worker.models.latent import Adapters
 from calotype_worker.models.pipeline.model import PipelineModel
 from calotype_worker.request import ControlInput, GenerationRequest
+from tests.family_models import write_embedding
+from tests.models import write_tiny_embedding
 from tests.unit.pipelines import builders
 from tests.unit.pipelines.driver import counted, difference, four, load, together, without_merging
 from tests.video_and_mesh_models import tiny_animatediff
@@ -169,9 +171,41 @@ def test_refused_lora_files(tmp_path: Path) -> None:
         assert reason
 
 
-def test_class_without_loras(tmp_path: Path) -> None:
+def test_class_without_adapters(tmp_path: Path) -> None:
+    file = {"any": tmp_path / "any.safetensors"}
     with pytest.raises(ModelLoadError, match="PixArtSigmaPipeline takes no LoRAs"):
-        load(builders.pixart_sigma(), adapters=Adapters(loras={"any": tmp_path / "any.safetensors"}))
+        load(builders.pixart_sigma(), adapters=Adapters(loras=file))
+    with pytest.raises(ModelLoadError, match="PixArtSigmaPipeline takes no textual inversions"):
+        load(builders.pixart_sigma(), adapters=Adapters(embeddings=file))
+
+
+@pytest.mark.parametrize("name", ["stable_diffusion", "sdxl"])
+def test_textual_inversions(name: str, tmp_path: Path) -> None:
+    """A registered token is a word of prompts, in calls that are merged with others', as in plain diffusers."""
+    build = getattr(builders, name)
+    file = tmp_path / "lime.safetensors"
+    (write_embedding(file) if name == "sdxl" else write_tiny_embedding(file, "<lime>", seed=1))
+    model = load(build(), adapters=Adapters(embeddings={"<lime>": file}))
+    assert model.card.embeddings == ("<lime>",)
+    requests = [replace(r, prompt=p) for r, p in zip(four(model), ("a <lime> star", "a star"), strict=False)]
+
+    plain = build()
+    plain.set_progress_bar_config(disable=True)
+    vectors = load_file(file)
+    if name == "sdxl":
+        plain.load_textual_inversion(vectors["clip_l"], token="<lime>")
+        plain.load_textual_inversion(
+            vectors["clip_g"], token="<lime>", tokenizer=plain.tokenizer_2, text_encoder=plain.text_encoder_2
+        )
+    else:
+        plain.load_textual_inversion(str(file), token="<lime>", use_safetensors=True)
+    for run, request in zip(together(model, requests), requests, strict=True):
+        torch.manual_seed(request.seed)
+        expected = plain(**model.arguments.of(request, model=""))
+        assert run.error is None
+        assert difference(run.result, expected) <= 3e-5
+    without = model.plain(replace(requests[0], prompt="a lime star"))
+    assert difference(model.plain(requests[0]), without) > 1e-2, "the token changes too little to be seen"
 
 
 class ControlCase(NamedTuple):

@@ -138,11 +138,10 @@ def load_model(
                 f"model {name!r}: --control is not possible with this source; give a folder and a pipeline class "
                 f"that has a ControlNet, as --model {name}=CLASS:FOLDER"
             )
-        if adapters.embeddings or memory != Memory() or accelerations != EXACT:
+        if memory != Memory() or accelerations != EXACT:
             raise ModelLoadError(
-                f"model {name!r}: {class_name} runs by its own pipeline, without memory settings, accelerations or "
-                "textual inversions; leave out --embedding, --offload, --deep-cache and the like, or register them "
-                "for another model"
+                f"model {name!r}: {class_name} runs by its own pipeline, without memory settings or accelerations; "
+                "leave out --offload, --deep-cache and the like"
             )
         return PipelineModel(
             pipeline,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from calotype_shared.errors import ModelLoadError
+from calotype_worker.models.embeddings import load_embeddings
 from calotype_worker.models.latent import Adapters
 from calotype_worker.models.lora import LoraBank
 
@@ -87,6 +88,20 @@ def mixed_layers(calls: Sequence[tuple[RequestLoras, str]]) -> Hashable:
     return frozenset(pattern for loras, component in calls for pattern in loras.patterns.get(component, ()))
 
 
+def load_words(name: str, pipeline: Any, adapters: Adapters) -> None:
+    """Add the registered textual inversions to the pipeline's text encoders.
+
+    Raises:
+        ModelLoadError: its class takes none, or a file is broken or for another model.
+    """
+    if adapters.embeddings and not hasattr(pipeline, "load_textual_inversion"):
+        raise ModelLoadError(
+            f"model {name!r}: {type(pipeline).__name__} takes no textual inversions; leave out --embedding, or "
+            "register them for another model: --embedding MODEL/TOKEN=FILE"
+        )
+    load_embeddings(pipeline, adapters.embeddings)
+
+
 def load_loras(name: str, pipeline: Any, modules: Mapping[str, torch.nn.Module], adapters: Adapters) -> LoraBank:
     """The LoRAs that were registered for a pipeline, each file checked.
 
@@ -98,7 +113,7 @@ def load_loras(name: str, pipeline: Any, modules: Mapping[str, torch.nn.Module],
     if adapters.loras and not components:
         raise ModelLoadError(
             f"model {name!r}: {type(pipeline).__name__} takes no LoRAs; leave out --lora, or register them for another "
-            f"model: --lora MODEL/NAME=FILE"
+            "model: --lora MODEL/NAME=FILE"
         )
     bank = LoraBank(pipeline, components, adapters.loras, capacity=adapters.lora_capacity)
     bank.check_files()

@@ -141,6 +141,7 @@ def card_of(
         output_formats=tuple(found.value for found in _FORMATS[kind]),
         loras=tuple(sorted(adapters.loras)),
         controls=names_of(pipeline),
+        embeddings=tuple(sorted(adapters.embeddings)),
         description=str(notes.get("description", "")),
         parameters=tuple(arguments.signature.free()),
         needs=arguments.needs,

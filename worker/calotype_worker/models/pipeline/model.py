@@ -16,7 +16,7 @@ from calotype_shared.errors import GenerationFailed, InvalidRequest, ModelLoadEr
 from calotype_shared.schema.enums import SamplerType
 from calotype_shared.schema.model_card import ModelCard
 from calotype_worker.models.latent import Adapters
-from calotype_worker.models.pipeline.adapters import NO_LORAS, load_loras, loras_of
+from calotype_worker.models.pipeline.adapters import NO_LORAS, load_loras, load_words, loras_of
 from calotype_worker.models.pipeline.arguments import Arguments
 from calotype_worker.models.pipeline.card import card_of, native_sizes, samplers_of, size_multiple
 from calotype_worker.models.pipeline.controls import choose, share_roles
@@ -64,6 +64,8 @@ class PipelineModel:
         self.device = device
         self.dtype = dtype
         self._pipeline = pipeline
+        adapters = adapters or Adapters()
+        load_words(name, pipeline, adapters)
         self.arguments = Arguments(pipeline)
         self._stand_ins = StandIns(pipeline)
         for module in self.modules.values():
@@ -71,7 +73,6 @@ class PipelineModel:
             if type(module).__name__ == "ShapERenderer":
                 module.mesh_decoder.register_forward_hook(_refuse_empty)  # type: ignore[union-attr]
         self.to(device)
-        adapters = adapters or Adapters()
         self.loras = load_loras(name, pipeline, self.modules, adapters)
         self._samplers = samplers_of(pipeline)
         self._watched = ModuleState.of(self.modules)
