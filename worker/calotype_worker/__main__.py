@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from calotype_shared.errors import CalotypeError, ServiceUnavailable, SettingsError
+from calotype_shared.memory import return_large_blocks
 from calotype_shared.observability.logs import set_up_logging
 from calotype_shared.options import new_app, parsed, with_options
 from calotype_shared.queue.connection import connect_redis
@@ -55,6 +56,7 @@ def main(arguments: list[str] | None = None, *, own_process: bool = False) -> in
     With `own_process`, the import of torchao is blocked in this process unless a setting needs it.
     """
     wait_briefly()
+    return_large_blocks()
     try:
         options = parsed(build_app(), arguments, name="calotype worker")
         if not isinstance(options, dict):

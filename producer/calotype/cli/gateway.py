@@ -31,6 +31,7 @@ def gateway(
         import uvicorn  # noqa: PLC0415 - only this command needs it
 
         from calotype.gateway.app import create_app  # noqa: PLC0415
+        from calotype.gateway.server import server_config  # noqa: PLC0415
         from calotype.gateway.settings import GatewaySettings  # noqa: PLC0415
     except ImportError as error:
         raise ServiceUnavailable(
@@ -38,13 +39,11 @@ def gateway(
         ) from None
     options = GatewaySettings.load(host=host, port=port, auth=auth)
     set_up_logging(log_format=options.log_format, level=options.log_level)
-    config = uvicorn.Config(
+    config = server_config(
         create_app(Settings.load(), options),
         log_config=None,
         log_level=options.log_level,
-        access_log=False,
         timeout_graceful_shutdown=10,
-        server_header=False,
     )
     with listening(options.host, options.port) as listener, sigterm_interrupts():
         if options.log_format == "json":

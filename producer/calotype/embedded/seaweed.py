@@ -152,6 +152,7 @@ def _arguments(ports: Sequence[int]) -> list[str]:
         "ip": LOOPBACK,
         "ip.bind": LOOPBACK,
         "filer": "true",
+        "filer.disableHttp": "true",  # it wants no keys, and lets any web page read and write every object
         "s3": "true",
         "s3.config": "s3.json",
         "s3.port.iceberg": 0,

@@ -46,10 +46,6 @@ class NotFound(CalotypeError):
     code = "not_found"
 
 
-class TooLarge(CalotypeError):
-    code = "too_large"
-
-
 # An error has the status of its nearest ancestor here. Errors without one are bugs.
 STATUSES: Mapping[type[CalotypeError], int] = {
     UnknownModel: 404,
@@ -58,7 +54,6 @@ STATUSES: Mapping[type[CalotypeError], int] = {
     JobNotFound: 404,
     BatchNotFound: 404,
     NotFound: 404,
-    TooLarge: 413,
     Unauthorized: 401,
     Forbidden: 403,
     TooBusy: 429,
@@ -173,7 +168,7 @@ def _explained(first: Mapping[str, Any]) -> InvalidRequest:
 async def on_http(request: Request, error: Exception) -> Response:
     """For requests that the framework refuses: an unknown path, a wrong method."""
     assert isinstance(error, HTTPException)
-    codes = {404: "not_found", 405: "method_not_allowed"}
+    codes = {404: "not_found", 405: "method_not_allowed", 408: "too_slow", 413: "too_large"}
     code = codes.get(error.status_code, "invalid_request")
     problem = Problem(title=str(error.detail), status=error.status_code, detail=str(error.detail), code=code)
     return respond(request, problem, error.headers)
