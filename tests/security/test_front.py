@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Callable
 from contextlib import closing
 
 import pytest
 from PIL import Image
+from redis import Redis
 
 from calotype.api_keys import Scope
 from calotype.gateway import front, server
@@ -194,6 +196,32 @@ def test_a_storage_that_hangs_delays_only_what_needs_it(corner: Settings) -> Non
             for upload in uploads:
                 upload.socket.close()
             gateway.stop()
+
+
+# ---- what strangers learn
+
+
+def test_strangers_learn_no_addresses_and_no_names(corner: Settings, key: Key, guarded: Gateway) -> None:
+    """E19: not from probes, not from errors, and not from whoever worked on a job."""
+    lost = Gateway(corner.model_copy(update={"redis_url": "redis://127.0.0.1:1"}), auth="keys", dispatch=False)
+    try:
+        probe = lost.http.get("/readyz")
+        assert (probe.status_code, "127.0.0.1" in probe.text) == (503, False), probe.text
+        assert "the queue cannot be used" in probe.json()["detail"]
+    finally:
+        lost.stop()
+    job = guarded.http.post("/v1/jobs", json=CONFIG, headers=key("names")).json()["id"]
+    with Redis.from_url(corner.redis_url) as redis:
+        history = [
+            {"attempt": 1, "worker": "host-4711", "started_at": 1.0, "ended_at": 2.0, "how": "lost", "error": None}
+        ]
+        mapping = {"worker": "host-4711", "history": json.dumps(history)}
+        redis.hset(f"{corner.key_prefix}job:{job}", mapping=mapping)  # type: ignore[arg-type]
+    reader = key("names", scopes=[Scope.JOBS_READ])
+    seen = guarded.http.get(f"/v1/jobs/{job}", headers=reader).json()
+    assert seen["worker"] == seen["history"][0]["worker"]
+    assert re.fullmatch(r"worker-[0-9a-f]{8}", seen["worker"])
+    assert guarded.http.get(f"/v1/jobs/{job}", headers=key("names")).json()["worker"] == "host-4711"
 
 
 # ---- quotas

@@ -13,6 +13,7 @@ from calotype.cli.output import say
 from calotype.cli.serve import sigterm_interrupts
 from calotype_shared.errors import ServiceUnavailable
 from calotype_shared.observability.logs import set_up_logging
+from calotype_shared.queue.server_check import refuse_unsuitable
 from calotype_shared.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -39,8 +40,10 @@ def gateway(
         ) from None
     options = GatewaySettings.load(host=host, port=port, auth=auth)
     set_up_logging(log_format=options.log_format, level=options.log_level)
+    settings = Settings.load()
+    refuse_unsuitable(settings, needed=False)
     config = server_config(
-        create_app(Settings.load(), options),
+        create_app(settings, options),
         log_config=None,
         log_level=options.log_level,
         timeout_graceful_shutdown=10,

@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from calotype.api_keys import Forbidden, Unauthorized
+from calotype.gateway.privacy import public_error
 from calotype_shared.errors import (
     BatchNotFound,
     CalotypeError,
@@ -132,8 +133,13 @@ async def on_error(request: Request, error: Exception) -> Response:
     return refusal(request, error)
 
 
+def shown_to(request: Request, error: CalotypeError) -> CalotypeError:
+    """The error as a response may show it: where keys are required, without addresses of services."""
+    return public_error(error) if request.app.state.services.gateway.needs_key else error
+
+
 def refusal(request: Request, error: CalotypeError) -> Response:
-    problem = problem_of(error)
+    problem = problem_of(shown_to(request, error))
     headers = {}
     if problem.status == 401:
         headers["WWW-Authenticate"] = "Bearer"

@@ -14,6 +14,7 @@ from calotype.gateway.auth import Reader, Writer
 from calotype.gateway.errors import NotFound, documented
 from calotype.gateway.front import GuardedRoute
 from calotype.gateway.jobs import JobId, JobView, view
+from calotype.gateway.privacy import public_worker
 from calotype.gateway.state import ServicesDep
 from calotype.overview import Overview
 from calotype_shared.errors import ObjectMissing
@@ -27,7 +28,8 @@ async def get_fleet(caller: Reader, services: ServicesDep) -> Response:
     """The queues, the workers, and each row of their step batches. Another tenant's rows have no id and no prompt."""
     overview = await services.in_redis(services.client.overview, tenant=caller.tenant)
     if not caller.may(Scope.ADMIN):
-        overview = overview.model_copy(update={"counts": None})
+        workers = [w.model_copy(update={"name": public_worker(w.name)}) for w in overview.workers]
+        overview = overview.model_copy(update={"counts": None, "workers": tuple(workers)})
     return JSONResponse(overview.model_dump(mode="json"))
 
 
@@ -54,7 +56,7 @@ class Dropped(BaseModel):
 async def list_dead(caller: Reader, services: ServicesDep, limit: Annotated[int, Query(ge=1, le=100)] = 20) -> Response:
     """Jobs that failed permanently, each with the history of its attempts."""
     found = await services.in_redis(services.client.dead_jobs.list, limit=limit + 1, tenant=caller.tenant)
-    data = [await view(record, services) for record in found[:limit]]
+    data = [await view(record, services, caller) for record in found[:limit]]
     return JSONResponse({"data": data, "has_more": len(found) > limit})
 
 

@@ -13,9 +13,11 @@ from fastapi.responses import JSONResponse, RedirectResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import ClientDisconnect
 
+from calotype.api_keys import Scope
 from calotype.gateway.auth import Admin, Caller, Reader, Writer
 from calotype.gateway.errors import NotFound, documented
 from calotype.gateway.front import GuardedRoute
+from calotype.gateway.privacy import public_job
 from calotype.gateway.state import Services, ServicesDep
 from calotype.jobs import JobHandle, require_success
 from calotype_shared.errors import WaitTimeout
@@ -68,9 +70,11 @@ class Cancelled(BaseModel):
     state: JobState
 
 
-async def view(record: JobRecord, services: Services) -> dict[str, Any]:
-    """A job as answers show it."""
+async def view(record: JobRecord, services: Services, caller: Caller) -> dict[str, Any]:
+    """A job as answers show it to this caller."""
     shown = record.model_dump(mode="json")
+    if not caller.may(Scope.ADMIN):
+        public_job(shown)
     shown["progress"] = round(record.progress, 4)
     shown["urls"] = await services.links([image.key for image in record.images])
     return shown
@@ -109,7 +113,7 @@ async def create_job(  # noqa: PLR0917 - FastAPI passes them by name
     seconds = int(found[1]) if found else 0
     record = await finished(services, handle.id, caller.tenant, request, seconds=seconds, check=False)
     status = 200 if record.state.final else 202
-    return JSONResponse(await view(record, services), status, headers={"Location": f"/v1/jobs/{record.id}"})
+    return JSONResponse(await view(record, services, caller), status, headers={"Location": f"/v1/jobs/{record.id}"})
 
 
 _USES_STORAGE = frozenset({"init_image", "mask_image", "control_image", "images", "controls"})
@@ -195,14 +199,14 @@ async def list_jobs(
         services.client.jobs, state=state, limit=limit + 1, tenant=caller.tenant, after=after
     )
     page, more = found[:limit], len(found) > limit
-    data = [await view(record, services) for record in page]
+    data = [await view(record, services, caller) for record in page]
     return JSONResponse({"data": data, "has_more": more, "next": page[-1].id if more else None})
 
 
 @router.get("/jobs/{job_id}", operation_id="getJob", response_model=JobView, responses=documented(404))
 async def get_job(job_id: JobId, caller: Reader, services: ServicesDep) -> Response:
     """A job as it is now."""
-    return JSONResponse(await view(await services.job(job_id, caller.tenant), services))
+    return JSONResponse(await view(await services.job(job_id, caller.tenant), services, caller))
 
 
 @router.post("/jobs/{job_id}/cancel", operation_id="cancelJob", response_model=Cancelled, responses=documented(404))
@@ -246,17 +250,17 @@ async def follow_job(job_id: JobId, caller: Reader, services: ServicesDep) -> Re
     """Server-sent events until the job is final. After a disconnect, simply open the stream again."""
     await services.job(job_id, caller.tenant)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return StreamingResponse(_events(services, job_id, caller.tenant), media_type="text/event-stream", headers=headers)
+    return StreamingResponse(_events(services, job_id, caller), media_type="text/event-stream", headers=headers)
 
 
-async def _events(services: Services, job_id: str, tenant: str) -> AsyncIterator[str]:
+async def _events(services: Services, job_id: str, caller: Caller) -> AsyncIterator[str]:
     clock = asyncio.get_running_loop().time
     last: JobRecord | None = None
     shown: dict[int, tuple[int, int]] = {}
     said = clock()
     with services.client.job_changes.watch_async() as watch:
         while True:
-            record = await services.job(job_id, tenant)
+            record = await services.job(job_id, caller.tenant)
             if last is None or (record.state, record.attempt) != (last.state, last.attempt):
                 yield _event("state", {"id": job_id, "state": record.state.value, "attempt": record.attempt})
                 said = clock()
@@ -273,7 +277,7 @@ async def _events(services: Services, job_id: str, tenant: str) -> AsyncIterator
                         yield _event("preview", preview.model_dump())
                         said = clock()
             if record.state.final:
-                yield _event("done", await view(record, services))
+                yield _event("done", await view(record, services, caller))
                 return
             if clock() - said >= _HEARTBEAT_SECONDS:
                 yield ": still here\n\n"

@@ -15,7 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
 
 from calotype.gateway.auth import Caller, Reader, Writer
-from calotype.gateway.errors import documented, problem_of
+from calotype.gateway.errors import documented, problem_of, shown_to
 from calotype.gateway.front import GuardedRoute
 from calotype.gateway.jobs import finished, submit
 from calotype.gateway.json_body import strict_loads
@@ -137,7 +137,7 @@ async def _answer(wanted: Generation, request: Request, caller: Caller, services
         idempotency_key=request.headers.get("idempotency-key"),
     )
     if wanted.stream:
-        events = _stream(services, job.id, caller.tenant, wanted, kind)
+        events = _stream(services, job.id, request, caller, wanted, kind)
         return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
     seconds = services.gateway.max_wait_seconds
     record = await finished(services, job.id, caller.tenant, request, seconds=seconds, cancel=True)
@@ -162,12 +162,14 @@ def _shown(record: JobRecord) -> dict[str, Any]:
     return {"size": size, "quality": "auto", "background": "opaque", "output_format": config.output_format.value}
 
 
-async def _stream(services: Services, job_id: str, tenant: str, wanted: Generation, kind: str) -> AsyncIterator[str]:
+async def _stream(  # noqa: PLR0917
+    services: Services, job_id: str, request: Request, caller: Caller, wanted: Generation, kind: str
+) -> AsyncIterator[str]:
     """The previews as partial images, then the images. A client that disconnects cancels the job."""
     sent, shown, done = 0, set(), False
     try:
         while True:
-            record = await services.job(job_id, tenant)
+            record = await services.job(job_id, caller.tenant)
             if sent < wanted.partial_images and not record.state.final:
                 for preview in await services.in_redis(services.client.previews, job_id):
                     if (preview.index, preview.step) in shown or sent >= wanted.partial_images:
@@ -184,7 +186,7 @@ async def _stream(services: Services, job_id: str, tenant: str, wanted: Generati
         for item in await _data(services, record, wanted._replace(as_url=False)):
             yield _event(f"{kind}.completed", {**item, **_shown(record), "usage": _NO_USAGE})
     except CalotypeError as error:
-        problem = problem_of(error)
+        problem = problem_of(shown_to(request, error))
         body = {"message": problem.detail, "type": "server_error", "code": problem.code, "param": problem.field}
         yield f"event: error\ndata: {json.dumps({'type': 'error', 'error': body})}\n\n"
     finally:
