@@ -25,7 +25,7 @@ from calotype_worker.models.pipeline.model import PipelineModel
 from calotype_worker.request import ControlInput, GenerationRequest
 from tests.family_models import write_embedding
 from tests.models import write_tiny_embedding
-from tests.unit.pipelines import builders
+from tests.unit.pipelines.builders import flux1, image, qwen, sd, wan
 from tests.unit.pipelines.driver import counted, difference, four, load, together, without_merging
 from tests.video_and_mesh_models import tiny_animatediff
 
@@ -42,14 +42,14 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "flux": Case(builders.flux, ("transformer", "text_encoder"), 64),
-    "sdxl": Case(builders.sdxl, ("unet", "text_encoder", "text_encoder_2")),
+    "flux": Case(flux1.flux, ("transformer", "text_encoder"), 64),
+    "sdxl": Case(sd.sdxl, ("unet", "text_encoder", "text_encoder_2")),
     # The captions of all rows go end to end through one layer of the network, so no row's weight can be applied there.
-    "z_image": Case(builders.z_image, ("transformer",), 64, merged=False),
+    "z_image": Case(image.z_image, ("transformer",), 64, merged=False),
 }
 SLOW_CASES = {
-    "qwen_image": Case(builders.qwen_image, ("transformer",)),
-    "wan": Case(builders.wan, ("transformer",), 32),
+    "qwen_image": Case(qwen.qwen_image, ("transformer",)),
+    "wan": Case(wan.wan, ("transformer",), 32),
     "animatediff": Case(tiny_animatediff, ("unet",)),  # frames are folded into the rows, or cells of a frame are
 }
 
@@ -175,15 +175,15 @@ def test_refused_lora_files(tmp_path: Path) -> None:
 def test_class_without_adapters(tmp_path: Path) -> None:
     file = {"any": tmp_path / "any.safetensors"}
     with pytest.raises(ModelLoadError, match="PixArtSigmaPipeline takes no LoRAs"):
-        load(builders.pixart_sigma(), adapters=Adapters(loras=file))
+        load(image.pixart_sigma(), adapters=Adapters(loras=file))
     with pytest.raises(ModelLoadError, match="PixArtSigmaPipeline takes no textual inversions"):
-        load(builders.pixart_sigma(), adapters=Adapters(embeddings=file))
+        load(image.pixart_sigma(), adapters=Adapters(embeddings=file))
 
 
 @pytest.mark.parametrize("name", ["stable_diffusion", "sdxl"])
 def test_textual_inversions(name: str, tmp_path: Path) -> None:
     """A registered token is a word of prompts, in calls that are merged with others', as in plain diffusers."""
-    build = getattr(builders, name)
+    build = getattr(sd, name)
     file = tmp_path / "lime.safetensors"
     (write_embedding(file) if name == "sdxl" else write_tiny_embedding(file, "<lime>", seed=1))
     model = load(build(), adapters=Adapters(embeddings={"<lime>": file}))
@@ -265,8 +265,8 @@ class ControlCase(NamedTuple):
 
 
 CONTROL_CASES = {
-    "sdxl": ControlCase(builders.sdxl, builders.sdxl_control, "StableDiffusionXLControlNetPipeline", "image", "unet"),
-    "flux": ControlCase(builders.flux, builders.flux_control, "FluxControlNetPipeline", "control_image", "transformer"),
+    "sdxl": ControlCase(sd.sdxl, sd.sdxl_control, "StableDiffusionXLControlNetPipeline", "image", "unet"),
+    "flux": ControlCase(flux1.flux, flux1.flux_control, "FluxControlNetPipeline", "control_image", "transformer"),
 }
 IMAGE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
 
@@ -333,9 +333,9 @@ def test_controlnets(name: str, tmp_path: Path) -> None:
 
 def test_refused_controlnets(tmp_path: Path) -> None:
     """What does not go together is refused at start, and jobs that the model cannot run at submission."""
-    base = write_base(builders.flux(), tmp_path / "base")
+    base = write_base(flux1.flux(), tmp_path / "base")
     folders = {}
-    for net, build in (("edges", builders.flux_control), ("sketch", builders.sdxl_control)):
+    for net, build in (("edges", flux1.flux_control), ("sketch", sd.sdxl_control)):
         build(0).save_pretrained(tmp_path / net, safe_serialization=True)
         folders[net] = str(tmp_path / net)
     source = f"FluxControlNetPipeline:{base}"

@@ -44,6 +44,9 @@ def native_sizes(pipeline: Any, arguments: Arguments, notes: Mapping[str, Any]) 
     width, height = arguments.signature.default("width"), arguments.signature.default("height")
     if isinstance(width, int) and isinstance(height, int):
         return ((width, height),)
+    width, height = (_number(pipeline, name) for name in ("default_width", "default_height"))
+    if width and height:
+        return ((width, height),)
     frame = arguments.signature.default("frame_size")
     if isinstance(frame, int):
         return tuple((side, side) for side in (frame, 2 * frame, 4 * frame))

@@ -181,7 +181,7 @@ class PipelineModel:
     def plain(self, request: GenerationRequest) -> Any:
         """The result of diffusers itself for one request. Must not run beside others."""
         torch.manual_seed(request.seed)
-        with torch.no_grad():
+        with torch.no_grad(), self._stand_ins.as_loaded():
             arguments = self.arguments.of(request, model=self.card.name)
             pipeline = choose(self._pipeline, request)
             return self._call(pipeline, arguments, guidance=request.guidance_scale, loras=request.loras)
@@ -225,13 +225,15 @@ class PipelineModel:
         width, height = native[0]
         small = tuple(max(multiple, side // 4 // multiple * multiple) for side in (width, height))
         problem: Exception | None = None
-        for size in dict.fromkeys(((min(small[0], width), min(small[1], height)), (width, height))):
-            try:
-                start = functools.partial(self._probe_call, arguments=self._probe_arguments(*size))
-                return record(self._stand_ins, start), *size
-            except Exception as error:
-                problem = error
-                log.debug("probe failed", extra={"model": name, "size": size}, exc_info=error)
+        for assumed in self.arguments.assumptions():
+            self.arguments.assumed = assumed
+            for size in dict.fromkeys(((min(small[0], width), min(small[1], height)), (width, height))):
+                try:
+                    start = functools.partial(self._probe_call, arguments=self._probe_arguments(*size))
+                    return record(self._stand_ins, start), *size
+                except Exception as error:
+                    problem = error
+                    log.debug("probe failed", extra={"model": name, "size": size}, exc_info=error)
         raise ModelLoadError(
             f"model {name!r}: a first run of {type(self._pipeline).__name__} failed: "
             f"{type(problem).__name__}: {problem}; check that the folder is complete and its parts fit together"
@@ -298,8 +300,7 @@ def probe_request(arguments: Arguments, width: int, height: int, *, prompt: str,
     signature = arguments.signature
     image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     frames = signature.default("num_frames")
-    starts = arguments.starts and (arguments.needs_image or "mask_image" in signature)
-    needs = arguments.needs_image
+    needs = arguments.needs
     default = arguments.default_guidance
     return GenerationRequest(
         request_id="probe",
@@ -310,10 +311,10 @@ def probe_request(arguments: Arguments, width: int, height: int, *, prompt: str,
         guidance_scale=default if default is not None and default > 1.0 else 4.0,
         seed=seed,
         sampler=SamplerType.MODEL,
-        init_image=image if starts else None,
-        mask=np.tile(np.arange(width) < width // 2, (height, 1)) if starts and arguments.mask else None,
+        init_image=image if "init_image" in needs else None,
+        mask=np.tile(np.arange(width) < width // 2, (height, 1)) if "mask_image" in needs else None,
         strength=1.0,
-        images=((image,) * (_PROBE_FRAMES if arguments.video else 1)) if needs and not starts else (),
+        images=((image,) * (_PROBE_FRAMES if arguments.video else 1)) if "images" in needs else (),
         control_image=image if arguments.control is not None else None,
         num_frames=min(_PROBE_FRAMES, frames) if isinstance(frames, int) else 9 if "num_frames" in signature else None,
     )
