@@ -46,11 +46,11 @@ CASES = {
     "sdxl": Case(sd.sdxl, ("unet", "text_encoder", "text_encoder_2")),
     # The captions of all rows go end to end through one layer of the network, so no row's weight can be applied there.
     "z_image": Case(image.z_image, ("transformer",), 64, merged=False),
+    "animatediff": Case(tiny_animatediff, ("unet",)),  # frames are folded into the rows, or cells of a frame are
 }
 SLOW_CASES = {
     "qwen_image": Case(qwen.qwen_image, ("transformer",)),
     "wan": Case(wan.wan, ("transformer",), 32),
-    "animatediff": Case(tiny_animatediff, ("unet",)),  # frames are folded into the rows, or cells of a frame are
 }
 
 
@@ -215,7 +215,7 @@ WEIGHTED = ("a (red:1.4) star", "(a:0.6) [blue] star", r"a \(red\) star", "a red
 @pytest.mark.parametrize("name", ["sd_controlnet", "sdxl"])
 def test_prompt_weights(name: str) -> None:
     """Weighted prompts are embedded as for step models, and all requests share the denoiser's calls."""
-    build = getattr(builders, name)
+    build = getattr(sd, name)
     model = load(build())
     assert "prompt_weights" in model.card.features
     requests = [replace(r, prompt=prompt) for r, prompt in zip(four(model), WEIGHTED, strict=True)]
