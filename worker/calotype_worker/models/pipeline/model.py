@@ -13,7 +13,7 @@ import torch
 from greenlet import getcurrent
 
 from calotype_shared.errors import GenerationFailed, InvalidRequest, ModelLoadError
-from calotype_shared.schema.enums import SamplerType
+from calotype_shared.schema.enums import Feature, SamplerType
 from calotype_shared.schema.model_card import ModelCard
 from calotype_worker.models.latent import Adapters
 from calotype_worker.models.pipeline.adapters import NO_LORAS, load_loras, load_words, loras_of
@@ -27,6 +27,7 @@ from calotype_worker.models.pipeline.outputs import Output, read
 from calotype_worker.models.pipeline.probe import Recording, learn_roles, record, rehearse
 from calotype_worker.models.pipeline.roles import Place, Roles
 from calotype_worker.models.pipeline.stand_in import CallingGreenlet
+from calotype_worker.models.pipeline.weights import PromptWeights
 from calotype_worker.request import GenerationRequest
 from calotype_worker.sampling.samplers import make_scheduler
 
@@ -77,6 +78,7 @@ class PipelineModel:
         self._samplers = samplers_of(pipeline)
         self._watched = ModuleState.of(self.modules)
         self._plain_parameters: set[frozenset[str]] = {frozenset()}  # sets of names that change no network
+        self._weights: PromptWeights | None = None
         with torch.inference_mode(False), torch.no_grad():
             single, width, height = self._probe(name, native_sizes(pipeline, self.arguments, notes or {}))
             self.changes = single.changes
@@ -89,6 +91,7 @@ class PipelineModel:
                 version=version,
                 adapters=adapters,
             )
+            self._weights = self._read_weights(single)
             self._phases = _phases(single)
             roles = self._learn(single, width, height) if merging and not self.changes else Roles()
             self.calls = NetworkCalls(roles, merging=merging and not self.changes)
@@ -191,9 +194,12 @@ class PipelineModel:
         chosen, current = loras_of(self.loras, loras) if loras else NO_LORAS, getcurrent()
         if isinstance(current, CallingGreenlet):
             current.loras = chosen
-            return pipeline(**arguments)
+            return pipeline(**self._embedded(arguments))
         with chosen.active():
-            return pipeline(**arguments)
+            return pipeline(**self._embedded(arguments))
+
+    def _embedded(self, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+        return arguments if self._weights is None else self._weights.applied(arguments)
 
     def order(self, place: Place) -> float:
         """Sort key: calls with a lower value run first.
@@ -246,6 +252,15 @@ class PipelineModel:
         found = self.arguments.of(request, model="")
         # Views of an object take minutes on a CPU, and none of their calls are merged.
         return {**found, "output_type": "latent"} if self.arguments.renders else found
+
+    def _read_weights(self, single: Recording) -> PromptWeights | None:
+        """How to read weighted prompts; the card gets the feature. None: the pipeline cannot."""
+        signature = self.arguments.signature
+        found = PromptWeights.of(self._stand_ins.copy(), signature, single, _PROMPTS[0], self.device)
+        if found is not None:
+            features = self.card.features | {Feature.PROMPT_WEIGHTS.value}
+            self.card = self.card.model_copy(update={"features": features})
+        return found
 
     def _learn(self, single: Recording, width: int, height: int) -> Roles:
         """Learn roles from a run for two requests; if it fails, all are guessed from shapes."""
