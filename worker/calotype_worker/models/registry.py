@@ -15,6 +15,7 @@ import torch
 from calotype_shared.errors import ModelLoadError
 from calotype_shared.schema.model_card import ModelCard
 from calotype_worker.models.accelerations import EXACT, Accelerations
+from calotype_worker.models.autoencoder import check_autoencoder, factor_of
 from calotype_worker.models.flux import Flux
 from calotype_worker.models.latent import Adapters, LatentModel, Memory, Setup
 from calotype_worker.models.pipeline.loading import check_class, class_of, load_pipeline, split_source
@@ -24,7 +25,7 @@ from calotype_worker.models.sd import StableDiffusion
 from calotype_worker.models.sd3 import StableDiffusion3
 from calotype_worker.models.sdxl import StableDiffusionXL
 from calotype_worker.models.single_file import is_single_file, load_single_file
-from calotype_worker.sampling.samplers import sampler_of
+from calotype_worker.models.text_check import check_text
 
 # `_class_name` in a folder's model_index.json -> the family and the adapter that runs it.
 FAMILIES: dict[str, tuple[str, type[LatentModel]]] = {
@@ -139,6 +140,7 @@ def load_model(
                 "register them for another model"
             )
         return PipelineModel(pipeline, name=name, version=version, device=torch_device, dtype=torch_dtype, notes=notes)
+    check_text(name, pipeline)
     family, adapter = FAMILIES[class_name]
     if source is None:
         adapters = with_bundled(adapters)
@@ -211,14 +213,20 @@ def latent_card(
     adapters: Adapters,
 ) -> ModelCard:
     """The card of a model that can be stepped, from its pipeline's own configs and the operator's notes."""
-    factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+    check_autoencoder(pipeline.vae, name=name)
+    factor = factor_of(pipeline.vae)
     network = getattr(pipeline, "unet", None) or pipeline.transformer
     # Flux' network does not state its native size; its pipeline does.
     side = int(getattr(network.config, "sample_size", None) or pipeline.default_sample_size) * factor
     native = tuple((int(w), int(h)) for w, h in notes.get("native_sizes", [(side, side)]))
     tokenizer = pipeline.tokenizer or pipeline.tokenizer_2  # a refiner has only the second
     samplers = adapter.samplers_for(pipeline)
-    own_sampler = sampler_of(pipeline.scheduler, samplers)
+    if not samplers:
+        raise ModelLoadError(
+            f"model {name!r}: its scheduler {type(pipeline.scheduler).__name__} has noise levels that no sampler of "
+            f"{family} models follows; replace scheduler/ by the one that the model was trained with, or run the model "
+            "by its own pipeline with --run-as pipeline"
+        )
     return ModelCard(
         name=name,
         family=family,
@@ -227,7 +235,7 @@ def latent_card(
         native_sizes=native,
         max_pixels=int(notes.get("max_pixels", _AREA_LIMIT * max(w * h for w, h in native))),
         max_prompt_tokens=int(tokenizer.model_max_length),
-        samplers=tuple(s.value for s in sorted(samplers, key=lambda sampler: sampler is not own_sampler)),
+        samplers=tuple(sampler.value for sampler in samplers),
         features=frozenset(feature.value for feature in adapter.features_of(pipeline, adapters)),
         loras=tuple(sorted(adapters.loras)),
         controls=tuple(sorted(adapters.controls)),
