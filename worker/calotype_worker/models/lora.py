@@ -119,10 +119,7 @@ class LoraBank:
     def _fitted(self, name: str, *, values: bool) -> dict[Place, tuple[torch.nn.Module, LoraLayer]]:
         """The layers of a file with their modules. Without `values` the layers have shapes alone."""
         path = self._files[name]
-        try:
-            layers = read_layers(self._pipeline, path, self._components, values=values)
-        except ModelLoadError as error:
-            raise ModelLoadError(f"LoRA {name!r}: {error}") from error
+        layers = read_layers(name, self._pipeline, path, self._components, values=values)
         found = {}
         for (component, written_path), layer in layers.items():
             place = f"layer {component}.{written_path}"

@@ -70,7 +70,7 @@ class FileLayer:
 
 
 def read_layers(
-    pipeline: Any, path: Path, components: Mapping[str, torch.nn.Module], *, values: bool = True
+    name: str, pipeline: Any, path: Path, components: Mapping[str, torch.nn.Module], *, values: bool = True
 ) -> dict[Place, FileLayer]:
     """The layers of a file by component and module path.
 
@@ -79,28 +79,28 @@ def read_layers(
     Raises:
         ModelLoadError: it is not a safetensors LoRA for these components, or not all of its keys can be used.
     """
-    what = f"LoRA {path.name!r}"
+    what = f"LoRA {name!r}: {path.name!r}"
     if path.suffix.lower() not in SUFFIXES:
         raise ModelLoadError(
             f"{what} is not a .safetensors file, and pickle files are never opened; convert it with "
             "safetensors.torch.save_file"
         )
-    header = read_header(what, path)
+    header = read_header(f"LoRA {name!r}", path)
     modules = _modules(what, header)
     metadata = _metadata(what, header)
     convert = _Converter(what, pipeline, components, metadata)
     places = _places(what, header, modules, convert)
     tensors = load_file(path) if values else _shapes(path, header)
-    pairs = {name: module for name, module in modules.items() if module.down}
+    pairs = {own: module for own, module in modules.items() if module.down}
     if not pairs:
         layers: dict[Place, FileLayer] = {}
     elif values:
         layers = convert({key: tensors[key] for m in pairs.values() for key in (m.down, m.up, m.alpha) if key})
     else:  # converters multiply by alpha, which shapes alone do not allow
         layers = {place: layer.as_shapes() for place, layer in convert(_numbered(header, pairs)).items()}
-    for name, module in modules.items():
+    for own, module in modules.items():
         if module.others:
-            layer = layers.setdefault(places[name], FileLayer())
+            layer = layers.setdefault(places[own], FileLayer())
             layer.others = {part: tensors[key] for part, key in module.others.items()}
             layer.alpha = float(tensors[module.alpha]) if module.alpha else None
     if not layers:
