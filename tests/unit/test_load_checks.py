@@ -138,3 +138,72 @@ def test_a_failed_preview_fails_its_request_alone(folder: Path, monkeypatch: pyt
         assert apart(image.astype(int), expected) <= 1
     finally:
         engine.stop()
+
+
+# ---- tensors
+
+
+def rewrite(file: Path, **changes: torch.Tensor | None) -> None:
+    """The file with these tensors changed, or taken out."""
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(file) | changes
+    save_file({key: value for key, value in state.items() if value is not None}, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("part", "key"),
+    [
+        ("unet", "mid_block.resnets.0.conv1.weight"),
+        ("vae", "decoder.conv_in.weight"),
+        ("text_encoder", "encoder.layers.0.mlp.fc1.weight"),
+    ],
+)
+@pytest.mark.parametrize("change", ["missing", "unexpected", "shape"])
+def test_every_tensor_is_where_its_config_wants_it(part: str, key: str, change: str, folder: Path) -> None:
+    """diffusers and transformers fill what is missing with random numbers, and drop what is left over."""
+    file = next((folder / part).glob("*.safetensors"))
+    changes: dict[str, tuple[str, torch.Tensor | None, str]] = {
+        "missing": (key, None, f"lacks {key}"),
+        "unexpected": ("other.weight", torch.zeros(3), "holds tensors that its config has no place for: other.weight"),
+        "shape": (key, torch.zeros(3), key),
+    }
+    changed, value, said = changes[change]
+    rewrite(file, **{changed: value})
+    with pytest.raises(ModelLoadError, match=rf"'m': {part}/{file.name} .*{said}.*download"):
+        load_model("m", source=str(folder))
+
+
+def test_tensors_that_change_nothing_are_no_reason_to_refuse(folder: Path) -> None:
+    """Position ids of old files, the image half of a whole CLIP, and T5's decoder."""
+    expected = draw(load_model("m", source=str(folder)))
+    file = folder / "text_encoder" / "model.safetensors"
+    rewrite(
+        file,
+        **{
+            "text_model.embeddings.position_ids": torch.arange(24)[None],
+            "vision_model.encoder.weight": torch.zeros(3),
+            "logit_scale": torch.zeros(()),
+        },
+    )
+    assert apart(draw(load_model("m", source=str(folder))), expected) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "Invalid JSON"),
+        ('{"native_size": [[64, 64]]}', r"native_size=.*Extra inputs.*Its keys: native_sizes, max_pixels"),
+        ('{"native_sizes": [64, 64]}', r"native_sizes\.0=64"),
+        ('{"native_sizes": [["64", 64]]}', r"native_sizes\.0\.0='64'"),
+        ('{"max_pixels": "4096"}', r"max_pixels='4096'"),
+        ('{"default_steps": 0}', r"default_steps=0"),
+        ('{"default_sampler": "best"}', r"default_sampler='best' is not a sampler of this model; use one of: pndm"),
+        ("[]", "is not valid"),
+    ],
+)
+def test_an_operators_notes_are_checked(text: str, said: str, folder: Path) -> None:
+    """Else a mistyped key would be ignored, or end the worker with a traceback."""
+    (folder / "calotype.json").write_text(text)
+    with pytest.raises(ModelLoadError, match=rf"'m': .*calotype.json.*{said}"):
+        load_model("m", source=str(folder))

@@ -348,8 +348,8 @@ class Engine:
                 state = self._states[row.request.request_id]
                 try:
                     self._on_preview(state.id, state.steps_done, image)
-                except Exception as error:  # of the receiver: the image itself is not at fault
-                    log.error("preview dropped", extra={"request_id": state.id}, exc_info=error)
+                except Exception:  # of the receiver: the image itself is not at fault
+                    log.exception("preview dropped", extra={"request_id": state.id})
         for row, error in report.failed:
             self._fail(self._states[row.request.request_id], error)
         for row, latents in report.finished:

@@ -221,13 +221,13 @@ class _Converter:
         unet = self._components.get("unet")
         config = {"unet_config": unet.config} if unet is not None else {"return_alphas": True}
         try:
-            found = self._pipeline.lora_state_dict(dict(state), **config)
+            found = self._pipeline.lora_state_dict(dict(state), return_lora_metadata=True, **config)
         except Exception as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ModelLoadError(
                 f"{self._what} cannot be converted by diffusers: {reason}; use one that was trained for this model"
             ) from error
-        converted, alphas = found[0], found[1] or {}
+        converted, alphas = found[0], (found[1] if len(found) == 3 else None) or {}
         prefixed = any(key.startswith(f"{component}.") for key in converted for component in self._components)
         layers: dict[Place, FileLayer] = {}
         unused = set(converted)

@@ -171,6 +171,10 @@ def _check_kind(name: str, file: Path) -> None:
             f"model {name!r}: {file.name!r} is a GGUF checkpoint, which is not supported; use the model's safetensors, "
             "with --quantized to save memory"
         )
+    if suffix not in (*SUFFIXES, *_OTHERS):
+        raise ModelLoadError(
+            f"model {name!r}: {str(file)!r} is neither a folder nor a .safetensors file; give one of these"
+        )
     if suffix not in SUFFIXES:
         raise ModelLoadError(
             f"model {name!r}: {file.name!r} is a pickle file, which Calotype never opens; convert it if you trust it: "

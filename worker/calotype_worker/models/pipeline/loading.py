@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -55,9 +56,15 @@ def check_class(name: str, class_name: Any) -> None:
 
 
 def load_pipeline(
-    name: str, location: str, *, class_name: str | None, dtype: torch.dtype, left_out: Sequence[str] = ()
+    name: str,
+    location: str,
+    *,
+    class_name: str | None,
+    dtype: torch.dtype,
+    left_out: Sequence[str] = (),
+    given: Mapping[str, Any] = MappingProxyType({}),
 ) -> Any:
-    """The pipeline on the CPU, without safety checker and the parts that are `left_out`.
+    """The pipeline on the CPU, without safety checker and the parts that are `left_out`; `given` parts are loaded.
 
     Raises:
         ModelLoadError: its parts could not be loaded.
@@ -74,7 +81,9 @@ def load_pipeline(
                 raise ValueError(f"{', '.join(missing)} could not be loaded")
             return made
         kind = getattr(diffusers, class_name) if class_name else diffusers.DiffusionPipeline
-        return kind.from_pretrained(location, torch_dtype=dtype, use_safetensors=True, **_left_out(folder, left_out))
+        return kind.from_pretrained(
+            location, torch_dtype=dtype, use_safetensors=True, **_left_out(folder, left_out), **given
+        )
     except Exception as error:
         # from_pretrained raises almost anything for a broken folder: OSError, KeyError, safetensors' own errors.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
