@@ -64,21 +64,23 @@ class PipelineRun:
         self.result = None
 
     def follow(self, scheduler: Any) -> None:
-        """Report the steps of its own scheduler as progress."""
-        step, set_timesteps = scheduler.step, scheduler.set_timesteps
+        """Report the steps of its own scheduler as progress, not those of copies that the pipeline makes of it."""
+        kind: Any = type(scheduler)
 
-        @functools.wraps(step)
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            self.steps_done += 1
-            return step(*args, **kwargs)
+        @functools.wraps(kind.step)
+        def step(own: Any, *args: Any, **kwargs: Any) -> Any:
+            self.steps_done += own is scheduler
+            return kind.step(own, *args, **kwargs)
 
-        @functools.wraps(set_timesteps)
-        def begun(*args: Any, **kwargs: Any) -> Any:
-            result = set_timesteps(*args, **kwargs)
-            self.total_steps = max(self.total_steps, self.steps_done + len(scheduler.timesteps))
+        @functools.wraps(kind.set_timesteps)
+        def set_timesteps(own: Any, *args: Any, **kwargs: Any) -> Any:
+            result = kind.set_timesteps(own, *args, **kwargs)
+            if own is scheduler:
+                self.total_steps = max(self.total_steps, self.steps_done + len(own.timesteps))
             return result
 
-        scheduler.step, scheduler.set_timesteps = counted, begun
+        names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+        scheduler.__class__ = type(kind.__name__, (kind,), {**names, "step": step, "set_timesteps": set_timesteps})
 
     def _switch(self, switch: Callable[..., Any], *values: Any) -> None:
         self.call = self.described = None

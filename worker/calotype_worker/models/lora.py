@@ -8,6 +8,7 @@ fixed weight.
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections import OrderedDict
@@ -34,7 +35,15 @@ class Lora:
     layers: Mapping[Place, LoraLayer]
 
     def touches(self, component: str) -> bool:
-        return any(own == component for own, _ in self.layers)
+        return component in self.patterns
+
+    @functools.cached_property
+    def patterns(self) -> Mapping[str, int]:
+        """By component: a number that is equal for LoRAs that change the same layers."""
+        paths: dict[str, set[str]] = {}
+        for component, path in self.layers:
+            paths.setdefault(component, set()).add(path)
+        return {component: hash(frozenset(found)) for component, found in paths.items()}
 
 
 class LoraBank:
@@ -90,13 +99,25 @@ class LoraBank:
 
     @contextmanager
     def active(self, chosen: Sequence[tuple[str, torch.Tensor]]) -> Iterator[None]:
-        """Within the block every adapted layer applies these: name, and each row's weight (R,). The engine's thread."""
+        """Within the block every adapted layer applies these: name, and each row's weight (R,) or one for all (1,).
+
+        The engine's thread.
+        """
         before = self._active  # nested: a part of the rows may run a part of the network
         self._active = [(self.get(name), weights) for name, weights in sorted(chosen, key=lambda pair: pair[0])]
         try:
             yield
         finally:
             self._active = before
+
+    def check_files(self) -> None:
+        """Load each file once, so that later no layer gets its hook while the network runs.
+
+        Raises:
+            ModelLoadError: a file is broken or for another model.
+        """
+        for name in self.names:
+            self.get(name)
 
     def check(self) -> None:
         """Check every registered file by its header: keys, shapes, whether it is complete.
@@ -113,7 +134,7 @@ class LoraBank:
             adapted[key] = layer
             if key not in self._hooked:
                 self._hooked.add(key)
-                module.register_forward_hook(self._hook(key))
+                module.register_forward_hook(self._hook(key), with_kwargs=True)
         return Lora(name=name, layers=adapted)
 
     def _fitted(self, name: str, *, values: bool) -> dict[Place, tuple[torch.nn.Module, LoraLayer]]:
@@ -137,12 +158,14 @@ class LoraBank:
         return found
 
     def _hook(self, key: Place) -> Any:
-        def add(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        def add(
+            module: torch.nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any], output: torch.Tensor
+        ) -> torch.Tensor:
             own = output
             for lora, weights in self._active:
                 layer = lora.layers.get(key)
                 if layer is not None:
-                    output = output + layer.change(module, inputs[0], own, weights)
+                    output = output + layer.change(module, args[0] if args else kwargs["input"], own, weights)
             return output
 
         return add

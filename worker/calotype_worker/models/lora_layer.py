@@ -53,25 +53,31 @@ class LoraLayer:
 
     def change(self, module: Any, inputs: torch.Tensor, output: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """What to add to the module's own `output` for these inputs; `weights` are the rows' (R,)."""
-        wide = [-1, *[1] * (output.dim() - 1)]
+        rows = _each(weights, output)  # shaped to multiply the output
         if self.norm is not None:
-            return weights.to(output).reshape(wide) * _normalized(module, inputs, *self.norm)
-        factor = (weights * self.scale).to(output).reshape(wide)
+            return rows * _normalized(module, inputs, *self.norm)
         added = torch.zeros_like(output)
         if self.down is not None:
-            added = factor * _product(module, self.down.to(inputs), self.up, inputs)
+            added = rows * self.scale * _product(module, self.down.to(inputs), self.up, inputs)
         if self.bias is not None:
-            added = added + factor * _by_output(self.bias.to(output), output)
+            added = added + rows * self.scale * _by_output(self.bias.to(output), output)
         if self.dora is None:
             return added
-        rows = weights.float()
-        own = self.dora.factor((torch.ones_like(rows) if self.dora.fixed else rows) * self.scale)
-        own = own.to(output.device, output.dtype).reshape(len(rows), *_by_output(own[0], output).shape[1:])
+        own = self.dora.factor((torch.ones_like(rows) if self.dora.fixed else rows).flatten().float() * self.scale)
+        own = own.to(output).reshape(-1, *_by_output(own[0], output).shape[1:])
         bias = 0 if module.bias is None else _by_output(module.bias.to(output), output)
-        blend = rows.to(output).reshape(wide) if self.dora.fixed else 1
-        return torch.where(
-            rows.to(output.device).reshape(wide) == 0, 0, blend * (own - 1) * (output - bias) + own * added
-        )
+        blend = rows if self.dora.fixed else 1
+        return torch.where(rows == 0, 0, blend * (own - 1) * (output - bias) + own * added)
+
+
+def _each(weights: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """The rows' weights, shaped for a layer's output. Frames or tokens folded into dimension 0 are several per row."""
+    per_row, rest = divmod(output.shape[0], len(weights))
+    if rest:
+        raise ValueError(f"{output.shape[0]} entries are not a multiple of {len(weights)} rows")
+    if per_row > 1 and len(weights) > 1:
+        weights = weights.repeat_interleave(per_row)
+    return weights.to(output).reshape(-1, *[1] * (output.dim() - 1))
 
 
 def fitted(module: Any, layer: FileLayer) -> LoraLayer:

@@ -18,7 +18,8 @@ from calotype_worker.models.flux import Flux
 from calotype_worker.models.latent import Adapters, LatentModel, Memory, Setup
 from calotype_worker.models.notes import Notes, read_notes
 from calotype_worker.models.parts import load_parts
-from calotype_worker.models.pipeline.loading import load_pipeline
+from calotype_worker.models.pipeline.controls import PART, attach, load_controls, names_of
+from calotype_worker.models.pipeline.loading import class_of, is_modular, load_pipeline, names_part
 from calotype_worker.models.pipeline.model import PipelineModel
 from calotype_worker.models.pool import AnyModel
 from calotype_worker.models.sd import StableDiffusion
@@ -123,19 +124,23 @@ def load_model(
     located = locate(name, resolve_source(name, source), by_steps=by_steps, variant=variant)
     notes = read_notes(name, located.path)
     named = located.named_class
+    adapters, memory = adapters or Adapters(), memory or Memory()
     if located.single_file:
         pipeline = load_single_file(name, located.path, torch_dtype)
     else:
-        pipeline = _pipeline(name, located, torch_dtype, as_pipeline=as_pipeline)
-    adapters, memory = adapters or Adapters(), memory or Memory()
+        pipeline = _pipeline(name, located, torch_dtype, as_pipeline=as_pipeline, controls=adapters.controls)
     version = located.version()
     class_name = type(pipeline).__name__
     if named is not None or as_pipeline or class_name not in FAMILIES:
-        if adapters != Adapters() or memory != Memory() or accelerations != EXACT:
+        if adapters.controls and not names_of(pipeline):
             raise ModelLoadError(
-                f"model {name!r}: {class_name} runs by its own pipeline, without adapters, memory settings or "
-                "accelerations; leave out --lora, --embedding, --control, --offload, --deep-cache and the like, or "
-                "register them for another model"
+                f"model {name!r}: --control is not possible with this source; give a folder and a pipeline class "
+                f"that has a ControlNet, as --model {name}=CLASS:FOLDER"
+            )
+        if memory != Memory() or accelerations != EXACT:
+            raise ModelLoadError(
+                f"model {name!r}: {class_name} runs by its own pipeline, without memory settings or accelerations; "
+                "leave out --offload, --deep-cache and the like"
             )
         check_text(name, pipeline, required=False)
         model = PipelineModel(
@@ -145,6 +150,7 @@ def load_model(
             device=torch_device,
             dtype=torch_dtype,
             notes=notes.model_dump(exclude_none=True),
+            adapters=adapters,
         )
         model.card = notes.applied(model.card, name=name)
         return model
@@ -179,20 +185,21 @@ def _device(device: str) -> torch.device:
     return found
 
 
-def _pipeline(name: str, located: Located, dtype: torch.dtype, *, as_pipeline: bool) -> Any:
+def _pipeline(
+    name: str, located: Located, dtype: torch.dtype, *, as_pipeline: bool, controls: Mapping[str, str]
+) -> Any:
     """The diffusers pipeline on the CPU; the adapter moves its parts to the device."""
-    named, layout = located.named_class, located.layout
-    if layout is None:
-        return load_pipeline(name, str(located.path), class_name=named, dtype=dtype)
-    by_steps = layout.class_name in FAMILIES and named is None and not as_pipeline
-    return load_pipeline(
-        name,
-        str(located.path),
-        class_name=layout.class_name if by_steps else named,
-        dtype=dtype,
-        left_out=UNREAD if by_steps else (),
-        given=load_parts(name, layout, dtype),
-    )
+    named, layout, location = located.named_class, located.layout, str(located.path)
+    class_name = named or class_of(name, located.path)
+    if layout is not None and class_name in FAMILIES and named is None and not as_pipeline:
+        parts = load_parts(name, layout, dtype)
+        return load_pipeline(name, location, class_name=class_name, dtype=dtype, left_out=UNREAD, further=parts)
+    nets = load_controls(name, class_name, controls, dtype=dtype, has_own=names_part(located.path, PART))
+    further = {} if layout is None or is_modular(class_name) else load_parts(name, layout, dtype)
+    further |= {PART: next(iter(nets.values()))} if nets else {}
+    pipeline = load_pipeline(name, location, class_name=named, dtype=dtype, further=further)
+    attach(pipeline, nets)
+    return pipeline
 
 
 def latent_card(
