@@ -157,7 +157,7 @@ def test_refused_lora_files(tmp_path: Path) -> None:
     good = load_file(write_two(case, tmp_path)["second"])
     left = {
         "another network's": {"prior.attn.to_q.lora_A.weight": torch.ones(2, 2)},
-        "DoRA": {"transformer.x_embedder.lora_magnitude_vector": torch.ones(32)},
+        "another kind": {"transformer.x_embedder.oft_blocks": torch.ones(2, 2)},
         "a missing layer": {
             f"transformer.transformer_blocks.9.attn.to_q.lora_{side}.weight": torch.ones(shape)
             for side, shape in (("A", (2, 32)), ("B", (32, 2)))
