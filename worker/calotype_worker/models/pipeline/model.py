@@ -201,7 +201,8 @@ class PipelineModel:
         width, height = native[0]
         small = tuple(max(multiple, side // 4 // multiple * multiple) for side in (width, height))
         problem: Exception | None = None
-        for self.arguments.assumed in self.arguments.assumptions():
+        for assumed in self.arguments.assumptions():
+            self.arguments.assumed = assumed
             for size in dict.fromkeys(((min(small[0], width), min(small[1], height)), (width, height))):
                 try:
                     start = functools.partial(self._probe_call, arguments=self._probe_arguments(*size))
