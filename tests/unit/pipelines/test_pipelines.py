@@ -69,6 +69,7 @@ CASES = {
     "ernie_image": Case(image.ernie_image, "transformer", side=64),
     "sana": Case(image.sana, "transformer", side=64, small={f"{_SANA}.ASPECT_RATIO_512_BIN": {"1.0": [64, 64]}}),
     "pixart_sigma": Case(image.pixart_sigma, "transformer", tolerance=3e-4),
+    "dit": Case(image.dit, "transformer", parameters={"class_labels": [7]}),
     "hidream": Case(image.hidream, "transformer"),
     # It averages the text over its length, so prompts of different lengths cannot be padded to one.
     "kandinsky3": Case(image.kandinsky3, "unet", side=64, alone={"unet"}, slow=True),

@@ -306,3 +306,21 @@ def stable_cascade() -> Any:
             prior_image_encoder=None,
         )
     )
+
+
+def dit() -> Any:
+    """It takes labels of classes instead of a prompt."""
+    from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        sample_size=8,
+        num_layers=2,
+        patch_size=4,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        in_channels=4,
+        out_channels=8,
+        norm_num_groups=4,
+    )
+    return noisy(DiTPipeline(transformer=transformer, vae=family_models._vae(4), scheduler=DDIMScheduler()))

@@ -200,6 +200,13 @@ class PipelineModel:
         multiple = size_multiple(self._pipeline)
         width, height = native[0]
         small = tuple(max(multiple, side // 4 // multiple * multiple) for side in (width, height))
+        given = self._probe_arguments(*native[0])
+        missing = [name for name in self.arguments.signature.required() if name not in given]
+        if missing:
+            raise ModelLoadError(
+                f"model {name!r}: {type(self._pipeline).__name__} requires {', '.join(missing)}, which jobs cannot "
+                "give; use a pipeline class that makes them itself"
+            )
         problem: Exception | None = None
         for assumed in self.arguments.assumptions():
             self.arguments.assumed = assumed
@@ -281,6 +288,7 @@ def probe_request(arguments: Arguments, width: int, height: int, *, prompt: str,
         mask=np.tile(np.arange(width) < width // 2, (height, 1)) if "mask_image" in needs else None,
         strength=1.0,
         images=((image,) * (_PROBE_FRAMES if arguments.video else 1)) if "images" in needs else (),
+        parameters=signature.examples(),
         control_image=image if arguments.control is not None else None,
         num_frames=min(_PROBE_FRAMES, frames) if isinstance(frames, int) else 9 if "num_frames" in signature else None,
     )
