@@ -14,15 +14,19 @@ WIDTH = 32  # of text encoders
 def noisy(pipeline: Any, *, seed: int = 0) -> Any:
     """Fill what is zero when fresh with noise: zeros would hide that calls were merged wrongly."""
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for part in pipeline.components.values():
-            if not isinstance(part, torch.nn.Module):
-                continue
-            part.eval()
-            for parameter in part.parameters():
-                if parameter.is_floating_point() and not parameter.any():
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            filled(part, generator)
     return pipeline
+
+
+def filled(network: Any, generator: torch.Generator) -> Any:
+    """The same for one network."""
+    with torch.no_grad():
+        for parameter in network.eval().parameters():
+            if parameter.is_floating_point() and not parameter.any():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return network
 
 
 def qwen_tokenizer() -> Any:

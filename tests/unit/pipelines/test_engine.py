@@ -22,7 +22,7 @@ from calotype_worker.models import ModelPool, PipelineModel, load_model
 from calotype_worker.models.pipeline.outputs import Output
 from calotype_worker.request import GenerationRequest
 from tests.models import write_tiny_sd
-from tests.unit.pipelines import builders
+from tests.unit.pipelines.builders import flux1, sd, sound_and_mesh
 from tests.unit.pipelines.driver import four, load
 from tests.video_and_mesh_models import write_tiny_animatediff
 
@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def models(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> ModelPool:
     flux = tmp_path_factory.mktemp("flux")
-    builders.flux().save_pretrained(flux, safe_serialization=True)
+    flux1.flux().save_pretrained(flux, safe_serialization=True)
     return ModelPool(
         [
             load_model("pipeline", source=str(folder), as_pipeline=True),
@@ -156,7 +156,7 @@ def test_stopped(models: ModelPool) -> None:
 def test_meshes() -> None:
     """A solid object comes as a mesh in its colors; one without a surface fails by itself, and says why."""
     engine = Engine(
-        ModelPool([load(builders.shap_e(), name="solid"), load(builders.shap_e(solid=False), name="empty")])
+        ModelPool([load(sound_and_mesh.shap_e(), name="solid"), load(sound_and_mesh.shap_e(solid=False), name="empty")])
     )
     engine.start()
     try:
@@ -183,7 +183,7 @@ def test_meshes() -> None:
 def test_video_and_mesh(tmp_path: Path) -> None:
     """AnimateDiff and Shap-E run as any other: requests of other steps and guidance together, each as alone."""
     video = load_model("video", source=str(write_tiny_animatediff(tmp_path / "video")))
-    mesh = load(builders.shap_e(), name="mesh")
+    mesh = load(sound_and_mesh.shap_e(), name="mesh")
     assert isinstance(video, PipelineModel)
     assert "text_to_video" in video.card.features
     assert "mp4" in video.card.output_formats
@@ -208,10 +208,10 @@ def test_video_and_mesh(tmp_path: Path) -> None:
 
 def test_only_samplers_that_know_the_noise_schedule_are_offered() -> None:
     """Shap-E's betas follow an exponential that most schedulers cannot make; its own sampler is the default."""
-    card = load(builders.shap_e()).card
+    card = load(sound_and_mesh.shap_e()).card
     assert card.default_sampler == card.samplers[0] == "heun"
     assert "ddim" not in card.samplers
-    assert "ddim" in load(builders.stable_diffusion()).card.samplers
+    assert "ddim" in load(sd.stable_diffusion()).card.samplers
 
 
 def test_progress_with_a_copied_scheduler() -> None:

@@ -11,13 +11,13 @@ import torch
 from calotype_shared.errors import GenerationFailed
 from calotype_worker.engine.memory_limit import MemoryLimit
 from calotype_worker.models.pipeline.model import PipelineModel
-from tests.unit.pipelines import builders
+from tests.unit.pipelines.builders import sd
 from tests.unit.pipelines.driver import batch, counted, difference, four, load, run_of, together
 
 
 @pytest.fixture(scope="module")
 def model() -> PipelineModel:
-    return load(builders.stable_diffusion())
+    return load(sd.stable_diffusion())
 
 
 def test_cancelled_at_any_call(model: PipelineModel) -> None:
@@ -95,7 +95,7 @@ def test_poisoned_row(model: PipelineModel) -> None:
 
 def test_mixing_network_is_not_merged() -> None:
     """A network that mixes the rows of its batch is found by the first merge, and runs alone from then on."""
-    pipeline = builders.stable_diffusion()
+    pipeline = sd.stable_diffusion()
     forward = pipeline.unet.forward
 
     @functools.wraps(forward)
@@ -176,7 +176,7 @@ def test_changed_networks_are_no_one_elses() -> None:
     """Attention processors that a pipeline replaces while it runs serve its own calls only, also after a cancel."""
     from diffusers import StableDiffusionPAGPipeline
 
-    parts = builders.stable_diffusion()
+    parts = sd.stable_diffusion()
     pipeline = StableDiffusionPAGPipeline(**parts.components, pag_applied_layers=["up_blocks.0"])
     model = load(pipeline)
     assert model.changes

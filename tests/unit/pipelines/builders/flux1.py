@@ -31,24 +31,26 @@ def flux_kontext() -> Any:
     return _of_flux("FluxKontextPipeline")
 
 
-def flux_controlnet() -> Any:
+def flux_control(seed: int) -> Any:
     from diffusers import FluxControlNetModel
 
-    torch.manual_seed(3)
-    return _of_flux(
-        "FluxControlNetPipeline",
-        controlnet=FluxControlNetModel(
-            in_channels=64,
-            num_layers=1,
-            num_single_layers=1,
-            attention_head_dim=16,
-            num_attention_heads=2,
-            joint_attention_dim=parts.WIDTH,
-            pooled_projection_dim=parts.WIDTH,
-            axes_dims_rope=[4, 6, 6],
-            guidance_embeds=True,
-        ),
+    torch.manual_seed(3 + seed)
+    net = FluxControlNetModel(
+        in_channels=64,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=parts.WIDTH,
+        pooled_projection_dim=parts.WIDTH,
+        axes_dims_rope=[4, 6, 6],
+        guidance_embeds=True,
     )
+    return parts.filled(net, torch.Generator().manual_seed(seed))
+
+
+def flux_controlnet() -> Any:
+    return _of_flux("FluxControlNetPipeline", controlnet=flux_control(0))
 
 
 def chroma() -> Any:

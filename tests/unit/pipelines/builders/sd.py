@@ -8,6 +8,7 @@ import torch
 
 from tests.family_models import tiny_sd3, tiny_sdxl
 from tests.models import tiny_pipeline
+from tests.unit.pipelines import parts
 from tests.unit.pipelines.parts import noisy
 
 
@@ -42,6 +43,14 @@ def sd_controlnet() -> Any:
 
 def sdxl() -> Any:
     return noisy(tiny_sdxl())
+
+
+def sdxl_control(seed: int) -> Any:
+    from diffusers import ControlNetModel
+
+    torch.manual_seed(3 + seed)
+    net = ControlNetModel.from_unet(tiny_sdxl().unet, conditioning_embedding_out_channels=(8, 8, 16, 16))
+    return parts.filled(net, torch.Generator().manual_seed(seed))
 
 
 def sd3() -> Any:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from calotype_shared.errors import InvalidRequest
 from calotype_shared.schema.enums import Feature
+from calotype_worker.models.pipeline.controls import control_arguments
 from calotype_worker.models.pipeline.copies import parts
 from calotype_worker.models.pipeline.outputs import NAMES
 from calotype_worker.models.pipeline.signature import CallSignature
@@ -196,11 +197,13 @@ class Arguments:
             found["video"] = images
         if request.mask is not None:
             found["mask_image"] = Image.fromarray(request.mask.astype(np.uint8) * 255)
-        if request.control_image is not None and self.control is not None:
-            control = _pil(request.control_image)
-            still = self.control == "conditioning_frames"  # the same image for all frames of a video
-            frames = self.frames(request) or self.signature.default("num_frames") or 1
-            found[self.control] = [control] * frames if still else control
+        if self.control is not None:
+            found |= control_arguments(request, self.signature, image=self.control)
+            if request.control_image is not None:
+                found[self.control] = _pil(request.control_image)
+            if self.control == "conditioning_frames" and self.control in found:  # the same image for all frames
+                frames = self.frames(request) or self.signature.default("num_frames") or 1
+                found[self.control] = [found[self.control]] * frames
         return found
 
     def _refuse(self, request: GenerationRequest, model: str) -> None:
@@ -231,8 +234,6 @@ class Arguments:
                 bool(request.negative_prompt),
                 "negative_prompt" in self.signature,
             ),
-            "loras": (bool(request.loras), False),
-            "controls": (bool(request.controls), False),
             "refiner": (request.refiner is not None, False),
         }
         for field, (given, taken) in takes.items():

@@ -8,7 +8,9 @@ from typing import Any
 
 from calotype_shared.schema.enums import Feature, OutputFormat, SamplerType
 from calotype_shared.schema.model_card import ModelCard
+from calotype_worker.models.latent import Adapters
 from calotype_worker.models.pipeline.arguments import Arguments
+from calotype_worker.models.pipeline.controls import names_of
 from calotype_worker.models.pipeline.copies import parts
 from calotype_worker.sampling.samplers import FLOW_SAMPLERS, SAMPLERS, Sampler, sampler_of
 
@@ -92,7 +94,14 @@ def _takes(sampler: Sampler, config: Mapping[str, Any]) -> bool:
 
 
 def card_of(
-    name: str, pipeline: Any, arguments: Arguments, *, kind: str, notes: Mapping[str, Any], version: str
+    name: str,
+    pipeline: Any,
+    arguments: Arguments,
+    *,
+    kind: str,
+    notes: Mapping[str, Any],
+    version: str,
+    adapters: Adapters,
 ) -> ModelCard:
     """`kind` is that of a first run's `Output`."""
     native = native_sizes(pipeline, arguments, notes)
@@ -111,6 +120,10 @@ def card_of(
                 "mesh": Feature.TEXT_TO_3D,
             }[kind].value
         )
+    if adapters.loras:
+        features.add(Feature.LORA.value)
+    if names_of(pipeline):
+        features.add(Feature.CONTROLNET.value)
     if kind == "video":
         features.add(Feature.TEXT_TO_VIDEO.value)
     sizes_are_free = "height" in arguments.signature or "frame_size" in arguments.signature or arguments.starts
@@ -129,6 +142,9 @@ def card_of(
         samplers=names,
         features=frozenset(features),
         output_formats=tuple(found.value for found in _FORMATS[kind]),
+        loras=tuple(sorted(adapters.loras)),
+        controls=names_of(pipeline),
+        embeddings=tuple(sorted(adapters.embeddings)),
         description=str(notes.get("description", "")),
         parameters=tuple(arguments.signature.free()),
         needs=arguments.needs,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +55,22 @@ def check_class(name: str, class_name: Any) -> None:
         )
 
 
+def names_part(folder: Path, part: str) -> bool:
+    """Whether a folder's index has this part."""
+    index = folder / _INDEX
+    return index.is_file() and json.loads(index.read_text()).get(part, [None])[0] is not None
+
+
 def load_pipeline(
-    name: str, location: str, *, class_name: str | None, dtype: torch.dtype, left_out: Sequence[str] = ()
+    name: str,
+    location: str,
+    *,
+    class_name: str | None,
+    dtype: torch.dtype,
+    left_out: Sequence[str] = (),
+    further: Mapping[str, Any] | None = None,
 ) -> Any:
-    """The pipeline on the CPU, without safety checker and the parts that are `left_out`.
+    """The pipeline on the CPU, without safety checker and the parts that are `left_out`, with `further` parts.
 
     Raises:
         ModelLoadError: its parts could not be loaded.
@@ -72,7 +84,8 @@ def load_pipeline(
             return _with_components(kind(pretrained_model_name_or_path=location), dtype)
         if class_name is None and _is_modular(location):
             return _with_components(diffusers.ModularPipeline.from_pretrained(location, trust_remote_code=False), dtype)
-        return kind.from_pretrained(location, torch_dtype=dtype, use_safetensors=True, **_left_out(folder, left_out))
+        parts = {**_left_out(folder, left_out), **(further or {})}
+        return kind.from_pretrained(location, torch_dtype=dtype, use_safetensors=True, **parts)
     except Exception as error:
         # from_pretrained raises almost anything for a broken folder: OSError, KeyError, safetensors' own errors.
         raise ModelLoadError(f"model {name!r}: {location!r} could not be loaded: {_cause(error)}") from error
