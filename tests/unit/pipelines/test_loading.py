@@ -15,7 +15,8 @@ import pytest
 from calotype_shared.errors import InvalidRequest, ModelLoadError
 from calotype_worker.models import PipelineModel, load_model
 from calotype_worker.request import GenerationRequest
-from tests.unit.pipelines.builders.image import dit, stable_cascade
+from tests.unit.pipelines.builders.cascade import stable_cascade
+from tests.unit.pipelines.builders.image import dit
 from tests.unit.pipelines.builders.modular import modular_flux, modular_qwen
 from tests.unit.pipelines.builders.qwen import qwen_image
 from tests.unit.pipelines.builders.sd import sd_inpaint, stable_diffusion
