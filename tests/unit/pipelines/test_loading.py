@@ -71,6 +71,7 @@ def test_blocks_by_inputs(folder: Path) -> None:
         model.check(replace(requests[0], control_image=np.zeros((_SIDE, _SIDE, 3), np.uint8)))
 
 
+@pytest.mark.slow
 def test_classes_folder_as_blocks(tmp_path: Path) -> None:
     """`CLASS:FOLDER` runs the folder of a pipeline class by blocks, with equal images."""
     pipeline = qwen_image()
