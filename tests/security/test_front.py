@@ -216,7 +216,7 @@ def test_strangers_learn_no_addresses_and_no_names(corner: Settings, key: Key, g
             {"attempt": 1, "worker": "host-4711", "started_at": 1.0, "ended_at": 2.0, "how": "lost", "error": None}
         ]
         mapping = {"worker": "host-4711", "history": json.dumps(history)}
-        redis.hset(f"{corner.key_prefix}job:{job}", mapping=mapping)  # type: ignore[arg-type]
+        redis.hset(f"{corner.key_prefix}job:{job}", mapping=mapping)
     reader = key("names", scopes=[Scope.JOBS_READ])
     seen = guarded.http.get(f"/v1/jobs/{job}", headers=reader).json()
     assert seen["worker"] == seen["history"][0]["worker"]
