@@ -41,6 +41,7 @@ def load_models(options: WorkerSettings) -> list[AnyModel]:
                 memory=memory,
                 accelerations=accelerations,
                 as_pipeline=options.run_as == "pipeline",
+                variant=options.variant,
             )
         )
     return models
