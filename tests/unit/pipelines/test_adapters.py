@@ -46,9 +46,9 @@ CASES = {
     "sdxl": Case(sd.sdxl, ("unet", "text_encoder", "text_encoder_2")),
     # The captions of all rows go end to end through one layer of the network, so no row's weight can be applied there.
     "z_image": Case(image.z_image, ("transformer",), 64, merged=False),
-    "animatediff": Case(tiny_animatediff, ("unet",)),  # frames are folded into the rows, or cells of a frame are
 }
 SLOW_CASES = {
+    "animatediff": Case(tiny_animatediff, ("unet",)),  # frames are folded into the rows, or cells of a frame are
     "qwen_image": Case(qwen.qwen_image, ("transformer",)),
     "wan": Case(wan.wan, ("transformer",), 32),
 }
