@@ -16,7 +16,8 @@ from calotype_worker.engine.call_batch import CallBatch
 from calotype_worker.engine.memory_limit import MemoryLimit
 from calotype_worker.engine.pipeline_run import PipelineRun
 from calotype_worker.models.latent import Adapters
-from calotype_worker.models.pipeline.model import PipelineModel, probe_request
+from calotype_worker.models.pipeline.first_runs import probe_request
+from calotype_worker.models.pipeline.model import PipelineModel
 from calotype_worker.models.pipeline.network_calls import NetworkCalls
 from calotype_worker.models.pipeline.roles import Roles
 from calotype_worker.models.pipeline.tree import children

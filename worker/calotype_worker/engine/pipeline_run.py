@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 from greenlet import GreenletExit, getcurrent
@@ -13,6 +14,21 @@ from calotype_worker.models.pipeline.module_state import ModuleState
 from calotype_worker.models.pipeline.stand_in import Call, CallingGreenlet
 
 _LAST_CALLS = 8  # maximum number of network calls that a run may make while it ends
+
+
+class _Followed:
+    """A method of one object, replaced by a function. Copies of the object get the method itself."""
+
+    def __init__(self, method: MethodType, function: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, method)  # with its signature, which pipelines look up
+        self._method = method
+        self._function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return MethodType(self._method.__func__, memo[id(self._method.__self__)])
 
 
 class PipelineRun:
@@ -65,22 +81,18 @@ class PipelineRun:
 
     def follow(self, scheduler: Any) -> None:
         """Report the steps of its own scheduler as progress, not those of copies that the pipeline makes of it."""
-        kind: Any = type(scheduler)
+        step, set_timesteps = scheduler.step, scheduler.set_timesteps
 
-        @functools.wraps(kind.step)
-        def step(own: Any, *args: Any, **kwargs: Any) -> Any:
-            self.steps_done += own is scheduler
-            return kind.step(own, *args, **kwargs)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.steps_done += 1
+            return step(*args, **kwargs)
 
-        @functools.wraps(kind.set_timesteps)
-        def set_timesteps(own: Any, *args: Any, **kwargs: Any) -> Any:
-            result = kind.set_timesteps(own, *args, **kwargs)
-            if own is scheduler:
-                self.total_steps = max(self.total_steps, self.steps_done + len(own.timesteps))
+        def begun(*args: Any, **kwargs: Any) -> Any:
+            result = set_timesteps(*args, **kwargs)
+            self.total_steps = max(self.total_steps, self.steps_done + len(scheduler.timesteps))
             return result
 
-        names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
-        scheduler.__class__ = type(kind.__name__, (kind,), {**names, "step": step, "set_timesteps": set_timesteps})
+        scheduler.step, scheduler.set_timesteps = _Followed(step, counted), _Followed(set_timesteps, begun)
 
     def _switch(self, switch: Callable[..., Any], *values: Any) -> None:
         self.call = self.described = None

@@ -8,12 +8,11 @@ import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from greenlet import getcurrent
 
 from calotype_shared.errors import GenerationFailed, InvalidRequest, ModelLoadError
-from calotype_shared.schema.enums import SamplerType
+from calotype_shared.schema.enums import Feature, SamplerType
 from calotype_shared.schema.model_card import ModelCard
 from calotype_worker.models.latent import Adapters
 from calotype_worker.models.pipeline.adapters import NO_LORAS, load_loras, load_words, loras_of
@@ -21,20 +20,18 @@ from calotype_worker.models.pipeline.arguments import Arguments
 from calotype_worker.models.pipeline.card import card_of, native_sizes, samplers_of, size_multiple
 from calotype_worker.models.pipeline.controls import choose, share_roles
 from calotype_worker.models.pipeline.copies import StandIns, parts
+from calotype_worker.models.pipeline.first_runs import PROMPTS, FirstRuns
 from calotype_worker.models.pipeline.module_state import ModuleState
 from calotype_worker.models.pipeline.network_calls import NetworkCalls
 from calotype_worker.models.pipeline.outputs import Output, read
-from calotype_worker.models.pipeline.probe import Recording, learn_roles, record, rehearse
+from calotype_worker.models.pipeline.probe import Recording
 from calotype_worker.models.pipeline.roles import Place, Roles
 from calotype_worker.models.pipeline.stand_in import CallingGreenlet
+from calotype_worker.models.pipeline.weights import PromptWeights
 from calotype_worker.request import GenerationRequest
 from calotype_worker.sampling.samplers import make_scheduler
 
 log = logging.getLogger(__name__)
-
-_PROBE_STEPS = 2
-_PROBE_FRAMES = 9
-_PROMPTS = ("a red circle", "a blue square", "one much longer prompt with a green star")
 
 
 class PipelineModel:
@@ -77,23 +74,29 @@ class PipelineModel:
         self._samplers = samplers_of(pipeline)
         self._watched = ModuleState.of(self.modules)
         self._plain_parameters: set[frozenset[str]] = {frozenset()}  # sets of names that change no network
+        self._weights: PromptWeights | None = None
         with torch.inference_mode(False), torch.no_grad():
-            single, width, height = self._probe(name, native_sizes(pipeline, self.arguments, notes or {}))
+            runs = FirstRuns(self._stand_ins, self.arguments, self._call)
+            native = native_sizes(pipeline, self.arguments, notes or {})
+            single = runs.alone(name, type(pipeline).__name__, native[0], size_multiple(pipeline))
             self.changes = single.changes
             self.card: ModelCard = card_of(
                 name,
                 pipeline,
                 self.arguments,
-                kind="mesh" if self.arguments.renders else self.read(single.result).kind,
+                kind=self._kind(name, single.result),
                 notes=notes or {},
                 version=version,
                 adapters=adapters,
             )
-            self._phases = _phases(single)
-            roles = self._learn(single, width, height) if merging and not self.changes else Roles()
-            self.calls = NetworkCalls(roles, merging=merging and not self.changes)
-            if self.calls.merging:
-                self._rehearse(width, height)
+            self._weights = self._read_weights(single)
+            self._phases = single.phases()
+            merging = merging and not self.changes
+            roles = runs.roles(single) if merging else Roles()
+            share_roles(roles, self.modules)
+            self.calls = NetworkCalls(roles, merging=merging)
+            if merging:
+                runs.rehearse(self.calls)
         self._sizes = {label: _size_of(module) for label, module in self.modules.items()}
         log.info("pipeline probed", extra={"model": name, "pipeline": type(pipeline).__name__, **self.summary()})
 
@@ -191,9 +194,12 @@ class PipelineModel:
         chosen, current = loras_of(self.loras, loras) if loras else NO_LORAS, getcurrent()
         if isinstance(current, CallingGreenlet):
             current.loras = chosen
-            return pipeline(**arguments)
+            return pipeline(**self._embedded(arguments))
         with chosen.active():
-            return pipeline(**arguments)
+            return pipeline(**self._embedded(arguments))
+
+    def _embedded(self, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+        return arguments if self._weights is None else self._weights.applied(arguments)
 
     def order(self, place: Place) -> float:
         """Sort key: calls with a lower value run first.
@@ -213,64 +219,25 @@ class PipelineModel:
 
     # ---- loading
 
-    def _probe(self, name: str, native: tuple[tuple[int, int], ...]) -> tuple[Recording, int, int]:
-        """A short run at a small size, or if there is none at the native one; and that size."""
-        multiple = size_multiple(self._pipeline)
-        width, height = native[0]
-        small = tuple(max(multiple, side // 4 // multiple * multiple) for side in (width, height))
-        problem: Exception | None = None
-        for assumed in self.arguments.assumptions():
-            self.arguments.assumed = assumed
-            for size in dict.fromkeys(((min(small[0], width), min(small[1], height)), (width, height))):
-                try:
-                    start = functools.partial(self._probe_call, arguments=self._probe_arguments(*size))
-                    return record(self._stand_ins, start), *size
-                except Exception as error:
-                    problem = error
-                    log.debug("probe failed", extra={"model": name, "size": size}, exc_info=error)
-        raise ModelLoadError(
-            f"model {name!r}: a first run of {type(self._pipeline).__name__} failed: "
-            f"{type(problem).__name__}: {problem}; check that the folder is complete and its parts fit together"
-        ) from problem
+    def _read_weights(self, single: Recording) -> PromptWeights | None:
+        """How to read weighted prompts; the card gets the feature. None: the pipeline cannot."""
+        signature = self.arguments.signature
+        found = PromptWeights.of(self._stand_ins.copy(), signature, single, PROMPTS[0], self.device)
+        if found is not None:
+            features = self.card.features | {Feature.PROMPT_WEIGHTS.value}
+            self.card = self.card.model_copy(update={"features": features})
+        return found
 
-    def _probe_call(self, pipeline: Any, *, arguments: Mapping[str, Any]) -> Any:
-        return self._call(pipeline, arguments, guidance=self.arguments.default_guidance or 5.0)
-
-    def _probe_request(self, width: int, height: int, *, prompt: str = _PROMPTS[0], seed: int = 0) -> GenerationRequest:
-        return probe_request(self.arguments, width, height, prompt=prompt, seed=seed)
-
-    def _probe_arguments(self, width: int, height: int) -> dict[str, Any]:
-        return self._arguments_of(self._probe_request(width, height))
-
-    def _arguments_of(self, request: GenerationRequest) -> dict[str, Any]:
-        found = self.arguments.of(request, model="")
-        # Views of an object take minutes on a CPU, and none of their calls are merged.
-        return {**found, "output_type": "latent"} if self.arguments.renders else found
-
-    def _learn(self, single: Recording, width: int, height: int) -> Roles:
-        """Learn roles from a run for two requests; if it fails, all are guessed from shapes."""
-        arguments = self._probe_arguments(width, height)
-        for way in self.arguments.doubled(arguments, _PROMPTS[:2]):
-            try:
-                double = record(self._stand_ins, functools.partial(self._probe_call, arguments=way))
-            except Exception as error:
-                log.debug("probe for two failed", exc_info=error)
-                continue
-            roles = learn_roles(single, double)
-            if roles.known:
-                share_roles(roles, self.modules)
-                return roles
-        return Roles()
-
-    def _rehearse(self, width: int, height: int) -> None:
-        starts = []
-        for index, prompt in enumerate(_PROMPTS):
-            arguments = self._arguments_of(self._probe_request(width, height, prompt=prompt, seed=index))
-            starts.append(functools.partial(self._probe_call, arguments=arguments))
+    def _kind(self, name: str, result: Any) -> str:
+        """The kind of what a run returns."""
+        if self.arguments.renders:
+            return "mesh"
         try:
-            rehearse(self._stand_ins, self.calls, starts)
-        except Exception as error:
-            log.warning("rehearsal failed", extra={"reason": f"{type(error).__name__}: {error}"})
+            return self.read(result).kind
+        except GenerationFailed as error:
+            raise ModelLoadError(
+                f"model {name!r}: a first run of {type(self._pipeline).__name__} failed: {error}"
+            ) from error
 
     def _replaces_scheduler(self, request: GenerationRequest) -> bool:
         return request.sampler in self._samplers and request.sampler.value != self.card.samplers[0]
@@ -278,46 +245,6 @@ class PipelineModel:
     def _scheduler(self, request: GenerationRequest) -> Any:
         config = dict(self._pipeline.scheduler.config)
         return make_scheduler(request.sampler, config, request.num_inference_steps, samplers=self._samplers)
-
-
-def probe_request(arguments: Arguments, width: int, height: int, *, prompt: str, seed: int) -> GenerationRequest:
-    """A request that any pipeline with these arguments accepts: little work, all required inputs."""
-    signature = arguments.signature
-    image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    frames = signature.default("num_frames")
-    needs = arguments.needs
-    default = arguments.default_guidance
-    return GenerationRequest(
-        request_id="probe",
-        prompt=prompt,
-        width=width,
-        height=height,
-        num_inference_steps=_PROBE_STEPS,
-        guidance_scale=default if default is not None and default > 1.0 else 4.0,
-        seed=seed,
-        sampler=SamplerType.MODEL,
-        init_image=image if "init_image" in needs else None,
-        mask=np.tile(np.arange(width) < width // 2, (height, 1)) if "mask_image" in needs else None,
-        strength=1.0,
-        images=((image,) * (_PROBE_FRAMES if arguments.video else 1)) if "images" in needs else (),
-        control_image=image if arguments.control is not None else None,
-        num_frames=min(_PROBE_FRAMES, frames) if isinstance(frames, int) else 9 if "num_frames" in signature else None,
-    )
-
-
-def _phases(recording: Recording) -> Mapping[Place, int]:
-    """-1 for what is called only before the steps, 1 for what is called only after them, 0 for what they call."""
-    places = [call.place for call in recording.calls]
-    first = {place: places.index(place) for place in places}
-    last = {place: index for index, place in enumerate(places)}
-    # The denoiser: what is called most, and last among those; an autoencoder is called for pieces of a long video.
-    networks = [place for place in first if place[1] == "__call__"] or list(first)
-    if not networks:
-        return {}
-    denoiser = max(networks, key=lambda place: (places.count(place), last[place]))
-    return {
-        place: -1 if last[place] < first[denoiser] else 1 if first[place] > last[denoiser] else 0 for place in first
-    }
 
 
 def _refuse_empty(module: torch.nn.Module, inputs: Any, surface: Any) -> None:
