@@ -14,6 +14,7 @@ from calotype_shared.errors import ModelLoadError
 from calotype_shared.schema.model_card import ModelCard
 from calotype_worker.models.accelerations import EXACT, Accelerations
 from calotype_worker.models.autoencoder import check_autoencoder, factor_of
+from calotype_worker.models.defaults import defaults_of
 from calotype_worker.models.flux import Flux
 from calotype_worker.models.latent import Adapters, LatentModel, Memory, Setup
 from calotype_worker.models.notes import Notes, read_notes
@@ -241,5 +242,6 @@ def latent_card(
         controls=tuple(sorted(adapters.controls)),
         embeddings=tuple(sorted(adapters.embeddings)),
         description=notes.description,
+        **defaults_of(pipeline, samplers),
     )
     return notes.applied(card, name=name)
