@@ -64,21 +64,25 @@ class PipelineRun:
         self.result = None
 
     def follow(self, scheduler: Any) -> None:
-        """Report the steps of its own scheduler as progress."""
-        step, set_timesteps = scheduler.step, scheduler.set_timesteps
+        """Report the steps of its own scheduler as progress. Copies that the pipeline makes of it are not followed."""
+        run, kind = self, type(scheduler)
 
-        @functools.wraps(step)
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            self.steps_done += 1
-            return step(*args, **kwargs)
+        @functools.wraps(kind.step)
+        def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+            run.steps_done += self is scheduler
+            return kind.step(self, *args, **kwargs)
 
-        @functools.wraps(set_timesteps)
-        def begun(*args: Any, **kwargs: Any) -> Any:
-            result = set_timesteps(*args, **kwargs)
-            self.total_steps = max(self.total_steps, self.steps_done + len(scheduler.timesteps))
+        @functools.wraps(kind.set_timesteps)
+        def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
+            result = kind.set_timesteps(self, *args, **kwargs)
+            if self is scheduler:
+                run.total_steps = max(run.total_steps, run.steps_done + len(self.timesteps))
             return result
 
-        scheduler.step, scheduler.set_timesteps = counted, begun
+        # Not attributes of the instance: pipelines copy their scheduler, and a copy's would act on the original.
+        methods = {"step": step, "set_timesteps": set_timesteps}
+        names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+        scheduler.__class__ = type(kind.__name__, (kind,), {**names, **methods})
 
     def _switch(self, switch: Callable[..., Any], *values: Any) -> None:
         self.call = self.described = None
