@@ -27,13 +27,13 @@ _lock = threading.Lock()
 _inside = 0  # threads
 
 
-class Far(torch.Tensor):
+class DeviceTensor(torch.Tensor):
     """Looks like a tensor on the GPU; `near` has its numbers."""
 
     near: torch.Tensor
 
     @staticmethod
-    def __new__(cls, near: torch.Tensor) -> Far:
+    def __new__(cls, near: torch.Tensor) -> DeviceTensor:
         made = torch.Tensor._make_wrapper_subclass(
             cls,
             near.shape,
@@ -49,7 +49,7 @@ class Far(torch.Tensor):
         pass
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"Far({tuple(self.shape)}, {self.dtype})"
+        return f"DeviceTensor({tuple(self.shape)}, {self.dtype})"
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -99,30 +99,30 @@ def _count_in(change: int) -> None:
 def _run(func: Any, args: Any, kwargs: dict[str, Any], waits: list[str]) -> Any:
     name = func._schema.name
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-    far = [tensor for tensor in tensors if isinstance(tensor, Far)]
+    on_device = [tensor for tensor in tensors if isinstance(tensor, DeviceTensor)]
     device = kwargs.get("device")
     if device is not None:
         there = torch.device(device).type == GPU.type
         kwargs = {**kwargs, "device": _HERE}
     else:
-        there = isinstance(args[0], Far) if name == "aten::copy_" else bool(far)
-    if far:
+        there = isinstance(args[0], DeviceTensor) if name == "aten::copy_" else bool(on_device)
+    if on_device:
         _check(name, tensors, waits, fetched=not there)
     result = func(*tree_map(_near, args), **tree_map(_near, kwargs))
     if name.endswith("_"):  # in place
         return args[0]
-    return tree_map(lambda leaf: Far(leaf) if there and isinstance(leaf, torch.Tensor) else leaf, result)
+    return tree_map(lambda leaf: DeviceTensor(leaf) if there and isinstance(leaf, torch.Tensor) else leaf, result)
 
 
 def _check(name: str, tensors: list[torch.Tensor], waits: list[str], *, fetched: bool) -> None:
     masked = name in _INDEXING and any(tensor.dtype == torch.bool for tensor in tensors[1:])
     if name in _ASKING or masked or fetched:
         waits.append(name)
-    others = [tuple(tensor.shape) for tensor in tensors if not isinstance(tensor, Far) and tensor.dim()]
-    allowed = name in _COPYING or (name in _INDEXING and isinstance(tensors[0], Far))
+    others = [tuple(tensor.shape) for tensor in tensors if not isinstance(tensor, DeviceTensor) and tensor.dim()]
+    allowed = name in _COPYING or (name in _INDEXING and isinstance(tensors[0], DeviceTensor))
     if others and not allowed:
         raise RuntimeError(f"{name}: tensors on two devices; those of shapes {others} are on the CPU")
 
 
 def _near(leaf: Any) -> Any:
-    return leaf.near if isinstance(leaf, Far) else leaf
+    return leaf.near if isinstance(leaf, DeviceTensor) else leaf

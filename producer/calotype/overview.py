@@ -71,7 +71,7 @@ def look(store: JobStore, *, tenant: str | None = None) -> Overview:
     return Overview(
         at=time.time(),
         queues=tuple(_line(name, waiting, waits.get(name)) for name, waiting in store.depths().items()),
-        jobs_a_second=store.pace(),
+        jobs_a_second=store.completion_rate(),
         workers=tuple(_worker(worker, known) for worker in workers),
         counts=store.counts(),
     )

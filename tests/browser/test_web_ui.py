@@ -185,9 +185,9 @@ def test_the_gallery_goes_back_page_by_page(visit: Visit, images: list[JobHandle
     expect(dialog.locator("dl").first).to_contain_text("a green star")
     expect(dialog.locator("dl").first).to_contain_text("901")
     dialog.get_by_text("Where it comes from").click()
-    told = json.loads(dialog.locator("pre").inner_text())
+    reported = json.loads(dialog.locator("pre").inner_text())
     image = visit.site.client.images(images[-1].id)[1]
-    assert told == json.loads(image.image.text["calotype"])  # type: ignore[attr-defined]
+    assert reported == json.loads(image.image.text["calotype"])  # type: ignore[attr-defined]
     dialog.get_by_role("button", name="Again with changes").click()
     expect(page.get_by_label("Prompt", exact=True)).to_have_value("a green star")
     assert page.get_by_role("textbox", name="Seed").input_value() == "901"

@@ -155,7 +155,7 @@ def _poison() -> None:
 
 
 def _cursed() -> None:
-    """A prompt on which the text encoder raises, for itself and for whoever is encoded together with it."""
+    """A prompt on which the text encoder raises, for itself and for every prompt encoded together with it."""
     from calotype_worker.models.sd import StableDiffusion
 
     def look(_: Any, texts: Any) -> None:

@@ -130,12 +130,12 @@ def test_tls_with_a_private_authority_client_certificates_and_a_user(
                 lambda: any(reason in said for said in (str(refused.value), *front.refused)),  # noqa: B023
                 why=lambda: f"{what}: {refused.value}, {front.refused}",  # noqa: B023
             )
-            told = _command(settings.model_copy(update=change), site, "calotype_worker", "--model", "tiny")
-            assert told.returncode == 4, f"{what}: {told.stdout}{told.stderr}"
-            assert message in told.stderr + told.stdout, what
-            assert PASSWORD not in told.stderr + told.stdout, what
-            assert QUOTED not in told.stderr + told.stdout, what
-            assert "hunter2" not in told.stderr + told.stdout, what
+            reported = _command(settings.model_copy(update=change), site, "calotype_worker", "--model", "tiny")
+            assert reported.returncode == 4, f"{what}: {reported.stdout}{reported.stderr}"
+            assert message in reported.stderr + reported.stdout, what
+            assert PASSWORD not in reported.stderr + reported.stdout, what
+            assert QUOTED not in reported.stderr + reported.stdout, what
+            assert "hunter2" not in reported.stderr + reported.stdout, what
     assert all(PASSWORD not in each.text() and QUOTED not in each.text() for each in site.workers)
 
 

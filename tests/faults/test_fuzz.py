@@ -159,7 +159,7 @@ def _bad_lines(count: int, number: int) -> list[bytes]:
 
 
 def test_lines_of_manifests(place: Place, table: Table, tmp_path: Path) -> None:
-    """Hundreds of bad lines in a file: each is told by its number, and the good ones between them are all made."""
+    """Hundreds of bad lines in a file: each is reported by its number, and the good ones between them are all made."""
     every, tried, ids = 100, 0, place.good()
     for number in range(0, INPUTS["lines"][FULL], every):
         found = _bad_lines(every, number)
@@ -173,11 +173,11 @@ def test_lines_of_manifests(place: Place, table: Table, tmp_path: Path) -> None:
         record = batch.wait(timeout=120)
         results = Counter(result["custom_id"] for result in batch.results())
         assert [results[f"good-{position}"] for position in range(5)] == [1] * 5
-        told = [error["line"] for error in batch.errors()]
-        assert len(told) == len(set(told))
+        reported = [error["line"] for error in batch.errors()]
+        assert len(reported) == len(set(reported))
         counts = record.counts
-        assert counts.succeeded + len(told) == counts.total
-        place.answers["refused"] += len(told)
+        assert counts.succeeded + len(reported) == counts.total
+        place.answers["refused"] += len(reported)
         place.answers["accepted"] += counts.succeeded - 5
     assert place.answers["refused"] > tried / 2
     place.check([*ids, *place.good()], table, "manifest lines", tried)

@@ -275,7 +275,7 @@ def test_clocks_disagree(clock: str, site: Site, table: Table) -> None:
 
 @pytest.mark.slow
 def test_cancelling_races_the_commit(site: Site) -> None:
-    """Whoever is first wins, whole: a cancelled job has no image, and one with an image was not cancelled."""
+    """The first one wins, whole: a cancelled job has no image, and one with an image was not cancelled."""
     site.start_worker("--concurrency", "8")
     ids = site.submit(400 if FULL else 40)
     threads = [threading.Thread(target=site.client.cancel, args=(job_id,)) for job_id in ids[::2]]

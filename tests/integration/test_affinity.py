@@ -124,7 +124,7 @@ class AffinityMachine(RuleBasedStateMachine):
     def claim(self, shapes: list[str], look: int) -> None:
         line = self.line()
         found = claim(self.store, *shapes, look=look)
-        assert (found is None) == (not line), "whoever waits is taken by anybody"
+        assert (found is None) == (not line), "any worker takes any waiting job"
         if found is None:
             return
         self.claims.append(found)
@@ -220,7 +220,7 @@ def test_the_first_goes_when_it_was_passed_over_as_often_as_the_bound(store: Job
 
 
 def test_a_worker_that_runs_nothing_of_a_line_takes_its_first(store: JobStore) -> None:
-    """And one that is told to look at none."""
+    """A worker that may look at none takes them in order."""
     first, second, third = store.create([config("64x64"), config("128x64"), config("64x64", seed=2)])
     assert [claim(store, look=64).job_id, claim(store, "8x8", look=64).job_id] == [first, second]  # type: ignore[union-attr]
     fourth = store.create([config("128x64", seed=3)])
@@ -252,9 +252,9 @@ def test_a_suspect_is_not_moved_up_for_a_worker_that_must_leave_it(store: JobSto
 def test_a_worker_goes_on_with_the_size_it_runs(
     start_worker: Callable[..., WorkerProcess], store: JobStore, invariants: None, look: int, first: str
 ) -> None:
-    """A real worker with four bulk jobs in flight: of one size while there is room, and by turns if told so.
+    """A real worker with four bulk jobs in flight: of one size while there is room, else in turns where that is set.
 
-    Urgent jobs come in their order, whatever runs.
+    Interactive jobs come in their order, whatever runs.
     """
     del invariants
     sizes = {"a": (64, 64), "b": (64, 32), "c": (32, 32), "d": (32, 64)}

@@ -62,7 +62,7 @@ def test_beyond_the_limit_nothing_is_queued_and_after_some_work_there_is_room(
         assert 1 <= refused.value.retry_after_seconds <= 60
     assert store.counts()[JobState.QUEUED] == 8
     client.submit_many(configs(2, 8))
-    with pytest.raises(QueueFull, match=r"10 of jobs are queued.*CALOTYPE_MAX_QUEUED"):
+    with pytest.raises(QueueFull, match=r"10 jobs are queued.*CALOTYPE_MAX_QUEUED"):
         client.submit("one more", **FIELDS)
     drain(settings, store)
     assert len(client.submit_many(configs(10, 20))) == 10
@@ -80,7 +80,7 @@ def test_a_repeated_submission_is_no_second_one_though_the_queue_is_full(setting
     client = limited(settings, max_queued=1)
     first = client.submit("a", idempotency_key="k", **FIELDS)
     assert client.submit("a", idempotency_key="k", **FIELDS).id == first.id
-    with pytest.raises(QueueFull, match="1 of jobs are queued"):
+    with pytest.raises(QueueFull, match="1 jobs are queued"):
         client.submit("b", idempotency_key="other", **FIELDS)
     first.cancel()
     second = client.submit("b", idempotency_key="other", **FIELDS)  # the refused one did not use its key up
@@ -125,7 +125,7 @@ def test_who_gives_up_in_the_middle_is_told_what_was_accepted(
         return run(name, arguments)
 
     monkeypatch.setattr(client._store, "_run", between)
-    with pytest.raises(QueueFull, match="500 of jobs are queued") as refused:
+    with pytest.raises(QueueFull, match="500 jobs are queued") as refused:
         client.submit_many(configs(500))
     assert 60 <= now[0] < 70
     assert len(refused.value.accepted) == 200
@@ -176,21 +176,21 @@ def test_open_batches_are_bounded(settings: Settings) -> None:
 def test_the_time_to_come_again_follows_from_the_pace(settings: Settings, store: JobStore, redis: Redis) -> None:
     client = limited(settings, max_queued=40)
     client.submit_many(configs(40))
-    for pace, expected in (("8", 2.5), ("1000", 1.0), ("0.1", 60.0), ("0.0000", 10.0)):
-        redis.hset(store.keys.pace, "per_second", pace)
-        with pytest.raises(QueueFull, match="40 of jobs are queued") as refused:
+    for rate, expected in (("8", 2.5), ("1000", 1.0), ("0.1", 60.0), ("0.0000", 10.0)):
+        redis.hset(store.keys.completion_rate, "per_second", rate)
+        with pytest.raises(QueueFull, match="40 jobs are queued") as refused:
             client.submit_many(configs(20, 100))
         assert refused.value.retry_after_seconds == expected
 
 
 def test_the_reaper_notes_the_pace(settings: Settings, store: JobStore, redis: Redis) -> None:
     store.reap()
-    assert redis.hget(store.keys.pace, "per_second") in {b"", ""}
+    assert redis.hget(store.keys.completion_rate, "per_second") in {b"", ""}
     redis.hset(store.keys.counts, "succeeded", "50")
-    redis.hincrby(store.keys.pace, "at", -20_000_000)
+    redis.hincrby(store.keys.completion_rate, "at", -20_000_000)
     redis.delete(store.keys.reaper)
     store.reap()
-    assert float(redis.hget(store.keys.pace, "per_second") or 0) == pytest.approx(2.5, rel=0.05)
+    assert float(redis.hget(store.keys.completion_rate, "per_second") or 0) == pytest.approx(2.5, rel=0.05)
     redis.delete(store.keys.counts)
 
 

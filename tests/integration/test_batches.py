@@ -103,17 +103,17 @@ def test_bad_lines_are_told_by_number_and_the_rest_runs(
     assert results["line-13"]["images"][0]["seed"] == 0
     errors = {error["line"]: error for error in batch.errors()}
     assert sorted(errors) == [3, 4, 5, 6, 7, 8, 9, 10, 11, 12]
-    told = {line: error["error"]["message"] for line, error in errors.items()}
-    assert told[3].startswith("line 3: line=b'{not json': is not JSON")
-    assert "custom_id='first': was used by an earlier line" in told[4]
-    assert "width=60" in told[5]
-    assert "color=" in told[6]
-    assert "is not an object" in told[7]
-    assert "model='unheard-of'" in told[8]
+    reported = {line: error["error"]["message"] for line, error in errors.items()}
+    assert reported[3].startswith("line 3: line=b'{not json': is not JSON")
+    assert "custom_id='first': was used by an earlier line" in reported[4]
+    assert "width=60" in reported[5]
+    assert "color=" in reported[6]
+    assert "is not an object" in reported[7]
+    assert "model='unheard-of'" in reported[8]
     assert (errors[9]["state"], errors[9]["error"]) == ("failed", {"code": "generation_failed", "message": "as asked"})
-    assert "use a string of 1 to 512 characters" in told[10]
-    assert "custom_id='\\ud800'" in told[11]
-    assert "seed=nan" in told[12]
+    assert "use a string of 1 to 512 characters" in reported[10]
+    assert "custom_id='\\ud800'" in reported[11]
+    assert "seed=nan" in reported[12]
 
     kept = {key.removeprefix(store.keys.prefix) for key in redis.scan_iter(f"{store.keys.prefix}*")}
     assert not [key for key in kept if key.startswith(("job:", "live:", "done:", "parts:", "leader:", "recent:"))]
@@ -223,7 +223,7 @@ def test_cancelling_is_not_stopped_by_a_job_that_a_dispatcher_has_tidied_away(
 
 
 def test_cancelling_stops_what_waits_and_what_runs(client: Client, settings: Settings) -> None:
-    """What was done stays; every other line is told as cancelled; and a retry makes only those."""
+    """What was done stays; every other line is reported as cancelled; and a retry makes only those."""
     with SimulatedWorker(settings, limit=40), Dispatcher(settings):
         batch = client.batches.submit(lines(300), window=50)
         until(lambda: batch.status().counts.succeeded >= 20)
@@ -249,7 +249,7 @@ def test_cancelling_stops_what_waits_and_what_runs(client: Client, settings: Set
 
 
 def test_a_batch_expires_with_what_it_has(client: Client, settings: Settings) -> None:
-    """Lines that were not done in time are told as expired."""
+    """Lines that were not done in time are reported as expired."""
     with SimulatedWorker(settings, limit=10), Dispatcher(settings):
         batch = client.batches.submit(lines(60), window=20, expires_in=3600)
         with pytest.raises(InvalidRequest, match="wait until it ends, or cancel it"):
@@ -400,8 +400,10 @@ def test_webhooks_tell_of_jobs_and_batches(settings: Settings, store: JobStore) 
         job = client.submit("a", lane=Lane.BULK, webhook_url=receiver.url, metadata={"order": 7})
         batch = client.batches.submit(lines(3), webhook_url=receiver.url)
         until(lambda: len(receiver.received) == 2)
-        told = [Webhook(tenant_secret(secret, "default")).verify(body, headers) for headers, body in receiver.received]
-        by_type = {event["type"]: event["data"] for event in told}
+        reported = [
+            Webhook(tenant_secret(secret, "default")).verify(body, headers) for headers, body in receiver.received
+        ]
+        by_type = {event["type"]: event["data"] for event in reported}
         assert by_type["job.succeeded"]["id"] == job.id
         assert by_type["job.succeeded"]["metadata"] == {"order": 7}
         assert by_type["batch.completed"]["id"] == batch.id

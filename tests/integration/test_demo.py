@@ -38,7 +38,7 @@ def processes_about(folder: Path) -> list[str]:
 
 @pytest.fixture
 def corner(tmp_path: Path, tiny_model: Path) -> Iterator[Path]:
-    """A folder that everything the demo starts can be told by: the model is linked into it, and TMPDIR is in it."""
+    """A folder that all processes of the demo name: the model is linked into it, and TMPDIR is in it."""
     (tmp_path / "tiny").symlink_to(tiny_model)
     (tmp_path / "tmp").mkdir()
     yield tmp_path

@@ -154,7 +154,7 @@ def test_each_way_in_leads_to_the_same_queue(gateway: Gateway, environment: dict
 
 
 def test_no_example_is_left_out() -> None:
-    """Whoever adds one runs it: here, in test_examples.py, or in a test of its own."""
+    """A new one is run by a test: here, in test_examples.py, or in a test of its own."""
     tests = [Path(__file__), Path(__file__).with_name("test_examples.py"), ROOT / "tests/unit/test_model_adapter.py"]
     run = "".join(path.read_text() for path in tests)
     examples = {path.stem for path in (ROOT / "examples").glob("*.py")} - {"sheet"}

@@ -69,7 +69,7 @@ def test_time_away_earns_no_credit(client: Client, store: JobStore) -> None:
 
 
 def test_a_job_handed_back_keeps_its_place(client: Client, store: JobStore) -> None:
-    """It goes before everyone who came later, whoever they are."""
+    """It goes before every job that came later, of any tenant."""
     client.submit_many([config()] * 3, tenant="a")
     first = take(store)
     client.submit_many([config()] * 3, tenant="b")

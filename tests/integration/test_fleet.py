@@ -84,7 +84,7 @@ def test_a_tenant_sees_its_own_rows_and_that_there_are_others(gateway: Gateway, 
 
 
 def test_the_oldest_wait_is_that_of_the_oldest(gateway: Gateway, store: JobStore) -> None:
-    """Not of whoever is first in line, which fair share may have put before it."""
+    """Not of the job that is first in the queue, which fair share may have put before it."""
     first = gateway.client.submit("first", tenant="busy", num_inference_steps=900, lane=Lane.BULK)
     store.redis.hincrby(store.keys.job(first.id), "queued_at", -50_000_000)
     second = gateway.client.submit("second", tenant="quick", num_inference_steps=1, lane=Lane.BULK)
@@ -124,9 +124,9 @@ def test_where_an_image_comes_from(gateway: Gateway, store: JobStore) -> None:
     store.commit(claim, images=[image], timings={})
     path, mine = f"/v1/jobs/{job.id}/images/0/provenance", key(gateway, "acme")
     assert "no image 0" in gateway.http.get(path, headers=mine).json()["detail"]
-    told = {"seed": 5, "config": {"prompt": "x"}}
-    gateway.app.state.services.storage.put(sidecar_of(image.key), json.dumps(told).encode(), "application/json")
-    assert gateway.http.get(path, headers=mine).json() == told
+    reported = {"seed": 5, "config": {"prompt": "x"}}
+    gateway.app.state.services.storage.put(sidecar_of(image.key), json.dumps(reported).encode(), "application/json")
+    assert gateway.http.get(path, headers=mine).json() == reported
     assert gateway.http.get(path, headers=key(gateway, "rival")).status_code == 404
     assert gateway.http.get(path.replace("/0/", "/1/"), headers=mine).status_code == 404
 

@@ -98,14 +98,14 @@ def test_events_tell_of_states_steps_and_previews(gateway: Gateway) -> None:
     """In order, and the last one is the finished job."""
     body = {**FAST, "num_inference_steps": 200, "preview_every": 40, "sampler": "ddim"}
     job = gateway.http.post("/v1/jobs", json=body).json()
-    told = events(gateway.http.get(f"/v1/jobs/{job['id']}/events"))
-    names = [name for name, _ in told]
+    reported = events(gateway.http.get(f"/v1/jobs/{job['id']}/events"))
+    names = [name for name, _ in reported]
     assert names[-1] == "done"
     assert {"state", "progress", "preview", "done"} <= set(names)
-    assert [data["state"] for name, data in told if name == "state"][-1] == "succeeded"
-    steps = [data["step"] for name, data in told if name == "progress"]
+    assert [data["state"] for name, data in reported if name == "state"][-1] == "succeeded"
+    steps = [data["step"] for name, data in reported if name == "progress"]
     assert steps == sorted(steps)
-    assert told[-1][1]["urls"]
+    assert reported[-1][1]["urls"]
     assert gateway.http.get("/v1/jobs/nothing/events").status_code == 404
 
 

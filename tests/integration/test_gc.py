@@ -136,7 +136,7 @@ def test_only_what_nothing_refers_to_goes(
     """All of it, said beforehand, once; two at a time do no harm; and the indexes know nothing that is gone."""
     before = set(storage.list())
     assert garbage < before
-    told = collector(settings, redis, storage).run(dry_run=True)
+    reported = collector(settings, redis, storage).run(dry_run=True)
     assert set(storage.list()) == before
     reports: list[Report] = []
     two = [threading.Thread(target=lambda: reports.append(collector(settings, redis, storage).run())) for _ in range(2)]
@@ -149,11 +149,11 @@ def test_only_what_nothing_refers_to_goes(
     check_bucket(store, redis, storage)
     assert len(reports) == 2
     for kind in (Kind.IMAGES, Kind.UPLOADS, Kind.INCOMING, Kind.FILES, Kind.BATCHES, Kind.INDEX):
-        assert told[kind].removed > 0, kind
-        assert max(report[kind].removed for report in reports) == told[kind].removed, kind
-    assert told[Kind.FOREIGN].kept == 1
-    assert sum(told[kind].removed for kind in Kind if kind is not Kind.INDEX) == len(garbage)
-    assert told.removed_bytes > 0
+        assert reported[kind].removed > 0, kind
+        assert max(report[kind].removed for report in reports) == reported[kind].removed, kind
+    assert reported[Kind.FOREIGN].kept == 1
+    assert sum(reported[kind].removed for kind in Kind if kind is not Kind.INDEX) == len(garbage)
+    assert reported.removed_bytes > 0
     again = collector(settings, redis, storage).run()
     assert (again.removed, again.removed_bytes) == (0, 0)
     assert {record.id for record in client.jobs()} == {
@@ -250,7 +250,7 @@ def test_an_image_that_is_uploaded_anew_meanwhile_stays(
 def test_an_upload_is_renewed_when_it_is_used(
     settings: Settings, store: JobStore, redis: Redis, storage: Storage, client: Client
 ) -> None:
-    """Long before a collection would take it; and one that it took is told as missing, not queued."""
+    """Long before a collection would take it; and one that it took is reported as missing, not queued."""
     upload = client.upload(sample_image("blue"))
     client._resolver._renewed_after = 1.0
     client._resolver._uploaded.clear()

@@ -13,7 +13,7 @@ CONFIG = ResolvedConfig(prompt="a red circle", width=64, height=64, seed=1)
 
 
 def test_a_lost_claim_is_counted_once(store: JobStore) -> None:
-    """Whoever hears of it first, the listener or a renewal; the engine may be told twice."""
+    """The listener or a renewal notices it first; the engine may be notified twice."""
     counters = Counters()
     stopped: list[str] = []
     heartbeat = Heartbeat(

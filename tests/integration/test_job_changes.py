@@ -39,7 +39,7 @@ class Following:
         self.seen: list[JobRecord] = []
         self._client, self._ids = client, list(job_ids)
         self._thread = in_background(self._follow)
-        until(lambda: all(hears(client, job_id) for job_id in job_ids))
+        until(lambda: all(is_subscribed(client, job_id) for job_id in job_ids))
 
     def _follow(self) -> None:
         for record in self._client.follow(self._ids, timeout=100):
@@ -53,7 +53,7 @@ class Following:
         return self.seen
 
 
-def hears(client: Client, job_id: str) -> bool:
+def is_subscribed(client: Client, job_id: str) -> bool:
     return client.job_changes._is_live({client._store.keys.changed(job_id)})
 
 
@@ -118,7 +118,7 @@ def test_many_waits_share_one_connection_and_hear_of_their_own_jobs(client: Clie
 
 
 def test_a_wait_for_many_hears_of_the_last_ones(client: Client, store: JobStore) -> None:
-    """While they are too many it looks, as seldom as its bound says; then it is told."""
+    """While they are too many it looks, as seldom as its bound says; then it gets the change."""
     jobs = client.submit_many([f"image {number}" for number in range(70)])
     wait = client.waiter.begin([job.id for job in jobs])
     client.waiter.look(wait)
@@ -147,7 +147,7 @@ def test_what_changed_before_it_was_heard_is_seen(client: Client, store: JobStor
 
 
 def test_a_broken_connection_costs_nothing(client: Client, store: JobStore, redis: Redis) -> None:
-    """It subscribes anew, and looks: what ended meanwhile is seen, and what ends later is told."""
+    """It subscribes anew, and looks: what ended meanwhile is seen, and what ends later is announced."""
     jobs = client.submit_many(["one", "two"])
     followings = [Following(client, job.id) for job in jobs]
     claims = [claim(store, job.id) for job in jobs]
@@ -189,7 +189,7 @@ def test_a_task_hears_too(client: Client, settings: Settings, store: JobStore) -
             jobs = await other.submit_many([f"image {number}" for number in range(40)])
             waits = [asyncio.create_task(job.wait(timeout=120)) for job in jobs]
             ids = [job.id for job in jobs]
-            hearing: Callable[[], bool] = lambda: all(hears(other._sync, job_id) for job_id in ids)  # noqa: E731
+            hearing: Callable[[], bool] = lambda: all(is_subscribed(other._sync, job_id) for job_id in ids)  # noqa: E731
             await asyncio.to_thread(until, hearing)
             for job_id in ids:
                 await asyncio.to_thread(lambda job_id=job_id: commit(store, claim(store, job_id)))  # type: ignore[misc]
@@ -213,7 +213,7 @@ def test_requests_that_wait_hear_too(
 
     def newest_is_heard() -> bool:
         newest = client.jobs(limit=1)
-        return bool(newest) and hears(gateway.app.state.services.client, newest[0].id)
+        return bool(newest) and is_subscribed(gateway.app.state.services.client, newest[0].id)
 
     try:
         body, prefer = {"prompt": "a red circle", "seed": 1}, {"prefer": "wait=60"}

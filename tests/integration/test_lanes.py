@@ -10,7 +10,7 @@ from calotype_shared.settings import Settings
 from calotype_worker.jobs.celery_app import make_app
 
 
-def test_every_model_is_served_and_urgent_ones_first(valkey: str) -> None:
+def test_every_model_is_served_and_interactive_jobs_first(valkey: str) -> None:
     """Two models with a backlog each take turns, though one is named first; interactive messages go before both."""
     settings = Settings.load(redis_url=valkey, key_prefix="lanes:")
     app = make_app(settings, models=["alpha", "beta"], run_next=lambda _: None)
@@ -31,6 +31,6 @@ def test_every_model_is_served_and_urgent_ones_first(valkey: str) -> None:
         with app.amqp.Consumer(channel, queues=app.conf.task_queues, callbacks=[take]):
             while len(taken) < 16:
                 connection.drain_events(timeout=10)
-    urgent, bulk = taken[:4], taken[4:]
-    assert sorted(urgent) == ["alpha.interactive"] * 2 + ["beta.interactive"] * 2
+    interactive, bulk = taken[:4], taken[4:]
+    assert sorted(interactive) == ["alpha.interactive"] * 2 + ["beta.interactive"] * 2
     assert sorted(bulk[:6]) == ["alpha.bulk"] * 3 + ["beta.bulk"] * 3, bulk

@@ -243,9 +243,9 @@ def test_cancelling_a_batch(client: openai.OpenAI, gateway: Gateway) -> None:
     ):
         with pytest.raises(openai.NotFoundError, match=unknown):
             ask()
-    told = set()  # the same of another's as of none
+    reported = set()  # the same of another's as of none
     for batch_id in (batch.id, "batch_none"):
         with pytest.raises(openai.NotFoundError) as refused:
             client.with_options(api_key=other).batches.retrieve(batch_id)
-        told.add(refused.value.message.replace(batch_id, "…"))
-    assert len(told) == 1, told
+        reported.add(refused.value.message.replace(batch_id, "…"))
+    assert len(reported) == 1, reported

@@ -287,7 +287,7 @@ def test_cancel_wins_over_a_later_commit_and_loses_to_an_earlier_one(store: JobS
     assert store.get(first).images == ()
 
 
-def test_workers_hear_of_urgent_jobs_however_they_come_into_line(store: JobStore) -> None:
+def test_workers_are_notified_of_interactive_jobs_however_they_are_queued(store: JobStore) -> None:
     """Submitted, or handed back by another worker; of bulk jobs, and of queues they do not serve, they hear nothing."""
     with store.news("demo.interactive") as wait:
         store.create([CONFIG])

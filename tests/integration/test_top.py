@@ -54,8 +54,8 @@ def announce(store: JobStore, job: str, *, images: int) -> None:
 @contextmanager
 def started(arguments: list[str], **options: Any) -> Iterator[subprocess.Popen[Any]]:
     """A process that an interrupt reaches, also where this one was started to ignore them; killed if it still runs."""
-    hears = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    with subprocess.Popen([*TOP, *arguments], preexec_fn=hears, **options) as process:  # noqa: PLW1509
+    restore_interrupt = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen([*TOP, *arguments], preexec_fn=restore_interrupt, **options) as process:  # noqa: PLW1509
         try:
             yield process
         finally:
@@ -66,12 +66,12 @@ def test_one_look_for_scripts(busy: str, calotype: Command) -> None:
     """Queues, workers with their rows, and what failed for good, as one line of JSON."""
     done = calotype("top", "--once", "--json")
     [line] = done.stdout.splitlines()
-    told = json.loads(line)
-    assert {queue["name"]: queue["waiting"] for queue in told["queues"]} == {"demo.bulk": 2, "demo.interactive": 0}
-    [row] = told["workers"][0]["groups"][0]["rows"]
+    reported = json.loads(line)
+    assert {queue["name"]: queue["waiting"] for queue in reported["queues"]} == {"demo.bulk": 2, "demo.interactive": 0}
+    [row] = reported["workers"][0]["groups"][0]["rows"]
     assert (row["job"], row["step"], row["total_steps"], row["guided"]) == (busy, 25, 50, True)
-    assert (told["counts"]["running"], told["counts"]["queued"], told["images_a_second"]) == (1, 2, None)
-    assert told["failures"][0]["error"]["code"] == "bad"
+    assert (reported["counts"]["running"], reported["counts"]["queued"], reported["images_a_second"]) == (1, 2, None)
+    assert reported["failures"][0]["error"]["code"] == "bad"
 
 
 def test_one_look_for_people(busy: str, calotype: Command) -> None:

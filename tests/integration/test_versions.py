@@ -88,7 +88,8 @@ def _differences(old: Any, new: Any, *, exactly: bool, at: str = "") -> Iterator
             if name not in new:
                 yield f"{at}/{name} is gone"
             elif _VOLATILE.fullmatch(name):
-                if _shape(value) != _shape(new[name]):
+                shape = _is_time if name.endswith("_at") else _shape
+                if shape(value) != shape(new[name]):
                     yield f"{at}/{name}: {value} became {new[name]}"
             elif name == "history":
                 yield from _differences(json.loads(value)[-1], json.loads(new[name])[-1], exactly=exactly, at=at)
@@ -98,10 +99,13 @@ def _differences(old: Any, new: Any, *, exactly: bool, at: str = "") -> Iterator
         yield f"{at}: {old} became {new}"
 
 
+def _is_time(value: object) -> bool:
+    """Whether it is seconds since the epoch, as a number or a text; on a full second there is no fraction."""
+    return re.fullmatch(r"\d+(\.\d+)?", str(value)) is not None
+
+
 def _shape(value: object) -> str:
-    """The kind of a value: a number (a time on a full second has no fraction), or a text with its characters masked."""
-    if re.fullmatch(r"\d+(\.\d+)?", str(value)):
-        return "number"
+    """A text with its characters masked, or the type of a number."""
     return re.sub(r"\w", "x", value) if isinstance(value, str) else type(value).__name__
 
 
@@ -123,16 +127,16 @@ def test_an_old_worker_passes_what_is_too_new_and_a_new_one_does_both(
 ) -> None:
     """However many stand before its own: the old ones in turn, while the new stay where they are, in their order."""
     ahead = newer.create([PLAIN] * 1200, tenant="eager")  # more than one claim looks at
-    mine = store.create([PLAIN] * 3, tenant="patient", max_failures=1)
+    mine = store.create([PLAIN] * 3, tenant="later", max_failures=1)
     [last] = newer.create([PLAIN])
     redis.zadd(store.keys.waiting("demo.bulk"), {job_id: 1e6 + n for n, job_id in enumerate(mine)})  # behind all
     assert store.left_for_newer(["demo.bulk", "demo.interactive"]) == {"demo.bulk": SCHEMA + 1}
     assert store.claim("demo.bulk", worker="w", lease_seconds=20) is None, "so far it has not looked"
     assert [take(store).job_id for _ in mine] == mine
     assert store.claim("demo.bulk", worker="w", lease_seconds=20) is None
-    [urgent] = store.create([PLAIN])
-    redis.zadd(store.keys.waiting("demo.bulk"), {urgent: 100})  # where a job comes back to: before what was passed
-    assert take(store).job_id == urgent
+    [returned] = store.create([PLAIN])
+    redis.zadd(store.keys.waiting("demo.bulk"), {returned: 100})  # where a job comes back to: before what was passed
+    assert take(store).job_id == returned
     assert store.left_for_newer(["demo.bulk"]) == {"demo.bulk": SCHEMA + 1}
     assert newer.left_for_newer(["demo.bulk"]) == {}
     [own] = store.create([PLAIN])
@@ -157,18 +161,20 @@ def test_an_old_client_follows_cancels_and_lists_a_new_job(client: Client, newer
     assert client.cancel(waiting) is JobState.CANCELLED
 
 
-def test_whoever_waits_hears_that_every_worker_is_too_old(settings: Settings, newer: JobStore, client: Client) -> None:
+def test_a_waiting_client_is_warned_that_every_worker_is_too_old(
+    settings: Settings, newer: JobStore, client: Client
+) -> None:
     """Not that there is none."""
     [job_id] = newer.create([PLAIN])
     info = WorkerInfo(name="w", model="demo", device="cpu", host="h", pid=1, version="1", started_at=1.0)
     newer.announce_worker(info, ttl_seconds=60)
-    told: list[str] = []
+    reported: list[str] = []
     with (
-        Client(settings=settings, on_warning=told.append) as listening,
+        Client(settings=settings, on_warning=reported.append) as listening,
         pytest.raises(WaitTimeout, match="every live worker of 'demo' is of an older version than the job"),
     ):
         listening.wait(job_id, 0.3)
-    assert told == [
+    assert reported == [
         "every live worker of 'demo' is of an older version than the job: it stays queued until one of a newer version "
         "is there; upgrade the workers"
     ]

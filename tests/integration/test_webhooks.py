@@ -1,4 +1,4 @@
-"""Webhooks from a real Valkey to real HTTP servers: signed, retried, told once, and never to our own network."""
+"""Webhooks from a real Valkey to real HTTP servers: signed, retried, delivered once, and never to our own network."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def corner(redis: Redis, settings: Settings) -> Corner:
 
 @pytest.fixture
 def deliverer(redis: Redis, settings: Settings) -> Callable[..., Deliverer]:
-    """Makes deliverers that tell a job's id and, unless told otherwise, may use this machine's own addresses."""
+    """Makes deliverers that tell a job's id and, unless configured otherwise, may use this machine's own addresses."""
 
     def make(**options: Any) -> Deliverer:
         options = {"allow_private": True, "secret": MASTER, "describe": lambda _, hook_id: {"id": hook_id}, **options}
@@ -196,7 +196,7 @@ def running() -> Iterator[Callable[[Deliverer], threading.Event]]:
         thread.join()
 
 
-# ---- what is told
+# ---- what is delivered
 
 
 def test_a_finished_job_is_told(
@@ -214,9 +214,9 @@ def test_a_finished_job_is_told(
 
     assert deliverer(describe=describe_job(store, storage)).deliver_due() == 1
     [message] = receiver.messages
-    told = message.verified()
-    link = told["data"]["images"][0].pop("url")
-    assert told == {
+    reported = message.verified()
+    link = reported["data"]["images"][0].pop("url")
+    assert reported == {
         "type": "job.succeeded",
         "timestamp": "2026-01-01T00:00:00.123Z",
         "data": {
@@ -437,7 +437,7 @@ def test_the_host_must_prove_its_name(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Though the connection goes to an address, the certificate must be the name's: another host is told nothing."""
+    """Though the connection goes to an address, the certificate must be the name's: another host gets nothing."""
     caplog.set_level(logging.INFO)
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
     made = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=hooks.example"

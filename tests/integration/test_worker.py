@@ -204,7 +204,7 @@ def test_a_second_signal_does_not_wait_for_the_grace_period(
     job.cancel()
 
 
-def test_an_urgent_job_does_not_wait_for_a_bulk_load(
+def test_an_interactive_job_does_not_wait_for_a_bulk_load(
     start_worker: Callable[..., WorkerProcess], client: Client
 ) -> None:
     """It is claimed at once and takes the next place in the step batch, though every place for bulk jobs is taken."""

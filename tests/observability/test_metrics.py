@@ -157,7 +157,7 @@ def test_a_refused_commit_and_a_reaped_lease_are_counted(stack: Stack) -> None:
 
 
 def test_tenants_cannot_reach_any_of_it(stack: Stack) -> None:
-    """The main port knows no metrics; the other one listens on loopback unless told otherwise."""
+    """The main port knows no metrics; the other one listens on loopback unless configured otherwise."""
     for path in ("/metrics", "/backlog"):
         assert stack.gateway.http.get(path).status_code == 404
     assert answer_of(f"http://127.0.0.1:{stack.gateway_port}/v1/jobs")[0] == 404
@@ -192,7 +192,7 @@ def test_a_draining_worker_is_alive_and_not_ready(
 
 
 def test_while_redis_is_away_nothing_old_is_told() -> None:
-    """Only that it is away; and when it is back, all is told again."""
+    """Only that it is away; and when it is back, everything is exported again."""
     away = True
     stats = FleetStats(
         queues=(), workers={}, counts=dict.fromkeys(JobState, 3), dead=0, open_batches=0, webhooks_waiting=0

@@ -245,7 +245,7 @@ class Memory:
 
 
 def test_a_client_hands_its_span_on(settings: Settings, store: JobStore) -> None:
-    """One job has its own; many have one in common; an error is told by its kind, never in its words."""
+    """One job has its own; many have one in common; an error is recorded by its kind, never by its text."""
     card = ModelCard(
         name="tiny",
         family="sd",

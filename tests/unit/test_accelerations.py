@@ -404,7 +404,7 @@ def test_images_of_the_demo_model_are_near_the_exact_ones() -> None:
     assert np.abs(made(deep_cache=100) - exact).mean() > 4 * max(bound for _, bound in bounds)
 
 
-# ---- what is told, and what is refused
+# ---- what is delivered, and what is refused
 
 
 def test_a_lossy_image_says_so(shelf: Shelf) -> None:

@@ -15,7 +15,7 @@ from calotype_worker.engine import Engine, EngineSettings
 from calotype_worker.jobs.size_affinity import SizeAffinity
 from calotype_worker.models import load_model
 
-BULK, URGENT = "demo.bulk", "demo.interactive"
+BULK, INTERACTIVE = "demo.bulk", "demo.interactive"
 
 
 def claimed(number: int, width: int = 64, height: int = 64, *, guidance: float = 5.0, **fields: object) -> Claim:
@@ -35,7 +35,7 @@ def affinity() -> SizeAffinity:
         8,
         budget=lambda model, width, height: 4 if width * height <= 4096 else 2,
         rows=lambda model, guided: 2 if guided else 1,
-        unmoved=frozenset({URGENT}),
+        in_order=frozenset({INTERACTIVE}),
     )
 
 
@@ -68,7 +68,7 @@ def test_models_have_groups_of_their_own(affinity: SizeAffinity) -> None:
 def test_urgent_queues_keep_their_order(affinity: SizeAffinity) -> None:
     """Nothing is preferred there, nor where affinity is off; but what was claimed there runs."""
     affinity.claimed(claimed(1))
-    with affinity.preferred_shapes(URGENT) as shapes:
+    with affinity.preferred_shapes(INTERACTIVE) as shapes:
         assert shapes == []
     with affinity.preferred_shapes(BULK) as shapes:
         assert shapes == ["64x64"]

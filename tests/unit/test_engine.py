@@ -199,13 +199,13 @@ def test_a_lost_device_ends_every_request_and_is_reported(make_engine: Any, tiny
         def predict(self, rows: Rows) -> torch.Tensor:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    told: list[BaseException] = []
-    engine = make_engine(Lost(tiny_step_model, fault=""), on_fatal=told.append)
+    reported: list[BaseException] = []
+    engine = make_engine(Lost(tiny_step_model, fault=""), on_fatal=reported.append)
     future = engine.submit(request("r"))
     with pytest.raises(GenerationFailed, match="the engine stopped"):
         future.result(timeout=120)
     engine._thread.join(120)
-    [reason] = told
+    [reason] = reported
     assert "illegal memory access" in str(reason)
     assert not engine.alive
 

@@ -18,13 +18,13 @@ from calotype_worker.engine import Engine, Generated, GenerationRequest
 from calotype_worker.models import Memory, ModelPool, StepModel, load_model, registry
 from calotype_worker.sampling.samplers import SAMPLERS
 from calotype_worker.sampling.table import TableCache
-from tests.fake_gpu import GPU, Far, pretended_gpu
+from tests.fake_gpu import GPU, DeviceTensor, pretended_gpu
 from tests.unit.stub_models import Shelf, batch_of, wanted
 from tests.unit.test_engine import request
 from tests.unit.test_engine_golden import TOLERANCE, levels
 
 
-class FarEngine(Engine):
+class DeviceEngine(Engine):
     """Its thread sees the GPU, and so do those that submit: they bring LoRAs there."""
 
     def _main(self) -> None:
@@ -50,7 +50,7 @@ class Shop:
         """The CPU's images of `varied(family)`."""
         return [made.image for made in make(Engine, self.near(family), varied(family))]
 
-    def far(self, family: str, name: str = "", **options: Any) -> StepModel:
+    def on_device(self, family: str, name: str = "", **options: Any) -> StepModel:
         adapters = self._shelf.adapters if family == "sd" else None
         source = str(self._shelf.source(family))
         # What an operator makes in inference mode, as the engine calls it, is no view of what was made outside.
@@ -66,7 +66,7 @@ class Shop:
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "_device", torch.device)  # which refuses all but cpu and cuda
-        yield Shop(tmp_path_factory.mktemp("far"))
+        yield Shop(tmp_path_factory.mktemp("on_device"))
 
 
 def make(
@@ -101,7 +101,7 @@ def test_devices_do_not_mix() -> None:
     here = torch.randn(3, 4)
     with pretended_gpu() as gpu:
         there = here.to(GPU)
-        assert isinstance(there, Far)
+        assert isinstance(there, DeviceTensor)
         assert there.device == GPU
         with pytest.raises(RuntimeError, match="two devices"):
             there + here
@@ -146,7 +146,7 @@ def test_every_way_to_wait_is_noted(ask: Callable[[torch.Tensor], object]) -> No
 @pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])
 def test_images_are_those_of_the_cpu(shop: Shop, family: str) -> None:
     """Guided and not, previews, from an image, inpainted, with a LoRA, a ControlNet and a long prompt: one batch."""
-    made = make(FarEngine, shop.far(family), varied(family))
+    made = make(DeviceEngine, shop.on_device(family), varied(family))
     for here, there in zip(shop.expected(family), made, strict=True):
         assert levels(here, there.image) <= TOLERANCE, there.request_id
 
@@ -156,18 +156,18 @@ def test_images_are_those_of_the_cpu(shop: Shop, family: str) -> None:
 )
 def test_other_ways_to_hold_a_model(shop: Shop, options: dict[str, Any]) -> None:
     """Parts that come and go, and a network of half the precision, whose images are roughly the same."""
-    made = make(FarEngine, shop.far("sd", **options), varied("sd"))
+    made = make(DeviceEngine, shop.on_device("sd", **options), varied("sd"))
     for here, there in zip(shop.expected("sd"), made, strict=True):
         assert np.abs(here.astype(int) - there.image.astype(int)).mean() < 4, there.request_id
 
 
 def test_models_that_take_turns_on_the_device(shop: Shop) -> None:
-    models = [shop.far("sd", name) for name in ("a", "b")]
+    models = [shop.on_device("sd", name) for name in ("a", "b")]
     with torch.inference_mode(), pretended_gpu():
         pool = ModelPool(models, memory_budget=models[0].weight_bytes + 1)
     requests = [request(str(index), model="ab"[index % 2]) for index in range(4)]
     expected = make(Engine, shop.near("sd"), [replace(each, model="sd") for each in requests])
-    made = make(FarEngine, pool, requests)
+    made = make(DeviceEngine, pool, requests)
     assert pool.moves
     for here, there in zip(expected, made, strict=True):
         assert levels(here.image, there.image) <= TOLERANCE
@@ -175,7 +175,7 @@ def test_models_that_take_turns_on_the_device(shop: Shop) -> None:
 
 def test_latents_of_another_model_and_fresh_ones_join_together(shop: Shop) -> None:
     """A refiner's come from the device, fresh ones from main memory."""
-    model = shop.far("sd")
+    model = shop.on_device("sd")
     requests = [request("fresh", steps=2), request("handed over", steps=2)]
     with torch.inference_mode(), pretended_gpu():
         batch = batch_of(model, requests)
@@ -189,7 +189,7 @@ def test_latents_of_another_model_and_fresh_ones_join_together(shop: Shop) -> No
 
 def test_no_step_waits_for_the_device(shop: Shop) -> None:
     """From joining to the last one's end. Only previews are fetched, and what is finished, to be looked at."""
-    model = shop.far("sd")
+    model = shop.on_device("sd")
     with torch.inference_mode(), pretended_gpu() as gpu:
         batch = batch_of(model, [replace(each, preview_every=0) for each in varied("sd")])
         assert {len(row.conditioning["text"]) for row in batch.members} > {24}, "no text was longer than others"
@@ -220,6 +220,6 @@ def test_samplers_without_a_table_step_there(shop: Shop) -> None:
     ]
     assert len(requests) > 8
     expected = make(Engine, shop.near("sd"), requests)
-    made = make(FarEngine, shop.far("sd"), requests, tables=NoTables())
+    made = make(DeviceEngine, shop.on_device("sd"), requests, tables=NoTables())
     for here, there in zip(expected, made, strict=True):
         assert levels(here.image, there.image) <= TOLERANCE, here.request_id

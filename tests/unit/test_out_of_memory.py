@@ -213,8 +213,8 @@ def test_the_cpus_own_allocator() -> None:
 
 
 def test_a_limit_that_is_tried_in_vain_is_tried_less_and_less() -> None:
-    told: list[tuple[int, int]] = []
-    limit = MemoryLimit(8, on_lower=lambda tried, current: told.append((tried, current)))
+    reported: list[tuple[int, int]] = []
+    limit = MemoryLimit(8, on_lower=lambda tried, current: reported.append((tried, current)))
 
     def run(part: Sequence[int]) -> int:
         if len(part) > 4:
@@ -224,5 +224,5 @@ def test_a_limit_that_is_tried_in_vain_is_tried_less_and_less() -> None:
     assert limit.run(range(8), run) == [4, 4]
     for _ in range(2000):
         assert sum(limit.run(range(8), run)) == 8
-    assert told[:2] == [(8, 4), (5, 4)]
-    assert 3 <= len(told) <= 6
+    assert reported[:2] == [(8, 4), (5, 4)]
+    assert 3 <= len(reported) <= 6

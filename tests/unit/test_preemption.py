@@ -210,12 +210,12 @@ def test_a_hostile_service_gives_no_notice_and_is_not_waited_for(
     hostile: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("calotype_worker.jobs.preemption._ANSWER_SECONDS", 0.3)
-    told: list[Notice] = []
+    reported: list[Notice] = []
     for cloud in ("gcp", "azure", "aws"):
         source = notice_source(cloud, hostile)
         assert source is not None
-        Watcher(source, told.append).look()
-    assert told == []
+        Watcher(source, reported.append).look()
+    assert reported == []
     assert "preemption notices cannot be read" in caplog.text
     assert len(caplog.text) < 4000
 
@@ -228,7 +228,7 @@ def test_proxies_of_the_environment_are_not_asked(monkeypatch: pytest.MonkeyPatc
 
 def test_the_watcher_tells_each_notice_once_and_complains_once_a_kind(caplog: pytest.LogCaptureFixture) -> None:
     answers: list[Any] = [OSError("a"), OSError("b"), None, 60, 60, 58, 20, 30, ValueError("c"), float("inf")]
-    told: list[float] = []
+    reported: list[float] = []
 
     def source() -> Notice | None:
         answer = answers.pop(0)
@@ -236,11 +236,11 @@ def test_the_watcher_tells_each_notice_once_and_complains_once_a_kind(caplog: py
             raise answer
         return None if answer is None else Notice(where="here", seconds_left=answer)
 
-    watcher = Watcher(source, lambda notice: told.append(notice.seconds_left))
+    watcher = Watcher(source, lambda notice: reported.append(notice.seconds_left))
     with caplog.at_level(logging.WARNING):
         while answers:
             watcher.look()
-    assert told == [60, 58, 20]
+    assert reported == [60, 58, 20]
     assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
 
 
@@ -248,9 +248,9 @@ def test_a_notice_without_a_time_is_told(tmp_path: Path) -> None:
     (tmp_path / "notice").touch()
     source = notice_source(f"file:{tmp_path / 'notice'}", None)
     assert source is not None
-    told: list[Notice] = []
-    watcher = Watcher(source, told.append)
+    reported: list[Notice] = []
+    watcher = Watcher(source, reported.append)
     watcher.look()
     watcher.look()
-    assert [notice.seconds_left for notice in told] == [float("inf")]
-    assert json.dumps(str(told[0].where))
+    assert [notice.seconds_left for notice in reported] == [float("inf")]
+    assert json.dumps(str(reported[0].where))

@@ -1,4 +1,4 @@
-"""Room for urgent jobs in a full worker: who waits, for what, and how often Redis is asked."""
+"""Room for interactive jobs in a full worker: who waits, for what, and how often Redis is asked."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.faults.harness import until
 
 
 class Line:
-    """Urgent jobs in line, queues that have messages to spare, and how often somebody has looked or asked."""
+    """Interactive jobs in the queue, queues that have messages to spare, and how often somebody has looked or asked."""
 
     def __init__(self) -> None:
         self.jobs: list[str] = []
@@ -33,7 +33,7 @@ class Line:
 
 
 class Waiter:
-    """A thread with a message for a patient job. `got`: what it was given; it keeps that until `done`."""
+    """A thread with a message for a bulk job. `got`: what it was given; it keeps that until `done`."""
 
     def __init__(
         self, slots: ReservedSlots, line: Line, *, queue: str = "long", stop: threading.Event | None = None
@@ -119,13 +119,13 @@ def test_the_last_message_is_given_back_and_others_are_kept(line: Line, monkeypa
     monkeypatch.setattr(module, "_TURN_SECONDS", 0.02)
     slots = ReservedSlots(1)
     with full(slots, line, 1) as holders:
-        patient, last = Waiter(slots, line), Waiter(slots, line, queue="short")
+        bulk, last = Waiter(slots, line), Waiter(slots, line, queue="short")
         until(lambda: last.got is False)
-        assert patient.got is None
+        assert bulk.got is None
         last.done()
         holders[0].done()
-        until(lambda: patient.got is True)
-        patient.done()
+        until(lambda: bulk.got is True)
+        bulk.done()
 
 
 def test_one_question_serves_all_who_wait(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -154,15 +154,15 @@ def test_groups_that_are_not_at_hand_give_way_for_a_while() -> None:
     scheduler.check_integrity()
 
 
-def test_urgent_requests_join_first() -> None:
-    """Before all that wait, in their own order; and a large one is not passed by small patient ones."""
+def test_interactive_requests_join_first() -> None:
+    """Before all that wait, in their own order; and a large one is not passed by small bulk ones."""
     scheduler = Scheduler[str](lambda _: 2)
     for request in ("running", "a", "b"):
         scheduler.add(request, "group", 1 if request == "running" else 2)
     assert scheduler.plan().admitted == ("running",)  # type: ignore[union-attr]
     scheduler.add("late", "group", 1)
-    scheduler.add("urgent", "group", 2, interactive=True)
-    scheduler.add("urgent too", "group", 1, interactive=True)
+    scheduler.add("interactive", "group", 2, interactive=True)
+    scheduler.add("interactive too", "group", 1, interactive=True)
     assert scheduler.plan().admitted == ()  # type: ignore[union-attr]
     scheduler.remove("running")
     order: list[str] = []
@@ -172,7 +172,7 @@ def test_urgent_requests_join_first() -> None:
         scheduler.check_integrity()
         for request in admitted:
             scheduler.remove(request)
-    assert order == ["urgent", "urgent too", "a", "b", "late"]
+    assert order == ["interactive", "interactive too", "a", "b", "late"]
     scheduler.add("x", "group", 1, interactive=True)
     scheduler.remove("x")
     assert len(scheduler) == 0
@@ -248,15 +248,15 @@ def test_a_stall_of_the_machine_does_not_give_a_group_the_device() -> None:
 
 
 def test_groups_with_urgent_requests_go_first_and_the_others_are_not_forgotten() -> None:
-    """Eight steps of theirs, then one of the others'; as soon as no urgent one runs, all take turns again."""
+    """Eight steps of theirs, then one of the others'; as soon as no interactive one runs, all take turns again."""
     scheduler: Scheduler[str] = Scheduler(lambda _: 2)
-    scheduler.add("patient", "a", 1)
-    scheduler.add("urgent", "b", 1, interactive=True)
+    scheduler.add("bulk", "a", 1)
+    scheduler.add("interactive", "b", 1, interactive=True)
     scheduler.add("neighbour", "b", 1)
     plan = scheduler.plan()
     assert plan is not None
     assert (plan.group, plan.reason) == ("b", "interactive")
     assert turns(scheduler, 17) == [*"bbbbbbb", "a", *"bbbbbbbb", "a"]
     scheduler.check_integrity()
-    scheduler.remove("urgent")
+    scheduler.remove("interactive")
     assert sorted(turns(scheduler, 4)) == [*"aabb"]

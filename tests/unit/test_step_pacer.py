@@ -43,7 +43,7 @@ class Moment:
 
 
 def test_the_host_is_at_most_one_step_ahead() -> None:
-    """After each order all steps but the last are done, and each has told its own group's cost."""
+    """After each order all steps but the last are done, and each has reported its own group's cost."""
     device = Device()
     pace: StepPacer[str] = StepPacer(device.event)
     for number in range(5):
@@ -67,17 +67,19 @@ def test_a_cpu_is_done_when_the_call_returns() -> None:
 
 
 def test_the_engines_thread_works_on_its_own_device(make_engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Moments are marked in the stream of a thread's device, which is the first one unless it is told."""
+    """Moments are marked in the stream of a thread's device, which is the first one unless another one is given."""
     chosen: list[object] = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     for name in ("cpu", "cuda", "cuda:1"):
         work_on(torch.device(name))
     assert chosen == [torch.device("cuda:1")]
-    told: list[tuple[str, torch.device]] = []
-    monkeypatch.setattr(engine_module, "work_on", lambda device: told.append((threading.current_thread().name, device)))
+    reported: list[tuple[str, torch.device]] = []
+    monkeypatch.setattr(
+        engine_module, "work_on", lambda device: reported.append((threading.current_thread().name, device))
+    )
     engine: Engine = make_engine()
     assert engine.submit(request("any")).result(120).image.any()
-    assert told == [("calotype-engine", torch.device("cpu"))]
+    assert reported == [("calotype-engine", torch.device("cpu"))]
 
 
 def test_a_cost_is_the_least_of_the_last_eight(monkeypatch: pytest.MonkeyPatch) -> None:

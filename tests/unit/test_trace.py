@@ -60,7 +60,7 @@ def test_a_trace_can_be_read_while_it_is_written(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_ends_the_trace_and_nothing_else(tmp_path: Path) -> None:
-    """Whoever notes a span never hears of it."""
+    """The code that records a span does not see it."""
     trace = TraceFile(Path("/dev/full"), process="a worker")
     for number in range(20_000):
         trace.span("engine", "step", number, number + 1)

@@ -145,7 +145,7 @@ class Worker:
                 options.affinity,
                 budget=self._engine.row_budget,
                 rows=self._engine.rows_of_image,
-                unmoved=frozenset(interactive_queues),
+                in_order=frozenset(interactive_queues),
             ),
             interactive_queues=interactive_queues,
             worker=self.name,

@@ -130,9 +130,9 @@ class JobReader(Fleet):
         return {queue: max(0, now - at) / 1e6 for queue, at in oldest.items() if at is not None}
 
     @said_clearly
-    def pace(self) -> float | None:
+    def completion_rate(self) -> float | None:
         """Recent rate of finished jobs, per second; None if no worker has measured it."""
-        per_second = self._redis.hget(self.keys.pace, "per_second")
+        per_second = self._redis.hget(self.keys.completion_rate, "per_second")
         return float(str(per_second)) if per_second else None
 
     @said_clearly

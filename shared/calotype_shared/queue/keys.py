@@ -18,7 +18,7 @@
 | `dead` | zset | ids of jobs that failed permanently, by time | until dropped or their records expire |
 | `counts` | hash | jobs by state: current numbers for queued and running, totals for the final ones | forever |
 | `pending` | hash | tenant -> its queued jobs outside batches; `*`: all tenants | forever |
-| `pace` | hash | `per_second`: recent rate of finished jobs; `at`, `ended`: the reaper's last measurement | tiny |
+| `completion_rate` | hash | `per_second`: recent rate of ended jobs; `at`, `ended`: the reaper's last count | tiny |
 | `recent:{tenant}` | zset | ids of jobs outside batches, by creation time | until their records expire; trimmed |
 | `tenants` | set | every tenant that ever submitted | tiny |
 | `batch:{id}` | hash | a batch's record (`batches/record.py`) | while unfinished; then `retention_seconds` |
@@ -182,8 +182,8 @@ class Keys:
         return f"{self.prefix}pending"
 
     @property
-    def pace(self) -> str:
-        return f"{self.prefix}pace"
+    def completion_rate(self) -> str:
+        return f"{self.prefix}completion_rate"
 
     def recent(self, tenant: str) -> str:
         return f"{self.prefix}recent:{tenant}"

@@ -38,18 +38,18 @@ class NewJob(NamedTuple):
 
 def queue_full(answer: Sequence[str], *, coming: int, accepted: Sequence[str]) -> QueueFull:
     """The error to raise if `create.lua` has found the queue full."""
-    _, whose, pending, most, pace = answer
+    _, whose, pending, most, rate = answer
     setting = "CALOTYPE_MAX_QUEUED_PER_TENANT" if whose == "tenant" else "CALOTYPE_MAX_QUEUED"
-    those = "this tenant's jobs" if whose == "tenant" else "jobs"
+    queued = f"{pending} of this tenant's jobs are" if whose == "tenant" else f"{pending} jobs are"
     if coming > int(most):
         remedy = f"submit them as a batch, or raise {setting}"
         return QueueFull(f"{coming} jobs exceed the limit of {most} queued jobs; {remedy}", _SLOWEST_SECONDS)
     # The time until as many jobs have finished as are submitted, at the recent rate.
-    seconds = coming / float(pace) if pace and float(pace) else _UNKNOWN_SECONDS
+    seconds = coming / float(rate) if rate and float(rate) else _UNKNOWN_SECONDS
     seconds = min(max(seconds, 1.0), _SLOWEST_SECONDS)
     remedy = f"retry in {math.ceil(seconds)} s, submit a batch, start more workers, or raise {setting}"
     before = f" after {len(accepted)} of these were accepted" if accepted else ""
-    problem = f"the queue is full{before}: {pending} of {those} are queued, and the limit is {most}"
+    problem = f"the queue is full{before}: {queued} queued, and the limit is {most}"
     return QueueFull(f"{problem}; {remedy}", seconds, accepted=accepted)
 
 

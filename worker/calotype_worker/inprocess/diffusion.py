@@ -115,7 +115,7 @@ class DiffusionModel:
         self._dtype = dtype
         self._adapters = adapters
         self._memory = memory or Memory()
-        self._lossy = accelerations or Accelerations()
+        self._accelerations = accelerations or Accelerations()
         self._settings = settings
         self._lock = threading.Lock()
         self._engine: Engine | None = None
@@ -280,7 +280,7 @@ class DiffusionModel:
                         dtype=self._dtype,
                         adapters=self._adapters,
                         memory=self._memory,
-                        accelerations=self._lossy,
+                        accelerations=self._accelerations,
                     )
                 )
                 self._engine = Engine(ModelPool([model]), self._settings)

@@ -61,7 +61,7 @@ class UploadQueue:
         self._away_until = 0.0
         self._stopped = threading.Event()
         self._threads = [
-            threading.Thread(target=self._work, name=f"calotype-outbox-{number}", daemon=True)
+            threading.Thread(target=self._work, name=f"calotype-delivery-{number}", daemon=True)
             for number in range(_THREADS)
         ]
 

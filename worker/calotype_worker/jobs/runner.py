@@ -136,7 +136,7 @@ class JobRunner:
                 self._give_back(queue)
                 return
             try:
-                claim = self._patiently(lambda: self._claim(queue))
+                claim = self._retrying(lambda: self._claim(queue))
             except CalotypeError as error:
                 # The job is still queued: the reaper of any worker sends another message for it.
                 log.warning("claim failed", extra={"queue": queue, "reason": str(error)})
@@ -204,11 +204,11 @@ class JobRunner:
         self._attempt(pending, self._make)
 
     def finish(self, pending: PendingResult) -> None:
-        """Store the unstored files and commit. Never raises. The outbox's threads call it too."""
+        """Store the unstored files and commit. Never raises. The delivery's threads call it too."""
         self._attempt(pending, self._send)
 
     def _attempt(self, pending: PendingResult, work: Callable[[PendingResult], bool]) -> None:
-        """`work` returns whether the job is done; if not, the outbox continues with the pending result."""
+        """`work` returns whether the job is done; if not, the delivery continues with the pending result."""
         job, done, left = pending.job, False, False
         try:
             with _about(pending):
@@ -243,7 +243,7 @@ class JobRunner:
         record, timings = claim.record, pending.timings
         timings["queue"] = _queued(claim)
         with self._phase(pending, "fetch", "fetch inputs"):
-            images = self._patiently(lambda: self._inputs.fetch(claim.config), pending.job)
+            images = self._retrying(lambda: self._inputs.fetch(claim.config), pending.job)
         futures: list[Future[Generated]] = []
         submitted = []
         with self._phase(pending, "prepare"):  # checks, sampler tables, starting noise
@@ -314,7 +314,7 @@ class JobRunner:
                 raise
 
         with spanning(self._trace, _track("commit"), claim.job_id), self._part(pending, "commit"):
-            committed = self._patiently(commit, job)
+            committed = self._retrying(commit, job)
         if not committed:
             job.lost = True
             self._counters.count(names.FENCED_COMMITS)
@@ -338,7 +338,7 @@ class JobRunner:
             exc_info=None if known else error,
         )
         try:
-            state = self._patiently(lambda: self._store.fail(claim, problem, retry=retry), job)
+            state = self._retrying(lambda: self._store.fail(claim, problem, retry=retry), job)
             if not job.lost:
                 outcome = "lost" if state is None else "failed" if state.final else "retried"
                 self._counters.count(names.ATTEMPTS, outcome)
@@ -347,14 +347,14 @@ class JobRunner:
 
     def _release(self, claim: Claim) -> None:
         try:
-            self._patiently(lambda: self._store.release(claim))
+            self._retrying(lambda: self._store.release(claim))
             self._counters.count(names.ATTEMPTS, "returned")
             log.info("job returned", extra={"job_id": claim.job_id, "attempt": claim.attempt})
         except RedisUnavailable as error:
             # Its lease runs out instead.
             log.warning("job not returned", extra={"job_id": claim.job_id, "reason": str(error)})
 
-    def _patiently(self, call: Callable[[], T], job: RunningJob | None = None) -> T:
+    def _retrying(self, call: Callable[[], T], job: RunningJob | None = None) -> T:
         """Retry `call` with jittered backoff while Redis or the storage is unavailable. Each script checks the fence.
 
         Raises:

@@ -24,7 +24,7 @@ class SizeAffinity:
 
     `budget(model, width, height)` is how many rows may run together, `rows(model, guided)` how many an image has.
 
-    The `unmoved` (interactive) queues are claimed strictly in order; jobs claimed from them count as running, too.
+    The `in_order` (interactive) queues are claimed strictly in order; jobs claimed from them count as running, too.
     """
 
     def __init__(
@@ -33,12 +33,12 @@ class SizeAffinity:
         *,
         budget: Callable[[str, int, int], int],
         rows: Callable[[str, bool], int],
-        unmoved: frozenset[str] = frozenset(),
+        in_order: frozenset[str] = frozenset(),
     ) -> None:
         self.lookahead = lookahead  # jobs of a queue to consider; 0: always the first
         self._budget = budget
         self._rows = rows
-        self._unmoved = unmoved
+        self._in_order = in_order
         self._turn = threading.Lock()  # held during a claim, so that the next one knows its result
         self._lock = threading.Lock()  # guards the two below
         self._running: dict[tuple[str, int, int], int] = {}  # rows by model, width and height; the newest last
@@ -47,7 +47,7 @@ class SizeAffinity:
     @contextmanager
     def preferred_shapes(self, *queues: str) -> Iterator[list[str]]:
         """Use it around a claim, and `claimed` after it. Yields the shapes that the claim should prefer."""
-        if not self.lookahead or not self._unmoved.isdisjoint(queues):
+        if not self.lookahead or not self._in_order.isdisjoint(queues):
             yield []
             return
         mine = self._turn.acquire(timeout=_TURN_SECONDS)

@@ -28,7 +28,7 @@ if not batch then
   local function refused(whose, field, most)
     local pending = tonumber(redis.call('HGET', PREFIX .. 'pending', field) or '0')
     if most and pending + math.max(made, common.to_come or 0) > most then
-      return {'full', whose, whole(pending), whole(most), redis.call('HGET', PREFIX .. 'pace', 'per_second') or ''}
+      return {'full', whose, whole(pending), whole(most), redis.call('HGET', PREFIX .. 'completion_rate', 'per_second') or ''}
     end
   end
   local full = refused('tenant', tenant, common.max_queued_per_tenant) or refused('all', '*', common.max_queued)

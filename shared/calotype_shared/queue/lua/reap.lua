@@ -61,13 +61,13 @@ for _, tenant in ipairs(redis.call('SMEMBERS', PREFIX .. 'tenants')) do
 end
 
 -- 4. The rate of finished jobs, for retry delays.
-local pace, ended = redis.call('HMGET', PREFIX .. 'pace', 'at', 'ended'), 0
+local measured, ended = redis.call('HMGET', PREFIX .. 'completion_rate', 'at', 'ended'), 0
 for _, count in ipairs(redis.call('HMGET', PREFIX .. 'counts', 'succeeded', 'failed', 'cancelled')) do
   ended = ended + tonumber(count or '0')
 end
-local passed = now - tonumber(pace[1] or '0')
+local passed = now - tonumber(measured[1] or '0')
 if passed >= 15000000 then
-  local rate = pace[1] and string.format('%.4f', math.max(0, ended - tonumber(pace[2])) * 1e6 / passed) or ''
-  redis.call('HSET', PREFIX .. 'pace', 'at', whole(now), 'ended', whole(ended), 'per_second', rate)
+  local rate = measured[1] and string.format('%.4f', math.max(0, ended - tonumber(measured[2])) * 1e6 / passed) or ''
+  redis.call('HSET', PREFIX .. 'completion_rate', 'at', whole(now), 'ended', whole(ended), 'per_second', rate)
 end
 return {requeued, failed, invited}
