@@ -101,7 +101,9 @@ def test_videos_with_sound_and_meshes(start: Callable[..., WorkerProcess], clien
     start(clip=write(tiny_ltx2(), tmp_path / "clip", side=32), shape=shape)
     asked = {"model": "clip", "num_inference_steps": 2, "num_frames": 9, "fps": 24.0, "output_format": "mp4"}
     clip = client.submit(asked, prompt="waves", seed=5, parameters={"max_sequence_length": 16})
-    mesh = client.submit({"prompt": "a cup", "model": "shape", "seed": 6, "output_format": "ply"}, num_inference_steps=2)
+    mesh = client.submit(
+        {"prompt": "a cup", "model": "shape", "seed": 6, "output_format": "ply"}, num_inference_steps=2
+    )
 
     [made] = clip.result(timeout=180)
     video = read_mp4(made.data)

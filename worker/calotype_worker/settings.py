@@ -71,8 +71,8 @@ class WorkerSettings(StrictSettings):
     quantized: Literal["off", "int8", "int8-dynamic", "float8"] = "off"
     """Acceleration: store the network's weights in 8 bits, by torchao."""
     memory_budget_gib: Annotated[float, Field(gt=0.0)] | None = None
-    """Limit for weights on the device, in GiB; other models wait in main memory. None: all models stay on the
-    device."""
+    """Limit for weights on the device, in GiB; other models, or with `offload` other components, wait in main memory.
+    None: all models stay on the device."""
     offload: Literal["none", "model", "sequential"] = "none"
     """Keep only the active part on the device: `model` by component, `sequential` by layer, which is far slower."""
     attention_slicing: bool = False
@@ -83,6 +83,8 @@ class WorkerSettings(StrictSettings):
     """Decode large images in overlapping tiles. The seams can be visible."""
     lease_seconds: Annotated[float, Field(ge=1.0)] = 20.0
     """Duration of a lease. If a worker does not renew it in this time, others take over its jobs."""
+    hang_seconds: Annotated[float, Field(gt=0.0)] = 3600.0
+    """A step or network call that takes longer is taken for hung: the worker exits, and others take over its jobs."""
     reap_seconds: Annotated[float, Field(ge=0.1, le=10.0)] = 5.0
     """Average pause between two searches for expired leases."""
 
@@ -123,6 +125,11 @@ class WorkerSettings(StrictSettings):
             if (owner if slash else next(iter(self.sources))) == model:
                 found[name] = file
         return found
+
+    @property
+    def memory_budget(self) -> int | None:
+        """Bytes of weights on the device, at most; None: no limit."""
+        return None if self.memory_budget_gib is None else int(self.memory_budget_gib * 2**30)
 
     @property
     def jobs_in_flight(self) -> int:

@@ -81,10 +81,6 @@ def _facts(profile: Profile) -> dict[str, Any]:
     return {"size": f"{profile.width}x{profile.height}", "rows": profile.knee.rows, "milliseconds_by_rows": points}
 
 
-def _bytes(gib: float | None) -> int | None:
-    return None if gib is None else int(gib * 2**30)
-
-
 class Worker:
     """Construct it to load the model; `run` works until a signal ends it."""
 
@@ -98,7 +94,7 @@ class Worker:
         )
         storage = Storage(settings, attempts=2)  # callers retry
         spool = _make_spool(options)
-        pool = ModelPool(apart(lambda: load_models(options)), memory_budget=_bytes(options.memory_budget_gib))
+        pool = ModelPool(apart(lambda: load_models(options)), memory_budget=options.memory_budget)
         self._cards = {name: pool.get(name).card for name in pool.names}
         self._version = version("calotype")
         self._started_at = time.time()
@@ -256,6 +252,12 @@ class Worker:
         return None if self._consuming.is_set() else "starting"
 
     def _report(self) -> None:
+        if self._engine.turn_seconds > self._options.hang_seconds:
+            _leave_for_dead(
+                TimeoutError(
+                    f"a step has taken longer than CALOTYPE_WORKER_HANG_SECONDS={self._options.hang_seconds:g}"
+                )
+            )
         stats = self._engine.stats()
         info = WorkerInfo(
             name=self.name,
@@ -288,7 +290,7 @@ def _keep_our_logging(**_: Any) -> None:
 
 
 def _leave_for_dead(error: BaseException) -> None:
-    """The device is lost: end the process without telling Redis, so that leases expire and others take over."""
-    log.critical("worker exits: its device is lost", extra={"reason": str(error)})
+    """The device is lost or hangs: end the process without telling Redis, so that leases expire and others take over."""
+    log.critical("worker exits: its device is lost or hangs", extra={"reason": str(error)})
     logging.shutdown()
     os._exit(EXIT_FATAL)

@@ -15,7 +15,8 @@ from calotype_shared.schema.enums import SamplerType
 from calotype_worker.engine.call_batch import CallBatch
 from calotype_worker.engine.memory_limit import MemoryLimit
 from calotype_worker.engine.pipeline_run import PipelineRun
-from calotype_worker.models.pipeline.model import PipelineModel, probe_request
+from calotype_worker.models.pipeline.first_runs import probe_request
+from calotype_worker.models.pipeline.model import PipelineModel
 from calotype_worker.models.pipeline.network_calls import NetworkCalls
 from calotype_worker.models.pipeline.roles import Roles
 from calotype_worker.models.pipeline.tree import children
@@ -61,7 +62,7 @@ def four(model: PipelineModel, **common: Any) -> list[GenerationRequest]:
 
 def batch(model: PipelineModel, *, max_rows: int = 32, limit: MemoryLimit | None = None) -> CallBatch:
     found = limit or MemoryLimit(32, on_lower=lambda tried, current: None)
-    return CallBatch(model.calls, order=model.order, max_rows=max_rows, limit=lambda place: found)
+    return CallBatch(model.calls, order=model.order, max_rows=max_rows, limit=lambda place: found, split=model.split)
 
 
 def run_of(model: PipelineModel, request: GenerationRequest) -> PipelineRun:

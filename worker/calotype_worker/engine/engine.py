@@ -11,7 +11,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 
 import numpy as np
@@ -104,6 +104,7 @@ class Engine:
             limits=self._budgets.limit,
             steps_until_next=self._steps_until_next,
         )
+        self._turn_began: float | None = None
         self._profile_seconds: float | None = None
         self._profiled: Future[None] = Future()
         self._threads = torch.get_num_threads()  # used by the engine's operators; other threads may use fewer
@@ -160,6 +161,12 @@ class Engine:
         """(network evaluations done, evaluations in total), or None if the engine does not have the request."""
         state = self._states.get(request_id)
         return (state.steps_done, state.total_steps) if state else None
+
+    @property
+    def turn_seconds(self) -> float:
+        """How long the present turn of the step loop has taken so far; 0 while the engine waits for work."""
+        began = self._turn_began
+        return 0.0 if began is None else time.monotonic() - began
 
     def stats(self) -> EngineStats:
         with self._wake:
@@ -224,12 +231,31 @@ class Engine:
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join()
 
+    def merge_patterns(self) -> Mapping[tuple[str, ...], int]:
+        """How often merging was tried with a new pattern of network calls: by outcome, model and network. Any thread.
+
+        Outcomes are "verified" and "refused".
+        """
+        return {
+            (outcome, name, network): count
+            for name in self.models.names
+            if isinstance(model := self.models.get(name), PipelineModel)
+            for (network, outcome), count in model.calls.trust.counts.items()
+        }
+
     def _check_models(self) -> None:
-        """Raises InvalidRequest: a model's accelerations do not go with the settings."""
+        """Raises InvalidRequest: a model does not go with the settings."""
         for model in map(self.models.get, self.models.names):
             if isinstance(model, PipelineModel):
+                if self.settings.compile != "off":
+                    raise InvalidRequest(
+                        f"model {model.card.name!r} runs by its own pipeline, which is not compiled",
+                        field="compile",
+                        value=self.settings.compile,
+                        remedy="turn off compile, or serve this model by another worker",
+                    )
                 if self.settings.deterministic:
-                    model.calls.merging = False
+                    model.run_alone()
             else:
                 model.accelerations.check(
                     deterministic=self.settings.deterministic, compiled=self.settings.compile != "off"
@@ -284,7 +310,7 @@ class Engine:
             fresh, self._inbox = list(self._inbox), deque()
             cancelled, self._cancelled = self._cancelled, set()
             stop_at = self._stop_at
-        now = time.monotonic()
+        now = self._turn_began = time.monotonic()
         self._counters.idle_seconds += now - waited
         self._trace.span("engine", "idle", waited, now)
         if stop_at is not None and time.monotonic() >= stop_at:
@@ -301,6 +327,7 @@ class Engine:
             else:
                 self._step(model, plan, admitted)
         self._decode()
+        self._turn_began = None
         return True
 
     def _drop(self, cancelled: set[str]) -> None:
@@ -435,6 +462,9 @@ class Engine:
             waiting=self._scheduler.waiting(),
             reason=plan.reason,
         )
+        if self._on_preview is not None:
+            for state, step, image in report.previews:
+                self._on_preview(state.id, step, image)
         for state, outcome in report.ended:
             if isinstance(outcome, Exception):
                 self._fail(state, outcome)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from greenlet import GreenletExit, getcurrent
 
 from calotype_worker.models.pipeline.call import Described
+from calotype_worker.models.pipeline.followed import Step, follow
 from calotype_worker.models.pipeline.module_state import ModuleState
 from calotype_worker.models.pipeline.stand_in import Call, CallingGreenlet
+
+log = logging.getLogger(__name__)
 
 _LAST_CALLS = 8  # maximum number of network calls that a run may make while it ends
 
@@ -21,8 +25,19 @@ class PipelineRun:
     After `begin`, `resume` or `fail`, it is either suspended with `call` set, or has ended with `result` or `error`.
     """
 
-    def __init__(self, request_id: str, *, seed: int, watched: ModuleState | None = None) -> None:
-        """`work` must be set before `begin`. `watched`: the networks as others need them, where this changes them."""
+    def __init__(
+        self,
+        request_id: str,
+        *,
+        seed: int,
+        watched: ModuleState | None = None,
+        preview: Callable[[Step], np.ndarray | None] = lambda _: None,
+        preview_every: int | None = None,
+    ) -> None:
+        """`work` must be set before `begin`. `watched`: the networks as others need them, where this changes them.
+
+        `preview` makes a rough image, uint8 (h, w, 3), after every `preview_every` steps.
+        """
         self.request_id = request_id
         self.work: Callable[[], Any]
         self.call: Call | None = None
@@ -34,6 +49,9 @@ class PipelineRun:
         self.changed = False  # whether it has changed the networks at any of them
         self.steps_done = 0
         self.total_steps = 0
+        self.latents: Any = None  # of its scheduler, after its last step
+        self._preview, self._preview_every = preview, preview_every
+        self._previews: list[tuple[int, np.ndarray]] = []
         self._greenlet = CallingGreenlet(self._work, parent=getcurrent(), seed=seed, watched=watched)
 
     def _work(self) -> Any:
@@ -64,25 +82,29 @@ class PipelineRun:
         self.result = None
 
     def follow(self, scheduler: Any) -> None:
-        """Report the steps of its own scheduler as progress. Copies that the pipeline makes of it are not followed."""
-        run, kind = self, type(scheduler)
+        """Report the steps of its own scheduler as progress, and make previews of some."""
+        follow(scheduler, begun=self._begun, stepped=self._stepped)
 
-        @functools.wraps(kind.step)
-        def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-            run.steps_done += self is scheduler
-            return kind.step(self, *args, **kwargs)
+    def take_previews(self) -> list[tuple[int, np.ndarray]]:
+        """Those since the last time, each with its step."""
+        found, self._previews = self._previews, []
+        return found
 
-        @functools.wraps(kind.set_timesteps)
-        def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
-            result = kind.set_timesteps(self, *args, **kwargs)
-            if self is scheduler:
-                run.total_steps = max(run.total_steps, run.steps_done + len(self.timesteps))
-            return result
+    def _begun(self, steps: int) -> None:
+        self.total_steps = max(self.total_steps, self.steps_done + steps)
 
-        # Not attributes of the instance: pipelines copy their scheduler, and a copy's would act on the original.
-        methods = {"step": step, "set_timesteps": set_timesteps}
-        names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
-        scheduler.__class__ = type(kind.__name__, (kind,), {**names, **methods})
+    def _stepped(self, step: Step) -> None:
+        self.steps_done += 1
+        self.latents = step.result
+        if not self._preview_every or self.steps_done % self._preview_every or self.steps_done >= self.total_steps:
+            return
+        try:
+            image = self._preview(step)
+        except Exception as error:  # a preview is no reason for the request to fail
+            log.warning("preview failed", extra={"request_id": self.request_id}, exc_info=error)
+            return
+        if image is not None:
+            self._previews.append((self.steps_done, image))
 
     def _switch(self, switch: Callable[..., Any], *values: Any) -> None:
         self.call = self.described = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ from calotype_worker.engine.memory_limit import MemoryLimit, free_failed_pass, i
 from calotype_worker.models.base import Rows, StepModel
 from calotype_worker.sampling.row_scheduler import RowScheduler
 from calotype_worker.sampling.table import SamplerTable, product
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,8 +229,14 @@ class StepBatch:
         if not due:
             return []
         chosen = torch.tensor(due, device=inputs.device)
-        clean = self._model.predicted_original(inputs[chosen], outputs[chosen], timesteps[chosen])
-        return [(self.members[index], self._model.preview(own)) for index, own in zip(due, clean, strict=True)]
+        try:
+            clean = self._model.predicted_original(inputs[chosen], outputs[chosen], timesteps[chosen])
+            return [(self.members[index], self._model.preview(own)) for index, own in zip(due, clean, strict=True)]
+        except Exception as error:  # a preview is no reason for its request to fail, and certainly not for others
+            if is_fatal(error):
+                raise
+            log.warning("previews failed", extra={"model": self._model.card.name}, exc_info=error)
+            return []
 
     def _noise(self) -> torch.Tensor:
         """Each member's new noise, zero if its sampler uses none in this step: (members, 1, L)."""

@@ -103,11 +103,13 @@ def load_model(
     memory: Memory | None = None,
     accelerations: Accelerations = EXACT,
     as_pipeline: bool = False,
+    merging: bool = True,
 ) -> AnyModel:
     """Load a model onto a device, with the LoRAs, textual inversions and ControlNets that were registered for it.
 
     A source is a folder, a hub id or a checkpoint file; `CLASS:SOURCE` runs it as that pipeline class of diffusers.
-    `as_pipeline` runs it as a diffusers pipeline even if Calotype has its own implementation of the family.
+    `as_pipeline` runs it as a diffusers pipeline even if Calotype has its own implementation of the family. Without
+    `merging`, network calls of a pipeline always run alone, with the bits of plain diffusers.
 
     Raises:
         ModelLoadError: the device does not exist, the source is missing or broken, its weights are pickled, or its
@@ -132,13 +134,21 @@ def load_model(
     notes, version = _notes(folder), _version(folder, location)
     class_name = type(pipeline).__name__
     if named is not None or as_pipeline or class_name not in FAMILIES:
-        if adapters != Adapters() or memory != Memory() or accelerations != EXACT:
+        if adapters != Adapters() or accelerations != EXACT:
             raise ModelLoadError(
-                f"model {name!r}: {class_name} runs by its own pipeline, without adapters, memory settings or "
-                "accelerations; leave out --lora, --embedding, --control, --offload, --deep-cache and the like, or "
-                "register them for another model"
+                f"model {name!r}: {class_name} runs by its own pipeline, without adapters and accelerations; leave out "
+                "--lora, --embedding, --control, --deep-cache and the like, or register them for another model"
             )
-        return PipelineModel(pipeline, name=name, version=version, device=torch_device, dtype=torch_dtype, notes=notes)
+        return PipelineModel(
+            pipeline,
+            name=name,
+            version=version,
+            device=torch_device,
+            dtype=torch_dtype,
+            notes=notes,
+            merging=merging,
+            memory=memory,
+        )
     family, adapter = FAMILIES[class_name]
     if source is None:
         adapters = with_bundled(adapters)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from calotype_shared.schema.enums import Feature, OutputFormat, SamplerType
-from calotype_shared.schema.model_card import ModelCard
+from calotype_shared.schema.model_card import ModelCard, NetworkMerging
 from calotype_worker.models.pipeline.arguments import Arguments
 from calotype_worker.models.pipeline.copies import parts
 from calotype_worker.sampling.samplers import FLOW_SAMPLERS, SAMPLERS, Sampler, sampler_of
@@ -89,7 +89,15 @@ def _takes(sampler: Sampler, config: Mapping[str, Any]) -> bool:
 
 
 def card_of(
-    name: str, pipeline: Any, arguments: Arguments, *, kind: str, notes: Mapping[str, Any], version: str
+    name: str,
+    pipeline: Any,
+    arguments: Arguments,
+    *,
+    kind: str,
+    notes: Mapping[str, Any],
+    version: str,
+    networks: tuple[NetworkMerging, ...] = (),
+    previews: bool = False,
 ) -> ModelCard:
     """`kind` is that of a first run's `Output`."""
     native = native_sizes(pipeline, arguments, notes)
@@ -110,6 +118,8 @@ def card_of(
         )
     if kind == "video":
         features.add(Feature.TEXT_TO_VIDEO.value)
+    if previews:
+        features.add(Feature.PREVIEW.value)
     sizes_are_free = "height" in arguments.signature or "frame_size" in arguments.signature or arguments.starts
     if not sizes_are_free and kind == "image":
         multiple = math.gcd(*(side for size in native for side in size))
@@ -132,6 +142,7 @@ def card_of(
         default_sampler=names[0],
         default_steps=arguments.default_steps,
         default_guidance=arguments.default_guidance,
+        networks=networks,
     )
 
 

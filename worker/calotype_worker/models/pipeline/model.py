@@ -11,25 +11,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from calotype_shared.errors import GenerationFailed, InvalidRequest, ModelLoadError
+from calotype_shared.errors import GenerationFailed, InvalidRequest
 from calotype_shared.schema.enums import SamplerType
 from calotype_shared.schema.model_card import ModelCard
+from calotype_worker.models.latent import Memory
 from calotype_worker.models.pipeline.arguments import Arguments
-from calotype_worker.models.pipeline.card import card_of, native_sizes, samplers_of, size_multiple
+from calotype_worker.models.pipeline.card import card_of, native_sizes, samplers_of
 from calotype_worker.models.pipeline.copies import StandIns, parts
+from calotype_worker.models.pipeline.first_runs import DETERMINISTIC, FirstRuns, alone
+from calotype_worker.models.pipeline.followed import Step
 from calotype_worker.models.pipeline.module_state import ModuleState
-from calotype_worker.models.pipeline.network_calls import NetworkCalls
 from calotype_worker.models.pipeline.outputs import Output, read
-from calotype_worker.models.pipeline.probe import Recording, learn_roles, record, rehearse
-from calotype_worker.models.pipeline.roles import Place, Roles
+from calotype_worker.models.pipeline.placement import Placement, save_memory, size_of
+from calotype_worker.models.pipeline.preview import PreviewMap
+from calotype_worker.models.pipeline.roles import Place
 from calotype_worker.request import GenerationRequest
 from calotype_worker.sampling.samplers import make_scheduler
 
 log = logging.getLogger(__name__)
-
-_PROBE_STEPS = 2
-_PROBE_FRAMES = 9
-_PROMPTS = ("a red circle", "a blue square", "one much longer prompt with a green star")
 
 
 class PipelineModel:
@@ -49,42 +48,50 @@ class PipelineModel:
         dtype: torch.dtype,
         notes: Mapping[str, Any] | None = None,
         merging: bool = True,
+        memory: Memory | None = None,
     ) -> None:
         """Probe the pipeline, which is on the CPU, and move it to `device`.
 
         Raises:
-            ModelLoadError: it fails when run.
+            ModelLoadError: it fails when run, or its networks do not support an option of `memory`.
         """
         self.device = device
         self.dtype = dtype
         self._pipeline = pipeline
         self.arguments = Arguments(pipeline)
-        self._stand_ins = StandIns(pipeline)
+        self._stand_ins = StandIns(pipeline, device=device, place_weights=self._place_weights)
         for module in self.modules.values():
             module.eval()
             if type(module).__name__ == "ShapERenderer":
                 module.mesh_decoder.register_forward_hook(_refuse_empty)  # type: ignore[union-attr]
-        self.to(device)
+        memory = memory or Memory()
+        save_memory(name, self.modules, memory)
+        pinned = getattr(pipeline, "_exclude_from_cpu_offload", ())
+        self._placement = Placement(self.modules, device, memory, pinned=pinned)
+        self._placement.settle()
         self._samplers = samplers_of(pipeline)
         self._watched = ModuleState.of(self.modules)
         self._plain_parameters: set[frozenset[str]] = {frozenset()}  # sets of names that change no network
         with torch.inference_mode(False), torch.no_grad():
-            single, width, height = self._probe(name, native_sizes(pipeline, self.arguments, notes or {}))
-            self.changes = single.changes
-            self.card: ModelCard = card_of(
-                name,
-                pipeline,
-                self.arguments,
-                kind="mesh" if self.arguments.renders else self.read(single.result).kind,
-                notes=notes or {},
-                version=version,
+            native = native_sizes(pipeline, self.arguments, notes or {})
+            runs = FirstRuns(
+                pipeline, self._stand_ins, self.arguments, self._call, name=name, native=native, merging=merging
             )
-            self._phases = _phases(single)
-            roles = self._learn(single, width, height) if merging and not self.changes else Roles()
-            self.calls = NetworkCalls(roles, merging=merging and not self.changes)
-            if self.calls.merging:
-                self._rehearse(width, height)
-        self._sizes = {label: _size_of(module) for label, module in self.modules.items()}
+            self.changes, self.calls, self.split = runs.single.changes, runs.calls, runs.split
+            output = None if self.arguments.renders else self.read(runs.single.result)
+            self._previews = _preview_map(pipeline, runs.latents, output)
+        self.card: ModelCard = card_of(
+            name,
+            pipeline,
+            self.arguments,
+            kind="mesh" if output is None else output.kind,
+            notes=notes or {},
+            version=version,
+            networks=runs.networks,
+            previews=self._previews is not None,
+        )
+        self._phases = runs.phases
+        self._sizes = {label: size_of(module) for label, module in self.modules.items()}
         log.info("pipeline probed", extra={"model": name, "pipeline": type(pipeline).__name__, **self.summary()})
 
     @property
@@ -96,8 +103,14 @@ class PipelineModel:
         """Which calls are merged, and why others are not."""
         if self.changes:
             return {"merged": False, "reason": f"its runs change {self.changes}"}
-        refused = sorted({f"{pattern[0][0][0]}: {reason}" for pattern, reason in self.calls.trust.refused})  # type: ignore[index]
+        refused = sorted({f"{network}: {reason}" for network, reason in self.calls.trust.refused})
         return {"merged": self.calls.merging, "alone": refused}
+
+    def run_alone(self) -> None:
+        """Merge nothing from now on: each result is bit for bit that of diffusers. Before the engine starts."""
+        self.calls.merging = False
+        networks = alone([entry.network for entry in self.card.networks], DETERMINISTIC)
+        self.card = self.card.model_copy(update={"networks": networks})
 
     # ---- any thread
 
@@ -185,71 +198,26 @@ class PipelineModel:
         """
         return self._phases.get(place, 0) * 1e18 + self._sizes.get(place[0], 0)
 
+    def _place_weights(self, network: str) -> None:
+        self._placement.use(network)
+
+    def preview(self, request: GenerationRequest, step: Step) -> np.ndarray | None:
+        """A rough image after one of its steps, uint8 (h, w, 3), one pixel per latent cell; None: there is none."""
+        return None if self._previews is None else self._previews.image(step.clean(), request.width, request.height)
+
+    def learn_preview(self, latents: Any, output: Output) -> None:
+        """Better previews from a finished request: its final latents, and what they became."""
+        image = _pictured(output)
+        if self._previews is not None and image is not None:
+            self._previews.learn(latents, image)
+
     def to(self, device: torch.device) -> None:
-        for module in self.modules.values():
-            module.to(device)
+        self._placement.to(device)
 
     @property
     def weight_bytes(self) -> int:
-        return sum(_size_of(module) for module in self.modules.values())
-
-    # ---- loading
-
-    def _probe(self, name: str, native: tuple[tuple[int, int], ...]) -> tuple[Recording, int, int]:
-        """A short run at a small size, or if there is none at the native one; and that size."""
-        multiple = size_multiple(self._pipeline)
-        width, height = native[0]
-        small = tuple(max(multiple, side // 4 // multiple * multiple) for side in (width, height))
-        problem: Exception | None = None
-        for size in dict.fromkeys(((min(small[0], width), min(small[1], height)), (width, height))):
-            try:
-                start = functools.partial(self._probe_call, arguments=self._probe_arguments(*size))
-                return record(self._stand_ins, start), *size
-            except Exception as error:
-                problem = error
-                log.debug("probe failed", extra={"model": name, "size": size}, exc_info=error)
-        raise ModelLoadError(
-            f"model {name!r}: a first run of {type(self._pipeline).__name__} failed: "
-            f"{type(problem).__name__}: {problem}; check that the folder is complete and its parts fit together"
-        ) from problem
-
-    def _probe_call(self, pipeline: Any, *, arguments: Mapping[str, Any]) -> Any:
-        return self._call(pipeline, arguments, guidance=self.arguments.default_guidance or 5.0)
-
-    def _probe_request(self, width: int, height: int, *, prompt: str = _PROMPTS[0], seed: int = 0) -> GenerationRequest:
-        return probe_request(self.arguments, width, height, prompt=prompt, seed=seed)
-
-    def _probe_arguments(self, width: int, height: int) -> dict[str, Any]:
-        return self._arguments_of(self._probe_request(width, height))
-
-    def _arguments_of(self, request: GenerationRequest) -> dict[str, Any]:
-        found = self.arguments.of(request, model="")
-        # Views of an object take minutes on a CPU, and none of their calls are merged.
-        return {**found, "output_type": "latent"} if self.arguments.renders else found
-
-    def _learn(self, single: Recording, width: int, height: int) -> Roles:
-        """Learn roles from a run for two requests; if it fails, all are guessed from shapes."""
-        arguments = self._probe_arguments(width, height)
-        for way in self.arguments.doubled(arguments, _PROMPTS[:2]):
-            try:
-                double = record(self._stand_ins, functools.partial(self._probe_call, arguments=way))
-            except Exception as error:
-                log.debug("probe for two failed", exc_info=error)
-                continue
-            roles = learn_roles(single, double)
-            if roles.known:
-                return roles
-        return Roles()
-
-    def _rehearse(self, width: int, height: int) -> None:
-        starts = []
-        for index, prompt in enumerate(_PROMPTS):
-            arguments = self._arguments_of(self._probe_request(width, height, prompt=prompt, seed=index))
-            starts.append(functools.partial(self._probe_call, arguments=arguments))
-        try:
-            rehearse(self._stand_ins, self.calls, starts)
-        except Exception as error:
-            log.warning("rehearsal failed", extra={"reason": f"{type(error).__name__}: {error}"})
+        """The most that is on the device at once."""
+        return self._placement.weight_bytes
 
     def _replaces_scheduler(self, request: GenerationRequest) -> bool:
         return request.sampler in self._samplers and request.sampler.value != self.card.samplers[0]
@@ -259,45 +227,21 @@ class PipelineModel:
         return make_scheduler(request.sampler, config, request.num_inference_steps, samplers=self._samplers)
 
 
-def probe_request(arguments: Arguments, width: int, height: int, *, prompt: str, seed: int) -> GenerationRequest:
-    """A request that any pipeline with these arguments accepts: little work, all required inputs."""
-    signature = arguments.signature
-    image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    frames = signature.default("num_frames")
-    starts = arguments.starts and (arguments.needs_image or "mask_image" in signature)
-    needs = arguments.needs_image
-    default = arguments.default_guidance
-    return GenerationRequest(
-        request_id="probe",
-        prompt=prompt,
-        width=width,
-        height=height,
-        num_inference_steps=_PROBE_STEPS,
-        guidance_scale=default if default is not None and default > 1.0 else 4.0,
-        seed=seed,
-        sampler=SamplerType.MODEL,
-        init_image=image if starts else None,
-        mask=np.tile(np.arange(width) < width // 2, (height, 1)) if starts and arguments.mask else None,
-        strength=1.0,
-        images=((image,) * (_PROBE_FRAMES if arguments.video else 1)) if needs and not starts else (),
-        control_image=image if arguments.control is not None else None,
-        num_frames=min(_PROBE_FRAMES, frames) if isinstance(frames, int) else 9 if "num_frames" in signature else None,
-    )
+def _preview_map(pipeline: Any, latents: Any, output: Output | None) -> PreviewMap | None:
+    """None: there is no image of its latents."""
+    image = None if output is None else _pictured(output)
+    if image is None or (output is not None and output.frames is not None and latents is not None and latents.ndim < 4):
+        return None  # tokens of a video: how many are a frame is not known
+    config = getattr(getattr(pipeline, "vae", None), "config", None)
+    channels = getattr(config, "latent_channels", None) or getattr(config, "z_dim", None)
+    return PreviewMap.of(latents, image, channels)
 
 
-def _phases(recording: Recording) -> Mapping[Place, int]:
-    """-1 for what is called only before the steps, 1 for what is called only after them, 0 for what they call."""
-    places = [call.place for call in recording.calls]
-    first = {place: places.index(place) for place in places}
-    last = {place: index for index, place in enumerate(places)}
-    # The denoiser: what is called most, and last among those; an autoencoder is called for pieces of a long video.
-    networks = [place for place in first if place[1] == "__call__"] or list(first)
-    if not networks:
-        return {}
-    denoiser = max(networks, key=lambda place: (places.count(place), last[place]))
-    return {
-        place: -1 if last[place] < first[denoiser] else 1 if first[place] > last[denoiser] else 0 for place in first
-    }
+def _pictured(output: Output) -> np.ndarray | None:
+    """The image or the middle frame, uint8 (H, W, 3)."""
+    if output.frames is not None:
+        return output.frames[len(output.frames) // 2]
+    return output.image
 
 
 def _refuse_empty(module: torch.nn.Module, inputs: Any, surface: Any) -> None:
@@ -306,10 +250,6 @@ def _refuse_empty(module: torch.nn.Module, inputs: Any, surface: Any) -> None:
             "the object has no surface, so there is no mesh to write; use another prompt or seed, or more steps, "
             "or output_format gif to see what the model made of it"
         )
-
-
-def _size_of(module: torch.nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
 def _sample_rate(pipeline: Any) -> int:

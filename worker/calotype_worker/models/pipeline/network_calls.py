@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from calotype_worker.models.pipeline.call import Described, Describer
-from calotype_worker.models.pipeline.merge import CannotCut, cut, learn, merge, padded_paths
+from calotype_worker.models.pipeline.merge import CannotCut, Cuts, cut, learn, merge, padded_paths
 from calotype_worker.models.pipeline.roles import Kind, Roles
 from calotype_worker.models.pipeline.stand_in import Call
 from calotype_worker.models.pipeline.thread_state import ThreadState
@@ -72,6 +72,14 @@ class NetworkCalls:
                     break
         return [alone(call.call) for call in calls]
 
+    def cuts(self, call: Described) -> Cuts | None:
+        """How the result of such a call follows its rows; None: not known."""
+        for _, expand in _LEVELS:
+            verdict = self.trust.of(_pattern([call], expand=expand))
+            if verdict is not None and verdict.cuts is not None:
+                return verdict.cuts
+        return None
+
     def _merged(self, calls: Sequence[Described], *, expand: bool) -> Any:
         args, kwargs = merge(calls, expand=expand)
         call = calls[0].call
@@ -116,8 +124,13 @@ class NetworkCalls:
 
 def alone(call: Call) -> Any:
     """One call exactly as its pipeline made it, with its own random numbers."""
+    return run_as(call, rebuilt(call.args, {}), rebuilt(call.kwargs, {}))
+
+
+def run_as(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The call's network with these arguments, in the state of the run that made the call."""
     with call.caller.calling():
-        return call.function()(*rebuilt(call.args, {}), **rebuilt(call.kwargs, {}))
+        return call.function()(*args, **kwargs)
 
 
 def _unlike(calls: Sequence[Described]) -> list[Described]:
