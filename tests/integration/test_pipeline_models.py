@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from calotype_worker.output.audio import read_audio
 from calotype_worker.output.mesh import read_provenance
 from calotype_worker.output.video import read_mp4
 from tests.faults.harness import Forge, WorkerProcess
+from tests.integration.conftest import Command
 from tests.sound_model import tiny_ltx2
 from tests.unit.pipelines import builders
 from tests.video_and_mesh_models import write_tiny_shap_e
@@ -53,10 +56,17 @@ def pixels(data: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
 
 
-def test_images_edits_and_sound(start: Callable[..., WorkerProcess], client: Client, tmp_path: Path) -> None:
-    """One model makes images and edits of reference images, another one sound; as plain diffusers does by itself."""
+def test_images_edits_and_sound(
+    start: Callable[..., WorkerProcess], client: Client, calotype: Command, tmp_path: Path
+) -> None:
+    """One model makes images and edits of reference images, another one sound; as plain diffusers does by itself.
+
+    Card, command line and metrics say which of their network calls are merged.
+    """
     klein, sound = builders.flux2_klein(), builders.stable_audio()
-    start(klein=write(klein, tmp_path / "klein", side=64), sound=write(sound, tmp_path / "sound"))
+    worker = start(
+        "--metrics-port", "0", klein=write(klein, tmp_path / "klein", side=64), sound=write(sound, tmp_path / "sound")
+    )
     reference = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     common = {"model": "klein", "num_inference_steps": 3, "guidance_scale": 4.0}
     image = client.submit(common, prompt="a fox", seed=1)
@@ -92,26 +102,54 @@ def test_images_edits_and_sound(start: Callable[..., WorkerProcess], client: Cli
     assert np.abs(wav.samples).max() > 0.01
     assert (said["model"], said["seed"]) == ("sound", 3)
 
+    networks = {network.network: network for network in client.models()["klein"].networks}
+    assert {"text_encoder", "transformer", "vae"} == set(networks)
+    assert networks["transformer"].merged
+    shown = calotype("models", "--verbose").stdout
+    assert re.search(r"klein +transformer +merged", shown), shown
+    assert "transformer" not in calotype("models").stdout
+    found = re.search(r"metrics_port\W+(\d+)", worker.text())
+    assert found is not None
+    metrics = urllib.request.urlopen(f"http://127.0.0.1:{found[1]}/metrics", timeout=30).read().decode()
+    counted = re.search(
+        r'merge_patterns_total\{outcome="verified",model="klein",network="transformer"\} (\d+)', metrics
+    )
+    assert counted is not None, metrics
+    assert int(counted[1]) >= 1
+
 
 @pytest.mark.slow
 def test_videos_with_sound_and_meshes(start: Callable[..., WorkerProcess], client: Client, tmp_path: Path) -> None:
     """An MP4 has a picture and a sound stream of one length; a mesh has faces; each carries its provenance."""
     shape = write_tiny_shap_e(tmp_path / "shape")
     (shape / "calotype.json").write_text(json.dumps({"native_sizes": [[32, 32]]}))
-    start(clip=write(tiny_ltx2(), tmp_path / "clip", side=32), shape=shape)
+    ltx = tiny_ltx2()
+    start(clip=write(ltx, tmp_path / "clip", side=32), shape=shape)
     asked = {"model": "clip", "num_inference_steps": 2, "num_frames": 9, "fps": 24.0, "output_format": "mp4"}
     clip = client.submit(asked, prompt="waves", seed=5, parameters={"max_sequence_length": 16})
     mesh = client.submit(
         {"prompt": "a cup", "model": "shape", "seed": 6, "output_format": "ply"}, num_inference_steps=2
     )
 
+    expected = ltx(
+        prompt="waves",
+        height=32,
+        width=32,
+        num_frames=9,
+        frame_rate=24.0,
+        num_inference_steps=2,
+        max_sequence_length=16,
+        generator=torch.Generator().manual_seed(5),
+        output_type="np",
+    )
     [made] = clip.result(timeout=180)
     video = read_mp4(made.data)
     assert video.frames.shape == (9, 32, 32, 3)
-    assert video.frames.std() > 1
+    assert np.abs(video.frames / 255 - expected.frames[0]).mean() < 0.03  # H.264 is lossy
     assert (video.provenance["seed"], made.ref.content_type) == (5, "video/mp4")
     sound, _ = read_audio(made.data)
     assert sound.rate == 16_000
+    assert sound.samples.shape[0] == 2
     with av.open(io.BytesIO(made.data)) as container:
         assert [stream.type for stream in container.streams] == ["video", "audio"]
     data = mesh.result(timeout=180)[0].data

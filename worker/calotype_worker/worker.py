@@ -290,7 +290,7 @@ def _keep_our_logging(**_: Any) -> None:
 
 
 def _leave_for_dead(error: BaseException) -> None:
-    """The device is lost or hangs: end the process without telling Redis, so that leases expire and others take over."""
+    """The device is lost or hangs: end the process without a word, so that leases expire and others take over."""
     log.critical("worker exits: its device is lost or hangs", extra={"reason": str(error)})
     logging.shutdown()
     os._exit(EXIT_FATAL)

@@ -63,7 +63,7 @@ def placements(model: PipelineModel) -> Iterator[dict[str, set[frozenset[str]]]]
 def test_offloaded_by_network() -> None:
     """Only the network that is called is on the device; with a budget, as many as fit. Results are the same."""
     near = load(builders.stable_diffusion())
-    requests = four(near)[:3]
+    requests = four(near)[:2]
     plain = [near.plain(request) for request in requests]
     with pretended_gpu():
         model = far(builders.stable_diffusion(), Memory(offload="model"), merging=True)
@@ -76,7 +76,7 @@ def test_offloaded_by_network() -> None:
         }
         for run, expected in zip(runs, plain, strict=True):
             assert run.error is None
-            assert difference(run.result, expected) <= 1e-5
+            assert difference(run.result, expected) <= 3e-5
         model.to(torch.device("cpu"))
         assert resident(model) == set()
 
@@ -107,7 +107,7 @@ def test_offloaded_by_layer() -> None:
     assert all(p.device.type == "meta" for p in sequential.modules["unet"].parameters())
     assert sequential.weight_bytes < model.weight_bytes / 4
     for run, expected in zip(together(sequential, requests), plain, strict=True):
-        assert difference(run.result, expected) <= 1e-5
+        assert difference(run.result, expected) <= 3e-5
 
 
 def test_slices_and_tiles() -> None:
@@ -122,7 +122,7 @@ def test_slices_and_tiles() -> None:
     requests = four(model)[:2]
     runs = together(model, requests)
     for run, request in zip(runs, requests, strict=True):
-        assert difference(run.result, model.plain(request)) <= 1e-5
+        assert difference(run.result, model.plain(request)) <= 3e-5
     with pytest.raises(ModelLoadError, match="--attention-slicing"):
         PipelineModel(builders.stable_audio(), name="sound", memory=Memory(attention_slicing=True), **options)
 
