@@ -83,8 +83,6 @@ class WorkerSettings(StrictSettings):
     """Decode large images in overlapping tiles. The seams can be visible."""
     lease_seconds: Annotated[float, Field(ge=1.0)] = 20.0
     """Duration of a lease. If a worker does not renew it in this time, others take over its jobs."""
-    hang_seconds: Annotated[float, Field(gt=0.0)] = 3600.0
-    """A step or network call that takes longer is taken for hung: the worker exits, and others take over its jobs."""
     reap_seconds: Annotated[float, Field(ge=0.1, le=10.0)] = 5.0
     """Average pause between two searches for expired leases."""
 

@@ -104,7 +104,6 @@ class Engine:
             limits=self._budgets.limit,
             steps_until_next=self._steps_until_next,
         )
-        self._turn_began: float | None = None
         self._profile_seconds: float | None = None
         self._profiled: Future[None] = Future()
         self._threads = torch.get_num_threads()  # used by the engine's operators; other threads may use fewer
@@ -161,12 +160,6 @@ class Engine:
         """(network evaluations done, evaluations in total), or None if the engine does not have the request."""
         state = self._states.get(request_id)
         return (state.steps_done, state.total_steps) if state else None
-
-    @property
-    def turn_seconds(self) -> float:
-        """How long the present turn of the step loop has taken so far; 0 while the engine waits for work."""
-        began = self._turn_began
-        return 0.0 if began is None else time.monotonic() - began
 
     def stats(self) -> EngineStats:
         with self._wake:
@@ -310,7 +303,7 @@ class Engine:
             fresh, self._inbox = list(self._inbox), deque()
             cancelled, self._cancelled = self._cancelled, set()
             stop_at = self._stop_at
-        now = self._turn_began = time.monotonic()
+        now = time.monotonic()
         self._counters.idle_seconds += now - waited
         self._trace.span("engine", "idle", waited, now)
         if stop_at is not None and time.monotonic() >= stop_at:
@@ -327,7 +320,6 @@ class Engine:
             else:
                 self._step(model, plan, admitted)
         self._decode()
-        self._turn_began = None
         return True
 
     def _drop(self, cancelled: set[str]) -> None:

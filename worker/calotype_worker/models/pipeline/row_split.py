@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Sequence
 from fractions import Fraction
 from typing import Any
@@ -15,6 +16,8 @@ from calotype_worker.models.pipeline.roles import Kind, size_of
 from calotype_worker.models.pipeline.stand_in import Call
 from calotype_worker.models.pipeline.tree import Path, children, rebuilt, with_children
 from calotype_worker.models.pipeline.trust import difference
+
+log = logging.getLogger(__name__)
 
 
 class RowSplit:
@@ -38,8 +41,8 @@ class RowSplit:
                 parts = [self.part(described, row, 1) for row in range(described.rows)]
                 if not difference(self.joined(described, parts), alone(call)):
                     self._independent.add(described.pattern)
-            except CannotCut:
-                continue
+            except Exception as error:  # of the network, which may not know so few rows
+                log.debug("rows not split", extra={"place": call.place}, exc_info=error)
 
     def can(self, call: Described | None) -> bool:
         """Whether the call has several rows that do not depend on each other."""
