@@ -13,6 +13,7 @@ from calotype_shared.queue.job_store import MAX_CRASHES
 from calotype_shared.queue.message import message
 from calotype_shared.queue.records import SCHEMA
 from calotype_shared.schema.enums import JobState
+from calotype_worker.jobs.drain import EXIT_STUCK
 from tests.faults.fault_points import CURSED, POINTS, POISON
 from tests.faults.harness import FULL, SHORT_LEASE, Site, Table, WorkerProcess, until
 
@@ -57,6 +58,36 @@ def test_a_worker_that_leaves_keeps_what_it_may_have_committed(site: Site, table
     assert worker.wait() == 0
     took = time.monotonic() - began
     table.add("the response to a commit is lost, then SIGTERM", site.check(ids), recovery_seconds=took)
+
+
+def test_a_device_hangs(site: Site, table: Table) -> None:
+    """The engine's thread lives but makes no progress: the worker exits by itself and another one takes over."""
+    hung = site.start_worker(*SHORT_LEASE, "--hang-seconds", "2", stop="step")
+    ids = site.submit(4)
+    hung.wait_for("reached step")
+    began = time.monotonic()
+    site.start_worker(*SHORT_LEASE)
+    records = site.wait(ids)
+    took = time.monotonic() - began
+    assert hung.wait(120) == EXIT_STUCK
+    assert "worker exits: its engine hangs" in hung.text()
+    assert any(record.crashes for record in records), "the job may be the reason"
+    table.add("a device hangs", site.check(ids), recovery_seconds=took)
+
+
+def test_a_hanging_device_does_not_hold_up_sigterm(site: Site, table: Table) -> None:
+    """After the grace period the worker returns its jobs and ends, whatever its engine does."""
+    hung = site.start_worker("--grace-seconds", "1", stop="step")
+    ids = site.submit(4)
+    hung.wait_for("reached step")
+    began = time.monotonic()
+    hung.send(signal.SIGTERM)
+    assert hung.wait(120) == EXIT_STUCK
+    site.start_worker()
+    records = site.wait(ids)
+    took = time.monotonic() - began
+    assert not any(record.crashes for record in records), "they were returned"
+    table.add("a device hangs, then SIGTERM", site.check(ids), recovery_seconds=took)
 
 
 @pytest.mark.slow

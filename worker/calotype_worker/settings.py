@@ -85,7 +85,9 @@ class WorkerSettings(StrictSettings):
     """Duration of a lease. If a worker does not renew it in this time, others take over its jobs."""
     reap_seconds: Annotated[float, Field(ge=0.1, le=10.0)] = 5.0
     """Average pause between two searches for expired leases."""
-
+    hang_seconds: Annotated[float, Field(ge=1.0)] = 60.0
+    """A step that takes longer than this, and than 20 usual steps of its group, hangs: the worker exits with status 70
+    and others take over its jobs. Loading a model, and steps of unknown duration, may take 10 times as long."""
     grace_seconds: Annotated[float, Field(ge=0.0)] = 60.0
     """Time for running jobs to finish after SIGTERM."""
     preemption: Annotated[str, Field(pattern=r"^(off|aws|gcp|azure|file:/.+)$")] = "off"

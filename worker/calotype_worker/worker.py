@@ -39,6 +39,7 @@ from calotype_worker.jobs.reserved_slots import RESERVED, ReservedSlots
 from calotype_worker.jobs.runner import JobRunner
 from calotype_worker.jobs.size_affinity import SizeAffinity
 from calotype_worker.jobs.spool import Spool
+from calotype_worker.jobs.watchdog import Watchdog
 from calotype_worker.loading import load_models
 from calotype_worker.models import ModelPool
 from calotype_worker.observability.admin import WorkerAdmin
@@ -104,6 +105,7 @@ class Worker:
             decode_batch=options.decode_batch,
             deterministic=options.deterministic,
             compile=options.compile,
+            hang_seconds=options.hang_seconds,
         )
         if options.compile_cache:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = options.compile_cache
@@ -127,6 +129,7 @@ class Worker:
             on_interactive=slots.interactive_arrived,
             counters=self._counters,
         )
+        self._watchdog = Watchdog(lambda: self._engine.overdue, _leave_hung)
         self._drain = Drain(self._store, self._heartbeat, worker=self.name, grace_seconds=options.grace_seconds)
         self._runner = JobRunner(
             self._store,
@@ -191,6 +194,7 @@ class Worker:
         self._store.announce_together(self._cards)
         self._report()
         self._heartbeat.start()
+        self._watchdog.start()
         self._runner.start()
         self._admin.start()
         self._reaper.start()
@@ -210,6 +214,7 @@ class Worker:
         self._runner.stop()
         self._heartbeat.stop()
         self._engine.stop()
+        self._watchdog.stop()
         if isinstance(self._trace, TraceFile):
             self._trace.close()
         self._admin.close()
@@ -285,6 +290,15 @@ def _keep_our_logging(**_: Any) -> None:
 
 def _leave_for_dead(error: BaseException) -> None:
     """The device is lost: end the process without telling Redis, so that leases expire and others take over."""
-    log.critical("worker exits: its device is lost", extra={"reason": str(error)})
+    _exit_fatally("worker exits: its device is lost", str(error))
+
+
+def _leave_hung(what: str) -> None:
+    """The device hangs: as for a lost device. Its claims count as crashes, for one of its jobs may be the reason."""
+    _exit_fatally("worker exits: its engine hangs", what)
+
+
+def _exit_fatally(message: str, reason: str) -> None:
+    log.critical(message, extra={"reason": reason})
     logging.shutdown()
     os._exit(EXIT_FATAL)

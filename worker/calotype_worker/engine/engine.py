@@ -7,7 +7,6 @@ step, decode finished latents a few at a time. `submit` does all work that needs
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 from collections import deque
@@ -19,11 +18,10 @@ import torch
 
 from calotype_shared.errors import CalotypeError, GenerationFailed, InvalidRequest
 from calotype_shared.schema.worker_info import StepGroup
-from calotype_worker.engine.admission import Admission
-from calotype_worker.engine.compiled import CompiledStep, buckets_up_to
+from calotype_worker.engine.compiled import buckets_up_to
 from calotype_worker.engine.decoder import Decoder, Finished
 from calotype_worker.engine.failure_isolation import is_fatal
-from calotype_worker.engine.memory_limit import MemoryLimit, is_out_of_memory
+from calotype_worker.engine.memory_limit import is_out_of_memory
 from calotype_worker.engine.pipeline_batches import PipelineBatches
 from calotype_worker.engine.profile import Profile, sizes_up_to
 from calotype_worker.engine.profiler import profile_models
@@ -33,9 +31,10 @@ from calotype_worker.engine.running import running_groups
 from calotype_worker.engine.scheduler import Plan, Scheduler
 from calotype_worker.engine.settings import EngineSettings
 from calotype_worker.engine.stats import EngineStats
-from calotype_worker.engine.step_batch import StepBatch
+from calotype_worker.engine.step_batches import StepBatches
 from calotype_worker.engine.step_pacer import StepPacer, events_of, work_on
 from calotype_worker.engine.trace import NoopTracer, Tracer
+from calotype_worker.engine.turn_clock import TurnClock
 from calotype_worker.models.base import StepModel
 from calotype_worker.models.pipeline.model import PipelineModel
 from calotype_worker.models.pool import AnyModel, ModelPool
@@ -91,18 +90,15 @@ class Engine:
             resident=lambda group: group.model in self.models.resident,
             switch_delay_steps=self.settings.model_switch_delay_steps,
         )
-        self._batches: dict[GroupKey, StepBatch] = {}
+        self._clock = TurnClock(self.settings.hang_seconds)
+        self._batches = StepBatches(self._budgets, self.settings)
         self._pipelines = PipelineBatches(self._budgets)
-        self._graphs: dict[str, CompiledStep] = {}  # by model
-        self._admission = Admission(
-            cache_capacity=self.settings.conditioning_cache, together=not self.settings.deterministic
-        )
         self._decoder = Decoder(
             self.models,
             batch=1 if self.settings.deterministic else self.settings.decode_batch,
             max_wait_steps=self.settings.decode_max_wait_steps,
             limits=self._budgets.limit,
-            steps_until_next=self._steps_until_next,
+            steps_until_next=self._batches.steps_until_next,
         )
         self._profile_seconds: float | None = None
         self._profiled: Future[None] = Future()
@@ -115,6 +111,11 @@ class Engine:
     def alive(self) -> bool:
         """Whether the engine's thread runs, so that submitted requests will be worked on."""
         return self._thread.is_alive()
+
+    @property
+    def overdue(self) -> str | None:
+        """What the engine hangs in, in words; None while it makes progress. Its device is then of no more use."""
+        return self._clock.overdue
 
     def start(self) -> None:
         """Start the engine's thread. Does nothing if it has been started."""
@@ -170,7 +171,7 @@ class Engine:
         """The largest step batches at this moment, row by row. Does not block the step loop."""
         with self._wake:
             states = list(self._states.values())
-        return running_groups(states, self._batches.copy(), self._budgets.current)
+        return running_groups(states, self._batches.snapshot(), self._budgets.current)
 
     def row_budget(self, model: str, width: int, height: int) -> int:
         """The maximum number of rows of one image size that may run together.
@@ -282,8 +283,8 @@ class Engine:
                 seconds=seconds,
                 sizes=buckets_up_to if self.settings.compile == "reduce-overhead" else sizes_up_to,
                 tables=self._tables,
-                admission=self._admission,
-                make_batch=self._make_batch,
+                admission=self._batches.admission,
+                make_batch=self._batches.make,
             )
         except Exception as error:
             self._profiled.set_exception(error)
@@ -314,12 +315,16 @@ class Engine:
         plan = self._scheduler.plan()
         if plan is not None:
             admitted = [self._states[request_id] for request_id in plan.admitted]
-            model = self.models.use(plan.group.model)
-            if isinstance(model, PipelineModel):
-                self._step_pipeline(model, plan, admitted)
-            else:
-                self._step(model, plan, admitted)
-        self._decode()
+            with self._clock.turn(f"loading {plan.group.model}", cost=0.0):
+                model = self.models.use(plan.group.model)
+            cost = 0.0 if admitted else self._pacer.cost(plan.group)  # encoding of inputs is not measured
+            with self._clock.turn(f"a step of {plan.group.model}", cost=cost):
+                if isinstance(model, PipelineModel):
+                    self._step_pipeline(model, plan, admitted)
+                else:
+                    self._step(model, plan, admitted)
+        with self._clock.turn("decoding", cost=0.0):
+            self._decode()
         return True
 
     def _drop(self, cancelled: set[str]) -> None:
@@ -340,11 +345,10 @@ class Engine:
         """Admit, then run one denoising step of a group."""
         group = plan.group
         self._admit(model, group, admitted)
-        batch = self._batches.get(group)
-        if batch is None:
+        if not self._batches.has(group):
             return
         began = time.monotonic()
-        report = self._pacer.step(group, batch.step)
+        report = self._pacer.step(group, lambda: self._batches.step(group))
         now = time.monotonic()
         self._counters.count_step(report, now - began)
         self._trace.span(
@@ -376,57 +380,24 @@ class Engine:
                 continue
             state.denoised = now
             self._decoder.add(Finished(request_id=state.id, model=group.model, latents=latents))
-        if not batch.members:
-            del self._batches[group]
 
     def _admit(self, model: StepModel, group: GroupKey, states: list[RequestState]) -> None:
         if not states:
             return
         began = time.monotonic()
-        outcomes = self._admission.admit(model, [state.stages[0] for state in states])
+        failed = self._batches.admit(model, group, states)
         ended = time.monotonic()
         seconds = ended - began
         self._counters.encode_seconds += seconds
         self._trace.span("engine", "encode", began, ended, requests=len(states))
-        ready = []
-        for state, error in zip(states, outcomes, strict=True):
-            if error is not None:
-                self._fail(state, error)
-                continue
-            state.admitted = state.admitted or began
-            self._trace.wait("waiting for a place", state.id, state.submitted, began)
-            state.encode_seconds += seconds
-            ready.append(state.row)
-        if not ready:
-            return
-        if group not in self._batches:
-            self._batches[group] = self._make_batch(model, group, self._budgets.limit(group, self._budgets.max(group)))
-        self._batches[group].join(ready)
-
-    def _make_batch(self, model: StepModel, group: GroupKey, limit: MemoryLimit) -> StepBatch:
-        graph = self._graph(model)
-        most = self._budgets.max(group)
-        buckets = self.settings.row_buckets
-        if self.settings.deterministic:
-            buckets = (most,)
-        elif graph is not None and graph.static and not buckets:
-            buckets = buckets_up_to(most)
-        return StepBatch(
-            model,
-            shape=group.step_shape,
-            limit=limit,
-            buckets=buckets,
-            exact=self.settings.deterministic,
-            compiled=graph,
-        )
-
-    def _graph(self, model: StepModel) -> CompiledStep | None:
-        if self.settings.compile == "off":
-            return None
-        name = model.card.name
-        if name not in self._graphs:
-            self._graphs[name] = CompiledStep(model, self.settings.compile)
-        return self._graphs[name]
+        for state, error in failed:
+            self._fail(state, error)
+        unable = {state.id for state, _ in failed}
+        for state in states:
+            if state.id not in unable:
+                state.admitted = state.admitted or began
+                self._trace.wait("waiting for a place", state.id, state.submitted, began)
+                state.encode_seconds += seconds
 
     def _step_pipeline(self, model: PipelineModel, plan: Plan[GroupKey], admitted: list[RequestState]) -> None:
         """Admit, then run one merged network call of a group."""
@@ -467,16 +438,6 @@ class Engine:
             state.denoised = now
             state.resolve(state.made(outcome, now))
 
-    def _steps_until_next(self, model: str, shape: torch.Size) -> float:
-        """In how many steps the next latents of a shape are finished; infinity if there are none."""
-        running = [
-            row
-            for group, batch in self._batches.items()
-            if group.model == model and group.step_shape == tuple(shape)
-            for row in batch.members
-        ]
-        return min((row.total_steps - row.step for row in running), default=math.inf)
-
     def _decode(self) -> None:
         """Decode what is due: a full batch, latents that nothing will join in time, or all if nothing else can run."""
         began = time.monotonic()
@@ -511,14 +472,10 @@ class Engine:
         """Remove it from the scheduler and from its step batch, whatever its state."""
         if self._scheduler.has(state.id):
             self._scheduler.remove(state.id)
-        if not state.stages:
+        if state.stages:
+            self._batches.leave(state)
+        else:
             self._pipelines.leave(state)
-            return
-        batch = self._batches.get(state.group)
-        if batch is not None and any(row is state.row for row in batch.members):
-            batch.leave([state.row])
-            if not batch.members:
-                del self._batches[state.group]
 
     def _forget(self, state: RequestState) -> None:
         with self._wake:

@@ -16,7 +16,7 @@ class EngineSettings:
     that fewer rows are just as fast. `row_buckets` pads every forward pass to one of a few sizes, for compiled graphs.
     `deterministic` makes images bit-identical whatever runs beside them, by one fixed number of rows (a power of two),
     which is expensive at low load. If the device's memory is too small for that number, a smaller one is used from then
-    on, which may produce other bits.
+    on, which may produce other bits. `hang_seconds`: a step that takes longer, and 20 times longer than usual, hangs.
     """
 
     max_rows: int = 32
@@ -27,6 +27,7 @@ class EngineSettings:
     model_switch_delay_steps: int = 50  # steps that a model waits while others are on the device
     compile: CompileMode = "off"
     deterministic: bool = False
+    hang_seconds: float = 60.0
 
     def __post_init__(self) -> None:
         if self.deterministic and self.compile != "off":

@@ -17,8 +17,10 @@ from calotype_worker.jobs.preemption import Notice
 log = logging.getLogger(__name__)
 
 EXIT_NOW = 75  # a second signal
+EXIT_STUCK = 70  # after the grace period a device, the storage or Redis did not let the worker end
 _LEAVE_NOW_SECONDS = 0.6
 _HAND_BACK_SECONDS = 5.0  # time reserved before the machine is reclaimed, for returning unfinished jobs
+_END_SECONDS = 10.0  # after the grace period for returning jobs, and as much again for ending the process
 _LOOK_SECONDS = 0.05
 
 
@@ -43,7 +45,7 @@ class Drain:
         # No logging here, because the interrupted code may hold the logger's lock.
         self._signals += 1
         if self._signals > 1:
-            threading.Thread(target=self._leave_now, daemon=True).start()
+            threading.Thread(target=self._leave_now, args=(EXIT_NOW,), daemon=True).start()
         else:
             self._begin(signal.Signals(number).name, self._grace_seconds)
 
@@ -68,13 +70,20 @@ class Drain:
         log.info("worker drains", extra={"reason": reason, "jobs": holding, "grace": grace_seconds})
         self.wait_for_jobs(until=time.monotonic() + grace_seconds)
         self._heartbeat.release_all()
+        self.wait_for_jobs(until=time.monotonic() + _END_SECONDS)
+        if stuck := len(self._heartbeat.running()):
+            log.critical("worker exits: jobs do not end", extra={"worker": self._worker, "jobs": stuck})
+            self._leave_now(EXIT_STUCK)
+        time.sleep(_END_SECONDS)  # this thread ends with the process
+        log.critical("worker exits: it does not end by itself", extra={"worker": self._worker})
+        self._leave_now(EXIT_STUCK)
 
-    def _leave_now(self) -> None:
+    def _leave_now(self, status: int) -> None:
         """Return the jobs that can be returned immediately, and exit."""
         releasing = threading.Thread(target=self._release_directly, daemon=True)
         releasing.start()
         releasing.join(_LEAVE_NOW_SECONDS)
-        os._exit(EXIT_NOW)
+        os._exit(status)
 
     def _release_directly(self) -> None:
         for job in self._heartbeat.running():

@@ -65,6 +65,8 @@ class WorkerAdmin:
         def not_alive() -> str | None:
             if not engine.alive:
                 return "the engine's thread has ended"
+            if (hanging := engine.overdue) is not None:
+                return f"the engine hangs: {hanging}"
             if (silent := silent_seconds()) > _SILENCE_SECONDS:
                 return f"the heartbeat's thread has been stuck for {silent:.0f} s"
             return None
