@@ -317,7 +317,9 @@ class Engine:
             admitted = [self._states[request_id] for request_id in plan.admitted]
             with self._clock.turn(f"loading {plan.group.model}", cost=0.0):
                 model = self.models.use(plan.group.model)
-            cost = 0.0 if admitted else self._pacer.cost(plan.group)  # encoding of inputs is not measured
+            # Encoding of inputs is not measured, and a pipeline's calls are too different to tell from the last ones.
+            unknown = bool(admitted) or isinstance(model, PipelineModel)
+            cost = 0.0 if unknown else self._pacer.cost(plan.group)
             with self._clock.turn(f"a step of {plan.group.model}", cost=cost):
                 if isinstance(model, PipelineModel):
                     self._step_pipeline(model, plan, admitted)
