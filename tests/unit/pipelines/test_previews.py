@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,9 @@ from PIL import Image
 from calotype_shared.errors import InvalidRequest
 from calotype_shared.schema.enums import SamplerType
 from calotype_worker.engine import Engine
-from calotype_worker.models import PipelineModel, load_model
+from calotype_worker.models import PipelineModel, StepModel, load_model
 from calotype_worker.models.pipeline.followed import Step, follow
+from calotype_worker.request import GenerationRequest
 from tests.unit.pipelines import builders
 from tests.unit.pipelines.driver import four, load
 
@@ -76,6 +78,43 @@ def test_a_failing_preview(demo: PipelineModel, monkeypatch: pytest.MonkeyPatch)
         assert len(tried) == 4
     finally:
         engine.stop()
+
+
+def test_a_failing_preview_of_a_step_model(tiny_model: Path) -> None:
+    """The same where the engine steps the model itself."""
+    model = load_model("tiny", source=str(tiny_model))
+    assert isinstance(model, StepModel)
+    tried = []
+
+    def fail(_: torch.Tensor) -> Any:
+        tried.append(1)
+        raise RuntimeError("no such thing")
+
+    model.preview = fail  # type: ignore[method-assign]
+    engine = Engine(model, on_preview=lambda *_: pytest.fail("there was none"))
+    engine.start()
+    try:
+        made = [
+            engine.submit(request_of(name, preview_every=every)).result(300) for name, every in (("a", 1), ("b", None))
+        ]
+        assert [one.image.shape for one in made] == [(64, 64, 3)] * 2
+        assert tried
+    finally:
+        engine.stop()
+
+
+def request_of(name: str, *, preview_every: int | None) -> GenerationRequest:
+    return GenerationRequest(
+        request_id=name,
+        prompt="a fox",
+        width=64,
+        height=64,
+        num_inference_steps=3,
+        guidance_scale=1.0,
+        seed=1,
+        sampler=SamplerType.DDIM,
+        preview_every=preview_every,
+    )
 
 
 def test_which_models_have_them() -> None:
