@@ -80,7 +80,7 @@ def test_a_failing_preview(demo: PipelineModel, monkeypatch: pytest.MonkeyPatch)
         engine.stop()
 
 
-def test_a_failing_preview_of_a_step_model(tiny_model: Path) -> None:
+def test_a_failing_preview_of_a_step_model(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same where the engine steps the model itself."""
     model = load_model("tiny", source=str(tiny_model))
     assert isinstance(model, StepModel)
@@ -90,12 +90,12 @@ def test_a_failing_preview_of_a_step_model(tiny_model: Path) -> None:
         tried.append(1)
         raise RuntimeError("no such thing")
 
-    model.preview = fail  # type: ignore[method-assign]
+    monkeypatch.setattr(model, "preview", fail)
     engine = Engine(model, on_preview=lambda *_: pytest.fail("there was none"))
     engine.start()
     try:
         made = [
-            engine.submit(request_of(name, preview_every=every)).result(300) for name, every in (("a", 1), ("b", None))
+            engine.submit(request_of(name, preview_every=every)).result(300) for name, every in (("a", 1), ("b", 0))
         ]
         assert [one.image.shape for one in made] == [(64, 64, 3)] * 2
         assert tried
@@ -103,7 +103,7 @@ def test_a_failing_preview_of_a_step_model(tiny_model: Path) -> None:
         engine.stop()
 
 
-def request_of(name: str, *, preview_every: int | None) -> GenerationRequest:
+def request_of(name: str, *, preview_every: int) -> GenerationRequest:
     return GenerationRequest(
         request_id=name,
         prompt="a fox",

@@ -32,7 +32,7 @@ class PipelineRun:
         seed: int,
         watched: ModuleState | None = None,
         preview: Callable[[Step], np.ndarray | None] = lambda _: None,
-        preview_every: int | None = None,
+        preview_every: int = 0,
     ) -> None:
         """`work` must be set before `begin`. `watched`: the networks as others need them, where this changes them.
 
