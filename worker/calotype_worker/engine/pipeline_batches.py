@@ -154,8 +154,6 @@ class PipelineBatches:
         if not run.changed:
             batch.model.found_plain(state.request)
         try:
-            output = batch.model.read(run.result)
+            return state, batch.model.read(run.result)
         except Exception as error:
             return state, error
-        batch.model.learn_preview(run.latents, output)
-        return state, output

@@ -49,7 +49,6 @@ class PipelineRun:
         self.changed = False  # whether it has changed the networks at any of them
         self.steps_done = 0
         self.total_steps = 0
-        self.latents: Any = None  # of its scheduler, after its last step
         self._preview, self._preview_every = preview, preview_every
         self._previews: list[tuple[int, np.ndarray]] = []
         self._greenlet = CallingGreenlet(self._work, parent=getcurrent(), seed=seed, watched=watched)
@@ -95,7 +94,6 @@ class PipelineRun:
 
     def _stepped(self, step: Step) -> None:
         self.steps_done += 1
-        self.latents = step.result
         if not self._preview_every or self.steps_done % self._preview_every or self.steps_done >= self.total_steps:
             return
         try:

@@ -33,7 +33,9 @@ _PROMPTS = ("a red circle", "a blue square", "one much longer prompt with a gree
 
 
 class FirstRuns:
-    """`single` is a run for one request, `latents` what its scheduler ended with. `calls` are ready for the engine.
+    """`single` is a run for one request, `height` pixels high, `latents` what its scheduler ended with.
+
+    `calls` are ready for the engine.
 
     `phases`: -1 for what is called only before the steps, 1 for what is called only after them, 0 for what they call.
     """
@@ -57,6 +59,7 @@ class FirstRuns:
         self._pipeline, self._stand_ins, self._arguments, self._call = pipeline, stand_ins, arguments, call
         self.latents: torch.Tensor | None = None
         self.single, width, height = self._first(name, native)
+        self.height = height
         self.phases = _phases(self.single)
         self._problem = ""
         merging = merging and not self.single.changes

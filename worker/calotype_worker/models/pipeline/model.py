@@ -23,7 +23,7 @@ from calotype_worker.models.pipeline.followed import Step
 from calotype_worker.models.pipeline.module_state import ModuleState
 from calotype_worker.models.pipeline.outputs import Output, read
 from calotype_worker.models.pipeline.placement import Placement, save_memory, size_of
-from calotype_worker.models.pipeline.preview import PreviewMap
+from calotype_worker.models.pipeline.preview import Previews
 from calotype_worker.models.pipeline.roles import Place
 from calotype_worker.request import GenerationRequest
 from calotype_worker.sampling.samplers import make_scheduler
@@ -79,7 +79,7 @@ class PipelineModel:
             )
             self.changes, self.calls, self.split = runs.single.changes, runs.calls, runs.split
             output = None if self.arguments.renders else self.read(runs.single.result)
-            self._previews = _preview_map(pipeline, runs.latents, output)
+            self._previews = _previews(runs, self._placement.use)
         self.card: ModelCard = card_of(
             name,
             pipeline,
@@ -205,12 +205,6 @@ class PipelineModel:
         """A rough image after one of its steps, uint8 (h, w, 3), one pixel per latent cell; None: there is none."""
         return None if self._previews is None else self._previews.image(step.clean(), request.width, request.height)
 
-    def learn_preview(self, latents: Any, output: Output) -> None:
-        """Better previews from a finished request: its final latents, and what they became."""
-        image = _pictured(output)
-        if self._previews is not None and image is not None:
-            self._previews.learn(latents, image)
-
     def to(self, device: torch.device) -> None:
         self._placement.to(device)
 
@@ -227,21 +221,13 @@ class PipelineModel:
         return make_scheduler(request.sampler, config, request.num_inference_steps, samplers=self._samplers)
 
 
-def _preview_map(pipeline: Any, latents: Any, output: Output | None) -> PreviewMap | None:
-    """None: there is no image of its latents."""
-    image = None if output is None else _pictured(output)
-    if image is None or (output is not None and output.frames is not None and latents is not None and latents.ndim < 4):
-        return None  # tokens of a video: how many are a frame is not known
-    config = getattr(getattr(pipeline, "vae", None), "config", None)
-    channels = getattr(config, "latent_channels", None) or getattr(config, "z_dim", None)
-    return PreviewMap.of(latents, image, channels)
-
-
-def _pictured(output: Output) -> np.ndarray | None:
-    """The image or the middle frame, uint8 (H, W, 3)."""
-    if output.frames is not None:
-        return output.frames[len(output.frames) // 2]
-    return output.image
+def _previews(runs: FirstRuns, place: Callable[[str], None]) -> Previews | None:
+    """None: the pipeline has none."""
+    try:
+        return Previews.of(runs.latents, runs.single.calls, runs.height, place)
+    except Exception as error:  # of an autoencoder that cannot do what others can
+        log.debug("no previews", exc_info=error)
+        return None
 
 
 def _refuse_empty(module: torch.nn.Module, inputs: Any, surface: Any) -> None:
