@@ -21,6 +21,7 @@ from redis.client import PubSub
 from redis.exceptions import RedisError
 
 from calotype_shared.backoff import full_jitter
+from calotype_shared.forking import reset_in_children
 from calotype_shared.queue.keys import Keys
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,12 @@ class JobChangeListener:
     def __init__(self, redis: Redis, keys: Keys) -> None:
         self._redis = redis
         self._keys = keys
-        self._wakeup_channel = keys.changed(f"wakeup-{uuid.uuid4().hex}")
+        self.after_fork()
+        reset_in_children(self)
+
+    def after_fork(self) -> None:
+        """The thread, its subscription and the waits that it serves stay in the parent."""
+        self._wakeup_channel = self._keys.changed(f"wakeup-{uuid.uuid4().hex}")
         self._lock = threading.Lock()
         self._watches: dict[str, list[_Watch]] = {}  # by channel
         self._live: set[str] = set()  # channels that the server has confirmed
@@ -67,9 +73,11 @@ class JobChangeListener:
         channels = {self._keys.changed(job_id) for job_id in job_ids}
         with self._lock:
             for channel in watch.channels - channels:
-                self._watches[channel].remove(watch)
-                if not self._watches[channel]:
-                    del self._watches[channel]
+                watches = self._watches.get(channel, [])
+                if watch in watches:  # not one of the parent process
+                    watches.remove(watch)
+                if not watches:
+                    self._watches.pop(channel, None)
             for channel in channels - watch.channels:
                 self._watches.setdefault(channel, []).append(watch)
             watch.channels = channels

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calotype_shared.errors import InvalidRequest, StorageUnavailable
+from calotype_shared.errors import InvalidRequest
 from calotype_shared.schema.jobs import ImageRef
 
 if TYPE_CHECKING:
@@ -55,19 +54,12 @@ def image_bytes(image: object, field: str) -> bytes:
 
 @dataclass(frozen=True, kw_only=True)
 class JobImage:
-    """The encoded bytes of an image, checked against its record. `index` counts within the job, from 0."""
+    """The encoded bytes of an image, as its record describes them. `index` counts within the job, from 0."""
 
     job_id: str
     index: int
     ref: ImageRef
     data: bytes
-
-    def __post_init__(self) -> None:
-        if hashlib.sha256(self.data).hexdigest() != self.ref.sha256:
-            raise StorageUnavailable(
-                f"object {self.ref.key!r} is not the image its job recorded ({len(self.data)} bytes, "
-                f"{self.ref.bytes} expected); the object was overwritten, submit the job again"
-            )
 
     @property
     def name(self) -> str:

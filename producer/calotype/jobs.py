@@ -108,7 +108,7 @@ class Jobs:
 
     def _images(self, record: JobRecord) -> list[JobImage]:
         return [
-            JobImage(job_id=record.id, index=index, ref=ref, data=self._storage.get(ref.key))
+            JobImage(job_id=record.id, index=index, ref=ref, data=self._storage.get(ref.key, sha256=ref.sha256))
             for index, ref in enumerate(record.images)
         ]
 

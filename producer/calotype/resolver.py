@@ -106,7 +106,7 @@ class Resolver:
             age = self._storage.age(key)
             if age is not None and age > self._renewed_after:
                 try:
-                    self._storage.put(key, self._storage.get(key), "image/png")
+                    self._storage.put(key, self._storage.get(key, sha256=upload_id), "image/png")
                 except ObjectMissing:
                     age = None
             if age is None:

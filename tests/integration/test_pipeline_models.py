@@ -22,8 +22,7 @@ from calotype_worker.output.mesh import read_provenance
 from calotype_worker.output.video import read_mp4
 from tests.faults.harness import Forge, WorkerProcess
 from tests.integration.conftest import Command
-from tests.sound_model import tiny_ltx2
-from tests.unit.pipelines import builders
+from tests.unit.pipelines.builders import flux2, modular, sound_and_mesh, video
 from tests.video_and_mesh_models import write_tiny_shap_e
 
 
@@ -63,7 +62,7 @@ def test_images_edits_and_sound(
 
     Card, command line and metrics say which of their network calls are merged.
     """
-    klein, sound = builders.flux2_klein(), builders.stable_audio()
+    klein, sound = flux2.flux2_klein(), sound_and_mesh.stable_audio()
     worker = start(
         "--metrics-port", "0", klein=write(klein, tmp_path / "klein", side=64), sound=write(sound, tmp_path / "sound")
     )
@@ -119,17 +118,23 @@ def test_images_edits_and_sound(
 
 
 @pytest.mark.slow
-def test_videos_with_sound_and_meshes(start: Callable[..., WorkerProcess], client: Client, tmp_path: Path) -> None:
-    """An MP4 has a picture and a sound stream of one length; a mesh has faces; each carries its provenance."""
+def test_videos_meshes_and_blocks(start: Callable[..., WorkerProcess], client: Client, tmp_path: Path) -> None:
+    """An MP4 has a picture and a sound stream, a mesh has faces, and a modular pipeline makes images."""
     shape = write_tiny_shap_e(tmp_path / "shape")
     (shape / "calotype.json").write_text(json.dumps({"native_sizes": [[32, 32]]}))
-    ltx = tiny_ltx2()
-    start(clip=write(ltx, tmp_path / "clip", side=32), shape=shape)
+    ltx = video.ltx2()
+    blocks = modular.modular_flux()
+    (tmp_path / "blocks").mkdir()
+    blocks.save_pretrained(str(tmp_path / "blocks"), overwrite_modular_index=True)
+    (tmp_path / "blocks" / "calotype.json").write_text(json.dumps({"native_sizes": [[64, 64]]}))
+    start(clip=write(ltx, tmp_path / "clip", side=32), shape=shape, blocks=tmp_path / "blocks")
     asked = {"model": "clip", "num_inference_steps": 2, "num_frames": 9, "fps": 24.0, "output_format": "mp4"}
     clip = client.submit(asked, prompt="waves", seed=5, parameters={"max_sequence_length": 16})
     mesh = client.submit(
         {"prompt": "a cup", "model": "shape", "seed": 6, "output_format": "ply"}, num_inference_steps=2
     )
+
+    image = client.submit({"prompt": "a hill", "model": "blocks", "seed": 7}, num_inference_steps=2)
 
     expected = ltx(
         prompt="waves",
@@ -143,10 +148,10 @@ def test_videos_with_sound_and_meshes(start: Callable[..., WorkerProcess], clien
         output_type="np",
     )
     [made] = clip.result(timeout=180)
-    video = read_mp4(made.data)
-    assert video.frames.shape == (9, 32, 32, 3)
-    assert np.abs(video.frames / 255 - expected.frames[0]).mean() < 0.03  # H.264 is lossy
-    assert (video.provenance["seed"], made.ref.content_type) == (5, "video/mp4")
+    moving = read_mp4(made.data)
+    assert moving.frames.shape == (9, 32, 32, 3)
+    assert np.abs(moving.frames / 255 - expected.frames[0]).mean() < 0.03  # H.264 is lossy
+    assert (moving.provenance["seed"], made.ref.content_type) == (5, "video/mp4")
     sound, _ = read_audio(made.data)
     assert sound.rate == 16_000
     assert sound.samples.shape[0] == 2
@@ -156,3 +161,13 @@ def test_videos_with_sound_and_meshes(start: Callable[..., WorkerProcess], clien
     assert read_provenance(data)["model"] == "shape"
     [faces] = [int(line.split()[-1]) for line in data.split(b"\n") if line.startswith(b"element face")]
     assert faces > 100
+    expected = blocks(
+        prompt="a hill",
+        height=64,
+        width=64,
+        num_inference_steps=2,
+        generator=torch.Generator().manual_seed(7),
+        output_type="np",
+        output="images",
+    )[0]
+    assert np.abs(pixels(image.result(timeout=180)[0].data) - (expected * 255).round()).max() <= 1

@@ -105,7 +105,7 @@ class GenerationRequest:
             "init_image": self.init_image is not None,
             "mask_image": self.mask is not None,
             "images": bool(self.images),
-            "control_image": self.control_image is not None,
+            "control_image": self.control_image is not None or bool(self.controls),
         }
         return frozenset(name for name, given in held.items() if given)
 

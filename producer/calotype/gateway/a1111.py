@@ -230,7 +230,9 @@ async def _answer(
         require_success(record)
     images = []
     if wanted.send_images:
-        files = [await run_in_threadpool(services.storage.get, image.key) for image in record.images]
+        files = [
+            await run_in_threadpool(services.storage.get, image.key, sha256=image.sha256) for image in record.images
+        ]
         images = [base64.b64encode(data).decode() for data in files]
     parameters = wanted.model_dump(exclude={"init_images", "mask"})
     return JSONResponse({"images": images, "parameters": parameters, "info": json.dumps(_info(record))})

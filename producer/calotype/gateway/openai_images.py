@@ -150,7 +150,7 @@ async def _data(services: Services, record: JobRecord, wanted: Generation) -> li
     if wanted.as_url:
         links = await services.links([image.key for image in record.images])
         return [image_data(image, url=link) for image, link in zip(images, links, strict=True)]
-    files = [await run_in_threadpool(services.storage.get, image.key) for image in record.images]
+    files = [await run_in_threadpool(services.storage.get, image.key, sha256=image.sha256) for image in record.images]
     return [image_data(image, b64=base64.b64encode(file).decode()) for image, file in zip(images, files, strict=True)]
 
 

@@ -50,8 +50,9 @@ class ResolvedConfig(GenerationConfig):
 
     @property
     def given(self) -> frozenset[str]:
-        """Names of the image fields that are set."""
-        return frozenset(name for name in IMAGE_FIELDS if getattr(self, name))
+        """Names of the image fields that are set. An image in `controls` counts as a control image."""
+        found = {name for name in IMAGE_FIELDS if getattr(self, name)}
+        return frozenset(found | {"control_image"} if self.controls else found)
 
     @property
     def control_names(self) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ Where objects are in the bucket: `layout.py`.
 from __future__ import annotations
 
 import functools
+import hashlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, TypeV
 
 from calotype_shared.backoff import delays
 from calotype_shared.errors import StorageUnavailable
+from calotype_shared.forking import reset_in_children
 from calotype_shared.storage.s3_errors import error_code, is_transient, unavailable
 
 if TYPE_CHECKING:
@@ -63,13 +65,18 @@ class UnfinishedUpload(NamedTuple):
 
 
 class Storage:
-    """One bucket. Thread-safe; connects at the first call."""
+    """One bucket. Safe to share between threads and to use after a fork; connects at the first call."""
 
     def __init__(self, settings: Settings, *, attempts: int = ATTEMPTS) -> None:
         """`attempts` per call before a transient error is raised."""
         self._settings = settings
         self._attempts = attempts
         self._bucket = settings.s3_bucket
+        self.after_fork()
+        reset_in_children(self)
+
+    def after_fork(self) -> None:
+        """Connections are by process: a child that used its parent's would read what the parent had asked for."""
         self._lock = threading.Lock()
         self._clients: dict[str | None, Any] = {}
 
@@ -98,8 +105,23 @@ class Storage:
     def put(self, key: str, data: bytes, content_type: str) -> None:
         self._client().put_object(Bucket=self._bucket, Key=key, Body=data, ContentType=content_type)
 
+    def get(self, key: str, *, sha256: str | None = None) -> bytes:
+        """An object's bytes. Give `sha256` (hex) wherever it is known: no other check is made of what arrives.
+
+        Raises:
+            ObjectMissing: it does not exist.
+            StorageUnavailable: the bytes are not those that `sha256` names, or storage cannot be used.
+        """
+        data = self._get(key)
+        if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+            raise StorageUnavailable(
+                f"object {key!r} is not what was stored ({len(data)} bytes arrived, with another SHA-256); "
+                "the object was overwritten: make it again"
+            )
+        return data
+
     @_retried
-    def get(self, key: str) -> bytes:
+    def _get(self, key: str) -> bytes:
         data: bytes = self._client().get_object(Bucket=self._bucket, Key=key)["Body"].read()
         return data
 

@@ -15,6 +15,7 @@ from calotype_shared.schema.enums import SamplerType
 from calotype_worker.engine.call_batch import CallBatch
 from calotype_worker.engine.memory_limit import MemoryLimit
 from calotype_worker.engine.pipeline_run import PipelineRun
+from calotype_worker.models.latent import Adapters, Memory
 from calotype_worker.models.pipeline.first_runs import probe_request
 from calotype_worker.models.pipeline.model import PipelineModel
 from calotype_worker.models.pipeline.network_calls import NetworkCalls
@@ -27,7 +28,15 @@ _STEPS = (2, 3, 5, 2)
 _GUIDANCE = (1.0, 4.0, 7.5, 2.0)
 
 
-def load(pipeline: Any, *, name: str = "tiny", merging: bool = True, side: int | None = None) -> PipelineModel:
+def load(
+    pipeline: Any,
+    *,
+    name: str = "tiny",
+    merging: bool = True,
+    side: int | None = None,
+    adapters: Adapters | None = None,
+    memory: Memory | None = None,
+) -> PipelineModel:
     """The pipeline as a model, on the CPU in its own precision; `side`: its native width and height in pixels."""
     pipeline.set_progress_bar_config(disable=True)
     return PipelineModel(
@@ -38,6 +47,8 @@ def load(pipeline: Any, *, name: str = "tiny", merging: bool = True, side: int |
         dtype=torch.float32,
         notes={} if side is None else {"native_sizes": [[side, side]]},
         merging=merging,
+        adapters=adapters,
+        memory=memory,
     )
 
 

@@ -14,15 +14,19 @@ WIDTH = 32  # of text encoders
 def noisy(pipeline: Any, *, seed: int = 0) -> Any:
     """Fill what is zero when fresh with noise: zeros would hide that calls were merged wrongly."""
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for part in pipeline.components.values():
-            if not isinstance(part, torch.nn.Module):
-                continue
-            part.eval()
-            for parameter in part.parameters():
-                if parameter.is_floating_point() and not parameter.any():
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            filled(part, generator)
     return pipeline
+
+
+def filled(network: Any, generator: torch.Generator) -> Any:
+    """The same for one network."""
+    with torch.no_grad():
+        for parameter in network.eval().parameters():
+            if parameter.is_floating_point() and not parameter.any():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return network
 
 
 def qwen_tokenizer() -> Any:
@@ -47,44 +51,6 @@ def qwen_tokenizer() -> Any:
     return tokenizer
 
 
-def qwen_vl() -> Any:
-    """Qwen2.5-VL with a small language model and a small vision tower."""
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
-    tokenizer = qwen_tokenizer()
-    token = tokenizer.convert_tokens_to_ids
-    torch.manual_seed(1)
-    return Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(
-            text_config={
-                "hidden_size": WIDTH,
-                "intermediate_size": 32,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "num_key_value_heads": 2,
-                "rope_parameters": {"mrope_section": [2, 3, 3], "rope_type": "default", "rope_theta": 1_000_000.0},
-                "vocab_size": len(tokenizer),
-                "max_position_embeddings": 2048,
-            },
-            vision_config={
-                "depth": 2,
-                "hidden_size": WIDTH,
-                "intermediate_size": 32,
-                "num_heads": 2,
-                "out_hidden_size": WIDTH,
-                "patch_size": 14,
-                "fullatt_block_indexes": [1],
-            },
-            image_token_id=token("<|image_pad|>"),
-            video_token_id=token("<|video_pad|>"),
-            vision_start_token_id=token("<|vision_start|>"),
-            vision_end_token_id=token("<|vision_end|>"),
-            bos_token_id=token("<|endoftext|>"),
-            eos_token_id=token("<|endoftext|>"),
-        )
-    )
-
-
 def qwen_vae() -> Any:
     from diffusers import AutoencoderKLQwenImage
 
@@ -106,57 +72,19 @@ def flow_euler(**options: Any) -> Any:
     return FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **options})
 
 
-def qwen3(*, layers: int = 4) -> Any:
-    """Qwen3, of which pipelines read hidden states."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(4)
-    return Qwen3ForCausalLM(
-        Qwen3Config(
-            hidden_size=WIDTH,
-            intermediate_size=32,
-            num_hidden_layers=layers,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            head_dim=16,
-            vocab_size=len(qwen_tokenizer()),
-            max_position_embeddings=1024,
-            bos_token_id=None,
-            eos_token_id=256,
-        )
-    )
-
-
 def qwen_processor() -> Any:
-    """Images as patches for Qwen2.5-VL, of few of them."""
-    from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
+    """Images as a few patches for Qwen2.5-VL, and no videos: their processor wants torchvision."""
+    from transformers import Qwen2VLImageProcessorPil, Qwen2VLProcessor
 
-    return Qwen2VLProcessor(
-        image_processor=Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=56 * 56),
-        tokenizer=qwen_tokenizer(),
-        video_processor=Qwen2VLVideoProcessor(),
-        chat_template=qwen_tokenizer().chat_template,
-    )
+    class ImagesOnly(Qwen2VLProcessor):
+        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+            return type(argument)
 
-
-def umt5() -> Any:
-    from transformers import UMT5Config, UMT5EncoderModel
-
-    torch.manual_seed(5)
-    tokenizer = family_models.t5_tokenizer()
-    return UMT5EncoderModel(
-        UMT5Config(vocab_size=len(tokenizer), d_model=WIDTH, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
-    )
-
-
-def t5(width: int = WIDTH) -> Any:
-    from transformers import T5Config, T5EncoderModel
-
-    torch.manual_seed(6)
-    return T5EncoderModel(
-        T5Config(
-            vocab_size=len(family_models.t5_tokenizer()), d_model=width, d_kv=8, d_ff=64, num_layers=2, num_heads=4
-        )
+    tokenizer = qwen_tokenizer()
+    return ImagesOnly(
+        image_processor=Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=56 * 56),
+        tokenizer=tokenizer,
+        chat_template=tokenizer.chat_template,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from calotype_worker.models import ModelPool, PipelineModel, load_model
 from calotype_worker.models.pipeline.outputs import Output
 from calotype_worker.request import GenerationRequest
 from tests.models import write_tiny_sd
-from tests.unit.pipelines import builders
+from tests.unit.pipelines.builders import flux1, sd, sound_and_mesh
 from tests.unit.pipelines.driver import four, load
 from tests.video_and_mesh_models import write_tiny_animatediff
 
@@ -29,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def models(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> ModelPool:
     flux = tmp_path_factory.mktemp("flux")
-    builders.flux().save_pretrained(flux, safe_serialization=True)
+    flux1.flux().save_pretrained(flux, safe_serialization=True)
     return ModelPool(
         [
             load_model("pipeline", source=str(folder), as_pipeline=True),
@@ -150,7 +151,7 @@ def test_stopped(models: ModelPool) -> None:
 def test_meshes() -> None:
     """A solid object comes as a mesh in its colors; one without a surface fails by itself, and says why."""
     engine = Engine(
-        ModelPool([load(builders.shap_e(), name="solid"), load(builders.shap_e(solid=False), name="empty")])
+        ModelPool([load(sound_and_mesh.shap_e(), name="solid"), load(sound_and_mesh.shap_e(solid=False), name="empty")])
     )
     engine.start()
     try:
@@ -162,6 +163,9 @@ def test_meshes() -> None:
         mesh = made.result(300).mesh
         assert mesh is not None
         assert len(mesh.faces) > 100
+        # Closed: as many faces meet at each edge in one direction as in the other, so it has an inside.
+        edges = Counter((int(a), int(b)) for face in mesh.faces for a, b in zip(face, np.roll(face, -1), strict=True))
+        assert all(edges[b, a] == count for (a, b), count in edges.items())
         assert len(np.unique(mesh.colors, axis=0)) > 10
         with pytest.raises(GenerationFailed, match="no surface"):
             none.result(300)
@@ -174,7 +178,7 @@ def test_meshes() -> None:
 def test_video_and_mesh(tmp_path: Path) -> None:
     """AnimateDiff and Shap-E run as any other: requests of other steps and guidance together, each as alone."""
     video = load_model("video", source=str(write_tiny_animatediff(tmp_path / "video")))
-    mesh = load(builders.shap_e(), name="mesh")
+    mesh = load(sound_and_mesh.shap_e(), name="mesh")
     assert isinstance(video, PipelineModel)
     assert "text_to_video" in video.card.features
     assert "mp4" in video.card.output_formats
@@ -191,13 +195,15 @@ def test_video_and_mesh(tmp_path: Path) -> None:
                 assert generated.frames is not None
                 assert expected.frames is not None
                 assert np.abs(generated.frames.astype(int) - expected.frames.astype(int)).max() <= 1
+                moves = np.abs(np.diff(generated.frames.astype(int), axis=0)).max(axis=(1, 2, 3))
+                assert (moves > 0).all(), "two frames in a row are equal"
     finally:
         engine.stop()
 
 
 def test_only_samplers_that_know_the_noise_schedule_are_offered() -> None:
     """Shap-E's betas follow an exponential that most schedulers cannot make; its own sampler is the default."""
-    card = load(builders.shap_e()).card
+    card = load(sound_and_mesh.shap_e()).card
     assert card.default_sampler == card.samplers[0] == "heun"
     assert "ddim" not in card.samplers
-    assert "ddim" in load(builders.stable_diffusion()).card.samplers
+    assert "ddim" in load(sd.stable_diffusion()).card.samplers

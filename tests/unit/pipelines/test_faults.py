@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,22 +18,26 @@ from calotype_worker.engine.pipeline_run import PipelineRun
 from calotype_worker.models.pipeline.model import PipelineModel
 from calotype_worker.models.pipeline.network_calls import alone
 from calotype_worker.models.pipeline.roles import Place
-from tests.unit.pipelines import builders
+from tests.unit.pipelines.builders import flux2, sd, wan
 from tests.unit.pipelines.driver import batch, counted, difference, four, load, run_of, together
 
 
 @pytest.fixture(scope="module")
 def model() -> PipelineModel:
-    return load(builders.stable_diffusion())
+    return load(sd.stable_diffusion())
 
 
 @pytest.mark.parametrize(
-    "name", ["stable_diffusion", *(pytest.param(name, marks=pytest.mark.slow) for name in ("wan", "flux2_klein"))]
+    ("build", "side"),
+    [
+        (sd.stable_diffusion, 64),
+        pytest.param(wan.wan, 32, marks=pytest.mark.slow),
+        pytest.param(flux2.flux2_klein, 64, marks=pytest.mark.slow),
+    ],
 )
-def test_cancelled_at_any_call(name: str, model: PipelineModel) -> None:
+def test_cancelled_at_any_call(build: Callable[[], Any], side: int) -> None:
     """A request for an image, a video or an edit that is cancelled at any of its network calls leaves the others."""
-    if name != "stable_diffusion":
-        model = load(getattr(builders, name)(), side=32 if name == "wan" else 64)
+    model = load(build(), side=side)
     requests = four(model)[:3]
     if model.arguments.edits:
         reference = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
@@ -57,7 +61,7 @@ def test_cancelled_at_any_call(name: str, model: PipelineModel) -> None:
         assert runs[1].ended
         for index in (0, 2):
             assert difference(runs[index].result, alone[index].result) <= 1e-5, places
-    denoiser = "unet" if name == "stable_diffusion" else "transformer"
+    denoiser = "unet" if "unet" in model.modules else "transformer"
     assert {"text_encoder", denoiser, "vae"} <= {component for component, _ in places}
 
 
@@ -124,7 +128,7 @@ def test_poisoned_row(model: PipelineModel) -> None:
 
 def test_mixing_network_is_not_merged() -> None:
     """A network that mixes the rows of its batch is found by the first merge, and runs alone from then on."""
-    pipeline = builders.stable_diffusion()
+    pipeline = sd.stable_diffusion()
     forward = pipeline.unet.forward
 
     @functools.wraps(forward)
@@ -188,7 +192,7 @@ def test_out_of_memory(model: PipelineModel, fits: int) -> None:
 
 def test_rows_that_depend_on_each_other_are_not_split() -> None:
     """Two rows of one request that see each other: merging requests is right, but splitting a request is not."""
-    pipeline = builders.stable_diffusion()
+    pipeline = sd.stable_diffusion()
     forward = pipeline.unet.forward
 
     @functools.wraps(forward)
@@ -249,7 +253,7 @@ def test_changed_networks_are_no_one_elses() -> None:
     """Attention processors that a pipeline replaces while it runs serve its own calls only, also after a cancel."""
     from diffusers import StableDiffusionPAGPipeline
 
-    parts = builders.stable_diffusion()
+    parts = sd.stable_diffusion()
     pipeline = StableDiffusionPAGPipeline(**parts.components, pag_applied_layers=["up_blocks.0"])
     model = load(pipeline)
     assert model.changes

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,13 +13,14 @@ import torch
 
 from calotype_shared.errors import InvalidRequest, ModelLoadError
 from calotype_worker.engine import Engine, EngineSettings
-from calotype_worker.models import Memory, ModelPool, PipelineModel
+from calotype_worker.models import Adapters, Memory, ModelPool, PipelineModel
 from tests.fake_gpu import GPU, pretended_gpu
-from tests.unit.pipelines import builders
+from tests.unit.pipelines.builders import sd, sound_and_mesh
 from tests.unit.pipelines.driver import batch, difference, four, load, run_of, together
+from tests.unit.pipelines.test_adapters import CASES, LORAS, write_two
 
 
-def far(pipeline: Any, memory: Memory, *, merging: bool = False) -> PipelineModel:
+def far(pipeline: Any, memory: Memory, *, merging: bool = False, adapters: Adapters | None = None) -> PipelineModel:
     """The pipeline on the pretended GPU."""
     pipeline.set_progress_bar_config(disable=True)
     return PipelineModel(
@@ -29,6 +31,7 @@ def far(pipeline: Any, memory: Memory, *, merging: bool = False) -> PipelineMode
         dtype=torch.float32,
         memory=memory,
         merging=merging,
+        adapters=adapters,
         notes={"native_sizes": [[64, 64]]},
     )
 
@@ -62,11 +65,11 @@ def placements(model: PipelineModel) -> Iterator[dict[str, set[frozenset[str]]]]
 
 def test_offloaded_by_network() -> None:
     """Only the network that is called is on the device; with a budget, as many as fit. Results are the same."""
-    near = load(builders.stable_diffusion())
+    near = load(sd.stable_diffusion())
     requests = four(near)[:2]
     plain = [near.plain(request) for request in requests]
     with pretended_gpu():
-        model = far(builders.stable_diffusion(), Memory(offload="model"), merging=True)
+        model = far(sd.stable_diffusion(), Memory(offload="model"), merging=True)
         sizes = {name: sum(p.numel() * 4 for p in module.parameters()) for name, module in model.modules.items()}
         assert model.weight_bytes == max(sizes.values()) == sizes["unet"]
         with placements(model) as found:
@@ -81,7 +84,7 @@ def test_offloaded_by_network() -> None:
         assert resident(model) == set()
 
         budget = sizes["unet"] + sizes["text_encoder"]
-        model = far(builders.stable_diffusion(), Memory(offload="model", budget=budget))
+        model = far(sd.stable_diffusion(), Memory(offload="model", budget=budget))
         assert model.weight_bytes == budget
         with placements(model) as found:
             together(model, requests[:1])
@@ -89,12 +92,29 @@ def test_offloaded_by_network() -> None:
         assert all(sum(sizes[name] for name in there) <= budget for seen in found.values() for there in seen)
 
 
+@pytest.mark.slow
+def test_loras_of_offloaded_networks(tmp_path: Path) -> None:
+    """LoRAs act on the rows of their requests wherever the networks' weights were; by layer they are refused."""
+    adapters = Adapters(loras=write_two(CASES["sdxl"], tmp_path))
+    near = load(sd.sdxl(), adapters=adapters)
+    requests = [replace(request, loras=loras) for request, loras in zip(four(near), LORAS, strict=True)]
+    plain = [near.plain(request) for request in requests]
+    with pretended_gpu():
+        model = far(sd.sdxl(), Memory(offload="model"), merging=True, adapters=adapters)
+        for run, expected in zip(together(model, requests), plain, strict=True):
+            assert run.error is None
+            assert difference(run.result, expected) <= 1e-4
+        assert len(resident(model)) == 1
+    with pytest.raises(ModelLoadError, match="--offload model"):
+        load(sd.sdxl(), adapters=adapters, memory=Memory(offload="sequential"))
+
+
 def test_offloaded_by_layer() -> None:
     """With accelerate's hooks each layer's weights come and go; results are the same."""
-    model = load(builders.stable_diffusion())
+    model = load(sd.stable_diffusion())
     requests = four(model)[:2]
     plain = [model.plain(request) for request in requests]
-    pipeline = builders.stable_diffusion()
+    pipeline = sd.stable_diffusion()
     pipeline.set_progress_bar_config(disable=True)
     sequential = PipelineModel(
         pipeline,
@@ -112,7 +132,7 @@ def test_offloaded_by_layer() -> None:
 
 def test_slices_and_tiles() -> None:
     """The autoencoder's slicing and tiling are on; a pipeline whose networks have none is refused."""
-    pipeline = builders.stable_diffusion()
+    pipeline = sd.stable_diffusion()
     pipeline.set_progress_bar_config(disable=True)
     options: dict[str, Any] = {"version": "0", "device": torch.device("cpu"), "dtype": torch.float32}
     memory = Memory(vae_slicing=True, vae_tiling=True, attention_slicing=True)
@@ -124,13 +144,13 @@ def test_slices_and_tiles() -> None:
     for run, request in zip(runs, requests, strict=True):
         assert difference(run.result, model.plain(request)) <= 3e-5
     with pytest.raises(ModelLoadError, match="--attention-slicing"):
-        PipelineModel(builders.stable_audio(), name="sound", memory=Memory(attention_slicing=True), **options)
+        PipelineModel(sound_and_mesh.stable_audio(), name="sound", memory=Memory(attention_slicing=True), **options)
 
 
 def test_the_pool_moves_it() -> None:
     """Two offloaded pipelines under one budget: each leaves the device before the other is used."""
     with pretended_gpu():
-        models = [far(builders.stable_diffusion(), Memory(offload="model")) for _ in range(2)]
+        models = [far(sd.stable_diffusion(), Memory(offload="model")) for _ in range(2)]
         models[1].card = models[1].card.model_copy(update={"name": "other"})
         pool = ModelPool(models, memory_budget=models[0].weight_bytes)
         for name in ("far", "other", "far"):
@@ -149,6 +169,6 @@ def test_the_pool_moves_it() -> None:
 
 def test_not_compiled() -> None:
     """A worker that is to compile refuses to serve a pipeline model, instead of leaving it uncompiled."""
-    model = load(builders.stable_diffusion())
+    model = load(sd.stable_diffusion())
     with pytest.raises(InvalidRequest, match=r"compile.*not compiled.*another worker"):
         Engine(model, EngineSettings(compile="default"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from calotype_worker.models import PipelineModel, StepModel, load_model
 from calotype_worker.models.pipeline.followed import Step, follow
 from calotype_worker.models.pipeline.preview import Previews
 from calotype_worker.request import GenerationRequest
-from tests.unit.pipelines import builders
+from tests.unit.pipelines.builders import flux1, sd, sound_and_mesh
 from tests.unit.pipelines.driver import four, load
 
 
@@ -49,7 +50,8 @@ def previews_of(model: Any, request: GenerationRequest) -> list[tuple[int, np.nd
 
 
 @pytest.mark.parametrize(
-    "sampler", [SamplerType.DDIM, SamplerType.EULER, SamplerType.DPMPP_2M_KARRAS, SamplerType.UNIPC, SamplerType.EULER_A]
+    "sampler",
+    [SamplerType.DDIM, SamplerType.EULER, SamplerType.DPMPP_2M_KARRAS, SamplerType.UNIPC, SamplerType.EULER_A],
 )
 def test_previews_are_those_of_the_step_engine(demo: PipelineModel, stepped: StepModel, sampler: SamplerType) -> None:
     """Step by step as of the bundled model where the engine has code of its own for it."""
@@ -72,11 +74,10 @@ def test_previews_are_those_of_the_step_engine(demo: PipelineModel, stepped: Ste
     assert here[0][1].std() > 10
 
 
-@pytest.mark.parametrize("name", ["flux", "sd3"])
-def test_previews_of_tokens_and_shifted_latents(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("build", [flux1.flux, sd.sd3])
+def test_previews_of_tokens_and_shifted_latents(build: Callable[[], Any], tmp_path: Path) -> None:
     """Flux packs 2x2 latents into a token, and like SD 3 shifts them; of both the engine has code to compare with."""
-    folder = getattr(builders, name)()
-    folder.save_pretrained(tmp_path, safe_serialization=True)
+    build().save_pretrained(tmp_path, safe_serialization=True)
     (tmp_path / "calotype.json").write_text('{"native_sizes": [[256, 256]]}')  # a first run of a quarter of it
     model, step_model = load_model("a", source=str(tmp_path), as_pipeline=True), load_model("a", source=str(tmp_path))
     assert isinstance(model, PipelineModel)
@@ -148,7 +149,7 @@ def request_of(name: str, *, preview_every: int) -> GenerationRequest:
 
 def test_which_models_have_them() -> None:
     """Sound has none, and a request for one is refused."""
-    sound = load(builders.stable_audio())
+    sound = load(sound_and_mesh.stable_audio())
     assert "preview" not in sound.card.features
     engine = Engine(sound)
     with pytest.raises(InvalidRequest, match="preview_every"):

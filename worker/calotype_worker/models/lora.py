@@ -8,6 +8,7 @@ fixed weight.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import re
@@ -21,6 +22,7 @@ from typing import Any, cast
 
 import torch
 from diffusers.utils import convert_unet_state_dict_to_peft
+from safetensors import safe_open
 
 from calotype_shared.errors import InvalidRequest, ModelLoadError
 
@@ -32,6 +34,7 @@ class LoraLayer:
     down: torch.Tensor  # (r, in) or (r, in, k, k)
     up: torch.Tensor  # (out, r) or (out, r, 1, 1)
     scale: float  # alpha / r
+    bias: torch.Tensor | None = None  # (out,), of `up`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +45,15 @@ class Lora:
     layers: Mapping[tuple[str, str], LoraLayer]
 
     def touches(self, component: str) -> bool:
-        return any(own == component for own, _ in self.layers)
+        return component in self.patterns
+
+    @functools.cached_property
+    def patterns(self) -> Mapping[str, int]:
+        """By component: a number that is equal for LoRAs that change the same layers."""
+        paths: dict[str, set[str]] = {}
+        for component, path in self.layers:
+            paths.setdefault(component, set()).add(path)
+        return {component: hash(frozenset(found)) for component, found in paths.items()}
 
 
 class LoraBank:
@@ -64,6 +75,15 @@ class LoraBank:
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(sorted(self._files))
+
+    def check_files(self) -> None:
+        """Load each file once, so that later no layer gets its hook while the network runs.
+
+        Raises:
+            ModelLoadError: a file is broken or for another model.
+        """
+        for name in self.names:
+            self.get(name)
 
     @property
     def loaded(self) -> tuple[str, ...]:
@@ -98,7 +118,10 @@ class LoraBank:
 
     @contextmanager
     def active(self, chosen: Sequence[tuple[str, torch.Tensor]]) -> Iterator[None]:
-        """Within the block every adapted layer applies these: name, and each row's weight (R,). The engine's thread."""
+        """Within the block every adapted layer applies these: name, and each row's weight (R,) or one for all (1,).
+
+        The engine's thread.
+        """
         before = self._active  # nested: a part of the rows may run a part of the network
         self._active = [(self.get(name), weights) for name, weights in sorted(chosen, key=lambda pair: pair[0])]
         try:
@@ -133,36 +156,54 @@ class LoraBank:
                 down=layer.down.to(device, weight.dtype),
                 up=layer.up.to(device, weight.dtype),
                 scale=layer.scale,
+                bias=None if layer.bias is None else layer.bias.to(device, weight.dtype),
             )
             if (component, module_path) not in self._hooked:
                 self._hooked.add((component, module_path))
-                module.register_forward_hook(self._hook((component, module_path)))
+                module.register_forward_hook(self._hook((component, module_path)), with_kwargs=True)
         return Lora(name=name, layers=adapted)
 
     def _hook(self, key: tuple[str, str]) -> Any:
-        def add(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        def add(
+            module: torch.nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any], output: torch.Tensor
+        ) -> torch.Tensor:
             for lora, weights in self._active:
                 layer = lora.layers.get(key)
                 if layer is not None:
-                    factor = (weights * layer.scale).to(output).reshape(-1, *[1] * (output.dim() - 1))
-                    output = output + factor * _change(module, layer, inputs[0])
+                    change = _change(module, layer, args[0] if args else kwargs["input"])
+                    output = output + _each(weights * layer.scale, change) * change
             return output
 
         return add
 
 
+def _each(weights: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    """The rows' weights, shaped for a layer's output. Frames or tokens folded into dimension 0 are several per row."""
+    per_row, rest = divmod(change.shape[0], len(weights))
+    if rest:
+        raise ValueError(f"{change.shape[0]} entries are not a multiple of {len(weights)} rows")
+    if per_row > 1 and len(weights) > 1:
+        weights = weights.repeat_interleave(per_row)
+    return weights.to(change).reshape(-1, *[1] * (change.dim() - 1))
+
+
 def _change(module: torch.nn.Module, layer: LoraLayer, inputs: torch.Tensor) -> torch.Tensor:
     down, up = layer.down.to(inputs), layer.up.to(inputs)  # no copy if they already match
+    bias = None if layer.bias is None else layer.bias.to(inputs)
     if isinstance(module, torch.nn.Conv2d):
         middle = torch.nn.functional.conv2d(inputs, down, None, module.stride, module.padding, module.dilation)
-        return torch.nn.functional.conv2d(middle, up)
-    return torch.nn.functional.linear(torch.nn.functional.linear(inputs, down), up)
+        return torch.nn.functional.conv2d(middle, up, bias)
+    return torch.nn.functional.linear(torch.nn.functional.linear(inputs, down), up, bias)
 
 
 def _read_layers(
     pipeline: Any, path: Path, components: Mapping[str, torch.nn.Module]
 ) -> dict[tuple[str, str], LoraLayer]:
-    """A LoRA file in any spelling that diffusers reads (its own, peft's, kohya's), layer by layer."""
+    """A LoRA file in any spelling that diffusers reads (its own, peft's, kohya's), layer by layer.
+
+    Raises:
+        ModelLoadError: nothing in it is for this model, or something would not be used.
+    """
     if path.suffix != ".safetensors":
         raise ModelLoadError(
             f"LoRA {path.name!r} is not a .safetensors file, and pickle files are never opened; convert it with "
@@ -175,6 +216,9 @@ def _read_layers(
     alphas = (found[1] if len(found) == 3 else None) or {}
     prefixed = any(key.startswith(f"{component}.") for key in state for component in components)
     layers: dict[tuple[str, str], LoraLayer] = {}
+    unused = [key for key in _keys(path) if key.endswith("dora_scale")]  # diffusers would drop them
+    if prefixed:
+        unused += [key for key in state if not key.startswith(tuple(f"{component}." for component in components))]
     for index, component in enumerate(components):
         start = f"{component}." if prefixed else ""
         if not prefixed and index:
@@ -184,19 +228,33 @@ def _read_layers(
         if own and not any("lora_A" in key for key in own):
             convert = _text_to_peft if component.startswith("text") else convert_unet_state_dict_to_peft
             own, own_alphas = convert(own), convert(own_alphas)
+        used = set()
         for key, down in own.items():
             if not key.endswith(".lora_A.weight"):
                 continue
             module_path = key.removesuffix(".lora_A.weight")
+            used |= {key, f"{module_path}.lora_B.weight", f"{module_path}.lora_B.bias"}
             alpha = next((own_alphas[k] for k in (f"{key}.alpha", f"{module_path}.alpha") if k in own_alphas), None)
             layers[component, module_path] = LoraLayer(
                 down=down,
                 up=own[f"{module_path}.lora_B.weight"],
                 scale=_scale(component, module_path, down.shape[0], alpha=alpha, metadata=metadata),
+                bias=own.get(f"{module_path}.lora_B.bias"),
             )
+        unused += [f"{start}{key}" for key in own if key not in used]
+    if unused:
+        raise ModelLoadError(
+            f"LoRA {path.name!r}: {len(unused)} of its entries would not be used: {', '.join(sorted(unused)[:4])}"
+            f"{' …' if len(unused) > 4 else ''}; use a plain LoRA (no DoRA or LoKr) that was trained for this model"
+        )
     if not layers:
         raise ModelLoadError(f"LoRA {path.name!r} has no LoRA layers for this model; use one that was trained for it")
     return layers
+
+
+def _keys(path: Path) -> list[str]:
+    with safe_open(path, framework="pt") as file:
+        return list(file.keys())
 
 
 def _text_to_peft(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from calotype_shared.schema.model_card import ModelCard
 from calotype_worker.models.accelerations import EXACT, Accelerations
 from calotype_worker.models.flux import Flux
 from calotype_worker.models.latent import Adapters, LatentModel, Memory, Setup
-from calotype_worker.models.pipeline.loading import check_class, class_of, load_pipeline, split_source
+from calotype_worker.models.pipeline.controls import PART, attach, load_controls, names_of
+from calotype_worker.models.pipeline.loading import check_class, class_of, load_pipeline, names_part, split_source
 from calotype_worker.models.pipeline.model import PipelineModel
 from calotype_worker.models.pool import AnyModel
 from calotype_worker.models.sd import StableDiffusion
@@ -120,24 +121,29 @@ def load_model(
     named, location = split_source(resolve_source(name, source))
     if named is not None:
         check_class(name, named)
-    folder = Path(location)
+    adapters, memory = adapters or Adapters(), memory or Memory()
+    folder, controls = Path(location), adapters.controls
     if is_single_file(location):
         pipeline = load_single_file(name, folder, torch_dtype)
     elif folder.is_dir():
         _check_folder(name, folder)
-        pipeline = _pipeline(name, location, torch_dtype, named, as_pipeline=as_pipeline)
+        pipeline = _pipeline(name, location, torch_dtype, named, as_pipeline=as_pipeline, controls=controls)
     elif folder.is_absolute() or location.startswith("."):
         raise ModelLoadError(f"model {name!r}: folder {location!r} does not exist; check the path after '='")
     else:
-        pipeline = _pipeline(name, location, torch_dtype, named, as_pipeline=as_pipeline)
-    adapters, memory = adapters or Adapters(), memory or Memory()
+        pipeline = _pipeline(name, location, torch_dtype, named, as_pipeline=as_pipeline, controls=controls)
     notes, version = _notes(folder), _version(folder, location)
     class_name = type(pipeline).__name__
     if named is not None or as_pipeline or class_name not in FAMILIES:
-        if adapters != Adapters() or accelerations != EXACT:
+        if controls and not names_of(pipeline):
             raise ModelLoadError(
-                f"model {name!r}: {class_name} runs by its own pipeline, without adapters and accelerations; leave out "
-                "--lora, --embedding, --control, --deep-cache and the like, or register them for another model"
+                f"model {name!r}: --control is not possible with this source; give a folder and a pipeline class "
+                f"that has a ControlNet, as --model {name}=CLASS:FOLDER"
+            )
+        if accelerations != EXACT:
+            raise ModelLoadError(
+                f"model {name!r}: {class_name} runs by its own pipeline, without accelerations; leave out --deep-cache "
+                "and the like"
             )
         return PipelineModel(
             pipeline,
@@ -148,6 +154,7 @@ def load_model(
             notes=notes,
             merging=merging,
             memory=memory,
+            adapters=adapters,
         )
     family, adapter = FAMILIES[class_name]
     if source is None:
@@ -194,12 +201,25 @@ def _check_folder(name: str, folder: Path) -> None:
             raise ModelLoadError(f"model {name!r}: {part.name}/ should hold safetensors weights but holds {remedy}")
 
 
-def _pipeline(name: str, location: str, dtype: torch.dtype, named: str | None, *, as_pipeline: bool) -> Any:
+def _pipeline(
+    name: str,
+    location: str,
+    dtype: torch.dtype,
+    named: str | None,
+    *,
+    as_pipeline: bool,
+    controls: Mapping[str, str],
+) -> Any:
     """The diffusers pipeline on the CPU; the adapter moves its parts to the device."""
     folder = Path(location)
     class_name = named or (class_of(name, folder) if folder.is_dir() else None)
     if class_name not in FAMILIES or named is not None or as_pipeline:
-        return load_pipeline(name, location, class_name=named, dtype=dtype)
+        has_own = not folder.is_dir() or names_part(folder, PART)
+        nets = load_controls(name, class_name, controls, dtype=dtype, has_own=has_own) if class_name else {}
+        further = {PART: next(iter(nets.values()))} if nets else {}
+        pipeline = load_pipeline(name, location, class_name=named, dtype=dtype, further=further)
+        attach(pipeline, nets)
+        return pipeline
     return load_pipeline(name, location, class_name=class_name, dtype=dtype, left_out=("feature_extractor",))
 
 

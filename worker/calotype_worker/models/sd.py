@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from calotype_shared.errors import ModelLoadError
 from calotype_shared.schema.enums import Feature
 from calotype_worker.models.base import Conditioning, Text
 from calotype_worker.models.clip_text import ClipText
+from calotype_worker.models.embeddings import load_embeddings
 from calotype_worker.models.latent import Adapters, Setup
 from calotype_worker.models.unet import UNetModel
 
@@ -53,23 +53,6 @@ class StableDiffusion(UNetModel):
                     texts, lambda own: self._text.encode_all([(text.prompt, text.windows) for text in own])
                 )
             ]
-
-
-def load_embeddings(pipeline: Any, files: dict[str, Path] | Any) -> None:
-    """Add the tokens of textual inversions (Gal et al. 2022) to a pipeline's text encoder, by token and file.
-
-    Raises:
-        ModelLoadError: a file is not a safetensors textual inversion for this model.
-    """
-    for token, path in files.items():
-        try:
-            pipeline.load_textual_inversion(str(path), token=token, use_safetensors=True)
-        except Exception as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ModelLoadError(
-                f"textual inversion {token!r}: {Path(path).name!r} could not be loaded: {reason}; give a safetensors "
-                "file of {token: vectors} trained for this model"
-            ) from error
 
 
 def _refuse_other_inputs(config: Any, name: str) -> None:

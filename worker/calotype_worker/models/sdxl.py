@@ -12,6 +12,7 @@ from calotype_shared.errors import ModelLoadError
 from calotype_shared.schema.enums import Feature
 from calotype_worker.models.base import Conditioning, Text
 from calotype_worker.models.clip_text import ClipText
+from calotype_worker.models.embeddings import load_embeddings
 from calotype_worker.models.latent import Adapters, Setup
 from calotype_worker.models.unet import UNetModel
 from calotype_worker.request import GenerationRequest
@@ -39,7 +40,7 @@ class StableDiffusionXL(UNetModel):
             raise ModelLoadError(
                 f"model {setup.card.name!r}: its autoencoder normalizes latents per channel, which is not supported; "
             )
-        _load_embeddings(pipeline, setup.adapters)
+        load_embeddings(pipeline, setup.adapters.embeddings)
         encoders = {
             name: getattr(pipeline, name)
             for name in ("text_encoder", "text_encoder_2")
@@ -90,25 +91,3 @@ class StableDiffusionXL(UNetModel):
 
 def _encoded(encoder: ClipText, texts: Sequence[Text]) -> list[torch.Tensor]:
     return encoder.encode_all([(text.prompt, text.windows) for text in texts])
-
-
-def _load_embeddings(pipeline: Any, adapters: Adapters) -> None:
-    """SDXL's textual inversions hold vectors for both encoders, as `clip_l` and `clip_g`."""
-    from safetensors.torch import load_file  # noqa: PLC0415
-
-    for token, path in adapters.embeddings.items():
-        try:
-            vectors = load_file(path)
-            for key, tokenizer, encoder in (
-                ("clip_l", pipeline.tokenizer, pipeline.text_encoder),
-                ("clip_g", pipeline.tokenizer_2, pipeline.text_encoder_2),
-            ):
-                if encoder is not None:
-                    pipeline.load_textual_inversion(
-                        vectors[key], token=token, tokenizer=tokenizer, text_encoder=encoder
-                    )
-        except Exception as error:
-            raise ModelLoadError(
-                f"textual inversion {token!r}: {path.name!r} could not be loaded ({error}); give a safetensors file "
-                "with the vectors clip_l and clip_g, trained for this model"
-            ) from error

@@ -11,23 +11,26 @@ from PIL import Image
 
 from calotype_shared.errors import InvalidRequest
 from calotype_shared.schema.enums import Feature
+from calotype_worker.models.pipeline.controls import control_arguments
 from calotype_worker.models.pipeline.copies import parts
+from calotype_worker.models.pipeline.outputs import NAMES
 from calotype_worker.models.pipeline.signature import CallSignature
 from calotype_worker.request import GenerationRequest
 
 _FURTHER_IMAGES = ("example_image", "reference_image", "last_image", "image_2")
 _FRAME_RATES = ("frame_rate", "fps")
 _DURATIONS = ("audio_length_in_s", "audio_duration", "audio_end_in_s", "duration")
-_GUIDANCE = ("guidance_scale", "true_cfg_scale", "max_guidance_scale")
-_CONTROL_IMAGES = ("control_image", "hint", "condtioning_image")
+_GUIDANCE = ("guidance_scale", "true_cfg_scale", "max_guidance_scale", "prior_guidance_scale")
+_CONTROL_IMAGES = ("control_image", "hint", "condtioning_image", "conditioning_frames")
 
 
 class Arguments:
     """Created once per pipeline. Thread-safe."""
 
     def __init__(self, pipeline: Any) -> None:
+        self._pipeline = pipeline
         self.signature = signature = CallSignature.of(pipeline)
-        self.modular = signature.modular
+        self.outputs = [name for name in signature.outputs if name in NAMES]
         self.guidance = next((name for name in _GUIDANCE if name in signature), None)
         if "true_cfg_scale" in signature and not _embeds_guidance(pipeline):
             self.guidance = "true_cfg_scale"
@@ -36,6 +39,8 @@ class Arguments:
         self.duration = next((name for name in _DURATIONS if name in signature), None)
         self.control = next((name for name in _CONTROL_IMAGES if name in signature), None)
         controlled = any(name.startswith("controlnet") for name, _ in parts(pipeline))
+        if signature.modular and not controlled:
+            self.control = None  # the blocks for it have no network
         if self.control is None and controlled and "image" in signature and "strength" not in signature:
             self.control = "image"
         takes_image = "image" in signature and self.control != "image"
@@ -44,6 +49,7 @@ class Arguments:
         self.mask = "mask_image" in signature
         self.video = "video" in signature
         self.renders = "frame_size" in signature  # square views of an object
+        self.assumed: frozenset[str] = frozenset()  # required as first runs showed, though not by the signature
         unet = getattr(pipeline, "unet", None)
         self.max_frames: int | None = getattr(getattr(unet, "config", None), "motion_max_seq_length", None)
 
@@ -62,7 +68,7 @@ class Arguments:
     @property
     def needs_image(self) -> bool:
         """Whether the pipeline requires an image."""
-        return any(self._required(name) for name in ("image", "video", "mask_image")) or (self.starts and not self.mask)
+        return any(self._required(name) for name in ("image", "video", "mask_image"))
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -71,12 +77,20 @@ class Arguments:
             "init_image": self.starts and self.needs_image,
             "mask_image": self._required("mask_image"),
             "images": self.needs_image and not self.starts,
-            "control_image": self.control is not None,
+            "control_image": self.control is not None and (not self.signature.modular or self._required(self.control)),
         }
         return tuple(name for name, needed in found.items() if needed)
 
     def _required(self, name: str) -> bool:
-        return name in self.signature and self.signature.parameters[name].required
+        return name in self.signature and (name in self.assumed or self.signature.parameters[name].required)
+
+    def assumptions(self) -> list[frozenset[str]]:
+        """Sets of images that the pipeline may require, though its signature does not say so; to be tried in order."""
+        sets: list[frozenset[str]] = [frozenset()]
+        for name, taken in (("image", self.starts or self.edits), ("mask_image", self.mask), ("video", self.video)):
+            if taken and not self._required(name):
+                sets.append(sets[-1] | {name})
+        return sets
 
     @property
     def default_steps(self) -> int | None:
@@ -86,6 +100,8 @@ class Arguments:
     @property
     def default_guidance(self) -> float | None:
         found = None if self.guidance is None else self.signature.default(self.guidance)
+        if self.guider is not None:
+            found = getattr(getattr(self._pipeline, self.guider), "guidance_scale", None)
         return float(found) if isinstance(found, int | float) else None
 
     def of(self, request: GenerationRequest, *, model: str) -> dict[str, Any]:
@@ -124,6 +140,8 @@ class Arguments:
             given["generator"] = torch.Generator().manual_seed(request.seed)
         if "output_type" in self.signature:
             given["output_type"] = self.output_type(request)
+        if self.signature.modular:
+            given["output"] = self.outputs
         return given
 
     def frames(self, request: GenerationRequest) -> int | None:
@@ -136,7 +154,10 @@ class Arguments:
     def output_type(self, request: GenerationRequest) -> str:
         """The value of `output_type`."""
         formats = request.output_format
-        return "mesh" if formats is not None and formats.value == "ply" else "np"
+        if formats is not None and formats.value == "ply":
+            return "mesh"
+        # Modular inpainting lays the image over the original only in this form.
+        return "pil" if self.signature.modular and request.mask is not None else "np"
 
     def doubled(self, arguments: Mapping[str, Any], prompts: Sequence[str]) -> list[dict[str, Any]]:
         """Variants of `arguments` that request two results instead of one, the most informative first."""
@@ -174,8 +195,13 @@ class Arguments:
             found["video"] = images
         if request.mask is not None:
             found["mask_image"] = Image.fromarray(request.mask.astype(np.uint8) * 255)
-        if request.control_image is not None and self.control is not None:
-            found[self.control] = _pil(request.control_image)
+        if self.control is not None:
+            found |= control_arguments(request, self.signature, image=self.control)
+            if request.control_image is not None:
+                found[self.control] = _pil(request.control_image)
+            if self.control == "conditioning_frames" and self.control in found:  # the same image for all frames
+                frames = self.frames(request) or self.signature.default("num_frames") or 1
+                found[self.control] = [found[self.control]] * frames
         return found
 
     def _refuse(self, request: GenerationRequest, model: str) -> None:
@@ -206,8 +232,6 @@ class Arguments:
                 bool(request.negative_prompt),
                 "negative_prompt" in self.signature,
             ),
-            "loras": (bool(request.loras), False),
-            "controls": (bool(request.controls), False),
             "refiner": (request.refiner is not None, False),
         }
         for field, (given, taken) in takes.items():

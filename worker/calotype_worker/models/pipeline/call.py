@@ -32,8 +32,9 @@ class Padding:
 class Described:
     """One call, and the keys that decide which others it may be merged with.
 
-    `key` is equal for calls that can be merged with padding, `even` for those that also have equal lengths, `exact` for
-    those whose scalars are equal as well. `pattern` stays the same from step to step.
+    `key` is equal for calls that can be merged with padding, `even` for those that also have equal lengths, `alike` for
+    those that also have equal LoRAs, `exact` for those whose scalars are equal as well. `pattern` stays the same from
+    step to step.
     """
 
     call: Call
@@ -52,12 +53,16 @@ class Described:
         return self.call.place
 
     @property
+    def alike(self) -> Hashable:
+        return self.even, self.call.caller.loras.key(self.call.component)
+
+    @property
     def exact(self) -> Hashable:
         if self._exact is None:
             scalars = tuple(
                 (path, self._interning.number(value)) for path, value, role in self.roles if role.kind is Kind.SCALAR
             )
-            self._exact = (self.even, scalars)
+            self._exact = (self.alike, scalars)
         return self._exact
 
 

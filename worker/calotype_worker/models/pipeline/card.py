@@ -8,7 +8,9 @@ from typing import Any
 
 from calotype_shared.schema.enums import Feature, OutputFormat, SamplerType
 from calotype_shared.schema.model_card import ModelCard, NetworkMerging
+from calotype_worker.models.latent import Adapters
 from calotype_worker.models.pipeline.arguments import Arguments
+from calotype_worker.models.pipeline.controls import names_of
 from calotype_worker.models.pipeline.copies import parts
 from calotype_worker.sampling.samplers import FLOW_SAMPLERS, SAMPLERS, Sampler, sampler_of
 
@@ -41,6 +43,9 @@ def native_sizes(pipeline: Any, arguments: Arguments, notes: Mapping[str, Any]) 
         return tuple((int(width), int(height)) for width, height in notes["native_sizes"])
     width, height = arguments.signature.default("width"), arguments.signature.default("height")
     if isinstance(width, int) and isinstance(height, int):
+        return ((width, height),)
+    width, height = (_number(pipeline, name) for name in ("default_width", "default_height"))
+    if width and height:
         return ((width, height),)
     frame = arguments.signature.default("frame_size")
     if isinstance(frame, int):
@@ -96,6 +101,7 @@ def card_of(
     kind: str,
     notes: Mapping[str, Any],
     version: str,
+    adapters: Adapters,
     networks: tuple[NetworkMerging, ...] = (),
     previews: bool = False,
 ) -> ModelCard:
@@ -116,6 +122,10 @@ def card_of(
                 "mesh": Feature.TEXT_TO_3D,
             }[kind].value
         )
+    if adapters.loras:
+        features.add(Feature.LORA.value)
+    if names_of(pipeline):
+        features.add(Feature.CONTROLNET.value)
     if kind == "video":
         features.add(Feature.TEXT_TO_VIDEO.value)
     if previews:
@@ -136,6 +146,9 @@ def card_of(
         samplers=names,
         features=frozenset(features),
         output_formats=tuple(found.value for found in _FORMATS[kind]),
+        loras=tuple(sorted(adapters.loras)),
+        controls=names_of(pipeline),
+        embeddings=tuple(sorted(adapters.embeddings)),
         description=str(notes.get("description", "")),
         parameters=tuple(arguments.signature.free()),
         needs=arguments.needs,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,13 +23,16 @@ class StandIns:
         place_weights: Callable[[str], None] = lambda _: None,
     ) -> None:
         """`place_weights` brings a component's weights to `device` before each of its calls."""
+        _quiet(getattr(pipeline, "_blocks", None))
         self.modules: dict[str, torch.nn.Module] = {}  # the real ones, by name
         self._by_module: dict[int, torch.nn.Module] = {}
+        self._upcast: list[torch.nn.Module] = []
         _find_modules(pipeline, "", self.modules)
         for name, module in self.modules.items():
             upcast = _overflows(module)
             if upcast:
                 module.to(torch.float32)
+                self._upcast.append(module)
             self._by_module[id(module)] = stand_in(
                 name, module, upcast=upcast, device=device, place_weights=place_weights
             )
@@ -37,6 +41,17 @@ class StandIns:
     def copy(self) -> Any:
         """The pipeline for one request."""
         return _Copy(self._by_module).of(self._pipeline)
+
+    @contextmanager
+    def as_loaded(self) -> Iterator[None]:
+        """Within the block, the networks have the precision in which the pipeline was loaded."""
+        for module in self._upcast:
+            module.to(torch.float16)
+        try:
+            yield
+        finally:
+            for module in self._upcast:
+                module.to(torch.float32)
 
 
 def is_pipeline(value: Any) -> bool:
@@ -123,6 +138,14 @@ class _Copy:
         if kind is dict:
             return {key: self._value(part) for key, part in value.items()}
         return value
+
+
+def _quiet(block: Any) -> None:
+    """Turn off the progress bars of modular blocks, which have no state otherwise; requests share them."""
+    if hasattr(block, "set_progress_bar_config"):
+        block.set_progress_bar_config(disable=True)
+    for inner in getattr(block, "sub_blocks", {}).values():
+        _quiet(inner)
 
 
 def _nothing() -> None:

@@ -16,6 +16,7 @@ from calotype_shared.schema.enums import SamplerType
 from calotype_shared.schema.model_card import NetworkMerging
 from calotype_worker.models.pipeline.arguments import Arguments
 from calotype_worker.models.pipeline.card import size_multiple
+from calotype_worker.models.pipeline.controls import share_roles
 from calotype_worker.models.pipeline.copies import StandIns
 from calotype_worker.models.pipeline.followed import Step, follow
 from calotype_worker.models.pipeline.network_calls import NetworkCalls
@@ -96,13 +97,15 @@ class FirstRuns:
         width, height = native[0]
         small = tuple(max(multiple, side // 4 // multiple * multiple) for side in (width, height))
         problem: Exception | None = None
-        for size in dict.fromkeys(((min(small[0], width), min(small[1], height)), (width, height))):
-            try:
-                start = functools.partial(self._watched_run, arguments=self._small_arguments(*size))
-                return record(self._stand_ins, start), *size
-            except Exception as error:
-                problem = error
-                log.debug("probe failed", extra={"model": name, "size": size}, exc_info=error)
+        for assumed in self._arguments.assumptions():
+            self._arguments.assumed = assumed
+            for size in dict.fromkeys(((min(small[0], width), min(small[1], height)), (width, height))):
+                try:
+                    start = functools.partial(self._watched_run, arguments=self._small_arguments(*size))
+                    return record(self._stand_ins, start), *size
+                except Exception as error:
+                    problem = error
+                    log.debug("probe failed", extra={"model": name, "size": size}, exc_info=error)
         raise ModelLoadError(
             f"model {name!r}: a first run of {type(self._pipeline).__name__} failed: "
             f"{type(problem).__name__}: {problem}; check that the folder is complete and its parts fit together"
@@ -138,6 +141,7 @@ class FirstRuns:
                 continue
             roles = learn_roles(self.single, double)
             if roles.known:
+                share_roles(roles, self._stand_ins.modules)
                 return roles
         return Roles()
 
@@ -163,8 +167,7 @@ def probe_request(arguments: Arguments, width: int, height: int, *, prompt: str,
     signature = arguments.signature
     image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     frames = signature.default("num_frames")
-    starts = arguments.starts and (arguments.needs_image or "mask_image" in signature)
-    needs = arguments.needs_image
+    needs = arguments.needs
     default = arguments.default_guidance
     return GenerationRequest(
         request_id="probe",
@@ -175,10 +178,10 @@ def probe_request(arguments: Arguments, width: int, height: int, *, prompt: str,
         guidance_scale=default if default is not None and default > 1.0 else 4.0,
         seed=seed,
         sampler=SamplerType.MODEL,
-        init_image=image if starts else None,
-        mask=np.tile(np.arange(width) < width // 2, (height, 1)) if starts and arguments.mask else None,
+        init_image=image if "init_image" in needs else None,
+        mask=np.tile(np.arange(width) < width // 2, (height, 1)) if "mask_image" in needs else None,
         strength=1.0,
-        images=((image,) * (_PROBE_FRAMES if arguments.video else 1)) if needs and not starts else (),
+        images=((image,) * (_PROBE_FRAMES if arguments.video else 1)) if "images" in needs else (),
         control_image=image if arguments.control is not None else None,
         num_frames=min(_PROBE_FRAMES, frames) if isinstance(frames, int) else 9 if "num_frames" in signature else None,
     )

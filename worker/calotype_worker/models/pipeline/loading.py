@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from calotype_shared.errors import ModelLoadError
 
 _INDEX, _MODULAR_INDEX = "model_index.json", "modular_model_index.json"
+_MISSING_PACKAGE = re.compile(r"requires the (\w+) library|No module named '(\w+)'")
 _CLASS_AND_SOURCE = re.compile(r"^([A-Z][A-Za-z0-9]*Pipeline):(.+)$")
 
 
@@ -54,10 +55,22 @@ def check_class(name: str, class_name: Any) -> None:
         )
 
 
+def names_part(folder: Path, part: str) -> bool:
+    """Whether a folder's index has this part."""
+    index = folder / _INDEX
+    return index.is_file() and json.loads(index.read_text()).get(part, [None])[0] is not None
+
+
 def load_pipeline(
-    name: str, location: str, *, class_name: str | None, dtype: torch.dtype, left_out: Sequence[str] = ()
+    name: str,
+    location: str,
+    *,
+    class_name: str | None,
+    dtype: torch.dtype,
+    left_out: Sequence[str] = (),
+    further: Mapping[str, Any] | None = None,
 ) -> Any:
-    """The pipeline on the CPU, without safety checker and the parts that are `left_out`.
+    """The pipeline on the CPU, without safety checker and the parts that are `left_out`, with `further` parts.
 
     Raises:
         ModelLoadError: its parts could not be loaded.
@@ -65,23 +78,55 @@ def load_pipeline(
     import diffusers  # noqa: PLC0415 - takes seconds
 
     folder = Path(location)
+    kind = getattr(diffusers, class_name) if class_name else diffusers.DiffusionPipeline
     try:
-        if (folder / _MODULAR_INDEX).is_file() and not (folder / _INDEX).is_file():
-            made = diffusers.ModularPipeline.from_pretrained(location)
-            made.load_components(torch_dtype=dtype, use_safetensors=True)
-            missing = [part for part in made.null_component_names if part in made.pretrained_component_names]
-            if missing:
-                raise ValueError(f"{', '.join(missing)} could not be loaded")
-            return made
-        kind = getattr(diffusers, class_name) if class_name else diffusers.DiffusionPipeline
-        return kind.from_pretrained(location, torch_dtype=dtype, use_safetensors=True, **_left_out(folder, left_out))
+        if issubclass(kind, diffusers.ModularPipeline):
+            return _with_components(kind(pretrained_model_name_or_path=location), dtype)
+        if class_name is None and _is_modular(location):
+            return _with_components(diffusers.ModularPipeline.from_pretrained(location, trust_remote_code=False), dtype)
+        parts = {**_left_out(folder, left_out), **(further or {})}
+        return kind.from_pretrained(location, torch_dtype=dtype, use_safetensors=True, **parts)
     except Exception as error:
         # from_pretrained raises almost anything for a broken folder: OSError, KeyError, safetensors' own errors.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelLoadError(
-            f"model {name!r}: {location!r} could not be loaded: {reason}; "
-            "check that the folder or hub id is a complete diffusers pipeline with safetensors weights"
-        ) from error
+        raise ModelLoadError(f"model {name!r}: {location!r} could not be loaded: {_cause(error)}") from error
+
+
+def _cause(error: Exception) -> str:
+    """What went wrong and what to do about it, in one line."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    package = _MISSING_PACKAGE.search(reason) if isinstance(error, ImportError) else None
+    if package is not None:
+        name = (package[1] or package[2]).lower()
+        return f"it needs the package {name}, which is not installed; install it where the worker runs"
+    return f"{reason}; check that the folder or hub id is a complete diffusers pipeline with safetensors weights"
+
+
+def _is_modular(location: str) -> bool:
+    """Whether a folder or hub id has an index of modular blocks and none of a pipeline class."""
+    import diffusers  # noqa: PLC0415 - takes seconds
+
+    if Path(location).is_dir():
+        return (Path(location) / _MODULAR_INDEX).is_file() and not (Path(location) / _INDEX).is_file()
+    try:
+        diffusers.DiffusionPipeline.load_config(location)
+    except OSError:
+        return True
+    return False
+
+
+def _with_components(pipeline: Any, dtype: torch.dtype) -> Any:
+    """The modular pipeline with its parts loaded. Those for which its index has no source stay absent.
+
+    Raises:
+        Exception: a part could not be loaded.
+    """
+    options = {"torch_dtype": dtype, "use_safetensors": True}
+    pipeline.load_components(**options)
+    for part in set(pipeline.null_component_names) & set(pipeline.pretrained_component_names):
+        spec = pipeline.get_component_spec(part)
+        if spec.pretrained_model_name_or_path:
+            spec.load(**options)  # raises the error, which `load_components` only logs
+    return pipeline
 
 
 def _left_out(folder: Path, names: Sequence[str]) -> dict[str, Any]:

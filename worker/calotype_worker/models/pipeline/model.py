@@ -5,18 +5,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from greenlet import getcurrent
 
-from calotype_shared.errors import GenerationFailed, InvalidRequest
+from calotype_shared.errors import GenerationFailed, InvalidRequest, ModelLoadError
 from calotype_shared.schema.enums import SamplerType
 from calotype_shared.schema.model_card import ModelCard
-from calotype_worker.models.latent import Memory
+from calotype_worker.models.latent import Adapters, Memory
+from calotype_worker.models.pipeline.adapters import NO_LORAS, load_loras, load_words, loras_of
 from calotype_worker.models.pipeline.arguments import Arguments
 from calotype_worker.models.pipeline.card import card_of, native_sizes, samplers_of
+from calotype_worker.models.pipeline.controls import choose
 from calotype_worker.models.pipeline.copies import StandIns, parts
 from calotype_worker.models.pipeline.first_runs import DETERMINISTIC, FirstRuns, alone
 from calotype_worker.models.pipeline.followed import Step
@@ -25,6 +28,7 @@ from calotype_worker.models.pipeline.outputs import Output, read
 from calotype_worker.models.pipeline.placement import Placement, save_memory, size_of
 from calotype_worker.models.pipeline.preview import Previews
 from calotype_worker.models.pipeline.roles import Place
+from calotype_worker.models.pipeline.stand_in import CallingGreenlet
 from calotype_worker.request import GenerationRequest
 from calotype_worker.sampling.samplers import make_scheduler
 
@@ -49,15 +53,18 @@ class PipelineModel:
         notes: Mapping[str, Any] | None = None,
         merging: bool = True,
         memory: Memory | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
         """Probe the pipeline, which is on the CPU, and move it to `device`.
 
         Raises:
-            ModelLoadError: it fails when run, or its networks do not support an option of `memory`.
+            ModelLoadError: it fails when run, or does not take the adapters or an option of `memory`.
         """
         self.device = device
         self.dtype = dtype
         self._pipeline = pipeline
+        adapters = adapters or Adapters()
+        load_words(name, pipeline, adapters)
         self.arguments = Arguments(pipeline)
         self._stand_ins = StandIns(pipeline, device=device, place_weights=self._place_weights)
         for module in self.modules.values():
@@ -69,6 +76,12 @@ class PipelineModel:
         pinned = getattr(pipeline, "_exclude_from_cpu_offload", ())
         self._placement = Placement(self.modules, device, memory, pinned=pinned)
         self._placement.settle()
+        if adapters.loras and memory.offload == "sequential":
+            raise ModelLoadError(
+                f"model {name!r}: LoRAs of a pipeline do not go with --offload sequential; use --offload model, or "
+                "leave out --lora"
+            )
+        self.loras = load_loras(name, pipeline, self.modules, adapters)
         self._samplers = samplers_of(pipeline)
         self._watched = ModuleState.of(self.modules)
         self._plain_parameters: set[frozenset[str]] = {frozenset()}  # sets of names that change no network
@@ -87,6 +100,7 @@ class PipelineModel:
             kind="mesh" if output is None else output.kind,
             notes=notes or {},
             version=version,
+            adapters=adapters,
             networks=runs.networks,
             previews=self._previews is not None,
         )
@@ -157,14 +171,14 @@ class PipelineModel:
 
     def start(self, request: GenerationRequest, follow: Callable[[Any], None]) -> Callable[[], Any]:
         """The function to run in a greenlet, which returns the input of `read`. `follow` gets its own scheduler."""
-        pipeline = self._stand_ins.copy()
+        pipeline = choose(self._stand_ins.copy(), request)
         if self._replaces_scheduler(request):
             pipeline.__dict__["scheduler"] = self._scheduler(request)
         scheduler = getattr(pipeline, "scheduler", None)
         if scheduler is not None:
             follow(scheduler)
         arguments = self.arguments.of(request, model=self.card.name)
-        return functools.partial(self._call, pipeline, arguments, guidance=request.guidance_scale)
+        return functools.partial(self._call, pipeline, arguments, guidance=request.guidance_scale, loras=request.loras)
 
     def read(self, result: Any) -> Output:
         """Read the outputs of a run.
@@ -181,14 +195,22 @@ class PipelineModel:
     def plain(self, request: GenerationRequest) -> Any:
         """The result of diffusers itself for one request. Must not run beside others."""
         torch.manual_seed(request.seed)
-        with torch.no_grad():
+        with torch.no_grad(), self._stand_ins.as_loaded():
             arguments = self.arguments.of(request, model=self.card.name)
-            return self._call(self._pipeline, arguments, guidance=request.guidance_scale)
+            pipeline = choose(self._pipeline, request)
+            return self._call(pipeline, arguments, guidance=request.guidance_scale, loras=request.loras)
 
-    def _call(self, pipeline: Any, arguments: Mapping[str, Any], *, guidance: float) -> Any:
+    def _call(
+        self, pipeline: Any, arguments: Mapping[str, Any], *, guidance: float, loras: Sequence[tuple[str, float]] = ()
+    ) -> Any:
         if self.arguments.guider is not None:
             getattr(pipeline, self.arguments.guider).guidance_scale = guidance
-        return pipeline(**arguments)
+        chosen, current = loras_of(self.loras, loras) if loras else NO_LORAS, getcurrent()
+        if isinstance(current, CallingGreenlet):
+            current.loras = chosen
+            return pipeline(**arguments)
+        with chosen.active():
+            return pipeline(**arguments)
 
     def order(self, place: Place) -> float:
         """Sort key: calls with a lower value run first.

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from calotype_worker.models.pipeline.adapters import active_together, mixed_layers
 from calotype_worker.models.pipeline.call import Described, Describer
 from calotype_worker.models.pipeline.merge import CannotCut, Cuts, cut, learn, merge, padded_paths
 from calotype_worker.models.pipeline.roles import Kind, Roles
@@ -19,7 +20,7 @@ from calotype_worker.models.pipeline.trust import Trust, difference, drew
 _VERIFIED = 3  # number of calls in a pattern's first merge, which also run separately
 
 # Which keys of calls must be equal, from least to most; and whether scalars are repeated for each row.
-_LEVELS = (("key", True), ("even", True), ("exact", False))
+_LEVELS = (("key", True), ("even", True), ("alike", True), ("exact", False))
 
 
 class NetworkCalls:
@@ -83,8 +84,10 @@ class NetworkCalls:
     def _merged(self, calls: Sequence[Described], *, expand: bool) -> Any:
         args, kwargs = merge(calls, expand=expand)
         call = calls[0].call
-        with _autocast_of(call.caller.state):
-            return call.function()(*args, **kwargs)
+        run = call.function()
+        loras = active_together([(own.call.caller.loras, own.rows) for own in calls], call.component, call.module)
+        with _autocast_of(call.caller.state), loras:
+            return run(*args, **kwargs)
 
     def _verify(self, calls: Sequence[Described], pattern: Hashable, *, expand: bool) -> list[Any]:
         """Run the calls separately, and check whether merging gives the same results."""
@@ -128,9 +131,10 @@ def alone(call: Call) -> Any:
 
 
 def run_as(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The call's network with these arguments, in the state of the run that made the call."""
-    with call.caller.calling():
-        return call.function()(*args, **kwargs)
+    """The call's network with these arguments, in the state and with the LoRAs of the run that made the call."""
+    run = call.function()
+    with call.caller.calling(), call.caller.loras.active():
+        return run(*args, **kwargs)
 
 
 def _unlike(calls: Sequence[Described]) -> list[Described]:
@@ -153,7 +157,8 @@ def _is_of_device(error: Exception) -> bool:
 
 def _pattern(calls: Sequence[Described], *, expand: bool) -> Hashable:
     uneven = len({call.even for call in calls}) > 1
-    return calls[0].pattern, expand, uneven, padded_paths(calls)
+    mixed = mixed_layers([(call.call.caller.loras, call.call.component) for call in calls])
+    return calls[0].pattern, expand, uneven, padded_paths(calls), mixed
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from calotype_worker.request import Audio, Mesh
 
 _FIELDS = ("images", "image", "frames", "videos", "video", "audios")
 _SOUND = ("audio", "audios", "sound")
+NAMES = frozenset({*_FIELDS, *_SOUND})  # of results
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -74,8 +75,6 @@ def _named(result: Any) -> dict[str, Any]:
         return {str(key): value for key, value in result.items()}
     if isinstance(result, tuple | list):
         return {"images": result[0]} if len(result) else {}
-    if hasattr(result, "values") and isinstance(result.values, dict):  # the state of a pipeline of blocks
-        return dict(result.values)
     return dict(vars(result)) if hasattr(result, "__dict__") else {"images": result}
 
 

@@ -40,6 +40,7 @@ class Role:
 
 _ROWS = Role(Kind.ROWS)
 _LIST = Role(Kind.LIST)
+_SHARED = Role(Kind.SHARED)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -78,8 +79,10 @@ def size_of(value: Any, role: Role) -> int:
 def _compare(one: Any, two: Any, path: Path, found: dict[Path, Role]) -> None:
     if isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor):
         doubled = [d for d in range(one.ndim) if one.ndim == two.ndim and two.shape[d] == 2 * one.shape[d] > 0]
-        if doubled:
-            found.setdefault(path, Role(Kind.ROWS, doubled[0]))
+        if doubled and found.get(path, _SHARED) == _SHARED:
+            found[path] = Role(Kind.ROWS, doubled[0])
+        if one.ndim and one.shape != (1,):
+            found.setdefault(path, _SHARED)
         return
     if type(one) is not type(two):
         return
@@ -97,7 +100,7 @@ def _count(found: Sequence[tuple[Path, Any]], known: Mapping[Path, Role]) -> int
     """Number of rows of a call: of the first argument known to count them, else the first with a batch dimension."""
     for path, value in found:
         role = known.get(path)
-        if role is not None and _fits(value, role):
+        if role is not None and role != _SHARED and _fits(value, role):
             return size_of(value, role)
     for _, value in found:
         if isinstance(value, torch.Tensor) and value.ndim >= 2:
@@ -117,9 +120,10 @@ def _role(value: Any, known: Role | None, rows: int, *, probed: bool) -> Role:
     if isinstance(value, torch.Tensor):
         if value.ndim == 0 or (value.shape == (1,) and rows >= 1):
             return Role(Kind.SCALAR)
-        # The runs have shown that it is shared, or there were no runs.
-        guessed = not probed and value.shape[0] and value.shape[0] % rows == 0
-        return _ROWS if guessed else Role(Kind.SHARED)
+        # It was in none of the runs: blocks run other calls for other inputs, for example.
+        length = value.shape[0]
+        guessed = length == rows if probed else bool(length) and length % rows == 0
+        return _ROWS if guessed else _SHARED
     if isinstance(value, torch.Generator):
         return Role(Kind.GENERATOR)
     return Role(Kind.VALUE if _plain(value) else Kind.OBJECT)

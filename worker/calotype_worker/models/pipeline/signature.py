@@ -18,7 +18,7 @@ _OURS = frozenset(
     }
 )  # fmt: skip
 _REFUSED_ENDS = ("_embeds", "_embeds_mask", "_latents", "_kwargs", "_path", "_image", "_images", "_video", "_mask")
-_REFUSED_TYPES = ("Callable", "Tensor", "Generator", "Image", "Path", "ndarray")
+_REFUSED_TYPES = ("Callable", "Tensor", "Generator", "Image", "Path", "ndarray", "dtype")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,22 +34,16 @@ class CallSignature:
     """The parameters of a pipeline by name."""
 
     parameters: Mapping[str, Parameter]
-    modular: bool
+    outputs: tuple[str, ...] = ()  # the results that modular blocks state; of a class, its `__call__` returns all
+
+    @property
+    def modular(self) -> bool:
+        return bool(self.outputs)
 
     @classmethod
     def of(cls, pipeline: Any) -> Self:
         if hasattr(pipeline, "blocks"):
-            found = {
-                given.name: Parameter(
-                    name=given.name,
-                    default=given.default,
-                    required=bool(given.required),
-                    annotation=str(given.type_hint),
-                )
-                for given in pipeline.blocks.inputs
-                if given.name
-            }
-            return cls(parameters=found, modular=True)
+            return cls._of_blocks(pipeline.blocks)
         empty = inspect.Parameter.empty
         kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
         return cls(
@@ -62,9 +56,23 @@ class CallSignature:
                 )
                 for name, given in inspect.signature(type(pipeline).__call__).parameters.items()
                 if name != "self" and given.kind not in kinds
-            },
-            modular=False,
+            }
         )
+
+    @classmethod
+    def _of_blocks(cls, blocks: Any) -> Self:
+        required = set(blocks.required_inputs)
+        found = {}
+        for given in blocks.inputs:
+            if given.name:
+                defaults = [given.default, *(getattr(given, "defaults_by_block", None) or {}).values()]
+                found[given.name] = Parameter(
+                    name=given.name,
+                    default=next((default for default in defaults if default is not None), None),
+                    required=bool(given.required) and given.name in required,
+                    annotation=str(given.type_hint),
+                )
+        return cls(parameters=found, outputs=tuple(given.name for given in blocks.outputs))
 
     def __contains__(self, name: str) -> bool:
         return name in self.parameters

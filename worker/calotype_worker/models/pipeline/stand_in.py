@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from greenlet import getcurrent, greenlet
 
+from calotype_worker.models.pipeline.adapters import NO_LORAS
 from calotype_worker.models.pipeline.module_state import Change, ModuleState, put_in, restore
 from calotype_worker.models.pipeline.thread_state import ThreadState
 from calotype_worker.models.pipeline.tree import leaves, rebuilt
@@ -56,6 +57,7 @@ class CallingGreenlet(greenlet):
         super().__init__(run, parent)
         self.state = ThreadState.fresh(seed)
         self.changes: Sequence[Change] = ()  # of the networks, by this run
+        self.loras = NO_LORAS
         self._watched = watched
 
     def park(self, call: Call) -> Any:

@@ -1,0 +1,1 @@
+"""Tiny pipelines of many classes: real networks with random weights."""
