@@ -73,3 +73,15 @@ def _vae_key(key: str, blocks: int) -> str:
     key = re.sub(r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample", key)
     key = re.sub(r"up_blocks\.(\d)\.resnets\.(\d)", lambda m: f"up.{blocks - 1 - int(m[1])}.block.{m[2]}", key)
     return re.sub(r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"up.{blocks - 1 - int(m[1])}.upsample", key)
+
+
+def ldm_controlnet_key(key: str) -> str:
+    """A key of a tiny ControlNet as the original code names it, below `control_model.`."""
+    if found := re.match(r"controlnet_cond_embedding\.(conv_in|conv_out|blocks\.(\d))\.(.+)", key):
+        place = {"conv_in": 0, "conv_out": 14}.get(found[1], 2 * (int(found[2] or 0) + 1))
+        return f"input_hint_block.{place}.{found[3]}"
+    if found := re.match(r"controlnet_down_blocks\.(\d+)\.(.+)", key):
+        return f"zero_convs.{found[1]}.0.{found[2]}"
+    if key.startswith("controlnet_mid_block."):
+        return key.replace("controlnet_mid_block", "middle_block_out.0")
+    return _unet_key(key, 1)

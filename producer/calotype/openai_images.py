@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from calotype.resolver import with_preset
 from calotype_shared.errors import InvalidRequest
 from calotype_shared.schema.config import GenerationConfig
-from calotype_shared.storage.images import FORMATS, MAX_PIXELS
+from calotype_shared.storage.images import decoding
 
 MAX_N = 10
 # OpenAI's values of `quality`, as Calotype's presets.
@@ -80,25 +80,19 @@ def inverted_mask(data: bytes) -> bytes:
     Raises:
         InvalidRequest: it is not an image, or nothing in it is transparent.
     """
-    import io  # noqa: PLC0415 - these three only where a mask comes
+    import io  # noqa: PLC0415 - only where a mask comes
 
-    import PIL.Image  # noqa: PLC0415
     import PIL.ImageOps  # noqa: PLC0415
 
-    try:
-        with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise _wrong("mask", f"{image.width}x{image.height}", f"use at most {MAX_PIXELS} pixels")
-            alpha = image.convert("RGBA").getchannel("A")
-    except InvalidRequest:
-        raise
-    except Exception as error:  # Pillow's plugins raise almost anything for a broken file
-        raise _wrong("mask", f"{len(data)} bytes", "send a PNG with transparent parts") from error
-    if not alpha.histogram()[:128].count(0) < 128:
+    with decoding(data, "mask") as image:
+        size = image.size
+        has_alpha = "A" in image.getbands() or "transparency" in image.info
+        alpha = (image if "A" in image.getbands() else image.convert("RGBA")).getchannel("A") if has_alpha else None
+    if alpha is None or alpha.getextrema()[0] >= 128:  # type: ignore[operator]  # of a single band
         raise InvalidRequest(
             "has no transparent pixels",
             field="mask",
-            value=f"{alpha.width}x{alpha.height}",
+            value=f"{size[0]}x{size[1]}",
             remedy="make the area to repaint transparent",
         )
     painted = io.BytesIO()

@@ -92,6 +92,10 @@ class Settings(StrictSettings):
     """Storage access key. None: boto3's credential chain (environment, instance role, …)."""
     s3_secret_access_key: SecretStr | None = None
     """Secret of the access key."""
+    s3_timeout_seconds: Annotated[float, Field(gt=0)] = 30.0
+    """Maximum time without a byte from storage. A gateway waits for at most 10 seconds."""
+    s3_attempts: Annotated[int, Field(ge=1, le=20)] = 5
+    """Attempts of a storage request that meets a transient error. A gateway makes at most 2."""
     tenant: Annotated[str, Field(pattern=TENANT_PATTERN)] = "default"
     """Tenant that this process submits for. Tenants share the workers fairly."""
     coalesce: bool = True

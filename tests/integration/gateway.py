@@ -17,6 +17,7 @@ from pydantic import SecretStr
 from calotype import Client, Settings
 from calotype.embedded import EmbeddedServers
 from calotype.gateway.app import create_app
+from calotype.gateway.server import server_config
 from calotype.gateway.settings import GatewaySettings
 from calotype_shared.storage.s3 import Storage
 from tests.faults.harness import Forge
@@ -38,7 +39,7 @@ class Gateway:
         self.settings = settings
         config = GatewaySettings(**{"port": 0, **options})
         self.app = create_app(settings, config)
-        self._server = uvicorn.Server(uvicorn.Config(self.app, host="127.0.0.1", port=0, log_level="error"))
+        self._server = uvicorn.Server(server_config(self.app, host="127.0.0.1", port=0, log_level="error"))
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()
         until(lambda: self._server.started)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from redis import Redis
 
 from calotype.embedded import ChildProcess, EmbeddedServers
 from calotype_shared.errors import ServiceUnavailable
+from calotype_shared.settings import Settings
+from calotype_shared.storage.s3 import Storage
 
 _HOLD = """
 import sys, time
@@ -65,6 +69,26 @@ def test_servers_keep_their_data_over_a_restart_and_leave_no_process(tmp_path: P
     assert all(_gone(pid) for pid in second)
     on_disk = sum(file.stat().st_blocks * 512 for file in tmp_path.rglob("*") if file.is_file())
     assert on_disk < 10_000_000
+
+
+def test_no_port_of_the_storage_serves_a_web_page_without_keys(
+    servers: EmbeddedServers, settings: Settings, storage: Storage
+) -> None:
+    """Not the filer's, which let any origin read and write, nor the master's, which could delete the bucket."""
+    bucket, answers = settings.s3_bucket, []
+    storage.put("secret", b"pixels", "image/png")
+    for port in servers.seaweed._ports:
+        for path in (
+            f"/buckets/{bucket}/secret",
+            "/buckets/?limit=1",
+            "/dir/assign",
+            f"/col/delete?collection={bucket}",
+        ):
+            request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", headers={"origin": "http://a.example"})
+            with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=30) as answer:
+                answers.append((path, answer.status))
+    assert answers == []
+    assert storage.get("secret") == b"pixels"
 
 
 def test_servers_die_with_a_parent_that_is_killed(tmp_path: Path) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import http.client
+import threading
 import urllib.error
 import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -107,3 +111,59 @@ def test_passing_trouble_is_outlived(settings: Settings, storage: Storage, monke
     storage.put("a", b"late", "text/plain")
     assert storage.get("a") == b"late"
     assert not troubles
+
+
+class _WithoutBatches(BaseHTTPRequestHandler):
+    """The real storage, as a server that refuses DeleteObjects without Content-MD5, or always."""
+
+    target: str
+    refused: str  # the code for what it refuses
+    always: bool
+
+    def _forward(self) -> None:
+        body = self.rfile.read(int(self.headers.get("content-length", 0)))
+        if self.command == "POST" and "delete" in self.path and (self.always or not self.headers.get("content-md5")):
+            answer = f"<Error><Code>{self.refused}</Code><Message>no</Message></Error>".encode()
+            self._answer(400, [], answer)
+            return
+        connection = http.client.HTTPConnection(urlsplit(self.target).netloc)
+        connection.request(self.command, self.path, body, dict(self.headers.items()))
+        answered = connection.getresponse()
+        self._answer(answered.status, answered.getheaders(), answered.read())
+        connection.close()
+
+    def _answer(self, status: int, headers: list[tuple[str, str]], body: bytes) -> None:
+        self.send_response(status)
+        for name, value in headers:
+            if name.lower() not in ("transfer-encoding", "content-length", "connection", "date", "server"):
+                self.send_header(name, value)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_GET = do_PUT = do_POST = do_DELETE = _forward
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+@pytest.mark.parametrize("always", [False, True], ids=["content-md5", "one-by-one"])
+def test_many_objects_are_deleted_where_servers_want_it_otherwise(settings: Settings, *, always: bool) -> None:
+    """Google's, Ceph's and older MinIO: gc, sweeps and batches never tidied up."""
+    code = "NotImplemented" if always else "MissingContentMD5"
+    handler = type(
+        "Handler", (_WithoutBatches,), {"target": settings.s3_endpoint_url, "refused": code, "always": always}
+    )
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        storage = changed(settings, s3_endpoint_url=f"http://127.0.0.1:{server.server_port}")
+        for name in ("a", "b", "c"):
+            storage.put(name, b"x", "text/plain")
+        storage.delete_many(["a", "b", "gone"])
+        assert list(storage.list()) == ["c"]
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

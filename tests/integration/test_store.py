@@ -414,6 +414,9 @@ def test_models_and_workers_announce_themselves(store: JobStore) -> None:
     info = WorkerInfo(name="w1", model="demo", device="cpu", host="h", pid=1, version="0", started_at=0.0)
     store.announce_worker(info, ttl_seconds=0.05)
     assert store.workers() == [info]
+    store.announce_worker(info, ttl_seconds=0.05, cards=[card, card.model_copy(update={"name": "other"})])
+    assert set(store.models()) == {"demo", "other"}
+    assert store.served_together() == [frozenset({"demo", "other"})]
     until(lambda: store.workers() == [])
     store.announce_worker(info, ttl_seconds=60)
     store.retire_worker("w1")

@@ -385,3 +385,13 @@ def test_log_lines_say_what_they_are_about(capsys: pytest.CaptureFixture[str]) -
         assert "job_id" not in other[0]
     assert "job_id" not in line()
     assert "color_message" not in line(color_message="x")
+
+
+def test_log_lines_cannot_control_a_terminal() -> None:
+    """What comes from a request is escaped: one line, no colors, no other direction of writing."""
+    from calotype_shared.observability.logs import _Formatter
+
+    record = logging.makeLogRecord(
+        {"msg": "refused", "levelname": "INFO", "path": "/\x1b[31m\n2026 forged\u202e\ud800"}
+    )
+    assert _Formatter(as_json=False).format(record).endswith(r"refused path=/\x1b[31m\n2026 forged\u202e\ud800")

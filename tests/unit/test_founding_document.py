@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from calotype_worker import DiffusionModel, GenerationConfig, NoiseScheduler, TextEncoder, UNetModel
-from calotype_worker.models import controlnet, demo_folder, registry
+from calotype_worker.models import controlnet_load, demo_folder, registry
 from tests.models import sample_image
 
 pytestmark = pytest.mark.slow
@@ -130,7 +130,7 @@ def no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "model_id": folder,
         "lllyasviel/sd-controlnet-canny": tmp_path / "control",
     }
-    resolve, load = registry.resolve_source, controlnet.load_controlnets
+    resolve, load = registry.resolve_source, controlnet_load.load_controlnets
     monkeypatch.setattr(
         registry, "resolve_source", lambda name, source: resolve(name, str(known[source]) if source else None)
     )

@@ -38,7 +38,7 @@ def test_weights_are_read(prompt: str, fragments: list[tuple[str, float]]) -> No
     assert [weight for _, weight in found] == pytest.approx([weight for _, weight in fragments])
 
 
-@pytest.mark.parametrize("prompt", ["(a:11)", "(a:-1)"])
+@pytest.mark.parametrize("prompt", ["(a:11)", "(a:-1)", "((a:10):10)", "(" * 25 + "a" + ")" * 25])
 def test_weights_out_of_range_are_refused(prompt: str) -> None:
     """With the field, the prompt and what would do."""
     with pytest.raises(InvalidRequest, match=r"negative_prompt=.*out of range; use weights from 0 to 10"):

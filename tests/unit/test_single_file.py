@@ -16,6 +16,7 @@ from calotype_worker.engine import Engine
 from calotype_worker.models import AnyModel, load_model
 from tests.ldm_layout import write_ldm_checkpoint
 from tests.models import tiny_pipeline, write_tiny_lora
+from tests.unit import published
 from tests.unit.test_many_models import request
 
 
@@ -91,3 +92,67 @@ def test_parts_that_the_file_lacks_come_from_the_folder(checkpoint: Path) -> Non
         save_file({key: value for key, value in whole.items() if key != missing}, checkpoint)
         with pytest.raises(ModelLoadError, match="could not be loaded with the configs"):
             load_model("tiny", source=str(checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("marks", "metadata", "scheduler"),
+    [
+        ({"v_pred": [], "ztsnr": []}, {}, {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}),
+        ({"v_pred": []}, {}, {"prediction_type": "v_prediction"}),
+        ({}, {"modelspec.prediction_type": "v"}, {"prediction_type": "v_prediction"}),
+        (
+            {"edm_vpred.sigma_max": 100.0, "edm_vpred.sigma_min": 0.01},
+            {},
+            {
+                "sigma_max": 100.0,
+                "sigma_min": pytest.approx(0.01),
+                "sigma_data": 1.0,
+                "prediction_type": "v_prediction",
+            },
+        ),
+    ],
+    ids=str,
+)
+def test_a_file_says_what_its_network_predicts(
+    marks: dict[str, Any], metadata: dict[str, str], scheduler: dict[str, Any], checkpoint: Path
+) -> None:
+    """As NoobAI-XL and CosXL do: the noise levels of the base model would give a wrong image."""
+    whole = load_file(checkpoint)
+    before: Any = load_model("tiny", source=str(checkpoint))
+    save_file(whole | {key: torch.tensor(value) for key, value in marks.items()}, checkpoint, metadata=metadata)
+    model: Any = load_model("tiny", source=str(checkpoint))
+    found = model.scheduler_config
+    assert {key: found[key] for key in scheduler} == scheduler
+    assert not np.array_equal(published.draw(model), draw(before))
+
+
+def test_quantized_files_are_refused_by_their_headers(checkpoint: Path) -> None:
+    """Their scales would be ignored, and every job would fail as not finite."""
+    whole = load_file(checkpoint)
+    key = "model.diffusion_model.middle_block.0.in_layers.2.weight"
+    packed = {key: torch.zeros(8, 8, dtype=torch.uint8)}
+    scaled = {key: whole[key].to(torch.float8_e4m3fn), key.replace(".weight", ".scale_weight"): torch.tensor(0.1)}
+    for change, said in ((scaled, "scale_weight"), (packed, "in_layers.2.weight")):
+        save_file(whole | change, checkpoint)
+        with pytest.raises(ModelLoadError, match=rf"tiny.safetensors' holds quantized weights \(.*{said}\)"):
+            load_model("tiny", source=str(checkpoint))
+
+
+def test_other_suffixes_are_loaded_or_named(checkpoint: Path) -> None:
+    """`.sft` and capitals are safetensors, which diffusers would open as pickles; GGUF is named."""
+    expected = draw(load_model("tiny", source=str(checkpoint)))
+    for name in ("tiny.sft", "tiny.SAFETENSORS"):
+        other = checkpoint.rename(checkpoint.with_name(name))
+        assert np.abs(draw(load_model("tiny", source=str(other))) - expected).max() <= 1
+        other.rename(checkpoint)
+    checkpoint.with_suffix(".gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelLoadError, match=r"'tiny.gguf' is a GGUF checkpoint"):
+        load_model("tiny", source=str(checkpoint.with_suffix(".gguf")))
+
+
+def test_a_file_with_more_than_its_configs_use_is_refused(checkpoint: Path) -> None:
+    """diffusers drops such tensors in silence."""
+    whole = load_file(checkpoint)
+    save_file(whole | {"model.diffusion_model.guidance_in.weight": torch.zeros(4, 4)}, checkpoint)
+    with pytest.raises(ModelLoadError, match=r"holds \d+ values of a network, and with its configs only \d+ are used"):
+        load_model("tiny", source=str(checkpoint))

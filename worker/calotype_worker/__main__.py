@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from calotype_shared.errors import CalotypeError, ServiceUnavailable, SettingsError
+from calotype_shared.memory import return_large_blocks
 from calotype_shared.observability.logs import set_up_logging
 from calotype_shared.options import new_app, parsed, with_options
-from calotype_shared.queue.connection import connect_redis
-from calotype_shared.queue.job_store import JobStore
+from calotype_shared.queue.server_check import refuse_unsuitable
 from calotype_shared.settings import Settings
 from calotype_shared.storage.s3 import Storage
 from calotype_worker.settings import WorkerSettings
@@ -55,6 +55,7 @@ def main(arguments: list[str] | None = None, *, own_process: bool = False) -> in
     With `own_process`, the import of torchao is blocked in this process unless a setting needs it.
     """
     wait_briefly()
+    return_large_blocks()
     try:
         options = parsed(build_app(), arguments, name="calotype worker")
         if not isinstance(options, dict):
@@ -90,8 +91,7 @@ def check_services(settings: Settings, options: WorkerSettings) -> None:
     Raises:
         ServiceUnavailable: names the service, its address and the remedy.
     """
-    with connect_redis(settings) as redis:
-        JobStore(redis, key_prefix=settings.key_prefix).ping()
+    refuse_unsuitable(settings)
     Storage(settings).check(create=options.create_bucket)
 
 

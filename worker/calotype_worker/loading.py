@@ -43,6 +43,7 @@ def load_models(options: WorkerSettings) -> list[AnyModel]:
                 accelerations=accelerations,
                 as_pipeline=options.run_as == "pipeline",
                 merging=not options.deterministic,
+                variant=options.variant,
             )
         )
     return models

@@ -39,6 +39,9 @@ class WorkerSettings(StrictSettings):
     """Device of this process: cpu or cuda:N."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     """Data type of the weights. None: float32 on a CPU, bfloat16 on a GPU that supports it, otherwise float16."""
+    variant: Annotated[str, Field(pattern=r"^\w+$")] | None = None
+    """Variant of the weights to load, such as `fp16`, in parts that have it. None: those without a name, else the
+    variant that is there."""
     run_as: Literal["family", "pipeline"] = "family"
     """`pipeline`: run every model by its own diffusers pipeline, also the families that have a faster engine path."""
     max_rows: Annotated[int, Field(ge=2, le=1024)] = 32
@@ -112,7 +115,7 @@ class WorkerSettings(StrictSettings):
 
     @property
     def sources(self) -> dict[str, str | None]:
-        """Each model's diffusers folder, hub id or .safetensors file; None for the bundled model."""
+        """Each model's folder, hub id (OWNER/NAME[@REVISION]) or .safetensors file; None for the bundled model."""
         pairs = [entry.partition("=") for entry in self.model.split(",")]
         return {name: source or None for name, _, source in pairs}
 

@@ -189,9 +189,6 @@ class Worker:
     def run(self) -> int:
         """Consume until SIGTERM or SIGINT; returns the exit status."""
         self._engine.start()
-        for card in self._cards.values():
-            self._store.announce_model(card)
-        self._store.announce_together(self._cards)
         self._report()
         self._heartbeat.start()
         self._watchdog.start()
@@ -281,7 +278,7 @@ class Worker:
             idle_seconds=stats.idle_seconds,
             groups=self._engine.running(),
         )
-        self._store.announce_worker(info, ttl_seconds=_REPORT_TTL_SECONDS)
+        self._store.announce_worker(info, ttl_seconds=_REPORT_TTL_SECONDS, cards=self._cards.values())
 
 
 def _keep_our_logging(**_: Any) -> None:

@@ -10,6 +10,7 @@ from calotype.cli.serve import sigterm_interrupts
 from calotype.gateway.settings import GatewaySettings
 from calotype_shared.errors import ServiceUnavailable
 from calotype_shared.observability.logs import set_up_logging
+from calotype_shared.queue.server_check import refuse_unsuitable
 from calotype_shared.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -23,6 +24,7 @@ def dispatcher() -> None:
     """
     settings, options = Settings.load(), GatewaySettings.load()
     set_up_logging(log_format=options.log_format, level=options.log_level)
+    refuse_unsuitable(settings, needed=False)
     as_json = options.log_format == "json"
     metrics = None
     if options.metrics_port is not None:

@@ -13,6 +13,7 @@ from calotype.cli.output import say
 from calotype.cli.serve import sigterm_interrupts
 from calotype_shared.errors import ServiceUnavailable
 from calotype_shared.observability.logs import set_up_logging
+from calotype_shared.queue.server_check import refuse_unsuitable
 from calotype_shared.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ def gateway(
         import uvicorn  # noqa: PLC0415 - only this command needs it
 
         from calotype.gateway.app import create_app  # noqa: PLC0415
+        from calotype.gateway.server import server_config  # noqa: PLC0415
         from calotype.gateway.settings import GatewaySettings  # noqa: PLC0415
     except ImportError as error:
         raise ServiceUnavailable(
@@ -38,13 +40,13 @@ def gateway(
         ) from None
     options = GatewaySettings.load(host=host, port=port, auth=auth)
     set_up_logging(log_format=options.log_format, level=options.log_level)
-    config = uvicorn.Config(
-        create_app(Settings.load(), options),
+    settings = Settings.load()
+    refuse_unsuitable(settings, needed=False)
+    config = server_config(
+        create_app(settings, options),
         log_config=None,
         log_level=options.log_level,
-        access_log=False,
         timeout_graceful_shutdown=10,
-        server_header=False,
     )
     with listening(options.host, options.port) as listener, sigterm_interrupts():
         if options.log_format == "json":

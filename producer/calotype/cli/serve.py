@@ -148,12 +148,12 @@ def serving_http(servers: EmbeddedServers, listener: socket.socket) -> Iterator[
     import uvicorn  # noqa: PLC0415 - an extra
 
     from calotype.gateway.app import create_app  # noqa: PLC0415
+    from calotype.gateway.server import server_config  # noqa: PLC0415
     from calotype.gateway.settings import GatewaySettings  # noqa: PLC0415
 
     options = GatewaySettings.load(host="127.0.0.1", port=listener.getsockname()[1])
-    config = uvicorn.Config(
-        create_app(servers.settings(), options), log_level="warning", access_log=False, timeout_graceful_shutdown=5
-    )
+    app = create_app(servers.settings(), options)
+    config = server_config(app, log_level="warning", timeout_graceful_shutdown=5)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([listener],), name="calotype-gateway", daemon=True)
     thread.start()

@@ -152,6 +152,9 @@ def _arguments(ports: Sequence[int]) -> list[str]:
         "ip": LOOPBACK,
         "ip.bind": LOOPBACK,
         "filer": "true",
+        # Master and filer want no keys: any web page could read, write and delete every object through them.
+        "disableHttp": "true",
+        "filer.disableHttp": "true",
         "s3": "true",
         "s3.config": "s3.json",
         "s3.port.iceberg": 0,

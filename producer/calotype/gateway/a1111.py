@@ -17,7 +17,6 @@ import time
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-import PIL.Image
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
@@ -25,17 +24,19 @@ from starlette.concurrency import run_in_threadpool
 
 from calotype.gateway.auth import Caller, Reader, Writer
 from calotype.gateway.errors import documented
-from calotype.gateway.jobs import finished
+from calotype.gateway.front import GuardedRoute
+from calotype.gateway.jobs import finished, submit
 from calotype.gateway.state import Services, ServicesDep
+from calotype.gateway.uploads import store_image
 from calotype.jobs import require_success
 from calotype_shared.errors import InvalidRequest
 from calotype_shared.schema import a1111
 from calotype_shared.schema.config import MAX_IMAGES
-from calotype_shared.schema.enums import JobState, Lane, OutputFormat
+from calotype_shared.schema.enums import JobState, OutputFormat
 from calotype_shared.schema.jobs import JobRecord
-from calotype_shared.storage.images import FORMATS
+from calotype_shared.storage.images import as_rgb, decoding
 
-router = APIRouter(prefix="/sdapi/v1", tags=["automatic1111"])
+router = APIRouter(prefix="/sdapi/v1", tags=["automatic1111"], route_class=GuardedRoute)
 
 _VIA = {"via": "sdapi"}  # in a job's metadata
 _PREVIEWS = 8  # previews per job, for `progress`
@@ -158,6 +159,10 @@ async def _controls(scripts: Mapping[str, Any], services: Services) -> list[dict
     controls = []
     for name, script in scripts.items():
         arguments = script.get("args", []) if isinstance(script, Mapping) else script
+        if not isinstance(arguments, (list, type(None))):
+            raise InvalidRequest(
+                "is not a list of arguments", field="alwayson_scripts", value=arguments, remedy="give args as a list"
+            )
         active = [argument for argument in arguments or [] if argument]
         if name.lower() != "controlnet" and active:
             raise InvalidRequest("is not available here", field="alwayson_scripts", value=name, remedy="leave it out")
@@ -191,10 +196,11 @@ async def _controls(scripts: Mapping[str, Any], services: Services) -> list[dict
 
 
 async def _upload(services: Services, encoded: str, field: str, *, invert: bool = False) -> str:
-    data = decoded(encoded, field)
+    data = await services.in_images(decoded, encoded, field)
     if invert:
-        data = await run_in_threadpool(_inverted, data, field)
-    return await run_in_threadpool(services.client.upload, data, field=field)
+        data = await services.in_images(_inverted, data, field)
+    upload_id, _ = await store_image(services, data, field=field)
+    return upload_id
 
 
 def decoded(encoded: str, field: str) -> bytes:
@@ -208,32 +214,26 @@ def decoded(encoded: str, field: str) -> bytes:
 
 
 def _inverted(data: bytes, field: str) -> bytes:
-    from calotype_shared.storage.images import normalize_image  # noqa: PLC0415
-
-    _, plain = normalize_image(data, field=field)
     buffer = io.BytesIO()
-    with PIL.Image.open(io.BytesIO(plain), formats=FORMATS) as image:
-        image.convert("L").point([255 - value for value in range(256)]).save(buffer, "PNG")
+    with decoding(data, field) as image:
+        as_rgb(image).convert("L").point([255 - value for value in range(256)]).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 async def _answer(
     wanted: Txt2Img, fields: dict[str, Any], request: Request, caller: Caller, services: Services
 ) -> Response:
-    async with caller.taking(images=fields["num_images"]):
-        job = await run_in_threadpool(
-            services.client.submit, fields, lane=Lane.INTERACTIVE, metadata=_VIA, tenant=caller.tenant
-        )
+    job = await submit(services, caller, fields, images=fields["num_images"], metadata=_VIA)
     seconds = services.gateway.max_wait_seconds
-    record = await finished(services, job.id, caller.tenant, seconds=seconds, check=False, abandon=request)
+    record = await finished(services, job.id, caller.tenant, request, seconds=seconds, check=False, cancel=True)
     if record.state is not JobState.CANCELLED:  # an interrupted request returns the images that exist
         require_success(record)
     images = []
     if wanted.send_images:
         files = [
-            await run_in_threadpool(services.storage.get, image.key, sha256=image.sha256) for image in record.images
+            await services.in_storage(services.storage.get, image.key, sha256=image.sha256) for image in record.images
         ]
-        images = [base64.b64encode(data).decode() for data in files]
+        images = await run_in_threadpool(lambda: [base64.b64encode(data).decode() for data in files])
     parameters = wanted.model_dump(exclude={"init_images", "mask"})
     return JSONResponse({"images": images, "parameters": parameters, "info": json.dumps(_info(record))})
 
@@ -273,9 +273,9 @@ def _info(record: JobRecord) -> dict[str, Any]:
 
 async def chosen_model(services: Services, tenant: str, chosen: str | None = None) -> str:
     """The requested checkpoint, else the selected one, else the first announced one."""
-    known = list(await run_in_threadpool(services.client.models))
+    known = list(await services.in_redis(services.client.models))
     if chosen is None:
-        chosen = await run_in_threadpool(lambda: services.keys.redis.get(services.keys.keys.options(tenant)))  # type: ignore[arg-type, return-value]
+        chosen = await services.in_redis(lambda: services.keys.redis.get(services.keys.keys.options(tenant)))  # type: ignore[arg-type, return-value]
     if chosen is None:
         return known[0] if known else "demo"
     name = str(chosen).split(" ", maxsplit=1)[0]
@@ -291,7 +291,7 @@ async def chosen_model(services: Services, tenant: str, chosen: str | None = Non
 
 async def _unfinished(services: Services, tenant: str) -> list[JobRecord]:
     """The caller's newest unfinished jobs of this API, the one with the most progress first."""
-    newest = await run_in_threadpool(services.client.jobs, tenant=tenant, limit=100)
+    newest = await services.in_redis(services.client.jobs, tenant=tenant, limit=100)
     found = [job for job in newest if not job.state.final and job.metadata == _VIA]
     return sorted(found, key=lambda job: -job.progress)
 
@@ -308,7 +308,7 @@ async def progress(caller: Reader, services: ServicesDep, skip_current_image: bo
             spent = max(0.0, time.time() - first.started_at)
             left = spent / share - spent
         if not skip_current_image:
-            previews = await run_in_threadpool(services.client.previews, first.id)
+            previews = await services.in_redis(services.client.previews, first.id)
             image = previews[0].image if previews else None
     state = {
         "skipped": False,
@@ -328,5 +328,5 @@ async def progress(caller: Reader, services: ServicesDep, skip_current_image: bo
 async def interrupt(caller: Writer, services: ServicesDep) -> dict[str, Any]:
     """End the caller's requests; they are answered at once, without images."""
     for job in await _unfinished(services, caller.tenant):
-        await run_in_threadpool(services.client.cancel, job.id)
+        await services.in_redis(services.client.cancel, job.id)
     return {}

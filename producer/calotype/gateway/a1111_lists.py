@@ -8,17 +8,17 @@ from typing import Annotated, Any
 import PIL.Image
 from fastapi import APIRouter, Body
 from pydantic import BaseModel, Field
-from starlette.concurrency import run_in_threadpool
 
 from calotype.gateway.a1111 import chosen_model, decoded
 from calotype.gateway.auth import Reader, Writer
 from calotype.gateway.errors import documented
+from calotype.gateway.front import GuardedRoute
 from calotype.gateway.state import ServicesDep
 from calotype_shared.errors import InvalidRequest
 from calotype_shared.schema import a1111
 from calotype_shared.storage.images import FORMATS
 
-router = APIRouter(prefix="/sdapi/v1", tags=["automatic1111"])
+router = APIRouter(prefix="/sdapi/v1", tags=["automatic1111"], route_class=GuardedRoute)
 
 
 @router.get("/options", operation_id="sdGetOptions", responses=documented(openai=True))
@@ -39,13 +39,13 @@ async def set_options(options: Annotated[dict[str, Any], Body()], caller: Writer
     chosen = options.get("sd_model_checkpoint")
     if chosen is not None:
         name = await chosen_model(services, caller.tenant, str(chosen))
-        await run_in_threadpool(services.keys.redis.set, services.keys.keys.options(caller.tenant), name)
+        await services.in_redis(services.keys.redis.set, services.keys.keys.options(caller.tenant), name)
 
 
 @router.get("/sd-models", operation_id="sdModels", responses=documented(openai=True))
 async def sd_models(caller: Reader, services: ServicesDep) -> list[dict[str, Any]]:
     """The models that workers have announced."""
-    cards = await run_in_threadpool(services.client.models)
+    cards = await services.in_redis(services.client.models)
     return [
         {
             "title": name,
@@ -77,14 +77,14 @@ async def schedulers(caller: Reader) -> list[dict[str, Any]]:
 @router.get("/loras", operation_id="sdLoras", responses=documented(openai=True))
 async def loras(caller: Reader, services: ServicesDep) -> list[dict[str, Any]]:
     """LoRAs of all models, to be written into prompts as `<lora:name:weight>`."""
-    names = {name for card in (await run_in_threadpool(services.client.models)).values() for name in card.loras}
+    names = {name for card in (await services.in_redis(services.client.models)).values() for name in card.loras}
     return [{"name": name, "alias": name, "path": name, "metadata": {}} for name in sorted(names)]
 
 
 @router.get("/embeddings", operation_id="sdEmbeddings", responses=documented(openai=True))
 async def embeddings(caller: Reader, services: ServicesDep) -> dict[str, Any]:
     """The embeddings (learned tokens) of all models."""
-    words = {word for card in (await run_in_threadpool(services.client.models)).values() for word in card.embeddings}
+    words = {word for card in (await services.in_redis(services.client.models)).values() for word in card.embeddings}
     return {"loaded": {word: {"step": None, "shape": 0, "vectors": 1} for word in sorted(words)}, "skipped": {}}
 
 
@@ -127,14 +127,18 @@ class PngInfo(BaseModel):
 
 
 @router.post("/png-info", operation_id="sdPngInfo", responses=documented(openai=True))
-async def png_info(wanted: PngInfo, caller: Reader) -> dict[str, Any]:
+async def png_info(wanted: PngInfo, caller: Reader, services: ServicesDep) -> dict[str, Any]:
     """The generation parameters stored in an image."""
-    data = decoded(wanted.image, "image")
+    texts = await services.in_images(_texts, wanted.image)
+    return {"info": texts.get("parameters", ""), "items": texts, "parameters": {}}
+
+
+def _texts(encoded: str) -> dict[str, str]:
+    data = decoded(encoded, "image")
     try:
         with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            texts = {name: text for name, text in image.info.items() if isinstance(text, str)}
+            return {str(name): text for name, text in image.info.items() if isinstance(text, str)}
     except Exception as error:  # Pillow's plugins raise almost anything for a broken file
         raise InvalidRequest(
             "is not a readable image", field="image", value=f"{len(data)} bytes", remedy="send a PNG, JPEG or WebP file"
         ) from error
-    return {"info": texts.get("parameters", ""), "items": texts, "parameters": {}}

@@ -7,7 +7,6 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI, Response
 from fastapi.responses import JSONResponse
-from starlette.concurrency import run_in_threadpool
 
 from calotype.gateway import (
     a1111,
@@ -21,7 +20,7 @@ from calotype.gateway import (
     uploads,
     web_ui,
 )
-from calotype.gateway.limits import BodyLimit, ConcurrencyLimit
+from calotype.gateway.front import Front
 from calotype.gateway.request_metrics import RequestMetricsMiddleware
 from calotype.gateway.settings import GatewaySettings
 from calotype.gateway.state import Services, ServicesDep, lifespan
@@ -43,8 +42,8 @@ async def alive() -> dict[str, str]:
 @health.get("/readyz", operation_id="isReady", responses={503: {"description": "Redis or the storage is away."}})
 async def ready(services: ServicesDep) -> Response:
     """Succeeds if Redis and the storage respond."""
-    await run_in_threadpool(services.client.counts)
-    await run_in_threadpool(services.storage.check)
+    await services.in_redis(services.client.counts)
+    await services.in_storage(services.storage.check)
     return JSONResponse({"status": "ok"})
 
 
@@ -66,10 +65,9 @@ def create_app(settings: Settings, gateway: GatewaySettings) -> FastAPI:
         redoc_url=None,
     )
     services = app.state.services = Services(settings, gateway)
+    app.state.front = Front(gateway)
     errors.install(app)
     for router in (health, web_ui.router, *ROUTERS):
         app.include_router(router)
-    app.add_middleware(ConcurrencyLimit, most=gateway.max_waiting)
-    app.add_middleware(BodyLimit, settings=gateway)
     app.add_middleware(RequestMetricsMiddleware, observer=services.metrics, tracer=services.telemetry.tracer)
     return app

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import base64
-import binascii
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, cast
 from urllib.parse import urlsplit
 
 from fastapi import Depends, Request
-from starlette.concurrency import run_in_threadpool
+from fastapi.dependencies.models import Dependant
 
 from calotype.api_keys import ApiKey, ApiKeys, Forbidden, Scope, Unauthorized
-from calotype.gateway.state import services_of
+from calotype.gateway.state import Services, services_of
 from calotype_shared.errors import CalotypeError
 
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
@@ -26,7 +25,7 @@ class Caller:
 
     tenant: str
     key: ApiKey | None
-    keys: ApiKeys
+    services: Services
 
     def may(self, scope: Scope) -> bool:
         return self.key is None or scope in self.key.scopes
@@ -43,11 +42,11 @@ class Caller:
             return
         # The request itself has already been counted.
         without_rate = self.key.model_copy(update={"requests_per_minute": None})
-        await run_in_threadpool(self.keys.allow, without_rate, images=images)
+        await self.services.in_redis(self.services.keys.allow, without_rate, images=images)
         try:
             yield
         except CalotypeError:
-            await run_in_threadpool(self.keys.allow, without_rate, images=-images)
+            await self.services.in_redis(self.services.keys.allow, without_rate, images=-images)
             raise
 
     def require_no_quota(self) -> None:
@@ -58,19 +57,31 @@ class Caller:
             )
 
 
-def caller(scope: Scope) -> Callable[..., Awaitable[Caller]]:
-    """A dependency: the caller, if they may do this. Raises Unauthorized, Forbidden, TooManyRequests."""
+@dataclass(frozen=True)
+class Needs:
+    """A dependency: the caller. What it needs is checked by `admit`, before the body of the request is read."""
 
-    async def find(request: Request) -> Caller:
-        services = await services_of(request)
-        keys = services.keys
-        if not services.gateway.needs_key:
-            _from_this_machine(request, {*_LOOPBACK, *services.gateway.allowed_hosts})
-            return Caller(services.settings.tenant, None, keys)
-        key = await run_in_threadpool(_admit, keys, _token(request), scope)
-        return Caller(key.tenant, key, keys)
+    scope: Scope
 
-    return find
+    async def __call__(self, request: Request) -> Caller:
+        return cast(Caller, request.state.caller)
+
+
+def scope_of(dependant: Dependant) -> Scope:
+    """What a route needs. Each has exactly one `Needs` among its parameters."""
+    [scope] = {needs.call.scope for needs in dependant.dependencies if isinstance(needs.call, Needs)}
+    return scope
+
+
+async def admit(request: Request, scope: Scope) -> Caller:
+    """The caller, if they may do this. Reads only the head. Raises Unauthorized, Forbidden, TooManyRequests."""
+    services = await services_of(request)
+    keys = services.keys
+    if not services.gateway.needs_key:
+        _from_this_machine(request, {*_LOOPBACK, *services.gateway.allowed_hosts})
+        return Caller(services.settings.tenant, None, services)
+    key = await services.in_redis(_admit, keys, _token(request), scope)
+    return Caller(key.tenant, key, services)
 
 
 def _admit(keys: ApiKeys, token: str, scope: Scope) -> ApiKey:
@@ -95,7 +106,7 @@ def _token(request: Request) -> str:
 def _password(value: str) -> str:
     try:
         return base64.b64decode(value, validate=True).decode().partition(":")[2]
-    except (binascii.Error, UnicodeDecodeError):
+    except ValueError:  # also of bytes that are not ASCII
         return ""
 
 
@@ -120,7 +131,7 @@ def _host_of(url: str) -> str:
         return ""
 
 
-Reader = Annotated[Caller, Depends(caller(Scope.JOBS_READ))]
-Writer = Annotated[Caller, Depends(caller(Scope.JOBS_WRITE))]
-Batcher = Annotated[Caller, Depends(caller(Scope.BATCHES))]
-Admin = Annotated[Caller, Depends(caller(Scope.ADMIN))]
+Reader = Annotated[Caller, Depends(Needs(Scope.JOBS_READ))]
+Writer = Annotated[Caller, Depends(Needs(Scope.JOBS_WRITE))]
+Batcher = Annotated[Caller, Depends(Needs(Scope.BATCHES))]
+Admin = Annotated[Caller, Depends(Needs(Scope.ADMIN))]

@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from calotype.api_keys import Forbidden, Unauthorized
+from calotype.gateway.privacy import public_error
 from calotype_shared.errors import (
     BatchNotFound,
     CalotypeError,
@@ -46,10 +47,6 @@ class NotFound(CalotypeError):
     code = "not_found"
 
 
-class TooLarge(CalotypeError):
-    code = "too_large"
-
-
 # An error has the status of its nearest ancestor here. Errors without one are bugs.
 STATUSES: Mapping[type[CalotypeError], int] = {
     UnknownModel: 404,
@@ -58,7 +55,6 @@ STATUSES: Mapping[type[CalotypeError], int] = {
     JobNotFound: 404,
     BatchNotFound: 404,
     NotFound: 404,
-    TooLarge: 413,
     Unauthorized: 401,
     Forbidden: 403,
     TooBusy: 429,
@@ -137,8 +133,13 @@ async def on_error(request: Request, error: Exception) -> Response:
     return refusal(request, error)
 
 
+def shown_to(request: Request, error: CalotypeError) -> CalotypeError:
+    """The error as a response may show it: where keys are required, without addresses of services."""
+    return public_error(error) if request.app.state.services.gateway.needs_key else error
+
+
 def refusal(request: Request, error: CalotypeError) -> Response:
-    problem = problem_of(error)
+    problem = problem_of(shown_to(request, error))
     headers = {}
     if problem.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
@@ -173,7 +174,7 @@ def _explained(first: Mapping[str, Any]) -> InvalidRequest:
 async def on_http(request: Request, error: Exception) -> Response:
     """For requests that the framework refuses: an unknown path, a wrong method."""
     assert isinstance(error, HTTPException)
-    codes = {404: "not_found", 405: "method_not_allowed"}
+    codes = {404: "not_found", 405: "method_not_allowed", 408: "too_slow", 413: "too_large"}
     code = codes.get(error.status_code, "invalid_request")
     problem = Problem(title=str(error.detail), status=error.status_code, detail=str(error.detail), code=code)
     return respond(request, problem, error.headers)

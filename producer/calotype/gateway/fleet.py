@@ -8,26 +8,28 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Query, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
-from starlette.concurrency import run_in_threadpool
 
 from calotype.api_keys import Scope
 from calotype.gateway.auth import Reader, Writer
 from calotype.gateway.errors import NotFound, documented
+from calotype.gateway.front import GuardedRoute
 from calotype.gateway.jobs import JobId, JobView, view
+from calotype.gateway.privacy import public_worker
 from calotype.gateway.state import ServicesDep
 from calotype.overview import Overview
 from calotype_shared.errors import ObjectMissing
 from calotype_shared.storage.layout import sidecar_of
 
-router = APIRouter(prefix="/v1")
+router = APIRouter(prefix="/v1", route_class=GuardedRoute)
 
 
 @router.get("/fleet", operation_id="getFleet", tags=["operating"], response_model=Overview, responses=documented())
 async def get_fleet(caller: Reader, services: ServicesDep) -> Response:
     """The queues, the workers, and each row of their step batches. Another tenant's rows have no id and no prompt."""
-    overview = await run_in_threadpool(services.client.overview, tenant=caller.tenant)
+    overview = await services.in_redis(services.client.overview, tenant=caller.tenant)
     if not caller.may(Scope.ADMIN):
-        overview = overview.model_copy(update={"counts": None})
+        workers = [w.model_copy(update={"name": public_worker(w.name)}) for w in overview.workers]
+        overview = overview.model_copy(update={"counts": None, "workers": tuple(workers)})
     return JSONResponse(overview.model_dump(mode="json"))
 
 
@@ -53,8 +55,8 @@ class Dropped(BaseModel):
 @router.get("/dead", operation_id="listDead", tags=["jobs"], response_model=DeadList, responses=documented())
 async def list_dead(caller: Reader, services: ServicesDep, limit: Annotated[int, Query(ge=1, le=100)] = 20) -> Response:
     """Jobs that failed permanently, each with the history of its attempts."""
-    found = await run_in_threadpool(services.client.dead_jobs.list, limit=limit + 1, tenant=caller.tenant)
-    data = [await view(record, services) for record in found[:limit]]
+    found = await services.in_redis(services.client.dead_jobs.list, limit=limit + 1, tenant=caller.tenant)
+    data = [await view(record, services, caller) for record in found[:limit]]
     return JSONResponse({"data": data, "has_more": len(found) > limit})
 
 
@@ -69,7 +71,7 @@ async def retry_dead(job_id: JobId, caller: Writer, services: ServicesDep) -> Re
     """Submit the config of a dead job again as a new job, and remove the old one from the list."""
     record = await services.job(job_id, caller.tenant)
     async with caller.taking(images=record.config.image_count):
-        handle = await run_in_threadpool(services.client.dead_jobs.retry, job_id)
+        handle = await services.in_redis(services.client.dead_jobs.retry, job_id)
     return JSONResponse({"id": handle.id, "retry_of": job_id})
 
 
@@ -79,7 +81,7 @@ async def retry_dead(job_id: JobId, caller: Writer, services: ServicesDep) -> Re
 async def drop_dead(job_id: JobId, caller: Writer, services: ServicesDep) -> Response:
     """Take it off the list; its record stays for its time."""
     await services.job(job_id, caller.tenant)
-    await run_in_threadpool(services.client.dead_jobs.drop, job_id)
+    await services.in_redis(services.client.dead_jobs.drop, job_id)
     return JSONResponse({"id": job_id, "dropped": True})
 
 
@@ -116,7 +118,7 @@ async def get_provenance(
     if index >= len(record.images):
         raise NotFound(missing)
     try:
-        found = await run_in_threadpool(services.storage.get, sidecar_of(record.images[index].key))
+        found = await services.in_storage(services.storage.get, sidecar_of(record.images[index].key))
     except ObjectMissing:
         raise NotFound(missing) from None
     return JSONResponse(json.loads(found))

@@ -5,24 +5,27 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Path, Query, Request, Response
 from fastapi.responses import JSONResponse, RedirectResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
-from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
 
-from calotype.gateway.auth import Admin, Reader, Writer
+from calotype.api_keys import Scope
+from calotype.gateway.auth import Admin, Caller, Reader, Writer
 from calotype.gateway.errors import NotFound, documented
+from calotype.gateway.front import GuardedRoute
+from calotype.gateway.privacy import public_job
 from calotype.gateway.state import Services, ServicesDep
-from calotype.jobs import require_success
+from calotype.jobs import JobHandle, require_success
 from calotype_shared.errors import WaitTimeout
 from calotype_shared.schema.config import GenerationConfig
 from calotype_shared.schema.enums import JobState, Lane
 from calotype_shared.schema.jobs import JobRecord
 
-router = APIRouter(prefix="/v1", tags=["jobs"])
+router = APIRouter(prefix="/v1", tags=["jobs"], route_class=GuardedRoute)
 
 _PREFER_WAIT = re.compile(r"\bwait=(\d{1,5})\b")
 # Seconds between checks of an awaited job: after a change notice, and without one, to detect a closed connection.
@@ -67,9 +70,11 @@ class Cancelled(BaseModel):
     state: JobState
 
 
-async def view(record: JobRecord, services: Services) -> dict[str, Any]:
-    """A job as answers show it."""
+async def view(record: JobRecord, services: Services, caller: Caller) -> dict[str, Any]:
+    """A job as answers show it to this caller."""
     shown = record.model_dump(mode="json")
+    if not caller.may(Scope.ADMIN):
+        public_job(shown)
     shown["progress"] = round(record.progress, 4)
     shown["urls"] = await services.links([image.key for image in record.images])
     return shown
@@ -84,9 +89,9 @@ async def view(record: JobRecord, services: Services) -> dict[str, Any]:
 )
 async def create_job(  # noqa: PLR0917 - FastAPI passes them by name
     job: JobRequest,
+    request: Request,
     caller: Writer,
     services: ServicesDep,
-    response: Response,
     idempotency_key: Annotated[str | None, Header(description="The same key gives the same job.")] = None,
     prefer: Annotated[
         str | None, Header(description="`wait=30` answers with the finished job, if it is in time.")
@@ -94,28 +99,68 @@ async def create_job(  # noqa: PLR0917 - FastAPI passes them by name
 ) -> Response:
     """Queue a job."""
     fields = job.model_dump(exclude_unset=True, exclude={"lane", "metadata", "webhook_url"})
-    async with caller.taking(images=job.image_count):
-        handle = await run_in_threadpool(
+    handle = await submit(
+        services,
+        caller,
+        fields,
+        images=job.image_count,
+        lane=job.lane,
+        metadata=job.metadata,
+        idempotency_key=idempotency_key,
+        webhook_url=job.webhook_url,
+    )
+    found = _PREFER_WAIT.search(prefer or "")
+    seconds = int(found[1]) if found else 0
+    record = await finished(services, handle.id, caller.tenant, request, seconds=seconds, check=False)
+    status = 200 if record.state.final else 202
+    return JSONResponse(await view(record, services, caller), status, headers={"Location": f"/v1/jobs/{record.id}"})
+
+
+_USES_STORAGE = frozenset({"init_image", "mask_image", "control_image", "images", "controls"})
+
+
+async def submit(
+    services: Services,
+    caller: Caller,
+    config: GenerationConfig | dict[str, Any],
+    *,
+    images: int,
+    lane: Lane = Lane.INTERACTIVE,
+    metadata: Mapping[str, Any] | None = None,
+    idempotency_key: str | None = None,
+    webhook_url: str | None = None,
+) -> JobHandle:
+    """Queue a job, and count its images against the key's limit: once, however often the request is repeated."""
+    fields = config if isinstance(config, dict) else config.model_dump(exclude_unset=True)
+    pool = services.in_storage if any(fields.get(name) for name in _USES_STORAGE) else services.in_redis
+    repeated = idempotency_key is not None and await services.in_redis(
+        services.jobs.submitted_before, idempotency_key, tenant=caller.tenant
+    )
+    async with caller.taking(images=0 if repeated else images):
+        return await pool(
             services.client.submit,
-            fields,
-            lane=job.lane,
-            metadata=job.metadata,
+            config,
+            lane=lane,
+            metadata=metadata,
             tenant=caller.tenant,
             idempotency_key=idempotency_key,
-            webhook_url=job.webhook_url,
+            webhook_url=webhook_url,
         )
-    found = _PREFER_WAIT.search(prefer or "")
-    record = await finished(services, handle.id, caller.tenant, seconds=int(found[1]) if found else 0, check=False)
-    status = 200 if record.state.final else 202
-    return JSONResponse(await view(record, services), status, headers={"Location": f"/v1/jobs/{record.id}"})
 
 
 async def finished(
-    services: Services, job_id: str, tenant: str, *, seconds: float, check: bool = True, abandon: Request | None = None
+    services: Services,
+    job_id: str,
+    tenant: str,
+    request: Request,
+    *,
+    seconds: float,
+    check: bool = True,
+    cancel: bool = False,
 ) -> JobRecord:
     """The job when it is final. With `check`, raises if it is not final in time or did not succeed.
 
-    It is cancelled when the client of the request `abandon` has disconnected.
+    The wait ends when the client has disconnected. With `cancel`, the job ends then too.
     """
     ends = asyncio.get_running_loop().time() + min(seconds, services.gateway.max_wait_seconds)
     pause = _SHORTEST_PAUSE
@@ -124,10 +169,12 @@ async def finished(
             record = await services.job(job_id, tenant)
             if record.state.final or asyncio.get_running_loop().time() >= ends:
                 break
-            if abandon is not None and await abandon.is_disconnected():
-                await run_in_threadpool(services.client.cancel, job_id)
+            if await request.is_disconnected():
+                if not cancel:
+                    raise ClientDisconnect
+                await services.in_redis(services.client.cancel, job_id)
             if not watch.channels:
-                await run_in_threadpool(watch.set_jobs, [job_id])
+                await services.in_redis(watch.set_jobs, [job_id])
             pause = _LONGEST_PAUSE if watch.live else min(_LONGEST_PAUSE, pause * 1.3)
             await watch.wait(pause, at_least=_SHORTEST_PAUSE)
     if check:
@@ -148,25 +195,25 @@ async def list_jobs(
     ] = None,
 ) -> Response:
     """List jobs outside batches, newest first."""
-    found = await run_in_threadpool(
+    found = await services.in_redis(
         services.client.jobs, state=state, limit=limit + 1, tenant=caller.tenant, after=after
     )
     page, more = found[:limit], len(found) > limit
-    data = [await view(record, services) for record in page]
+    data = [await view(record, services, caller) for record in page]
     return JSONResponse({"data": data, "has_more": more, "next": page[-1].id if more else None})
 
 
 @router.get("/jobs/{job_id}", operation_id="getJob", response_model=JobView, responses=documented(404))
 async def get_job(job_id: JobId, caller: Reader, services: ServicesDep) -> Response:
     """A job as it is now."""
-    return JSONResponse(await view(await services.job(job_id, caller.tenant), services))
+    return JSONResponse(await view(await services.job(job_id, caller.tenant), services, caller))
 
 
 @router.post("/jobs/{job_id}/cancel", operation_id="cancelJob", response_model=Cancelled, responses=documented(404))
 async def cancel_job(job_id: JobId, caller: Writer, services: ServicesDep) -> Response:
     """End a job at once, queued or running. A final one stays as it is."""
     await services.job(job_id, caller.tenant)
-    state = await run_in_threadpool(services.client.cancel, job_id)
+    state = await services.in_redis(services.client.cancel, job_id)
     return JSONResponse({"id": job_id, "state": state.value})
 
 
@@ -203,17 +250,17 @@ async def follow_job(job_id: JobId, caller: Reader, services: ServicesDep) -> Re
     """Server-sent events until the job is final. After a disconnect, simply open the stream again."""
     await services.job(job_id, caller.tenant)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return StreamingResponse(_events(services, job_id, caller.tenant), media_type="text/event-stream", headers=headers)
+    return StreamingResponse(_events(services, job_id, caller), media_type="text/event-stream", headers=headers)
 
 
-async def _events(services: Services, job_id: str, tenant: str) -> AsyncIterator[str]:
+async def _events(services: Services, job_id: str, caller: Caller) -> AsyncIterator[str]:
     clock = asyncio.get_running_loop().time
     last: JobRecord | None = None
     shown: dict[int, tuple[int, int]] = {}
     said = clock()
     with services.client.job_changes.watch_async() as watch:
         while True:
-            record = await services.job(job_id, tenant)
+            record = await services.job(job_id, caller.tenant)
             if last is None or (record.state, record.attempt) != (last.state, last.attempt):
                 yield _event("state", {"id": job_id, "state": record.state.value, "attempt": record.attempt})
                 said = clock()
@@ -224,20 +271,20 @@ async def _events(services: Services, job_id: str, tenant: str) -> AsyncIterator
                 )
                 said = clock()
             if record.config.preview_every:
-                for preview in await run_in_threadpool(services.client.previews, job_id):
+                for preview in await services.in_redis(services.client.previews, job_id):
                     if shown.get(preview.index) != (preview.attempt, preview.step):
                         shown[preview.index] = (preview.attempt, preview.step)
                         yield _event("preview", preview.model_dump())
                         said = clock()
             if record.state.final:
-                yield _event("done", await view(record, services))
+                yield _event("done", await view(record, services, caller))
                 return
             if clock() - said >= _HEARTBEAT_SECONDS:
                 yield ": still here\n\n"
                 said = clock()
             last = record
             if not watch.channels:
-                await run_in_threadpool(watch.set_jobs, [job_id])
+                await services.in_redis(watch.set_jobs, [job_id])
             await watch.wait(_TOLD_SECONDS if watch.live else _UNTOLD_SECONDS, at_least=_SHORTEST_PAUSE)
 
 
@@ -255,13 +302,13 @@ class Queues(BaseModel):
 @router.get("/queues", operation_id="getQueues", tags=["operating"], response_model=Queues, responses=documented())
 async def get_queues(caller: Admin, services: ServicesDep) -> Response:
     """How much is queued, running and done."""
-    counts = await run_in_threadpool(services.client.counts)
-    depths = await run_in_threadpool(services.client.depths)
+    counts = await services.in_redis(services.client.counts)
+    depths = await services.in_redis(services.client.depths)
     return JSONResponse({"counts": {state.value: count for state, count in counts.items()}, "depths": depths})
 
 
 @router.get("/workers", operation_id="listWorkers", tags=["operating"], responses=documented())
 async def list_workers(caller: Admin, services: ServicesDep) -> list[dict[str, Any]]:
     """The live workers. /v1/fleet shows what each works on, as far as the tenant may see it."""
-    workers = await run_in_threadpool(services.client.workers)
+    workers = await services.in_redis(services.client.workers)
     return [worker.model_dump(mode="json", exclude={"groups"}) for worker in workers]

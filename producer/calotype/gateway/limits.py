@@ -1,101 +1,91 @@
-"""Limits of the gateway: `BodyLimit` on the size of requests, `ConcurrencyLimit` on how many wait for images."""
+"""Limits of a gateway process: `Budget`, shares of something scarce by tenant; `Pool`, threads for one kind of work."""
 
 from __future__ import annotations
 
-import re
+import asyncio
+import functools
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any, ParamSpec, TypeVar
 
-from starlette.requests import Request
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+import anyio
+import anyio.to_thread
 
-from calotype.gateway.errors import TooLarge, problem_of, refusal, respond
-from calotype.gateway.settings import GatewaySettings
-from calotype_shared.errors import TooBusy
+from calotype_shared.errors import ServiceUnavailable, TooBusy
 
-_FILES = "/v1/files"
-_WAITS = re.compile(r"/v1/images/\w+|/sdapi/v1/(txt2img|img2img)|/v1/jobs/[^/]+/events")
-_RETRY_SECONDS = 5.0
+P = ParamSpec("P")
+R = TypeVar("R")
 
-
-class BodyLimit:
-    """ASGI middleware. Files of batches have a limit of their own."""
-
-    def __init__(self, app: ASGIApp, settings: GatewaySettings) -> None:
-        self._app = app
-        self._settings = settings
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        settings = self._settings
-        limit = settings.max_file_bytes if scope["path"] == _FILES else settings.max_body_bytes
-        said = dict(scope["headers"]).get(b"content-length", b"0")
-        if not said.isdigit() or int(said) > limit:
-            await self._refuse(scope, receive, send, limit)
-            return
-        seen, started, refused = 0, False, False
-
-        async def counted() -> Message:
-            nonlocal seen, refused
-            message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > limit:
-                refused = True
-                return {"type": "http.disconnect"}  # the route stops reading; its answer is replaced below
-            return message
-
-        async def answered(message: Message) -> None:
-            nonlocal started
-            if not refused:
-                started = True
-                await send(message)
-
-        try:
-            await self._app(scope, counted, answered)
-        except Exception:
-            if not refused:
-                raise
-        if refused and not started:
-            await self._refuse(scope, receive, send, limit)
-
-    async def _refuse(self, scope: Scope, receive: Receive, send: Send, limit: int) -> None:
-        error = TooLarge(f"the body has more than {limit} bytes; send less, or raise CALOTYPE_GATEWAY_MAX_BODY_BYTES")
-        await respond(Request(scope), problem_of(error), {"Connection": "close"})(scope, receive, send)
+RETRY_SECONDS = 5.0
 
 
-class ConcurrencyLimit:
-    """ASGI middleware. Limits the requests that stay open until images are finished or that stream events.
+class Budget:
+    """At most `most` units at one time, of which one tenant has at most `most_of_one`. For one event loop.
 
-    Beyond `most` of them, further ones are refused before they queue anything. Polling requests are not limited.
+    Whoever alone asks for more than either gets it, so that nothing allowed elsewhere is impossible here.
     """
 
-    def __init__(self, app: ASGIApp, most: int) -> None:
-        self._app = app
+    def __init__(self, most: int, most_of_one: int, *, wait_seconds: float, refusal: str) -> None:
+        """After `wait_seconds` without a free share, TooBusy is raised with the message `refusal`."""
         self._most = most
-        self._open = 0
+        self._most_of_one = most_of_one
+        self._wait_seconds = wait_seconds
+        self._refusal = refusal
+        self._held: Counter[str] = Counter()
+        self._freed = asyncio.Condition()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not _waits(scope):
-            await self._app(scope, receive, send)
-            return
-        if self._open >= self._most:
-            error = TooBusy(
-                f"{self._most} requests already wait for images; retry in {_RETRY_SECONDS:g} s, poll a job "
-                "instead (/v1/jobs), start another gateway, or raise CALOTYPE_GATEWAY_MAX_WAITING",
-                _RETRY_SECONDS,
-            )
-            await refusal(Request(scope), error)(scope, receive, send)
-            return
-        self._open += 1
+    @asynccontextmanager
+    async def taken(self, tenant: str, amount: int = 1) -> AsyncIterator[None]:
+        """Holds a share for the duration of a block. Raises TooBusy."""
+        async with self._freed:
+            if not self._fits(tenant, amount):
+                await self._wait(tenant, amount)
+            self._held[tenant] += amount
         try:
-            await self._app(scope, receive, send)
+            yield
         finally:
-            self._open -= 1
+            self._held[tenant] -= amount
+            if not self._held[tenant]:
+                del self._held[tenant]
+            async with self._freed:
+                self._freed.notify_all()
+
+    async def _wait(self, tenant: str, amount: int) -> None:
+        try:
+            async with asyncio.timeout(self._wait_seconds):
+                await self._freed.wait_for(lambda: self._fits(tenant, amount))
+        except TimeoutError:
+            raise TooBusy(self._refusal, RETRY_SECONDS) from None
+
+    def _fits(self, tenant: str, amount: int) -> bool:
+        own, total = self._held[tenant], sum(self._held.values())
+        return (own == 0 or own + amount <= self._most_of_one) and (total == 0 or total + amount <= self._most)
 
 
-def _waits(scope: Scope) -> bool:
-    if _WAITS.fullmatch(scope["path"]):
-        return True
-    return scope["path"] == "/v1/jobs" and any(
-        name == b"prefer" and b"wait" in value for name, value in scope["headers"]
-    )
+class Pool:
+    """Threads for calls that block on one thing, so that it delays only what needs it when it is slow."""
+
+    def __init__(self, name: str, threads: int, *, wait_seconds: float) -> None:
+        """`name` is for messages. A call that gets no thread for `wait_seconds` is refused."""
+        self._name = name
+        self._wait_seconds = wait_seconds
+        self._admitted = anyio.CapacityLimiter(threads)
+        self._threads = anyio.CapacityLimiter(threads)
+
+    async def __call__(self, function: Callable[P, R], /, *arguments: P.args, **options: P.kwargs) -> R:
+        """The function's result. Raises ServiceUnavailable if no thread becomes free, and whatever it raises."""
+        call: Any = object()
+        try:
+            with anyio.fail_after(self._wait_seconds):
+                await self._admitted.acquire_on_behalf_of(call)
+        except TimeoutError:
+            raise ServiceUnavailable(
+                f"the {self._name} is slow: no call was finished for {self._wait_seconds:g} s; retry later"
+            ) from None
+        try:
+            return await anyio.to_thread.run_sync(
+                functools.partial(function, *arguments, **options), limiter=self._threads
+            )
+        finally:
+            self._admitted.release_on_behalf_of(call)

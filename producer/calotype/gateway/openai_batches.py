@@ -9,19 +9,19 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Header, Path, Query, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
-from starlette.concurrency import run_in_threadpool
 
 from calotype.batches.lines import OPENAI_URL
 from calotype.batches.options import BatchOptions
 from calotype.batches.record import BatchFormat, BatchRecord, BatchState
 from calotype.gateway.auth import Batcher
 from calotype.gateway.errors import documented
+from calotype.gateway.front import GuardedRoute
 from calotype.gateway.openai_files import RESULT, After, find_file
 from calotype.gateway.state import ServicesDep
 from calotype_shared.errors import InvalidRequest
 from calotype_shared.schema.enums import Lane
 
-router = APIRouter(prefix="/v1", tags=["batches"])
+router = APIRouter(prefix="/v1", tags=["batches"], route_class=GuardedRoute)
 
 _FORMATS = {OPENAI_URL: BatchFormat.OPENAI, "/v1/jobs": BatchFormat.NATIVE}
 _WINDOW = re.compile(r"(\d{1,3})([hd])")
@@ -150,7 +150,7 @@ async def create_batch(
         "webhook_url": wanted.webhook_url,
         "expires_in": hours * 3600,
     }
-    handle = await run_in_threadpool(
+    handle = await services.in_redis(
         services.client.batches.submit_stored,
         services.files.key(caller.tenant, file.id),
         input_file=file.id,
@@ -163,7 +163,7 @@ async def create_batch(
 @router.get("/batches", operation_id="openaiListBatches", response_model=BatchList, responses=documented(openai=True))
 async def list_batches(caller: Batcher, services: ServicesDep, limit: Limit = 20, after: After = None) -> Response:
     """Batches, newest first."""
-    found = await run_in_threadpool(services.client.batches.list, tenant=caller.tenant, limit=limit + 1, after=after)
+    found = await services.in_redis(services.client.batches.list, tenant=caller.tenant, limit=limit + 1, after=after)
     page = [_shown(batch) for batch in found[:limit]]
     ends = {"first_id": page[0]["id"] if page else None, "last_id": page[-1]["id"] if page else None}
     return JSONResponse({"object": "list", "data": page, **ends, "has_more": len(found) > limit})
@@ -189,7 +189,7 @@ async def get_batch(batch_id: BatchId, caller: Batcher, services: ServicesDep) -
 async def cancel_batch(batch_id: BatchId, caller: Batcher, services: ServicesDep) -> Response:
     """Cancel a batch: no more of its jobs start, and its running jobs stop within one step."""
     await services.batch(batch_id, caller.tenant)
-    return JSONResponse(_shown(await run_in_threadpool(services.client.batches.cancel, batch_id)))
+    return JSONResponse(_shown(await services.in_redis(services.client.batches.cancel, batch_id)))
 
 
 class BatchImage(BaseModel):
@@ -213,7 +213,7 @@ class BatchImages(BaseModel):
 async def list_images(batch_id: BatchId, caller: Batcher, services: ServicesDep, limit: Limit = 20) -> Response:
     """Not in OpenAI's API: the first images in a batch's output, also while it runs."""
     await services.batch(batch_id, caller.tenant)
-    lines = await run_in_threadpool(lambda: list(itertools.islice(services.client.batches.results(batch_id), limit)))
+    lines = await services.in_storage(lambda: list(itertools.islice(services.client.batches.results(batch_id), limit)))
     found = [(line["custom_id"], image) for line in lines for image in _images_of(line)][:limit]
     links = iter(await services.links([image["key"] for _, image in found if "key" in image]))
     data = [
@@ -242,8 +242,8 @@ async def steer_batch(
     caller.require_no_quota()
     await services.batch(batch_id, caller.tenant)
     if verb == "retry":
-        batch_id = (await run_in_threadpool(services.client.batches.retry, batch_id)).id
+        batch_id = (await services.in_storage(services.client.batches.retry, batch_id)).id
     else:
         steer = services.client.batches.pause if verb == "pause" else services.client.batches.resume
-        await run_in_threadpool(steer, batch_id)
+        await services.in_redis(steer, batch_id)
     return JSONResponse(_shown(await services.batch(batch_id, caller.tenant)))

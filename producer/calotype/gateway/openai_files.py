@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, File, Form, Path, Query, Response, UploadFile
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel
-from starlette.concurrency import run_in_threadpool
 
 from calotype.files import StoredFile
 from calotype.gateway.auth import Batcher
 from calotype.gateway.errors import NotFound, documented
+from calotype.gateway.front import GuardedRoute
 from calotype.gateway.state import Services, ServicesDep
 from calotype_shared.errors import InvalidRequest
 
-router = APIRouter(prefix="/v1", tags=["batches"])
+router = APIRouter(prefix="/v1", tags=["batches"], route_class=GuardedRoute)
 
 # The files of a batch have no record: their ids name the batch and which of its files.
 RESULT = re.compile(r"file-(batch_[0-9a-z]{26})-(output|errors)")
@@ -61,7 +61,7 @@ async def create_file(
     purpose: Annotated[Literal["batch", "vision", "user_data"], Form()] = "batch",
 ) -> Response:
     """Store a file. For the purpose `batch`: one request per line, up to a million."""
-    stored = await run_in_threadpool(
+    stored = await services.in_storage(
         services.files.add,
         file.file,
         tenant=caller.tenant,
@@ -81,7 +81,7 @@ async def list_files(
 ) -> Response:
     """Files that were uploaded, newest first."""
     files = [
-        f for f in await run_in_threadpool(services.files.all, tenant=caller.tenant) if purpose in (None, f.purpose)
+        f for f in await services.in_redis(services.files.all, tenant=caller.tenant) if purpose in (None, f.purpose)
     ]
     ids = [file.id for file in files]
     start = ids.index(after) + 1 if after in ids else 0
@@ -115,7 +115,12 @@ async def get_content(file_id: FileId, caller: Batcher, services: ServicesDep) -
         chunks = services.client.batches.result_chunks(result[1], errors=result[2] == "errors")
     else:
         chunks = services.files.read(file_id, tenant=caller.tenant)
-    return StreamingResponse(chunks, media_type="application/jsonl")
+    return StreamingResponse(_pieces(services, chunks), media_type="application/jsonl")
+
+
+async def _pieces(services: Services, chunks: Iterator[bytes]) -> AsyncIterator[bytes]:
+    while (chunk := await services.in_storage(next, chunks, None)) is not None:
+        yield chunk
 
 
 @router.delete(
@@ -128,7 +133,7 @@ async def delete_file(file_id: FileId, caller: Batcher, services: ServicesDep) -
             "belongs to a batch", field="file_id", value=file_id, remedy="it is deleted when the batch's record expires"
         )
     await find_file(services, file_id, caller.tenant)
-    await run_in_threadpool(services.files.remove, file_id, tenant=caller.tenant)
+    await services.in_storage(services.files.remove, file_id, tenant=caller.tenant)
     return JSONResponse({"id": file_id, "object": "file", "deleted": True})
 
 
@@ -137,10 +142,10 @@ async def find_file(services: Services, file_id: str, tenant: str) -> StoredFile
     if result := RESULT.fullmatch(file_id):
         batch = await services.batch(result[1], tenant)
         key = batch.errors if result[2] == "errors" else batch.output
-        size = await run_in_threadpool(services.storage.size, key) if key else 0
+        size = await services.in_storage(services.storage.size, key) if key else 0
         name = f"{batch.id}_{result[2]}.jsonl"
         return StoredFile(id=file_id, filename=name, purpose="batch_output", bytes=size, created_at=batch.created_at)
-    stored = await run_in_threadpool(services.files.get, file_id, tenant=tenant)
+    stored = await services.in_redis(services.files.get, file_id, tenant=tenant)
     if stored is None:
         raise NotFound(f"file {file_id!r} does not exist; see GET /v1/files")
     return stored

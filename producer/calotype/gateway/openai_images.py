@@ -15,16 +15,18 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
 
 from calotype.gateway.auth import Caller, Reader, Writer
-from calotype.gateway.errors import documented, problem_of
-from calotype.gateway.jobs import finished
+from calotype.gateway.errors import documented, problem_of, shown_to
+from calotype.gateway.front import GuardedRoute
+from calotype.gateway.jobs import finished, submit
+from calotype.gateway.json_body import strict_loads
 from calotype.gateway.state import Services, ServicesDep
+from calotype.gateway.uploads import store_image
 from calotype.jobs import require_success
 from calotype.openai_images import Generation, image_data, inverted_mask, read_generation
 from calotype_shared.errors import CalotypeError, InvalidRequest, UnknownModel
-from calotype_shared.schema.enums import Lane
 from calotype_shared.schema.jobs import JobRecord
 
-router = APIRouter(prefix="/v1", tags=["openai"])
+router = APIRouter(prefix="/v1", tags=["openai"], route_class=GuardedRoute)
 
 _POLL_SECONDS = 0.1
 _EXAMPLE = {"model": "demo", "prompt": "a red circle on a blue background", "size": "128x128"}
@@ -91,11 +93,10 @@ async def edit(request: Request, caller: Writer, services: ServicesDep) -> Respo
             value=len(images["image"]),
             remedy="send one image",
         )
-    uploaded = await run_in_threadpool(services.client.upload, images["image"][0])
-    fields["init_image"] = uploaded
+    fields["init_image"], _ = await store_image(services, images["image"][0])
     if images.get("mask"):
-        white_where_painted = await run_in_threadpool(inverted_mask, images["mask"][0])
-        fields["mask_image"] = await run_in_threadpool(services.client.upload, white_where_painted, field="mask")
+        white_where_painted = await services.in_images(inverted_mask, images["mask"][0])
+        fields["mask_image"], _ = await store_image(services, white_where_painted, field="mask")
     return await _answer(read_generation(fields), request, caller, services, kind="image_edit")
 
 
@@ -109,7 +110,7 @@ def _form_fields(form: FormData) -> dict[str, Any]:
             fields[name] = value
             continue
         try:
-            fields[name] = json.loads(value)
+            fields[name] = strict_loads(value)
         except ValueError:
             fields[name] = value
     return fields
@@ -128,19 +129,18 @@ async def _answer(wanted: Generation, request: Request, caller: Caller, services
     if wanted.stream and wanted.partial_images:
         every = max(1, config.num_inference_steps // (wanted.partial_images + 1))
         config = config.model_copy(update={"preview_every": config.preview_every or every})
-    async with caller.taking(images=config.image_count):
-        job = await run_in_threadpool(
-            services.client.submit,
-            config,
-            lane=Lane.INTERACTIVE,
-            tenant=caller.tenant,
-            idempotency_key=request.headers.get("idempotency-key"),
-        )
+    job = await submit(
+        services,
+        caller,
+        config,
+        images=config.image_count,
+        idempotency_key=request.headers.get("idempotency-key"),
+    )
     if wanted.stream:
-        events = _stream(services, job.id, caller.tenant, wanted, kind)
+        events = _stream(services, job.id, request, caller, wanted, kind)
         return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
     seconds = services.gateway.max_wait_seconds
-    record = await finished(services, job.id, caller.tenant, seconds=seconds, abandon=request)
+    record = await finished(services, job.id, caller.tenant, request, seconds=seconds, cancel=True)
     data = await _data(services, record, wanted)
     return JSONResponse({"created": int(record.finished_at or 0), "data": data, **_shown(record)})
 
@@ -150,8 +150,9 @@ async def _data(services: Services, record: JobRecord, wanted: Generation) -> li
     if wanted.as_url:
         links = await services.links([image.key for image in record.images])
         return [image_data(image, url=link) for image, link in zip(images, links, strict=True)]
-    files = [await run_in_threadpool(services.storage.get, image.key, sha256=image.sha256) for image in record.images]
-    return [image_data(image, b64=base64.b64encode(file).decode()) for image, file in zip(images, files, strict=True)]
+    files = [await services.in_storage(services.storage.get, image.key, sha256=image.sha256) for image in record.images]
+    encoded = await run_in_threadpool(lambda: [base64.b64encode(file).decode() for file in files])
+    return [image_data(image, b64=b64) for image, b64 in zip(images, encoded, strict=True)]
 
 
 def _shown(record: JobRecord) -> dict[str, Any]:
@@ -161,14 +162,16 @@ def _shown(record: JobRecord) -> dict[str, Any]:
     return {"size": size, "quality": "auto", "background": "opaque", "output_format": config.output_format.value}
 
 
-async def _stream(services: Services, job_id: str, tenant: str, wanted: Generation, kind: str) -> AsyncIterator[str]:
+async def _stream(  # noqa: PLR0917
+    services: Services, job_id: str, request: Request, caller: Caller, wanted: Generation, kind: str
+) -> AsyncIterator[str]:
     """The previews as partial images, then the images. A client that disconnects cancels the job."""
     sent, shown, done = 0, set(), False
     try:
         while True:
-            record = await services.job(job_id, tenant)
+            record = await services.job(job_id, caller.tenant)
             if sent < wanted.partial_images and not record.state.final:
-                for preview in await run_in_threadpool(services.client.previews, job_id):
+                for preview in await services.in_redis(services.client.previews, job_id):
                     if (preview.index, preview.step) in shown or sent >= wanted.partial_images:
                         continue
                     shown.add((preview.index, preview.step))
@@ -183,12 +186,12 @@ async def _stream(services: Services, job_id: str, tenant: str, wanted: Generati
         for item in await _data(services, record, wanted._replace(as_url=False)):
             yield _event(f"{kind}.completed", {**item, **_shown(record), "usage": _NO_USAGE})
     except CalotypeError as error:
-        problem = problem_of(error)
+        problem = problem_of(shown_to(request, error))
         body = {"message": problem.detail, "type": "server_error", "code": problem.code, "param": problem.field}
         yield f"event: error\ndata: {json.dumps({'type': 'error', 'error': body})}\n\n"
     finally:
         if not done:
-            await asyncio.shield(run_in_threadpool(services.client.cancel, job_id))
+            await asyncio.shield(services.in_redis(services.client.cancel, job_id))
 
 
 # OpenAI's SDK requires it in this event; there are no tokens to count.
@@ -208,7 +211,7 @@ def _event(kind: str, data: Mapping[str, Any]) -> str:
 @router.get("/models", operation_id="openaiListModels", responses=documented(openai=True))
 async def list_models(caller: Reader, services: ServicesDep) -> dict[str, Any]:
     """The models that workers have announced, each with its capabilities."""
-    cards = await run_in_threadpool(services.client.models)
+    cards = await services.in_redis(services.client.models)
     return {"object": "list", "data": [_model(name, card.model_dump(mode="json")) for name, card in cards.items()]}
 
 
@@ -217,7 +220,7 @@ async def get_model(
     model: Annotated[str, Path(max_length=64)], caller: Reader, services: ServicesDep
 ) -> dict[str, Any]:
     """One model."""
-    cards = await run_in_threadpool(services.client.models)
+    cards = await services.in_redis(services.client.models)
     if model not in cards:
         raise UnknownModel(
             "no worker has announced this model", field="model", value=model, remedy=f"use one of: {', '.join(cards)}"

@@ -24,14 +24,24 @@ class GatewaySettings(StrictSettings):
     """Whether requests need an API key. `auto`: `off` on a loopback address, otherwise `keys`."""
     allowed_hosts: Annotated[frozenset[str], NoDecode] = frozenset()
     """Additional host names accepted in requests when keys are off, separated by commas."""
+    max_json_bytes: Annotated[int, Field(ge=1_024)] = 2**20
+    """Maximum size of a request body without images."""
     max_body_bytes: Annotated[int, Field(ge=1_024)] = 64 * 2**20
-    """Maximum size of a request body, except for batch files."""
+    """Maximum size of a request body with images."""
     max_file_bytes: Annotated[int, Field(ge=1_024)] = 4 * 2**30
     """Maximum size of a batch file."""
     max_wait_seconds: Annotated[float, Field(gt=0)] = 600.0
     """Maximum duration of a request that waits for its image."""
     max_waiting: Annotated[int, Field(ge=1)] = 256
     """Maximum number of such requests and of event streams at one time."""
+    max_waiting_per_tenant: Annotated[int, Field(ge=1)] = 128
+    """The same limit per tenant."""
+    max_uploads: Annotated[int, Field(ge=1)] = 64
+    """Maximum number of request bodies larger than 64 KiB that are received at one time."""
+    max_uploads_per_tenant: Annotated[int, Field(ge=1)] = 16
+    """The same limit per tenant."""
+    max_buffered_bytes: Annotated[int, Field(ge=2**20)] = 128 * 2**20
+    """Maximum memory for request bodies larger than 64 KiB, except batch files. One tenant gets at most half."""
     dispatch: bool = True
     """Also lead batches and deliver webhooks."""
     log_format: Literal["text", "json"] = "text"

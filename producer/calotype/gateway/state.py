@@ -19,11 +19,13 @@ from calotype.batches.dispatcher import Dispatcher
 from calotype.batches.record import BatchRecord
 from calotype.client import Client
 from calotype.files import FileStore
+from calotype.gateway.limits import Pool
 from calotype.gateway.metrics import GatewayMetrics
 from calotype.gateway.settings import GatewaySettings
 from calotype_shared.errors import no_such_batch, no_such_job
 from calotype_shared.observability.telemetry import make_telemetry
 from calotype_shared.queue.connection import connect_redis, connection_options, is_outage, sentinel_options, unavailable
+from calotype_shared.queue.job_reader import JobReader
 from calotype_shared.queue.keys import Keys
 from calotype_shared.queue.records import read_record
 from calotype_shared.schema.jobs import JobRecord
@@ -32,17 +34,31 @@ from calotype_shared.storage.s3 import Storage
 
 _LINKS = 10_000  # maximum number of cached links
 _CONNECTIONS = 256
+# A worker may wait for minutes until storage answers; somebody who waits for a response may not.
+_STORAGE_SECONDS, _STORAGE_ATTEMPTS = 10.0, 2
+_POOL_SECONDS = 15.0
 
 
 class Services:
     """Owned by the application and closed with it."""
 
     def __init__(self, settings: Settings, gateway: GatewaySettings) -> None:
-        self.settings = settings
+        self.patient_settings = settings
+        self.settings = settings = settings.model_copy(
+            update={
+                "s3_timeout_seconds": min(settings.s3_timeout_seconds, _STORAGE_SECONDS),
+                "s3_attempts": min(settings.s3_attempts, _STORAGE_ATTEMPTS),
+            }
+        )
         self.gateway = gateway
+        # Each is for calls that need one thing, so that a slow storage delays nothing that only needs Redis.
+        self.in_redis = Pool("queue", 64, wait_seconds=_POOL_SECONDS)
+        self.in_storage = Pool("storage", 32, wait_seconds=_POOL_SECONDS)
+        self.in_images = Pool("image decoding", 2, wait_seconds=_POOL_SECONDS)
         self.telemetry = make_telemetry(settings, service="calotype-gateway")
         self.client = Client(settings=settings, telemetry=self.telemetry)
         self.keys = ApiKeys(connect_redis(settings), key_prefix=settings.key_prefix)
+        self.jobs = JobReader(self.keys.redis, key_prefix=settings.key_prefix)
         self.storage = Storage(settings)
         self.files = FileStore(self.keys.redis, self.storage, key_prefix=settings.key_prefix)
         self._links: dict[str, tuple[float, str]] = {}  # by key: when to stop reusing the link, and the link
@@ -69,7 +85,7 @@ class Services:
 
     async def batch(self, batch_id: str, tenant: str) -> BatchRecord:
         """A tenant's batch as it is now. Raises BatchNotFound."""
-        batch = await run_in_threadpool(self.client.batches.status, batch_id)
+        batch = await self.in_redis(self.client.batches.status, batch_id)
         if batch.tenant != tenant:
             raise no_such_batch(batch_id)
         return batch
@@ -115,7 +131,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
             services.metrics.start()
         if services.gateway.dispatch:
             on_webhook = services.metrics.webhook if services.metrics is not None else None
-            stack.enter_context(Dispatcher(services.settings, on_webhook=on_webhook))
+            stack.enter_context(Dispatcher(services.patient_settings, on_webhook=on_webhook))
         gc.freeze()  # imported modules stay: the collector need not traverse them, which takes 50 ms each time
         yield
 

@@ -15,12 +15,12 @@ from starlette.datastructures import UploadFile
 
 from calotype.gateway.auth import Writer
 from calotype.gateway.errors import NotFound, documented
-from calotype.gateway.state import ServicesDep
+from calotype.gateway.front import GuardedRoute
+from calotype.gateway.state import Services, ServicesDep
 from calotype_shared.errors import InvalidRequest
 from calotype_shared.storage.images import MAX_BYTES, normalize_image, upload_key
-from calotype_shared.storage.s3 import Storage
 
-router = APIRouter(prefix="/v1/uploads", tags=["uploads"])
+router = APIRouter(prefix="/v1/uploads", tags=["uploads"], route_class=GuardedRoute)
 
 _LINK_SECONDS = 900
 
@@ -72,7 +72,7 @@ async def upload(request: Request, caller: Writer, services: ServicesDep) -> Res
     """Store an image: a PNG, JPEG or WebP file as the body, or as `image` of a form."""
     form = request.headers.get("content-type", "").startswith("multipart/form-data")
     data = await _from_form(request) if form else await request.body()
-    return JSONResponse(await run_in_threadpool(_store, services.storage, data), 201)
+    return JSONResponse(await _stored(services, data), 201)
 
 
 async def _from_form(request: Request) -> bytes:
@@ -107,23 +107,28 @@ async def presign(caller: Writer, services: ServicesDep) -> Response:
 async def complete(done: Token, caller: Writer, services: ServicesDep) -> Response:
     """Check the image that was put there, and store it."""
     key = _incoming(caller.tenant, done.token)
-    if not await run_in_threadpool(services.storage.exists, key):
+    if not await services.in_storage(services.storage.exists, key):
         raise NotFound("no image has been uploaded; PUT it to the link first, or request a new link")
     # One byte more than allowed is enough to know that it is too large, without fetching all of it.
-    data = await run_in_threadpool(services.storage.get_range, key, 0, MAX_BYTES + 1)
+    data = await services.in_storage(services.storage.get_range, key, 0, MAX_BYTES + 1)
     try:
-        return JSONResponse(await run_in_threadpool(_store, services.storage, data), 201)
+        return JSONResponse(await _stored(services, data), 201)
     finally:
-        await run_in_threadpool(services.storage.delete, key)
+        await services.in_storage(services.storage.delete, key)
 
 
 def _incoming(tenant: str, token: str) -> str:
     return f"incoming/{tenant}/{token}"
 
 
-def _store(storage: Storage, data: bytes) -> dict[str, Any]:
-    """As `Client.upload` does, with the size. Raises InvalidRequest."""
-    upload_id, stored = normalize_image(data)
-    storage.put(upload_key(upload_id), stored, "image/png")
+async def store_image(services: Services, data: bytes, *, field: str = "image") -> tuple[str, bytes]:
+    """Store an image for use in a job. Returns its id and the stored PNG file. Raises InvalidRequest."""
+    upload_id, stored = await services.in_images(normalize_image, data, field=field)
+    await services.in_storage(services.storage.put, upload_key(upload_id), stored, "image/png")
+    return upload_id, stored
+
+
+async def _stored(services: Services, data: bytes) -> dict[str, Any]:
+    upload_id, stored = await store_image(services, data)
     width, height = struct.unpack(">II", stored[16:24])  # at this offset in every PNG
     return {"id": upload_id, "width": width, "height": height}

@@ -107,9 +107,6 @@ class ScriptedWorker:
 
     def start(self) -> None:
         """Announce the models and begin. Raises RedisUnavailable."""
-        for card in self._cards.values():
-            self._store.announce_model(card)
-        self._store.announce_together(self._cards)
         self._report()
         self._thread.start()
 
@@ -201,7 +198,7 @@ class ScriptedWorker:
             schema_number=self._store.schema,
             started_at=self._started_at,
         )
-        self._store.announce_worker(info, ttl_seconds=_REPORT_TTL_SECONDS)
+        self._store.announce_worker(info, ttl_seconds=_REPORT_TTL_SECONDS, cards=self._cards.values())
 
     def __enter__(self) -> Self:
         self.start()

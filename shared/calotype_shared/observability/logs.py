@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,6 +30,15 @@ def about(**known: str | None) -> Iterator[None]:
         _about.reset(token)
 
 
+# Control characters, and those that change the direction of what follows.
+_UNSAFE = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def _escaped(text: str) -> str:
+    """One line that cannot control a terminal: what comes from a request is in it."""
+    return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape", "backslashreplace").decode(), text)
+
+
 class _Formatter(logging.Formatter):
     def __init__(self, *, as_json: bool) -> None:
         super().__init__()
@@ -43,7 +53,8 @@ class _Formatter(logging.Formatter):
             fields = {"time": when, "level": record.levelname.lower(), "event": record.getMessage(), **extra}
             return json.dumps(fields | ({"trace": trace} if trace else {}), default=str)
         pairs = "".join(f" {name}={value}" for name, value in extra.items())
-        return f"{when} {record.levelname.lower():7} {record.getMessage()}{pairs}" + (f"\n{trace}" if trace else "")
+        line = _escaped(f"{when} {record.levelname.lower():7} {record.getMessage()}{pairs}")
+        return line + "".join(f"\n{_escaped(part)}" for part in trace.splitlines())
 
 
 def set_up_logging(*, log_format: str, level: str) -> None:

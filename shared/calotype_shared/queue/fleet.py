@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from calotype_shared.queue.keys import together
 from calotype_shared.queue.scripts import Scripted, said_clearly
@@ -25,19 +25,22 @@ class Fleet(Scripted):
         return {name: ModelCard.model_validate_json(card) for name, card in sorted(cards.items())}
 
     @said_clearly
-    def announce_together(self, models: Iterable[str]) -> None:
-        """Publish that one worker serves all of these models, so that one job can use several of them."""
-        self._redis.sadd(self.keys.together, together(models))
-
-    @said_clearly
     def served_together(self) -> list[frozenset[str]]:
         """Every set of models that a worker ever served."""
         return [frozenset(str(names).split("+")) for names in self._redis.smembers(self.keys.together)]
 
     @said_clearly
-    def announce_worker(self, info: WorkerInfo, *, ttl_seconds: float) -> None:
-        """Publish a live worker's report; it expires after `ttl_seconds` unless renewed."""
+    def announce_worker(self, info: WorkerInfo, *, ttl_seconds: float, cards: Collection[ModelCard] = ()) -> None:
+        """Publish a live worker's report; it expires after `ttl_seconds` unless renewed.
+
+        The cards of its models go with every report, so that a Redis that has lost them has them again in seconds.
+        """
         pipeline = self._redis.pipeline()
+        names = [card.name for card in cards]
+        for card in cards:
+            pipeline.hset(self.keys.models, card.name, card.model_dump_json())
+        if names:
+            pipeline.sadd(self.keys.together, together(names))
         pipeline.set(self.keys.worker(info.name), info.model_dump_json(exclude_none=True), px=int(ttl_seconds * 1000))
         pipeline.sadd(self.keys.workers, info.name)
         pipeline.execute()

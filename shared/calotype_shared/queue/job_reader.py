@@ -42,6 +42,11 @@ class JobReader(Fleet):
         return read_record(job_id, fields, schema=self.schema)  # type: ignore[arg-type]
 
     @said_clearly
+    def submitted_before(self, idempotency_key: str, *, tenant: str) -> bool:
+        """Whether this key names an earlier submission of the tenant."""
+        return bool(self._redis.exists(self.keys.idempotency(tenant, idempotency_key)))
+
+    @said_clearly
     def get_many(self, job_ids: Sequence[str]) -> list[JobRecord | None]:
         """Records in one round trip; None where there is no record, or one that this version cannot read."""
         pipeline = self._redis.pipeline(transaction=False)

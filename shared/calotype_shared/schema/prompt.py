@@ -37,7 +37,7 @@ def parse_weights(prompt: str, *, field: str = "prompt") -> list[Fragment]:
     """The fragments of a prompt, in order. Adjacent fragments of equal weight are joined. Empty for an empty prompt.
 
     Raises:
-        InvalidRequest: a weight below 0 or above `MAX_WEIGHT`.
+        InvalidRequest: a weight below 0 or above `MAX_WEIGHT`, as written or multiplied by those around it.
     """
     pieces: list[Fragment] = []
     open_brackets: list[tuple[str, int]] = []  # the bracket, and where its pieces begin: the bracket's own text
@@ -86,15 +86,17 @@ def _closes(open_brackets: list[tuple[str, int]], bracket: str) -> bool:
 def _scale(
     pieces: list[Fragment], open_brackets: list[tuple[str, int]], weight: float, *, prompt: str, field: str
 ) -> None:
-    if not 0.0 <= weight <= MAX_WEIGHT:
-        raise InvalidRequest(
-            f"weight {weight:g} is out of range",
-            field=field,
-            value=prompt,
-            remedy=f"use weights from 0 to {MAX_WEIGHT:g}, as in (word:1.3)",
-        )
     _, start = open_brackets.pop()
-    pieces[start:] = [Fragment(text, own * weight) for text, own in pieces[start + 1 :]]
+    scaled = [Fragment(text, own * weight) for text, own in pieces[start + 1 :]]
+    for found in (weight, *(piece.weight for piece in scaled)):
+        if not 0.0 <= found <= MAX_WEIGHT:
+            raise InvalidRequest(
+                f"weight {found:g} is out of range",
+                field=field,
+                value=prompt,
+                remedy=f"use weights from 0 to {MAX_WEIGHT:g}, as in (word:1.3); nested weights multiply",
+            )
+    pieces[start:] = scaled
 
 
 def _joined(pieces: list[Fragment]) -> list[Fragment]:

@@ -8,16 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import io
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from calotype_shared.errors import InvalidRequest
+from calotype_shared.forking import reset_in_children
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 MAX_BYTES = 32 * 2**20
-MAX_PIXELS = 64_000_000
+# Pillow keeps most modes in four bytes per pixel, and an image is copied at most once: about 200 MB at one time.
+MAX_PIXELS = PIXELS_AT_ONCE = 25_000_000
+_MAX_STORED_PIXELS = 64_000_000  # what earlier versions stored
+_STRIP_ROWS = 64
 FORMATS = ("PNG", "JPEG", "WEBP")
 
 
@@ -38,45 +45,100 @@ def normalize_image(data: bytes, *, field: str = "image") -> tuple[str, bytes]:
             f"is larger than {MAX_BYTES} bytes", field=field, value=f"{len(data)} bytes", remedy="use a smaller file"
         )
     buffer = io.BytesIO()
-    # Always encoded in the same way, because the hash is of these bytes.
-    _decoded(data, field).save(buffer, "PNG", compress_level=6)
+    with decoding(data, field) as image:
+        # Always encoded in the same way, because the hash is of these bytes.
+        plain = as_rgb(image)
+        if plain is not image:
+            image.close()
+        plain.save(buffer, "PNG", compress_level=6)
+        plain.close()  # frees its pixels while they still count
     stored = buffer.getvalue()
     return hashlib.sha256(stored).hexdigest(), stored
 
 
-def open_upload(data: bytes, upload_id: str) -> Image:
-    """The image of a stored upload, RGB. It is checked again, because others may write to the bucket.
+def open_upload(data: bytes, upload_id: str, *, fit: tuple[int, int] | None = None, mask: bool = False) -> Image:
+    """The image of a stored upload, RGB; with `fit`, at that width and height as by `fitted`.
+
+    It is checked again, because others may write to the bucket.
 
     Raises:
         InvalidRequest: it is not the file that the id names, or not an image we would have stored.
     """
     if hashlib.sha256(data).hexdigest() != upload_id:
         raise InvalidRequest("the stored file was changed", field="upload", value=upload_id, remedy="upload it again")
-    return _decoded(data, "upload")
+    with decoding(data, "upload", most=_MAX_STORED_PIXELS) as image:
+        plain = as_rgb(image)
+        return plain if fit is None else fitted(plain, *fit, mask=mask)
 
 
-def _decoded(data: bytes, field: str) -> Image:
-    import PIL.Image  # noqa: PLC0415 - not free to import, and most jobs have no images
-    import PIL.ImageOps  # noqa: PLC0415
+@contextmanager
+def decoding(data: bytes, field: str = "image", *, most: int = MAX_PIXELS) -> Iterator[Image]:
+    """The first image of a file, upright, in its own mode. All images that are open at one time share `PIXELS_AT_ONCE`.
 
+    Raises:
+        InvalidRequest: not a PNG, JPEG or WebP file, more than `most` pixels, animated, or broken.
+    """
+    import PIL.ImageOps  # noqa: PLC0415 - not free to import, and most jobs have no images
+
+    with _refused_if_broken(data, field):
+        image = _opened(data, field, most)
+    with _pixels.held(image.width * image.height):
+        with _refused_if_broken(data, field):
+            image.load()
+            PIL.ImageOps.exif_transpose(image, in_place=True)
+        yield image
+
+
+def as_rgb(image: Image) -> Image:
+    """RGB without metadata, transparent parts over white. `image` may be changed, and must not be used any more.
+
+    Made a strip at a time: beside `image` there is at most one other copy of all pixels.
+    """
+    import PIL.Image  # noqa: PLC0415
+
+    if image.mode == "RGB" and "transparency" not in image.info:
+        image.info.clear()  # and nothing else is written into a PNG file
+        return image
+    plain = PIL.Image.new("RGB", image.size)
+    for top in range(0, image.height, _STRIP_ROWS):
+        strip = image.crop((0, top, image.width, min(top + _STRIP_ROWS, image.height)))
+        plain.paste(_strip_as_rgb(strip), (0, top))
+    return plain
+
+
+def _strip_as_rgb(strip: Image) -> Image:
+    import PIL.Image  # noqa: PLC0415
+
+    if strip.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in strip.info:
+        over = PIL.Image.new("RGBA", strip.size, "white")
+        return PIL.Image.alpha_composite(over, strip.convert("RGBA")).convert("RGB")
+    if strip.mode.startswith("I"):  # 16 bits, which Pillow would clip instead of scaling
+        return strip.convert("I").point(lambda value: value / 257).convert("L").convert("RGB")
+    return strip.convert("RGB")
+
+
+def _opened(data: bytes, field: str, most: int) -> Image:
+    """Only the file's head is read. Raises InvalidRequest."""
+    import PIL.Image  # noqa: PLC0415
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # our own limit is below
+        image = PIL.Image.open(io.BytesIO(data), formats=FORMATS)
+    width, height = image.size
+    if width * height > most:
+        raise InvalidRequest(
+            f"has more than {most} pixels", field=field, value=f"{width}x{height}", remedy="use a smaller image"
+        )
+    # Phones store depth maps and previews as further images of a JPEG file (MPO): the first one is the photograph.
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+        raise InvalidRequest("is animated", field=field, value=f"{image.format}", remedy="give a still image")
+    return image
+
+
+@contextmanager
+def _refused_if_broken(data: bytes, field: str) -> Iterator[None]:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # our own limit is below
-            with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                width, height = image.size
-                if width * height > MAX_PIXELS:
-                    raise InvalidRequest(
-                        f"has more than {MAX_PIXELS} pixels",
-                        field=field,
-                        value=f"{width}x{height}",
-                        remedy="use a smaller image",
-                    )
-                if getattr(image, "n_frames", 1) > 1:
-                    raise InvalidRequest(
-                        "is animated", field=field, value=f"{image.format}", remedy="give a still image"
-                    )
-                image.load()
-                turned = PIL.ImageOps.exif_transpose(image)
+        yield
     except InvalidRequest:
         raise
     except Exception as error:  # Pillow's plugins raise almost anything for a broken file
@@ -86,12 +148,35 @@ def _decoded(data: bytes, field: str) -> Image:
             value=f"{len(data)} bytes",
             remedy=f"give a {', '.join(FORMATS)} file",
         ) from error
-    if turned.mode in ("RGBA", "LA", "PA") or "transparency" in turned.info:
-        over = PIL.Image.new("RGBA", turned.size, "white")
-        turned = PIL.Image.alpha_composite(over, turned.convert("RGBA"))
-    plain = PIL.Image.new("RGB", turned.size)  # a fresh one carries no metadata
-    plain.paste(turned.convert("RGB"))
-    return plain
+
+
+class _Pixels:
+    """Pixels that may be decoded at one time in this process. Others wait for their turn. Thread-safe."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self.after_fork()
+        reset_in_children(self)
+
+    def after_fork(self) -> None:
+        self._freed = threading.Condition()
+        self._used = 0
+
+    @contextmanager
+    def held(self, pixels: int) -> Iterator[None]:
+        freed = self._freed
+        with freed:
+            freed.wait_for(lambda: self._used == 0 or self._used + pixels <= self._most)
+            self._used += pixels
+        try:
+            yield
+        finally:
+            with freed:
+                self._used -= pixels
+                freed.notify_all()
+
+
+_pixels = _Pixels(PIXELS_AT_ONCE)
 
 
 def fitted(image: Image, width: int, height: int, *, mask: bool = False) -> Image:

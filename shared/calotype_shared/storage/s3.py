@@ -5,6 +5,7 @@ Where objects are in the bucket: `layout.py`.
 
 from __future__ import annotations
 
+import base64
 import functools
 import hashlib
 import threading
@@ -16,12 +17,11 @@ from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, TypeV
 from calotype_shared.backoff import delays
 from calotype_shared.errors import StorageUnavailable
 from calotype_shared.forking import reset_in_children
-from calotype_shared.storage.s3_errors import error_code, is_transient, unavailable
+from calotype_shared.storage.s3_errors import BATCH_DELETION_REFUSED, error_code, is_transient, unavailable
 
 if TYPE_CHECKING:
     from calotype_shared.settings import Settings
 
-ATTEMPTS = 5
 SAFE_SECONDS = 3_600.0  # younger objects may be about to be used, so no clean-up removes them
 _BACKOFF_SECONDS = (0.4, 5.0)
 
@@ -67,10 +67,10 @@ class UnfinishedUpload(NamedTuple):
 class Storage:
     """One bucket. Safe to share between threads and to use after a fork; connects at the first call."""
 
-    def __init__(self, settings: Settings, *, attempts: int = ATTEMPTS) -> None:
-        """`attempts` per call before a transient error is raised."""
+    def __init__(self, settings: Settings, *, attempts: int | None = None) -> None:
+        """`attempts` per call before a transient error is raised. None: as many as the settings say."""
         self._settings = settings
-        self._attempts = attempts
+        self._attempts = attempts or settings.s3_attempts
         self._bucket = settings.s3_bucket
         self.after_fork()
         reset_in_children(self)
@@ -180,11 +180,20 @@ class Storage:
 
     @_retried
     def delete_many(self, keys: Sequence[str]) -> None:
-        """Delete up to a thousand objects in one call, if they exist."""
+        """Delete up to a thousand objects, if they exist: in one call, or one by one where that is refused."""
         if not keys:
             return
+        from botocore.exceptions import ClientError  # noqa: PLC0415
+
         objects = [{"Key": key} for key in keys]
-        answer = self._client().delete_objects(Bucket=self._bucket, Delete={"Objects": objects, "Quiet": True})
+        try:
+            answer = self._client().delete_objects(Bucket=self._bucket, Delete={"Objects": objects, "Quiet": True})
+        except ClientError as error:
+            if error_code(error) not in BATCH_DELETION_REFUSED:
+                raise
+            for key in keys:
+                self.delete(key)
+            return
         for problem in answer.get("Errors", ()):
             raise StorageUnavailable(
                 f"storage: {problem.get('Key')} could not be removed: {problem.get('Code')} {problem.get('Message')}; "
@@ -282,15 +291,15 @@ class Storage:
         from botocore.config import Config  # noqa: PLC0415
 
         secret = self._settings.s3_secret_access_key
-        return boto3.session.Session().client(
+        client = boto3.session.Session().client(
             "s3",
             endpoint_url=endpoint,
             region_name=self._settings.s3_region,
             aws_access_key_id=self._settings.s3_access_key_id,
             aws_secret_access_key=secret.get_secret_value() if secret else None,
             config=Config(
-                connect_timeout=5,
-                read_timeout=30,
+                connect_timeout=min(5.0, self._settings.s3_timeout_seconds),
+                read_timeout=self._settings.s3_timeout_seconds,
                 retries={"total_max_attempts": 1},  # our own retries have jitter and a clear error
                 max_pool_connections=32,
                 signature_version="s3v4",
@@ -301,6 +310,9 @@ class Storage:
                 response_checksum_validation="when_required",
             ),
         )
+        # Required by S3, and by servers that know no newer checksum; boto3 no longer sends it.
+        client.meta.events.register("before-call.s3.DeleteObjects", _add_content_md5)
+        return client
 
     def _location(self) -> dict[str, Any]:
         if self._settings.s3_region == "us-east-1":
@@ -309,6 +321,11 @@ class Storage:
 
     def _unavailable(self, error: Exception) -> StorageUnavailable:
         return unavailable(error, endpoint=self._settings.s3_endpoint_url, bucket=self._bucket)
+
+
+def _add_content_md5(params: dict[str, Any], **_: Any) -> None:
+    digest = hashlib.md5(params["body"], usedforsecurity=False).digest()
+    params["headers"]["Content-MD5"] = base64.b64encode(digest).decode()
 
 
 def _date(answer: Any) -> float:

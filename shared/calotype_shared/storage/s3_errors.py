@@ -6,6 +6,9 @@ from calotype_shared.errors import ObjectMissing, StorageUnavailable
 
 _REFUSED = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "403", "401", "InvalidToken"}
 
+# Codes of servers that know no deletion of several objects, or want it in a form that boto3 does not send.
+BATCH_DELETION_REFUSED = {"NotImplemented", "MethodNotAllowed", "MissingContentMD5", "InvalidRequest", "501", "405"}
+
 
 def error_code(error: Exception) -> str:
     """S3's code for it; empty if there was no answer."""

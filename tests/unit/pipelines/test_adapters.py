@@ -19,6 +19,7 @@ from calotype_shared.errors import InvalidRequest, ModelLoadError
 from calotype_shared.schema.config import GenerationConfig
 from calotype_shared.schema.resolve import resolve
 from calotype_worker.models import load_model
+from calotype_worker.models.clip_text import ClipText
 from calotype_worker.models.latent import Adapters
 from calotype_worker.models.pipeline.model import PipelineModel
 from calotype_worker.request import ControlInput, GenerationRequest
@@ -45,11 +46,11 @@ CASES = {
     "sdxl": Case(sd.sdxl, ("unet", "text_encoder", "text_encoder_2")),
     # The captions of all rows go end to end through one layer of the network, so no row's weight can be applied there.
     "z_image": Case(image.z_image, ("transformer",), 64, merged=False),
+    "animatediff": Case(tiny_animatediff, ("unet",)),  # frames are folded into the rows, or cells of a frame are
 }
 SLOW_CASES = {
     "qwen_image": Case(qwen.qwen_image, ("transformer",)),
     "wan": Case(wan.wan, ("transformer",), 32),
-    "animatediff": Case(tiny_animatediff, ("unet",)),  # frames are folded into the rows, or cells of a frame are
 }
 
 
@@ -156,7 +157,7 @@ def test_refused_lora_files(tmp_path: Path) -> None:
     good = load_file(write_two(case, tmp_path)["second"])
     left = {
         "another network's": {"prior.attn.to_q.lora_A.weight": torch.ones(2, 2)},
-        "DoRA": {"transformer.x_embedder.lora_magnitude_vector": torch.ones(32)},
+        "another kind": {"transformer.x_embedder.oft_blocks": torch.ones(2, 2)},
         "a missing layer": {
             f"transformer.transformer_blocks.9.attn.to_q.lora_{side}.weight": torch.ones(shape)
             for side, shape in (("A", (2, 32)), ("B", (32, 2)))
@@ -206,6 +207,53 @@ def test_textual_inversions(name: str, tmp_path: Path) -> None:
         assert difference(run.result, expected) <= 3e-5
     without = model.plain(replace(requests[0], prompt="a lime star"))
     assert difference(model.plain(requests[0]), without) > 1e-2, "the token changes too little to be seen"
+
+
+WEIGHTED = ("a (red:1.4) star", "(a:0.6) [blue] star", r"a \(red\) star", "a red star")
+
+
+@pytest.mark.parametrize("name", ["sd_controlnet", "sdxl"])
+def test_prompt_weights(name: str) -> None:
+    """Weighted prompts are embedded as for step models, and all requests share the denoiser's calls."""
+    build = getattr(sd, name)
+    model = load(build())
+    assert "prompt_weights" in model.card.features
+    requests = [replace(r, prompt=prompt) for r, prompt in zip(four(model), WEIGHTED, strict=True)]
+    requests[1] = replace(requests[1], negative_prompt="(gray:1.2)")
+
+    plain = build()
+    plain.set_progress_bar_config(disable=True)
+    both = name == "sdxl"
+    texts = [ClipText(plain.tokenizer, plain.text_encoder, penultimate=both)]
+    if both:
+        texts.append(ClipText(plain.tokenizer_2, plain.text_encoder_2, penultimate=True))
+
+    def embedded(prompt: str, negative: str = "") -> dict[str, torch.Tensor]:
+        start = f"{negative}prompt_embeds"
+        own = {start: torch.cat([text.encode(prompt)[: text.window_tokens] for text in texts], dim=-1).unsqueeze(0)}
+        if both:
+            own[f"{negative}pooled_prompt_embeds"] = plain.text_encoder_2(texts[1].tokens(prompt))[0]
+        return own
+
+    together(model, requests)
+    with counted(model, "unet") as calls:
+        runs = together(model, requests)
+    assert calls.total() <= requests[LONGEST].num_inference_steps + 1, model.summary()  # PNDM takes one more
+    for run, request in zip(runs, requests, strict=True):
+        arguments = model.arguments.of(request, model="")
+        with torch.no_grad():
+            if request.prompt in WEIGHTED[:2]:
+                arguments = {**arguments, "prompt": None, **embedded(request.prompt)}
+            else:
+                arguments["prompt"] = request.prompt.replace("\\", "")
+            if request.negative_prompt:
+                arguments = {**arguments, "negative_prompt": None, **embedded(request.negative_prompt, "negative_")}
+            torch.manual_seed(request.seed)
+            expected = plain(**arguments)
+        assert run.error is None
+        assert difference(run.result, expected) <= 3e-5
+    bare = model.plain(replace(requests[0], prompt="a red star"))
+    assert difference(model.plain(requests[0]), bare) > 1e-3, "the weights change too little to be seen"
 
 
 class ControlCase(NamedTuple):

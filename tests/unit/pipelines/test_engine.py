@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -9,10 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from diffusers import DDIMScheduler
 
 from calotype_shared.errors import GenerationFailed, InvalidRequest
 from calotype_shared.schema.enums import OutputFormat, SamplerType
 from calotype_worker.engine import Engine, EngineSettings
+from calotype_worker.engine.pipeline_run import PipelineRun
 from calotype_worker.models import ModelPool, PipelineModel, load_model
 from calotype_worker.models.pipeline.outputs import Output
 from calotype_worker.request import GenerationRequest
@@ -185,9 +190,10 @@ def test_video_and_mesh(tmp_path: Path) -> None:
     engine = Engine(ModelPool([video, mesh]))
     engine.start()
     try:
-        for model in (video, mesh):
+        for model, frames in ((video, 4), (mesh, None)):
             requests = [
-                replace(request, model=model.card.name, output_format=OutputFormat.GIF) for request in four(model)
+                replace(request, model=model.card.name, output_format=OutputFormat.GIF, num_frames=frames)
+                for request in four(model)[:2]
             ]
             plain = [model.read(model.plain(request)) for request in requests]
             made = [future.result(300) for future in [engine.submit(request) for request in requests]]
@@ -207,3 +213,22 @@ def test_only_samplers_that_know_the_noise_schedule_are_offered() -> None:
     assert card.default_sampler == card.samplers[0] == "heun"
     assert "ddim" not in card.samplers
     assert "ddim" in load(sd.stable_diffusion()).card.samplers
+
+
+def test_progress_with_a_copied_scheduler() -> None:
+    """A pipeline may copy its scheduler, as those of video with sound do; the copy keeps its own state, uncounted."""
+    run = PipelineRun("copied", seed=0)
+    scheduler = DDIMScheduler()
+    run.follow(scheduler)
+    scheduler.set_timesteps(4)
+    copied = copy.deepcopy(scheduler)
+    copied.set_timesteps(9)
+    assert len(scheduler.timesteps) == run.total_steps == 4
+    assert len(copied.timesteps) == 9
+    sample = torch.ones(1, 4, 8, 8)
+    for own in (scheduler, copied, scheduler):
+        own.step(sample, own.timesteps[0], sample)
+    assert run.steps_done == 2
+    # Pipelines look these up.
+    assert type(scheduler) is DDIMScheduler
+    assert "generator" in inspect.signature(scheduler.step).parameters

@@ -15,8 +15,11 @@ import pytest
 from calotype_shared.errors import InvalidRequest, ModelLoadError
 from calotype_worker.models import PipelineModel, load_model
 from calotype_worker.request import GenerationRequest
+from tests.unit.pipelines.builders.cascade import stable_cascade
+from tests.unit.pipelines.builders.image import dit
 from tests.unit.pipelines.builders.modular import modular_flux, modular_qwen
 from tests.unit.pipelines.builders.qwen import qwen_image
+from tests.unit.pipelines.builders.sd import sd_inpaint, stable_diffusion
 from tests.unit.pipelines.driver import difference, four, load, together, without_merging
 
 _SIDE = 64  # pixels
@@ -80,6 +83,28 @@ def test_classes_folder_as_blocks(tmp_path: Path) -> None:
         assert own.image is not None
         assert expected.image is not None
         assert np.abs(own.image.astype(int) - expected.image.astype(int)).max() <= 1
+
+
+def test_required_arguments() -> None:
+    """Parameters without a default are asked for; a class with others that no job can give is refused."""
+    from diffusers import StableCascadeDecoderPipeline
+
+    model = load(dit())
+    request = four(model)[0]
+    model.check(request)
+    with pytest.raises(InvalidRequest, match=r"parameters\.class_labels"):
+        model.check(replace(request, parameters={}))
+    parts = stable_cascade().decoder_pipe.components
+    with pytest.raises(ModelLoadError, match="requires image_embeddings, which jobs cannot give"):
+        load(StableCascadeDecoderPipeline(**parts))
+
+
+def test_images_that_a_first_run_asks_for() -> None:
+    """A signature may call images optional that the pipeline cannot do without."""
+    card = load(sd_inpaint()).card
+    assert set(card.needs) == {"init_image", "mask_image"}
+    assert card.features == {"inpainting"}
+    assert load(stable_diffusion()).card.needs == ()
 
 
 def test_broken_part(folder: Path, tmp_path: Path) -> None:

@@ -7,7 +7,19 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.unit.pipelines.builders import flux1, flux2, image, modular, qwen, sd, sound_and_mesh, video, wan
+from tests.unit.pipelines.builders import (
+    cascade,
+    flux1,
+    flux2,
+    hunyuan,
+    image,
+    modular,
+    qwen,
+    sd,
+    sound_and_mesh,
+    video,
+    wan,
+)
 from tests.unit.pipelines.driver import counted, difference, four, load, together, without_merging
 
 _KONTEXT = "diffusers.pipelines.flux.pipeline_flux_kontext"
@@ -64,16 +76,17 @@ CASES = {
     ),
     "qwen_controlnet": Case(qwen.qwen_controlnet, "transformer"),
     "z_image": Case(image.z_image, "transformer", side=64),
-    "z_image_to_image": Case(image.z_image_to_image, "transformer", side=64),
+    "z_image_to_image": Case(image.z_image_to_image, "transformer", side=64, slow=True),
     "krea2": Case(image.krea2, "transformer", side=64),
     "ernie_image": Case(image.ernie_image, "transformer", side=64),
     "sana": Case(image.sana, "transformer", side=64, small={f"{_SANA}.ASPECT_RATIO_512_BIN": {"1.0": [64, 64]}}),
     "pixart_sigma": Case(image.pixart_sigma, "transformer", tolerance=3e-4),
+    "dit": Case(image.dit, "transformer", parameters={"class_labels": [7]}),
     "hidream": Case(image.hidream, "transformer"),
     # It averages the text over its length, so prompts of different lengths cannot be padded to one.
-    "kandinsky3": Case(image.kandinsky3, "unet", side=64, alone={"unet"}, slow=True),
+    "kandinsky3": Case(cascade.kandinsky3, "unet", side=64, alone={"unet"}, slow=True),
     "stable_cascade": Case(
-        image.stable_cascade,
+        cascade.stable_cascade,
         "prior_prior",
         side=128,
         tolerance=3e-5,
@@ -81,13 +94,13 @@ CASES = {
         slow=True,
     ),
     "wan": Case(wan.wan, "transformer", "video", side=32),
-    "wan_two_transformers": Case(wan.wan_two_transformers, "transformer", "video", side=32),
+    "wan_two_transformers": Case(wan.wan_two_transformers, "transformer", "video", side=32, slow=True),
     "wan_image_to_video": Case(wan.wan_image_to_video, "transformer", "video", side=32),
     "ltx": Case(video.ltx, "transformer", "video", side=32),
     "ltx2": Case(video.ltx2, "transformer", "video", side=32, slow=True),
-    "hunyuan_video": Case(video.hunyuan_video, "transformer", "video", side=32),
+    "hunyuan_video": Case(hunyuan.hunyuan_video, "transformer", "video", side=32),
     # Its autoencoder takes no batch, nor does that of plain diffusers.
-    "hunyuan_video_15": Case(video.hunyuan_video_15, "transformer", "video", side=32, alone={"vae"}, slow=True),
+    "hunyuan_video_15": Case(hunyuan.hunyuan_video_15, "transformer", "video", side=32, alone={"vae"}, slow=True),
     "animatediff_controlnet": Case(video.animatediff_controlnet, "unet", "video", tolerance=4e-5, slow=True),
     # With two rows diffusers pairs the temporal context of one with pixels of the other: merging would change results.
     "stable_video": Case(video.stable_video, "unet", "video", side=64, alone={"unet"}, tolerance=1e-4, slow=True),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from calotype_shared.errors import InvalidRequest
+from calotype_shared.errors import GenerationFailed, InvalidRequest
 from calotype_shared.schema.enums import SamplerType
 from calotype_worker.engine import Engine
 from calotype_worker.models import PipelineModel, StepModel, load_model
@@ -111,7 +111,7 @@ def test_a_failing_preview(demo: PipelineModel, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_failing_preview_of_a_step_model(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same where the engine steps the model itself."""
+    """Where the engine steps the model itself, the request fails alone."""
     model = load_model("tiny", source=str(tiny_model))
     assert isinstance(model, StepModel)
     tried = []
@@ -124,10 +124,10 @@ def test_a_failing_preview_of_a_step_model(tiny_model: Path, monkeypatch: pytest
     engine = Engine(model, on_preview=lambda *_: pytest.fail("there was none"))
     engine.start()
     try:
-        made = [
-            engine.submit(request_of(name, preview_every=every)).result(300) for name, every in (("a", 1), ("b", 0))
-        ]
-        assert [one.image.shape for one in made] == [(64, 64, 3)] * 2
+        failing, other = (engine.submit(request_of(name, preview_every=every)) for name, every in (("a", 1), ("b", 0)))
+        with pytest.raises(GenerationFailed, match="no such thing"):
+            failing.result(300)
+        assert other.result(300).image.shape == (64, 64, 3)
         assert tried
     finally:
         engine.stop()

@@ -371,7 +371,10 @@ class Engine:
         if self._on_preview is not None:
             for row, image in report.previews:
                 state = self._states[row.request.request_id]
-                self._on_preview(state.id, state.steps_done, image)
+                try:
+                    self._on_preview(state.id, state.steps_done, image)
+                except Exception:  # of the receiver: the image itself is not at fault
+                    log.exception("preview dropped", extra={"request_id": state.id})
         for row, error in report.failed:
             self._fail(self._states[row.request.request_id], error)
         for row, latents in report.finished:

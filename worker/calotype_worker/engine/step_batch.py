@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,8 +15,6 @@ from calotype_worker.engine.memory_limit import MemoryLimit, free_failed_pass, i
 from calotype_worker.models.base import Rows, StepModel
 from calotype_worker.sampling.row_scheduler import RowScheduler
 from calotype_worker.sampling.table import SamplerTable, product
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +95,9 @@ class StepBatch:
             new_state, outputs, inputs = graph
             timesteps = self._timesteps[self._position]
         bad = {id(row) for row, _ in failed}
-        previews = self._previews(inputs, outputs, timesteps, bad)
+        previews, unpreviewed = self._previews(inputs, outputs, timesteps, bad)
+        failed += unpreviewed
+        bad |= {id(row) for row, _ in unpreviewed}
         fallback_steps = self._advance(outputs, new_state)
         done = [
             (row, self._state[index, 0].reshape(self._shape).clone())
@@ -216,8 +215,8 @@ class StepBatch:
 
     def _previews(
         self, inputs: torch.Tensor, outputs: torch.Tensor, timesteps: torch.Tensor, bad: set[int]
-    ) -> list[tuple[BatchRow, np.ndarray]]:
-        """Preview images for the members that want one after this step."""
+    ) -> tuple[list[tuple[BatchRow, np.ndarray]], list[tuple[BatchRow, Exception]]]:
+        """Preview images for the members that want one after this step, and the members whose preview failed."""
         due = [
             index
             for index, row in enumerate(self.members)
@@ -227,16 +226,21 @@ class StepBatch:
             and id(row) not in bad
         ]
         if not due:
-            return []
-        chosen = torch.tensor(due, device=inputs.device)
-        try:
+            return [], []
+
+        def run(indices: Sequence[int]) -> list[np.ndarray]:
+            chosen = torch.tensor(indices, device=inputs.device)
             clean = self._model.predicted_original(inputs[chosen], outputs[chosen], timesteps[chosen])
-            return [(self.members[index], self._model.preview(own)) for index, own in zip(due, clean, strict=True)]
-        except Exception as error:  # a preview is no reason for its request to fail, and certainly not for others
-            if is_fatal(error):
-                raise
-            log.warning("previews failed", extra={"model": self._model.card.name}, exc_info=error)
-            return []
+            return [self._model.preview(own) for own in clean]
+
+        made: list[tuple[BatchRow, np.ndarray]] = []
+        failed: list[tuple[BatchRow, Exception]] = []
+        for index, result in zip(due, run_isolating_failures(due, run), strict=True):
+            if isinstance(result, Exception):
+                failed.append((self.members[index], result))
+            else:
+                made.append((self.members[index], result))
+        return made, failed
 
     def _noise(self) -> torch.Tensor:
         """Each member's new noise, zero if its sampler uses none in this step: (members, 1, L)."""

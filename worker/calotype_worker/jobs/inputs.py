@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from calotype_shared.schema.resolve import ResolvedConfig
-from calotype_shared.storage.images import fitted, open_upload, upload_key
+from calotype_shared.storage.images import open_upload, upload_key
 from calotype_shared.storage.s3 import Storage
 
 
@@ -24,11 +24,12 @@ class Inputs:
         """
         found = {}
         for upload_id in config.uploads:
-            image = open_upload(self._storage.get(upload_key(upload_id)), upload_id)
+            data = self._storage.get(upload_key(upload_id))
             others = {config.init_image, config.mask_image, config.control_image, *(c.image for c in config.controls)}
             if upload_id in config.images and upload_id not in others:
-                found[upload_id] = np.array(image)
+                found[upload_id] = np.array(open_upload(data, upload_id))
                 continue
             is_mask = upload_id == config.mask_image and upload_id != config.init_image
-            found[upload_id] = np.array(fitted(image, config.width, config.height, mask=is_mask))
+            fit = (config.width, config.height)
+            found[upload_id] = np.array(open_upload(data, upload_id, fit=fit, mask=is_mask))
         return found

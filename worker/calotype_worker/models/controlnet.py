@@ -7,37 +7,9 @@ from typing import Any
 
 import torch
 
-from calotype_shared.errors import ModelLoadError
 from calotype_worker.models.base import ControlRows, Rows
 
 Residuals = tuple[list[torch.Tensor] | None, torch.Tensor | None]
-
-
-def load_controlnets(sources: Mapping[str, str], *, dtype: torch.dtype, cross_attention_dim: int) -> dict[str, Any]:
-    """ControlNets by name, from diffusers folders or hub ids with safetensors weights.
-
-    Raises:
-        ModelLoadError: one cannot be loaded, or is for another kind of model.
-    """
-    from diffusers import ControlNetModel  # noqa: PLC0415
-
-    nets = {}
-    for name, source in sources.items():
-        try:
-            net = ControlNetModel.from_pretrained(source, torch_dtype=dtype, use_safetensors=True)
-        except Exception as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ModelLoadError(
-                f"ControlNet {name!r}: could not be loaded: {reason}; "
-                "give a diffusers folder or hub id with safetensors weights"
-            ) from error
-        if net.config.cross_attention_dim != cross_attention_dim:
-            raise ModelLoadError(
-                f"ControlNet {name!r} expects text embeddings of width {net.config.cross_attention_dim}, the model has "
-                f"{cross_attention_dim}; use one that was trained for this model"
-            )
-        nets[name] = net.eval()
-    return nets
 
 
 def control_residuals(

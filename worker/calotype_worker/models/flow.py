@@ -10,22 +10,29 @@ from typing import Any
 import torch
 
 from calotype_shared.errors import InvalidRequest, ModelLoadError
-from calotype_shared.schema.enums import Feature
+from calotype_shared.schema.enums import Feature, SamplerType
 from calotype_worker.models.base import Conditioning, Rows, Text
 from calotype_worker.models.latent import Adapters, LatentModel, Setup
-from calotype_worker.sampling.samplers import FLOW_SAMPLERS
+from calotype_worker.sampling.samplers import FLOW_SAMPLERS, Sampler, sampler_of
 
 
 class FlowModel(LatentModel):
     """Networks that predict the velocity from image to noise, with prompts read as they are written."""
 
-    samplers = FLOW_SAMPLERS
+    flow_samplers: Mapping[SamplerType, Sampler] = FLOW_SAMPLERS
     size_factor = 2  # the network reads patches of 2x2 latent cells
 
     @classmethod
     def features_of(cls, pipeline: Any, adapters: Adapters) -> frozenset[Feature]:
         features = super().features_of(pipeline, adapters)
         return features - {Feature.PROMPT_WEIGHTS, Feature.CONTROLNET}
+
+    @classmethod
+    def samplers_for(cls, pipeline: Any) -> Mapping[Any, Sampler]:
+        own = sampler_of(pipeline.scheduler, cls.flow_samplers)
+        if own is None:
+            return {}
+        return {own: cls.flow_samplers[own], **cls.flow_samplers}
 
     def __init__(
         self,

@@ -25,7 +25,7 @@ class Flux(FlowModel):
     and negative prompts have no effect.
     """
 
-    samplers = {SamplerType.EULER: FLOW_SAMPLERS[SamplerType.EULER]}  # noqa: RUF012 - others take no given noise levels
+    flow_samplers = {SamplerType.EULER: FLOW_SAMPLERS[SamplerType.EULER]}  # noqa: RUF012 - others take no noise levels
     embedded_guidance = True
 
     def __init__(self, pipeline: Any, setup: Setup) -> None:
@@ -35,7 +35,7 @@ class Flux(FlowModel):
             denoiser=pipeline.transformer,
             text_encoders={"text_encoder": pipeline.text_encoder, "text_encoder_2": pipeline.text_encoder_2},
         )
-        length = int(pipeline.tokenizer_max_length)
+        length = int(pipeline.tokenizer.model_max_length)
         self._clip = PlainText(pipeline.tokenizer, pipeline.text_encoder, length=length, device=setup.device)
         self._t5 = PlainText(pipeline.tokenizer_2, pipeline.text_encoder_2, length=T5_TOKENS, device=setup.device)
         self._reads_guidance = bool(pipeline.transformer.config.guidance_embeds)

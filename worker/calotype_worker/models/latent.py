@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +12,11 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch
 
+from calotype_shared.errors import ModelLoadError
 from calotype_shared.schema.enums import Feature
 from calotype_shared.schema.model_card import ModelCard
 from calotype_worker.models.accelerations import EXACT, Accelerations
+from calotype_worker.models.autoencoder import Autoencoder
 from calotype_worker.models.base import Conditioning, Rows, Text
 from calotype_worker.models.deep_cache import DeepCache
 from calotype_worker.models.first_block_cache import FirstBlockCache
@@ -22,7 +24,7 @@ from calotype_worker.models.lora import LoraBank
 from calotype_worker.models.quantized import quantize, weight_bytes
 from calotype_worker.models.token_merging import merge_tokens
 from calotype_worker.request import GenerationRequest
-from calotype_worker.sampling.samplers import SAMPLERS, Sampler, make_scheduler
+from calotype_worker.sampling.samplers import Sampler, is_edm, make_scheduler, samplers_following
 
 T = TypeVar("T")
 
@@ -68,7 +70,6 @@ class Setup:
 class LatentModel:
     """The common half of a `StepModel`. A family adds its text encoders and its network call."""
 
-    samplers: Mapping[Any, Sampler] = SAMPLERS
     embedded_guidance = False
     mask_channels = 0  # extra input channels of the network: mask and masked image
     size_factor = 1  # the sides of the latents must be multiples of this
@@ -82,8 +83,8 @@ class LatentModel:
 
     @classmethod
     def samplers_for(cls, pipeline: Any) -> Mapping[Any, Sampler]:
-        """Those that can follow the noise levels of the pipeline's own scheduler."""
-        return cls.samplers
+        """Those with the noise levels of the pipeline's own scheduler, its own first. Empty: none is known."""
+        return samplers_following(pipeline.scheduler)
 
     def __init__(
         self,
@@ -95,15 +96,16 @@ class LatentModel:
         controls: Mapping[str, torch.nn.Module] | None = None,
     ) -> None:
         """`controls` are ControlNets by name."""
-        self.card = setup.card
+        self.card = setup.card  # less what its autoencoder cannot do
         self.device = setup.device
         self.dtype = setup.dtype
         self.scheduler_config: Mapping[str, Any] = dict(pipeline.scheduler.config)
         self.samplers = self.samplers_for(pipeline)
+        self._edm = is_edm(pipeline.scheduler)
         self._vae = pipeline.vae.eval()
         if getattr(self._vae.config, "force_upcast", False) and setup.dtype is torch.float16:
             self._vae.to(torch.float32)  # its activations overflow fp16
-        self._vae_factor = 2 ** (len(self._vae.config.block_out_channels) - 1)
+        self._autoencoder = Autoencoder(self._vae, name=setup.card.name, using=functools.partial(self._using, "vae"))
         self._denoiser = denoiser.eval()
         self._parts: dict[str, torch.nn.Module] = {
             "denoiser": self._denoiser,
@@ -113,6 +115,8 @@ class LatentModel:
         self._controls = {name: net.to(setup.device) for name, net in (controls or {}).items()}
         self._memory = setup.memory
         self._place_weights(setup.memory)
+        self._autoencoder.place(setup.device)
+        self.card = _without(setup.card, self._autoencoder.unable())
         component = "transformer" if hasattr(pipeline, "transformer") else "unet"
         self.loras = LoraBank(
             pipeline,
@@ -120,6 +124,7 @@ class LatentModel:
             setup.adapters.loras,
             capacity=setup.adapters.lora_capacity,
         )
+        self.loras.check()
         self.accelerations = setup.accelerations
         self._step_cache = self._accelerate(setup.accelerations)
 
@@ -200,60 +205,42 @@ class LatentModel:
         return alphas.to(self.device)
 
     def predicted_original(self, latents: torch.Tensor, outputs: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """From epsilon, v or sample prediction; scaled latents are variance preserving for every sampler."""
+        """From epsilon, v or sample prediction; scaled latents are variance preserving for every sampler with betas."""
+        kind = self.scheduler_config.get("prediction_type", "epsilon")
+        if self._edm:
+            return self._edm_original(latents, outputs, timesteps, sign=-1.0 if kind == "v_prediction" else 1.0)
+        if kind == "flow_prediction":
+            return latents - (timesteps / 1000).reshape(-1, 1, 1, 1) * outputs
         last = len(self._alphas_cumprod) - 1
         alpha = self._alphas_cumprod[timesteps.round().long().clamp(0, last)].reshape(-1, 1, 1, 1)
-        kind = self.scheduler_config.get("prediction_type", "epsilon")
         if kind == "epsilon":
             return (latents - (1 - alpha).sqrt() * outputs) / alpha.sqrt()
         if kind == "v_prediction":
             return alpha.sqrt() * latents - (1 - alpha).sqrt() * outputs
         return outputs
 
+    def _edm_original(
+        self, latents: torch.Tensor, outputs: torch.Tensor, timesteps: torch.Tensor, *, sign: float
+    ) -> torch.Tensor:
+        """c_skip · x + c_out · F (Karras et al. 2022, table 1); a timestep is ln(sigma) / 4."""
+        sigma = (4 * timesteps).exp().reshape(-1, 1, 1, 1)
+        data = float(self.scheduler_config["sigma_data"])
+        total = (sigma**2 + data**2).sqrt()  # 1 / c_in
+        return data**2 / total * latents + sign * sigma * data / total * outputs
+
     # ---- the autoencoder
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
-        return int(self._vae.config.latent_channels), height // self._vae_factor, width // self._vae_factor
+        return self._autoencoder.latent_shape(width, height)
 
-    @torch.inference_mode()
     def encode_images(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        with self._using("vae"):
-            found = self._vae.encode(pixels.to(self.device, self._vae.dtype)).latent_dist
-        shift = getattr(self._vae.config, "shift_factor", None) or 0.0
-        scale = self._vae.config.scaling_factor
-        return (found.mean.float() - shift) * scale, found.std.float() * scale
+        return self._autoencoder.encode(pixels)
 
-    @torch.inference_mode()
     def decode(self, latents: torch.Tensor) -> np.ndarray:
-        shift = getattr(self._vae.config, "shift_factor", None) or 0.0
-        scaled = (latents / self._vae.config.scaling_factor + shift).to(self._vae.dtype)
-        with self._using("vae"):
-            pixels = self._vae.decode(scaled, return_dict=False)[0].float()  # (B, 3, H, W) in -1..1
-        return (pixels / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        return self._autoencoder.decode(latents)
 
-    @torch.inference_mode()
     def preview(self, latents: torch.Tensor) -> np.ndarray:
-        weights = self._preview_weights
-        flat = latents.float().flatten(1).T  # (h·w, C)
-        rgb = torch.cat([flat, torch.ones_like(flat[:, :1])], dim=1) @ weights
-        image = rgb.reshape(*latents.shape[1:], 3).clamp(0, 1).mul(255).round()
-        return image.to(torch.uint8).cpu().numpy()
-
-    @functools.cached_property
-    def _preview_weights(self) -> torch.Tensor:
-        """(C + 1, 3): the least-squares map from a latent cell to its pixels' mean color, for any autoencoder.
-
-        Fitted once, on images of smooth colors encoded by the autoencoder.
-        """
-        generator = torch.Generator().manual_seed(0)
-        side = 16 * self._vae_factor
-        coarse = torch.rand((8, 3, 4, 4), generator=generator)
-        images = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bilinear", align_corners=True)
-        mean, _ = self.encode_images(images * 2 - 1)
-        cells = mean.permute(0, 2, 3, 1).flatten(0, 2)
-        colors = torch.nn.functional.avg_pool2d(images, self._vae_factor).permute(0, 2, 3, 1).flatten(0, 2)
-        inputs = torch.cat([cells, torch.ones_like(cells[:, :1])], dim=1).cpu()
-        return torch.linalg.lstsq(inputs, colors).solution.to(self.device)
+        return self._autoencoder.preview(latents)
 
     # ---- text
 
@@ -274,3 +261,14 @@ class LatentModel:
 
     def row_inputs(self, request: GenerationRequest, *, negative: bool) -> Conditioning:
         return {}
+
+
+def _without(card: ModelCard, features: Collection[Feature]) -> ModelCard:
+    """Raises ModelLoadError if nothing is left that the model can make."""
+    left = card.features - {feature.value for feature in features}
+    if not left & {Feature.TEXT_TO_IMAGE, Feature.IMAGE_TO_IMAGE, Feature.INPAINTING}:
+        raise ModelLoadError(
+            f"model {card.name!r}: it starts from images, and its autoencoder cannot encode them as needed; use an "
+            "AutoencoderKL in vae/"
+        )
+    return card.model_copy(update={"features": frozenset(left)})

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib import resources
@@ -15,17 +13,21 @@ import torch
 from calotype_shared.errors import ModelLoadError
 from calotype_shared.schema.model_card import ModelCard
 from calotype_worker.models.accelerations import EXACT, Accelerations
+from calotype_worker.models.autoencoder import check_autoencoder, factor_of
 from calotype_worker.models.flux import Flux
 from calotype_worker.models.latent import Adapters, LatentModel, Memory, Setup
+from calotype_worker.models.notes import Notes, read_notes
+from calotype_worker.models.parts import load_parts
 from calotype_worker.models.pipeline.controls import PART, attach, load_controls, names_of
-from calotype_worker.models.pipeline.loading import check_class, class_of, load_pipeline, names_part, split_source
+from calotype_worker.models.pipeline.loading import class_of, is_modular, load_pipeline, names_part
 from calotype_worker.models.pipeline.model import PipelineModel
 from calotype_worker.models.pool import AnyModel
 from calotype_worker.models.sd import StableDiffusion
 from calotype_worker.models.sd3 import StableDiffusion3
 from calotype_worker.models.sdxl import StableDiffusionXL
-from calotype_worker.models.single_file import is_single_file, load_single_file
-from calotype_worker.sampling.samplers import sampler_of
+from calotype_worker.models.single_file import load_single_file
+from calotype_worker.models.source import UNREAD, Located, locate
+from calotype_worker.models.text_check import check_text
 
 # `_class_name` in a folder's model_index.json -> the family and the adapter that runs it.
 FAMILIES: dict[str, tuple[str, type[LatentModel]]] = {
@@ -105,12 +107,14 @@ def load_model(
     accelerations: Accelerations = EXACT,
     as_pipeline: bool = False,
     merging: bool = True,
+    variant: str | None = None,
 ) -> AnyModel:
     """Load a model onto a device, with the LoRAs, textual inversions and ControlNets that were registered for it.
 
     A source is a folder, a hub id or a checkpoint file; `CLASS:SOURCE` runs it as that pipeline class of diffusers.
     `as_pipeline` runs it as a diffusers pipeline even if Calotype has its own implementation of the family. Without
-    `merging`, network calls of a pipeline always run alone, with the bits of plain diffusers.
+    `merging`, network calls of a pipeline always run alone, with the bits of plain diffusers. Of a part with weights in
+    several variants, `variant` is loaded, such as fp16.
 
     Raises:
         ModelLoadError: the device does not exist, the source is missing or broken, its weights are pickled, or its
@@ -118,24 +122,19 @@ def load_model(
     """
     torch_device = _device(device)
     torch_dtype = DTYPES[dtype] if dtype else default_dtype(torch_device)
-    named, location = split_source(resolve_source(name, source))
-    if named is not None:
-        check_class(name, named)
+    by_steps = () if as_pipeline else tuple(FAMILIES)
+    located = locate(name, resolve_source(name, source), by_steps=by_steps, variant=variant)
+    notes = read_notes(name, located.path)
+    named = located.named_class
     adapters, memory = adapters or Adapters(), memory or Memory()
-    folder, controls = Path(location), adapters.controls
-    if is_single_file(location):
-        pipeline = load_single_file(name, folder, torch_dtype)
-    elif folder.is_dir():
-        _check_folder(name, folder)
-        pipeline = _pipeline(name, location, torch_dtype, named, as_pipeline=as_pipeline, controls=controls)
-    elif folder.is_absolute() or location.startswith("."):
-        raise ModelLoadError(f"model {name!r}: folder {location!r} does not exist; check the path after '='")
+    if located.single_file:
+        pipeline = load_single_file(name, located.path, torch_dtype)
     else:
-        pipeline = _pipeline(name, location, torch_dtype, named, as_pipeline=as_pipeline, controls=controls)
-    notes, version = _notes(folder), _version(folder, location)
+        pipeline = _pipeline(name, located, torch_dtype, as_pipeline=as_pipeline, controls=adapters.controls)
+    version = located.version()
     class_name = type(pipeline).__name__
     if named is not None or as_pipeline or class_name not in FAMILIES:
-        if controls and not names_of(pipeline):
+        if adapters.controls and not names_of(pipeline):
             raise ModelLoadError(
                 f"model {name!r}: --control is not possible with this source; give a folder and a pipeline class "
                 f"that has a ControlNet, as --model {name}=CLASS:FOLDER"
@@ -145,34 +144,36 @@ def load_model(
                 f"model {name!r}: {class_name} runs by its own pipeline, without accelerations; leave out --deep-cache "
                 "and the like"
             )
-        return PipelineModel(
+        check_text(name, pipeline, required=False)
+        model = PipelineModel(
             pipeline,
             name=name,
             version=version,
             device=torch_device,
             dtype=torch_dtype,
-            notes=notes,
+            notes=notes.model_dump(exclude_none=True),
             merging=merging,
             memory=memory,
             adapters=adapters,
         )
+        model.card = notes.applied(model.card, name=name)
+        return model
+    check_text(name, pipeline)
     family, adapter = FAMILIES[class_name]
     if source is None:
         adapters = with_bundled(adapters)
     card = latent_card(name, family, adapter, pipeline, notes=notes, version=version, adapters=adapters)
     build: Any = adapter  # each family finds its network and encoders in the pipeline
-    model: AnyModel = build(
-        pipeline,
-        Setup(
-            card=card,
-            device=torch_device,
-            dtype=torch_dtype,
-            adapters=adapters,
-            memory=memory,
-            accelerations=accelerations,
-        ),
+    setup = Setup(
+        card=card,
+        device=torch_device,
+        dtype=torch_dtype,
+        adapters=adapters,
+        memory=memory,
+        accelerations=accelerations,
     )
-    return model
+    made: AnyModel = build(pipeline, setup)
+    return made
 
 
 def _device(device: str) -> torch.device:
@@ -188,46 +189,21 @@ def _device(device: str) -> torch.device:
     return found
 
 
-def _check_folder(name: str, folder: Path) -> None:
-    class_of(name, folder)
-    for part in sorted(path.parent for path in folder.glob("*/config.json")):  # every part with weights has one
-        if not list(part.glob("*.safetensors")):
-            remedy = (
-                "only a pickle, which Calotype never opens; convert it with diffusers' "
-                "save_pretrained(..., safe_serialization=True)"
-                if list(part.glob("*.bin"))
-                else "none; download or save the whole pipeline again"
-            )
-            raise ModelLoadError(f"model {name!r}: {part.name}/ should hold safetensors weights but holds {remedy}")
-
-
 def _pipeline(
-    name: str,
-    location: str,
-    dtype: torch.dtype,
-    named: str | None,
-    *,
-    as_pipeline: bool,
-    controls: Mapping[str, str],
+    name: str, located: Located, dtype: torch.dtype, *, as_pipeline: bool, controls: Mapping[str, str]
 ) -> Any:
     """The diffusers pipeline on the CPU; the adapter moves its parts to the device."""
-    folder = Path(location)
-    class_name = named or (class_of(name, folder) if folder.is_dir() else None)
-    if class_name not in FAMILIES or named is not None or as_pipeline:
-        has_own = not folder.is_dir() or names_part(folder, PART)
-        nets = load_controls(name, class_name, controls, dtype=dtype, has_own=has_own) if class_name else {}
-        further = {PART: next(iter(nets.values()))} if nets else {}
-        pipeline = load_pipeline(name, location, class_name=named, dtype=dtype, further=further)
-        attach(pipeline, nets)
-        return pipeline
-    return load_pipeline(name, location, class_name=class_name, dtype=dtype, left_out=("feature_extractor",))
-
-
-def _notes(folder: Path) -> dict[str, Any]:
-    """An operator's settings for a model, in its folder's calotype.json: native_sizes, max_pixels, description."""
-    own = folder.with_suffix("") / "calotype.json" if folder.is_file() else folder / "calotype.json"
-    notes: dict[str, Any] = json.loads(own.read_text()) if own.is_file() else {}
-    return notes
+    named, layout, location = located.named_class, located.layout, str(located.path)
+    class_name = named or class_of(name, located.path)
+    if layout is not None and class_name in FAMILIES and named is None and not as_pipeline:
+        parts = load_parts(name, layout, dtype)
+        return load_pipeline(name, location, class_name=class_name, dtype=dtype, left_out=UNREAD, further=parts)
+    nets = load_controls(name, class_name, controls, dtype=dtype, has_own=names_part(located.path, PART))
+    further = {} if layout is None or is_modular(class_name) else load_parts(name, layout, dtype)
+    further |= {PART: next(iter(nets.values()))} if nets else {}
+    pipeline = load_pipeline(name, location, class_name=named, dtype=dtype, further=further)
+    attach(pipeline, nets)
+    return pipeline
 
 
 def latent_card(
@@ -236,43 +212,38 @@ def latent_card(
     adapter: type[LatentModel],
     pipeline: Any,
     *,
-    notes: Mapping[str, Any],
+    notes: Notes,
     version: str,
     adapters: Adapters,
 ) -> ModelCard:
     """The card of a model that can be stepped, from its pipeline's own configs and the operator's notes."""
-    factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+    check_autoencoder(pipeline.vae, name=name)
+    factor = factor_of(pipeline.vae)
     network = getattr(pipeline, "unet", None) or pipeline.transformer
     # Flux' network does not state its native size; its pipeline does.
     side = int(getattr(network.config, "sample_size", None) or pipeline.default_sample_size) * factor
-    native = tuple((int(w), int(h)) for w, h in notes.get("native_sizes", [(side, side)]))
+    native = notes.native_sizes or ((side, side),)
     tokenizer = pipeline.tokenizer or pipeline.tokenizer_2  # a refiner has only the second
     samplers = adapter.samplers_for(pipeline)
-    own_sampler = sampler_of(pipeline.scheduler, samplers)
-    return ModelCard(
+    if not samplers:
+        raise ModelLoadError(
+            f"model {name!r}: its scheduler {type(pipeline.scheduler).__name__} has noise levels that no sampler of "
+            f"{family} models follows; replace scheduler/ by the one that the model was trained with, or run the model "
+            "by its own pipeline with --run-as pipeline"
+        )
+    card = ModelCard(
         name=name,
         family=family,
         version=version,
         size_multiple=factor * adapter.size_factor,
         native_sizes=native,
-        max_pixels=int(notes.get("max_pixels", _AREA_LIMIT * max(w * h for w, h in native))),
+        max_pixels=notes.max_pixels or _AREA_LIMIT * max(w * h for w, h in native),
         max_prompt_tokens=int(tokenizer.model_max_length),
-        samplers=tuple(s.value for s in sorted(samplers, key=lambda sampler: sampler is not own_sampler)),
+        samplers=tuple(sampler.value for sampler in samplers),
         features=frozenset(feature.value for feature in adapter.features_of(pipeline, adapters)),
         loras=tuple(sorted(adapters.loras)),
         controls=tuple(sorted(adapters.controls)),
         embeddings=tuple(sorted(adapters.embeddings)),
-        description=str(notes.get("description", "")),
+        description=notes.description,
     )
-
-
-def _version(source: Path, location: str) -> str:
-    """Identifies the weights: a hash of a checkpoint file or of every one in a folder, or the hub id itself."""
-    if not source.exists():
-        return location
-    digest = hashlib.sha256()
-    for path in [source] if source.is_file() else sorted(source.rglob("*.safetensors")):
-        digest.update(path.relative_to(source).as_posix().encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return f"sha256:{digest.hexdigest()[:16]}"
+    return notes.applied(card, name=name)

@@ -22,9 +22,10 @@ class StableDiffusion3(FlowModel):
 
     @classmethod
     def samplers_for(cls, pipeline: Any) -> Mapping[Any, Sampler]:
+        found = super().samplers_for(pipeline)
         if pipeline.scheduler.config.get("use_dynamic_shifting"):  # which diffusers' Heun cannot
-            return {SamplerType.EULER: cls.samplers[SamplerType.EULER]}
-        return cls.samplers
+            return {kind: spec for kind, spec in found.items() if kind is SamplerType.EULER}
+        return found
 
     def __init__(self, pipeline: Any, setup: Setup) -> None:
         names = [n for n in ("text_encoder", "text_encoder_2", "text_encoder_3") if getattr(pipeline, n) is not None]
@@ -34,7 +35,7 @@ class StableDiffusion3(FlowModel):
             denoiser=pipeline.transformer,
             text_encoders={name: getattr(pipeline, name) for name in names},
         )
-        length = int(pipeline.tokenizer_max_length)
+        length = int(pipeline.tokenizer.model_max_length)
         device = setup.device
         self._clips = {
             "text_encoder": PlainText(pipeline.tokenizer, pipeline.text_encoder, length=length, device=device),

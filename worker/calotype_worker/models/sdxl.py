@@ -36,10 +36,6 @@ class StableDiffusionXL(UNetModel):
                 f"model {setup.card.name!r}: its U-Net needs {unet.config.in_channels} input channels, which is not "
                 "supported for SDXL; use a model without extra input channels, which inpaints by blending"
             )
-        if getattr(pipeline.vae.config, "latents_mean", None) is not None:
-            raise ModelLoadError(
-                f"model {setup.card.name!r}: its autoencoder normalizes latents per channel, which is not supported; "
-            )
         load_embeddings(pipeline, setup.adapters.embeddings)
         encoders = {
             name: getattr(pipeline, name)

@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import importlib
 import json
-import struct
-from collections.abc import Collection
+import tempfile
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from calotype_shared.errors import ModelLoadError
+from calotype_worker.models.header import Header, read_header, refuse_quantized
+from calotype_worker.models.prediction import scheduler_of
 
-SUFFIX = ".safetensors"
-_PICKLES = (".ckpt", ".pt", ".pth", ".bin")
-_HEADER_AT_MOST = 100 * 2**20  # bytes, the format's own limit
+SUFFIXES = (".safetensors", ".sft")  # in any case
+_OTHERS = (".ckpt", ".pt", ".pth", ".bin", ".gguf")
+_DENOISER = "model.diffusion_model."
 
 # The kind that diffusers derives from a file's keys and shapes -> the pipeline of that kind.
 _PIPELINES = {
@@ -68,7 +71,7 @@ _MARKS = ("model.diffusion_model.", "double_blocks.", "joint_blocks.")
 
 def is_single_file(location: str) -> bool:
     """Whether a model's source is a file instead of a folder or hub id."""
-    return Path(location).suffix in (SUFFIX, *_PICKLES)
+    return Path(location).suffix.lower() in (*SUFFIXES, *_OTHERS) and not Path(location).is_dir()
 
 
 def load_single_file(name: str, file: Path, dtype: torch.dtype) -> Any:
@@ -77,20 +80,34 @@ def load_single_file(name: str, file: Path, dtype: torch.dtype) -> Any:
     Raises:
         ModelLoadError: it is a pickle, not a safetensors file, of an unknown family, incomplete, or has no configs.
     """
-    keys = _checked_keys(name, file)
+    _check_kind(name, file)
+    header = read_header(f"model {name!r}", file)
+    keys = header.tensors.keys()
     if not any(mark in key for key in keys for mark in _MARKS):
         shown = ", ".join(sorted(keys)[:3])
         raise ModelLoadError(
             f"model {name!r}: {file.name!r} is not a checkpoint of a known family (its keys begin {shown}); give a "
             "whole model, not a LoRA or a part, or a diffusers folder"
         )
+    refuse_quantized(f"model {name!r}", file, header)
+    with _as_safetensors(file) as path:
+        pipeline = _load(name, file, path, header, dtype)
+    network = getattr(pipeline, "unet", None) or pipeline.transformer
+    _check_all_used(name, file, header, network)
+    if hasattr(pipeline, "unet"):
+        pipeline.scheduler = scheduler_of(file, header, pipeline.scheduler)
+    return pipeline
+
+
+def _load(name: str, file: Path, path: str, header: Header, dtype: torch.dtype) -> Any:
+    """The pipeline of `file`, which diffusers opens as `path`."""
     import diffusers  # noqa: PLC0415
     from diffusers.loaders.single_file_utils import (  # noqa: PLC0415
         infer_diffusers_model_type,
         load_single_file_checkpoint,
     )
 
-    kind = infer_diffusers_model_type(load_single_file_checkpoint(str(file)))
+    kind = infer_diffusers_model_type(load_single_file_checkpoint(path))
     if kind not in _PIPELINES:
         raise ModelLoadError(
             f"model {name!r}: {file.name!r} is a {kind} checkpoint, which is not supported; supported: "
@@ -102,8 +119,8 @@ def load_single_file(name: str, file: Path, dtype: torch.dtype) -> Any:
     if kind in ("v1", "v2", "inpainting", "inpainting_v2"):
         options["safety_checker"] = None
     try:
-        options |= _other_parts(name, file, keys, _PIPELINES[kind], dtype)
-        return getattr(diffusers, _PIPELINES[kind]).from_single_file(str(file), torch_dtype=dtype, **options)
+        options |= _other_parts(name, file, header.tensors.keys(), _PIPELINES[kind], dtype)
+        return getattr(diffusers, _PIPELINES[kind]).from_single_file(path, torch_dtype=dtype, **options)
     except ModelLoadError:
         raise
     except Exception as error:
@@ -146,29 +163,54 @@ def _other_parts(
     return found
 
 
-def _checked_keys(name: str, file: Path) -> frozenset[str]:
-    """The names of a file's tensors, from its header alone."""
-    if file.suffix in _PICKLES:
+def _check_kind(name: str, file: Path) -> None:
+    """Refuse files that are no safetensors by their names, before they are opened."""
+    suffix = file.suffix.lower()
+    if suffix == ".gguf":
+        raise ModelLoadError(
+            f"model {name!r}: {file.name!r} is a GGUF checkpoint, which is not supported; use the model's safetensors, "
+            "with --quantized to save memory"
+        )
+    if suffix not in (*SUFFIXES, *_OTHERS):
+        raise ModelLoadError(
+            f"model {name!r}: {str(file)!r} is neither a folder nor a .safetensors file; give one of these"
+        )
+    if suffix not in SUFFIXES:
         raise ModelLoadError(
             f"model {name!r}: {file.name!r} is a pickle file, which Calotype never opens; convert it if you trust it: "
             f'safetensors.torch.save_file(torch.load("{file.name}", weights_only=True)["state_dict"], '
-            f'"{file.with_suffix(SUFFIX).name}")'
+            f'"{file.with_suffix(SUFFIXES[0]).name}")'
         )
-    if not file.is_file():
-        raise ModelLoadError(f"model {name!r}: file {str(file)!r} does not exist; check the path after '='")
-    with file.open("rb") as opened:
-        start = opened.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        header = opened.read(length) if length <= _HEADER_AT_MOST else b""
-        size = file.stat().st_size
-    try:
-        tensors: dict[str, Any] = json.loads(header)
-        tensors.pop("__metadata__", None)
-        ends = 8 + length + max(tensor["data_offsets"][1] for tensor in tensors.values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+
+
+def _check_all_used(name: str, file: Path, header: Header, network: torch.nn.Module) -> None:
+    """Every value of the file's network must be in the loaded one: diffusers drops what its configs have no place for.
+
+    Raises:
+        ModelLoadError: values were left over.
+    """
+    denoiser = [key for key in header.tensors if key.startswith(_DENOISER)]
+    if not denoiser:  # the file holds only a network
+        denoiser = [
+            key for key in header.tensors if not key.startswith(("first_stage_model.", "vae.", "text_encoders."))
+        ]
+    marks = {key for key in denoiser if "." not in key or key.startswith("edm_")}
+    stored = sum(header.tensors[key].values for key in denoiser if key not in marks)
+    loaded = sum(value.numel() for value in network.state_dict().values())
+    if stored > loaded:
         raise ModelLoadError(
-            f"model {name!r}: {file.name!r} is not a safetensors file; download it again, or convert it"
-        ) from error
-    if size < ends:
-        raise ModelLoadError(f"model {name!r}: {file.name!r} is truncated at {size} of {ends} bytes; download it again")
-    return frozenset(tensors)
+            f"model {name!r}: {file.name!r} holds {stored} values of a network, and with its configs only {loaded} are "
+            f"used; put the diffusers folder of this very model beside it as {file.with_suffix('').name!r}/"
+        )
+
+
+@contextmanager
+def _as_safetensors(file: Path) -> Iterator[str]:
+    """The file under a name that diffusers takes for safetensors; it would open any other as a pickle."""
+    if file.suffix == SUFFIXES[0]:
+        yield str(file)
+        return
+    with tempfile.TemporaryDirectory(prefix="calotype-") as folder:
+        link = Path(folder) / f"{file.stem}{SUFFIXES[0]}"
+        link.symlink_to(file.resolve())
+        yield str(link)

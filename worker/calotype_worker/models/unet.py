@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from calotype_worker.models.base import Conditioning, Rows
-from calotype_worker.models.controlnet import Residuals, control_residuals, load_controlnets
+from calotype_worker.models.controlnet import Residuals, control_residuals
+from calotype_worker.models.controlnet_load import load_controlnets
 from calotype_worker.models.latent import LatentModel, Setup
 from calotype_worker.request import GenerationRequest
 
@@ -19,7 +20,7 @@ class UNetModel(LatentModel):
     def __init__(self, pipeline: Any, setup: Setup, *, text_encoders: Mapping[str, torch.nn.Module]) -> None:
         unet = pipeline.unet
         controls = load_controlnets(
-            setup.adapters.controls, dtype=setup.dtype, cross_attention_dim=unet.config.cross_attention_dim
+            setup.adapters.controls, dtype=setup.dtype, unet=unet, channels=pipeline.vae.config.latent_channels
         )
         super().__init__(
             pipeline,

@@ -48,13 +48,14 @@ def probe_steps(scheduler: Any, timesteps: torch.Tensor) -> list[ProbedStep]:
 
 
 def step_arguments(scheduler: Any, generator: torch.Generator) -> dict[str, Any]:
-    """Keyword arguments for `scheduler.step`, like diffusers' pipelines: the generator, if it is accepted."""
-    return {"return_dict": False, **({"generator": generator} if _takes_generator(type(scheduler).step) else {})}
+    """Keyword arguments for `scheduler.step`, like diffusers' pipelines: the generator and eta 0, if accepted."""
+    given = {"generator": generator, "eta": 0.0}
+    return {"return_dict": False, **{name: given[name] for name in _accepted(type(scheduler).step)}}
 
 
 @functools.cache
-def _takes_generator(step: Callable[..., Any]) -> bool:
-    return "generator" in inspect.signature(step).parameters
+def _accepted(step: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(name for name in ("generator", "eta") if name in inspect.signature(step).parameters)
 
 
 def scaled_input(scheduler: Any, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import diffusers
+import torch
 
 from calotype_shared.errors import InvalidRequest
 from calotype_shared.schema.enums import SamplerType
+from calotype_worker.sampling.probe import scaled_input, step_arguments
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +56,74 @@ FLOW_SAMPLERS: dict[SamplerType, Sampler] = {
     SamplerType.HEUN: Sampler(scheduler=diffusers.FlowMatchHeunDiscreteScheduler),
 }
 
+# So has the EDM formulation (Karras et al. 2022; CosXL): levels between sigma_min and sigma_max, and no betas.
+EDM_SAMPLERS: dict[SamplerType, Sampler] = {
+    SamplerType.EULER: Sampler(scheduler=diffusers.EDMEulerScheduler),
+    SamplerType.DPMPP_2M: Sampler(
+        scheduler=diffusers.EDMDPMSolverMultistepScheduler,
+        overrides={"algorithm_type": "dpmsolver++", "solver_order": 2},
+    ),
+}
+
+# What decides a scheduler's noise levels, besides its betas. A scheduler that lacks one would silently have others.
+_NOISE_LEVELS = ("trained_betas", "rescale_betas_zero_snr", "use_flow_sigmas")
+_PROBE_STEPS = 6
+
 
 def sampler_of(scheduler: Any, samplers: Mapping[SamplerType, Sampler]) -> SamplerType | None:
     """The first sampler with this scheduler's class, which is the one that a model's authors intended."""
     return next((kind for kind, spec in samplers.items() if type(scheduler) is spec.scheduler), None)
+
+
+def is_edm(scheduler: Any) -> bool:
+    """Whether its timesteps are logarithms of noise levels, not indices of training steps."""
+    return type(scheduler) in {spec.scheduler for spec in EDM_SAMPLERS.values()}
+
+
+def samplers_following(scheduler: Any) -> dict[SamplerType, Sampler]:
+    """The samplers with the noise levels of a U-Net's own scheduler; its own first. Empty: none is known.
+
+    The own one is called `model` if none of the others has its class and settings.
+    """
+    config = dict(scheduler.config)
+    if is_edm(scheduler):
+        family = EDM_SAMPLERS
+    elif "beta_start" in config:
+        family = SAMPLERS
+    else:
+        return {}
+    own = next((kind for kind, spec in family.items() if _is(scheduler, spec)), SamplerType.MODEL)
+    found = {own: family.get(own, Sampler(scheduler=type(scheduler)))}
+    if config.get("prediction_type") != "flow_prediction" and not config.get("use_flow_sigmas"):
+        found |= {kind: spec for kind, spec in family.items() if kind is not own and _follows(spec, config)}
+    return found if _runs(found[own], config) else {}
+
+
+def _is(scheduler: Any, spec: Sampler) -> bool:
+    """Whether it is this sampler: its class with these settings."""
+    return type(scheduler) is spec.scheduler and all(
+        scheduler.config.get(key) == value for key, value in spec.overrides.items()
+    )
+
+
+def _follows(spec: Sampler, config: Mapping[str, Any]) -> bool:
+    known = inspect.signature(spec.scheduler.__init__).parameters
+    return all(key in known for key in _NOISE_LEVELS if config.get(key)) and _runs(spec, config)
+
+
+def _runs(spec: Sampler, config: Mapping[str, Any]) -> bool:
+    """Whether the scheduler accepts the config: few know every beta schedule and prediction type."""
+    try:
+        scheduler = spec.scheduler.from_config(dict(config), **spec.overrides)
+        scheduler.set_timesteps(_PROBE_STEPS)
+        sample = torch.ones(1, 1, 1, 1)
+        scaled_input(scheduler, sample, scheduler.timesteps[0])
+        arguments = step_arguments(scheduler, torch.Generator().manual_seed(0))
+        scheduler.step(sample, scheduler.timesteps[0], sample, **arguments)
+    except Exception as error:  # anything: NotImplementedError, ValueError, a package that is not installed
+        log.debug("sampler left out", extra={"scheduler": spec.scheduler.__name__, "reason": str(error)})
+        return False
+    return True
 
 
 def make_scheduler(

@@ -8,7 +8,9 @@ from typing import Any, Self
 
 import torch
 
+from calotype_shared.errors import InvalidRequest
 from calotype_worker.sampling.probe import scaled_input, step_arguments
+from calotype_worker.sampling.samplers import is_edm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,13 @@ class Trajectory:
         return type(self)(scheduler=self.scheduler, timesteps=self.timesteps[index:])
 
     def _cutoff(self, share: float) -> int:
+        if is_edm(self.scheduler):
+            raise InvalidRequest(
+                f"{type(self.scheduler).__name__} has no training timesteps, at which a model hands over to another",
+                field="refiner",
+                value=share,
+                remedy="leave the refiner out",
+            )
         training: int = self.scheduler.config.num_train_timesteps
         return round(training - share * training)
 

@@ -7,5 +7,5 @@ if state ~= 'queued' and state ~= 'running' then return state end
 local now = now_us()
 if state == 'running' then record_failed_attempt(id, 'cancelled', nil, now) end
 finish(id, 'cancelled', now, ARGV[2])
-if state == 'running' then redis.call('PUBLISH', PREFIX .. 'cancelled', id) end
+if state == 'running' then notify('cancelled', id) end
 return 'cancelled'

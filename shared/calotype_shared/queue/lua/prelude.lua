@@ -25,8 +25,12 @@ local function count_pending(tenant, more)
   redis.call('HINCRBY', PREFIX .. 'pending', '*', more)
 end
 
--- Notifies clients that wait for a job, after this script. Usually there are no subscribers.
-local function announce(id, state) redis.call('PUBLISH', PREFIX .. 'changed:' .. id, state) end
+-- Publishes a notice, after this script. Nothing depends on notices: they only save polling. So a user who may not publish
+-- (by default one of Redis 7 may not) does not make a script fail that has already written.
+local function notify(channel, text) redis.pcall('PUBLISH', PREFIX .. channel, text) end
+
+-- Notifies clients that wait for a job. Usually there are no subscribers.
+local function announce(id, state) notify('changed:' .. id, state) end
 
 -- The only function that writes a state. Counts of queued and running are gauges, those of final states totals.
 local function move(id, to)
@@ -57,7 +61,7 @@ local function push_messages(queue, count)
   for i = 1, count do messages[i] = template:gsub('@id@', queue .. '-' .. whole(last - count + i)) end
   redis.call('LPUSH', PREFIX .. queue, unpack(messages))
   -- Full workers receive no messages, but have reserved slots for these jobs (decision 11).
-  if queue:sub(-12) == '.interactive' then redis.call('PUBLISH', PREFIX .. 'arrived:' .. queue, queue) end
+  if queue:sub(-12) == '.interactive' then notify('arrived:' .. queue, queue) end
 end
 
 -- Puts a job into its queue at the position `tag` (claim takes the lowest), and pushes a wake-up message.

@@ -170,8 +170,10 @@ class Arguments:
             if isinstance(arguments.get("negative_prompt"), str):
                 named["negative_prompt"] = [arguments["negative_prompt"]] * 2
             ways += [{**common, **images, **named}, {**common, **named}]
-        elif images:
-            ways.append({**common, **images})
+        else:
+            lists = {name: arguments[name] * 2 for name in self.signature.examples() if type(arguments[name]) is list}
+            if images or lists:
+                ways.append({**common, **images, **lists})
         ways += [
             {**common, name: 2}
             for name in ("batch_size", "num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")

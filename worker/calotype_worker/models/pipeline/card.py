@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from calotype_shared.schema.enums import Feature, OutputFormat, SamplerType
-from calotype_shared.schema.model_card import ModelCard, NetworkMerging
+from calotype_shared.schema.model_card import ModelCard
 from calotype_worker.models.latent import Adapters
 from calotype_worker.models.pipeline.arguments import Arguments
 from calotype_worker.models.pipeline.controls import names_of
@@ -102,8 +102,6 @@ def card_of(
     notes: Mapping[str, Any],
     version: str,
     adapters: Adapters,
-    networks: tuple[NetworkMerging, ...] = (),
-    previews: bool = False,
 ) -> ModelCard:
     """`kind` is that of a first run's `Output`."""
     native = native_sizes(pipeline, arguments, notes)
@@ -128,8 +126,6 @@ def card_of(
         features.add(Feature.CONTROLNET.value)
     if kind == "video":
         features.add(Feature.TEXT_TO_VIDEO.value)
-    if previews:
-        features.add(Feature.PREVIEW.value)
     sizes_are_free = "height" in arguments.signature or "frame_size" in arguments.signature or arguments.starts
     if not sizes_are_free and kind == "image":
         multiple = math.gcd(*(side for size in native for side in size))
@@ -155,7 +151,6 @@ def card_of(
         default_sampler=names[0],
         default_steps=arguments.default_steps,
         default_guidance=arguments.default_guidance,
-        networks=networks,
     )
 
 

@@ -6,6 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -27,41 +28,50 @@ class Step:
         return self.result if found is None else found
 
 
+class _Followed:
+    """A method of one object, replaced by a function. Copies of the object get the method itself."""
+
+    def __init__(self, method: MethodType, function: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, method)  # with its signature, which pipelines look up
+        self._method = method
+        self._function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return MethodType(self._method.__func__, memo[id(self._method.__self__)])
+
+
 def follow(scheduler: Any, *, begun: Callable[[int], None], stepped: Callable[[Step], None]) -> None:
     """Call `begun` with the number of timesteps when they are set, `stepped` after each step.
 
-    Copies that the pipeline makes of its scheduler are not followed. So the methods are those of a class: as attributes
-    of the instance, a copy's would act on the original.
+    Copies that the pipeline makes of its scheduler are not followed.
     """
-    kind = type(scheduler)
-    signature = inspect.signature(kind.step)
+    step, set_timesteps = scheduler.step, scheduler.set_timesteps
+    signature = inspect.signature(step)
 
-    @functools.wraps(kind.step)
-    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = kind.step(self, *args, **kwargs)
-        if self is scheduler:
-            given = signature.bind(self, *args, **kwargs).arguments
-            stepped(
-                Step(
-                    scheduler=self,
-                    output=given.get("model_output"),
-                    timestep=given.get("timestep"),
-                    sample=given.get("sample"),
-                    result=result[0] if isinstance(result, tuple) else result.prev_sample,
-                )
+    def step_followed(*args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
+        given = signature.bind(*args, **kwargs).arguments
+        stepped(
+            Step(
+                scheduler=scheduler,
+                output=given.get("model_output"),
+                timestep=given.get("timestep"),
+                sample=given.get("sample"),
+                result=result[0] if isinstance(result, tuple) else result.prev_sample,
             )
+        )
         return result
 
-    @functools.wraps(kind.set_timesteps)
-    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = kind.set_timesteps(self, *args, **kwargs)
-        if self is scheduler:
-            begun(len(self.timesteps))
+    def timesteps_followed(*args: Any, **kwargs: Any) -> Any:
+        result = set_timesteps(*args, **kwargs)
+        begun(len(scheduler.timesteps))
         return result
 
-    methods = {"step": step, "set_timesteps": set_timesteps}
-    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    scheduler.__class__ = type(kind.__name__, (kind,), {**names, **methods})
+    scheduler.step = _Followed(step, step_followed)
+    scheduler.set_timesteps = _Followed(set_timesteps, timesteps_followed)
 
 
 def _estimate(step: Step) -> torch.Tensor | None:

@@ -55,6 +55,13 @@ def check_class(name: str, class_name: Any) -> None:
         )
 
 
+def is_modular(class_name: str) -> bool:
+    """Whether it is a class of modular blocks, which loads its parts itself."""
+    import diffusers  # noqa: PLC0415 - takes seconds
+
+    return issubclass(getattr(diffusers, class_name), diffusers.ModularPipeline)
+
+
 def names_part(folder: Path, part: str) -> bool:
     """Whether a folder's index has this part."""
     index = folder / _INDEX

@@ -13,22 +13,27 @@ import torch
 from greenlet import getcurrent
 
 from calotype_shared.errors import GenerationFailed, InvalidRequest, ModelLoadError
-from calotype_shared.schema.enums import SamplerType
+from calotype_shared.schema.enums import Feature, SamplerType
 from calotype_shared.schema.model_card import ModelCard
 from calotype_worker.models.latent import Adapters, Memory
 from calotype_worker.models.pipeline.adapters import NO_LORAS, load_loras, load_words, loras_of
 from calotype_worker.models.pipeline.arguments import Arguments
-from calotype_worker.models.pipeline.card import card_of, native_sizes, samplers_of
-from calotype_worker.models.pipeline.controls import choose
-from calotype_worker.models.pipeline.copies import StandIns, parts
-from calotype_worker.models.pipeline.first_runs import DETERMINISTIC, FirstRuns, alone
+from calotype_worker.models.pipeline.card import card_of, native_sizes, samplers_of, size_multiple
+from calotype_worker.models.pipeline.controls import choose, share_roles
+from calotype_worker.models.pipeline.copies import StandIns
+from calotype_worker.models.pipeline.first_runs import PROMPTS, FirstRuns
 from calotype_worker.models.pipeline.followed import Step
+from calotype_worker.models.pipeline.merging import DETERMINISTIC, all_alone, merging_of
 from calotype_worker.models.pipeline.module_state import ModuleState
-from calotype_worker.models.pipeline.outputs import Output, read
+from calotype_worker.models.pipeline.network_calls import NetworkCalls
+from calotype_worker.models.pipeline.outputs import Output, read, sample_rate
 from calotype_worker.models.pipeline.placement import Placement, save_memory, size_of
 from calotype_worker.models.pipeline.preview import Previews
-from calotype_worker.models.pipeline.roles import Place
+from calotype_worker.models.pipeline.probe import Recording
+from calotype_worker.models.pipeline.roles import Place, Roles
+from calotype_worker.models.pipeline.row_split import RowSplit
 from calotype_worker.models.pipeline.stand_in import CallingGreenlet
+from calotype_worker.models.pipeline.weights import PromptWeights
 from calotype_worker.request import GenerationRequest
 from calotype_worker.sampling.samplers import make_scheduler
 
@@ -71,40 +76,38 @@ class PipelineModel:
             module.eval()
             if type(module).__name__ == "ShapERenderer":
                 module.mesh_decoder.register_forward_hook(_refuse_empty)  # type: ignore[union-attr]
-        memory = memory or Memory()
-        save_memory(name, self.modules, memory)
-        pinned = getattr(pipeline, "_exclude_from_cpu_offload", ())
-        self._placement = Placement(self.modules, device, memory, pinned=pinned)
-        self._placement.settle()
-        if adapters.loras and memory.offload == "sequential":
-            raise ModelLoadError(
-                f"model {name!r}: LoRAs of a pipeline do not go with --offload sequential; use --offload model, or "
-                "leave out --lora"
-            )
+        self._placement = self._placed(name, memory or Memory(), adapters)
         self.loras = load_loras(name, pipeline, self.modules, adapters)
         self._samplers = samplers_of(pipeline)
         self._watched = ModuleState.of(self.modules)
         self._plain_parameters: set[frozenset[str]] = {frozenset()}  # sets of names that change no network
+        self._weights: PromptWeights | None = None
         with torch.inference_mode(False), torch.no_grad():
+            runs = FirstRuns(self._stand_ins, self.arguments, self._call)
             native = native_sizes(pipeline, self.arguments, notes or {})
-            runs = FirstRuns(
-                pipeline, self._stand_ins, self.arguments, self._call, name=name, native=native, merging=merging
+            single = runs.alone(name, type(pipeline).__name__, native[0], size_multiple(pipeline))
+            self.changes = single.changes
+            self.card: ModelCard = card_of(
+                name,
+                pipeline,
+                self.arguments,
+                kind=self._kind(name, single.result),
+                notes=notes or {},
+                version=version,
+                adapters=adapters,
             )
-            self.changes, self.calls, self.split = runs.single.changes, runs.calls, runs.split
-            output = None if self.arguments.renders else self.read(runs.single.result)
-            self._previews = _previews(runs, self._placement.use)
-        self.card: ModelCard = card_of(
-            name,
-            pipeline,
-            self.arguments,
-            kind="mesh" if output is None else output.kind,
-            notes=notes or {},
-            version=version,
-            adapters=adapters,
-            networks=runs.networks,
-            previews=self._previews is not None,
-        )
-        self._phases = runs.phases
+            self._previews = self._find_previews(runs, single)
+            self._weights = self._read_weights(single)
+            self._phases = single.phases()
+            merging = merging and not self.changes
+            roles = runs.roles(single) if merging else Roles()
+            share_roles(roles, self.modules)
+            self.calls = NetworkCalls(roles, merging=merging)
+            self.split = RowSplit(self.calls)
+            problem = runs.rehearse(self.calls) if merging else ""
+            if merging:
+                self.split.learn(single.calls)
+        self.card = self.card.model_copy(update={"networks": merging_of(single, self.calls, problem)})
         self._sizes = {label: size_of(module) for label, module in self.modules.items()}
         log.info("pipeline probed", extra={"model": name, "pipeline": type(pipeline).__name__, **self.summary()})
 
@@ -123,7 +126,7 @@ class PipelineModel:
     def run_alone(self) -> None:
         """Merge nothing from now on: each result is bit for bit that of diffusers. Before the engine starts."""
         self.calls.merging = False
-        networks = alone([entry.network for entry in self.card.networks], DETERMINISTIC)
+        networks = all_alone([entry.network for entry in self.card.networks], DETERMINISTIC)
         self.card = self.card.model_copy(update={"networks": networks})
 
     # ---- any thread
@@ -186,7 +189,7 @@ class PipelineModel:
         Raises:
             GenerationFailed: it has no output that can be stored.
         """
-        output = read(result, sample_rate=_sample_rate(self._pipeline))
+        output = read(result, sample_rate=sample_rate(self._pipeline))
         if self.arguments.renders and output.frames is not None:
             # The last view equals the first, which would make a loop stutter.
             return dataclasses.replace(output, frames=output.frames[:-1])
@@ -208,9 +211,12 @@ class PipelineModel:
         chosen, current = loras_of(self.loras, loras) if loras else NO_LORAS, getcurrent()
         if isinstance(current, CallingGreenlet):
             current.loras = chosen
-            return pipeline(**arguments)
+            return pipeline(**self._embedded(arguments))
         with chosen.active():
-            return pipeline(**arguments)
+            return pipeline(**self._embedded(arguments))
+
+    def _embedded(self, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+        return arguments if self._weights is None else self._weights.applied(arguments)
 
     def order(self, place: Place) -> float:
         """Sort key: calls with a lower value run first.
@@ -220,9 +226,6 @@ class PipelineModel:
         """
         return self._phases.get(place, 0) * 1e18 + self._sizes.get(place[0], 0)
 
-    def _place_weights(self, network: str) -> None:
-        self._placement.use(network)
-
     def preview(self, request: GenerationRequest, step: Step) -> np.ndarray | None:
         """A rough image after one of its steps, uint8 (h, w, 3), one pixel per latent cell; None: there is none."""
         return None if self._previews is None else self._previews.image(step.clean(), request.width, request.height)
@@ -230,10 +233,56 @@ class PipelineModel:
     def to(self, device: torch.device) -> None:
         self._placement.to(device)
 
+    def _place_weights(self, network: str) -> None:
+        self._placement.use(network)
+
     @property
     def weight_bytes(self) -> int:
         """The most that is on the device at once."""
         return self._placement.weight_bytes
+
+    # ---- loading
+
+    def _placed(self, name: str, memory: Memory, adapters: Adapters) -> Placement:
+        """The networks where they are to be at first."""
+        if adapters.loras and memory.offload == "sequential":
+            raise ModelLoadError(
+                f"model {name!r}: LoRAs of a pipeline do not go with --offload sequential; use --offload model, or "
+                "leave out --lora"
+            )
+        save_memory(name, self.modules, memory)
+        pinned = getattr(self._pipeline, "_exclude_from_cpu_offload", ())
+        placement = Placement(self.modules, self.device, memory, pinned=pinned)
+        placement.settle()
+        return placement
+
+    def _find_previews(self, runs: FirstRuns, single: Recording) -> Previews | None:
+        """How to show latents; the card gets the feature. None: the pipeline has no previews."""
+        found = Previews.of(runs.latents, single.calls, runs.height, self._place_weights)
+        if found is not None:
+            features = self.card.features | {Feature.PREVIEW.value}
+            self.card = self.card.model_copy(update={"features": features})
+        return found
+
+    def _read_weights(self, single: Recording) -> PromptWeights | None:
+        """How to read weighted prompts; the card gets the feature. None: the pipeline cannot."""
+        signature = self.arguments.signature
+        found = PromptWeights.of(self._stand_ins.copy(), signature, single, PROMPTS[0], self.device)
+        if found is not None:
+            features = self.card.features | {Feature.PROMPT_WEIGHTS.value}
+            self.card = self.card.model_copy(update={"features": features})
+        return found
+
+    def _kind(self, name: str, result: Any) -> str:
+        """The kind of what a run returns."""
+        if self.arguments.renders:
+            return "mesh"
+        try:
+            return self.read(result).kind
+        except GenerationFailed as error:
+            raise ModelLoadError(
+                f"model {name!r}: a first run of {type(self._pipeline).__name__} failed: {error}"
+            ) from error
 
     def _replaces_scheduler(self, request: GenerationRequest) -> bool:
         return request.sampler in self._samplers and request.sampler.value != self.card.samplers[0]
@@ -243,30 +292,9 @@ class PipelineModel:
         return make_scheduler(request.sampler, config, request.num_inference_steps, samplers=self._samplers)
 
 
-def _previews(runs: FirstRuns, place: Callable[[str], None]) -> Previews | None:
-    """None: the pipeline has none."""
-    try:
-        return Previews.of(runs.latents, runs.single.calls, runs.height, place)
-    except Exception as error:  # of an autoencoder that cannot do what others can
-        log.debug("no previews", exc_info=error)
-        return None
-
-
 def _refuse_empty(module: torch.nn.Module, inputs: Any, surface: Any) -> None:
     if not len(surface.verts):
         raise GenerationFailed(
             "the object has no surface, so there is no mesh to write; use another prompt or seed, or more steps, "
             "or output_format gif to see what the model made of it"
         )
-
-
-def _sample_rate(pipeline: Any) -> int:
-    """Samples per second of a pipeline's sound."""
-    for label, part in parts(pipeline):
-        if label.rpartition(".")[2] in ("vocoder", "audio_vae", "vae"):
-            config = getattr(part, "config", None)
-            for name in ("output_sampling_rate", "sampling_rate", "sample_rate"):
-                found = getattr(config, name, None)
-                if isinstance(found, int):
-                    return found
-    return 16_000

@@ -7,6 +7,7 @@ colors of the autoencoder's latents are a linear map, fitted to images of smooth
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ import numpy as np
 import torch
 
 from calotype_worker.models.pipeline.stand_in import Call
+
+log = logging.getLogger(__name__)
 
 _TOLERANCE = 2e-2  # of the features' spread; in 16 bits, scaling rounds
 _LEAST_CELLS = 4  # of a first run: fewer fit any line
@@ -90,9 +93,13 @@ class Previews:
         for layout in _LAYOUTS:
             found = _affine(layout, latents.detach().double().cpu(), own.detach().double().cpu())
             if found is not None:
-                place(call.component)
                 factor = height / own.shape[-2]
-                colors = _colors(call.module, round(factor), channels=own.shape[1], video=decoded.ndim == 5)
+                try:
+                    place(call.component)
+                    colors = _colors(call.module, round(factor), channels=own.shape[1], video=decoded.ndim == 5)
+                except Exception as error:  # of an autoencoder that cannot do what others can
+                    log.warning("no previews", exc_info=error)
+                    return None
                 return cls(layout=layout, scale=found[0], shift=found[1], colors=colors, factor=factor)
         return None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,20 @@ class Recording:
     calls: Sequence[Call]
     result: Any
     changes: str  # what it changed in its networks, such as attention processors; empty: nothing
+
+    def phases(self) -> Mapping[Place, int]:
+        """-1 for what is called only before the steps, 1 for what is called only after them, 0 for what they call."""
+        places = [call.place for call in self.calls]
+        first = {place: places.index(place) for place in places}
+        last = {place: index for index, place in enumerate(places)}
+        # The denoiser: what is called most, and last among those; an autoencoder is called for pieces of a long video.
+        networks = [place for place in first if place[1] == "__call__"] or list(first)
+        if not networks:
+            return {}
+        denoiser = max(networks, key=lambda place: (places.count(place), last[place]))
+        return {
+            place: -1 if last[place] < first[denoiser] else 1 if first[place] > last[denoiser] else 0 for place in first
+        }
 
 
 def record(stand_ins: StandIns, start: Callable[[Any], Any], *, seed: int = 0) -> Recording:

@@ -85,13 +85,24 @@ class CallSignature:
         """The names allowed in a request's `parameters`: those with JSON values that no other field sets."""
         return [name for name, given in self.parameters.items() if name not in _OURS and _free(given)]
 
+    def required(self) -> list[str]:
+        """Of a class; those of modular blocks depend on the other inputs."""
+        return [name for name, given in self.parameters.items() if given.required and not self.modular]
+
+    def examples(self) -> dict[str, Any]:
+        """A value for each free parameter that has no default, such as the labels of classes."""
+        needed = set(self.free()) & set(self.required())
+        return {name: _example(self.parameters[name]) for name in needed}
+
     def check(self, model: str, parameters: Mapping[str, Any]) -> None:
         """Refuse parameters that the pipeline does not accept.
 
         Raises:
-            InvalidRequest: a parameter is unknown or has the wrong type.
+            InvalidRequest: a parameter is unknown, has the wrong type or is missing.
         """
         free = self.free()
+        for name in self.examples().keys() - parameters.keys():
+            raise InvalidRequest(f"model {model!r} needs it", field=f"parameters.{name}", value=None, remedy="give it")
         for name, value in parameters.items():
             if name not in free:
                 raise InvalidRequest(
@@ -129,6 +140,13 @@ def _types(given: Parameter) -> set[type]:
     if found & {int, float}:
         found |= {int, float} if float in found else set()
     return found | ({list} if tuple in found else set())
+
+
+def _example(given: Parameter) -> Any:
+    for kind, value in ((list, [0]), (str, "a"), (int, 1), (float, 1.0), (dict, {})):
+        if kind in _types(given):
+            return value
+    return None
 
 
 def _is_one_of(value: Any, wanted: set[type]) -> bool:

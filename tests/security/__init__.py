@@ -1,0 +1,1 @@
+"""What a gateway withstands: every test is an attack."""
