@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from calotype_shared.errors import InvalidRequest, ModelLoadError
-from calotype_worker.models.lora_file import Place, read_layers
+from calotype_worker.models.lora_convert import Place
+from calotype_worker.models.lora_file import read_layers
 from calotype_worker.models.lora_layer import DoesNotFit, LoraLayer, fitted
 
 log = logging.getLogger(__name__)
