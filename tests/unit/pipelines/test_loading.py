@@ -103,7 +103,7 @@ def test_images_that_a_first_run_asks_for() -> None:
     """A signature may call images optional that the pipeline cannot do without."""
     card = load(sd_inpaint()).card
     assert set(card.needs) == {"init_image", "mask_image"}
-    assert card.features == {"inpainting"}
+    assert card.features == {"inpainting", "prompt_weights"}
     assert load(stable_diffusion()).card.needs == ()
 
 
