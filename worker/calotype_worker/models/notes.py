@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from calotype_shared.errors import ModelLoadError, shown
 from calotype_shared.schema.model_card import ModelCard
 
 NAME = "calotype.json"
-_RECORDS = ("recommended", "training", "vae", "score")  # of how the bundled model was made; not settings
 Side = Annotated[int, Field(ge=8, le=16_384)]
 
 
@@ -28,10 +27,11 @@ class Notes(BaseModel):
     default_steps: Annotated[int, Field(ge=1, le=1000)] | None = None
     default_guidance: Annotated[float, Field(ge=0.0, le=100.0)] | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _without_records(cls, given: Any) -> Any:
-        return {k: v for k, v in given.items() if k not in _RECORDS} if isinstance(given, dict) else given
+    # Records of how the bundled model was made, which nothing here reads.
+    recommended: dict[str, Any] | None = None
+    training: dict[str, Any] | None = None
+    vae: dict[str, Any] | None = None
+    score: dict[str, Any] | None = None
 
     def applied(self, card: ModelCard, *, name: str) -> ModelCard:
         """The card with these defaults.
