@@ -72,6 +72,7 @@ def test_offloaded_by_network() -> None:
         model = far(sd.stable_diffusion(), Memory(offload="model"), merging=True)
         sizes = {name: sum(p.numel() * 4 for p in module.parameters()) for name, module in model.modules.items()}
         assert model.weight_bytes == max(sizes.values()) == sizes["unet"]
+        assert model.card.features == near.card.features
         with placements(model) as found:
             runs = together(model, requests)
         assert {name: {*map(frozenset, [{name}])} for name in ("text_encoder", "unet")} == {

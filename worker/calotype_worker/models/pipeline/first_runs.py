@@ -41,11 +41,6 @@ class FirstRuns:
         self._call = call
         self._size = (0, 0)  # width and height of a run that succeeded
 
-    @property
-    def height(self) -> int:
-        """Of the runs, in pixels."""
-        return self._size[1]
-
     def alone(self, name: str, kind: str, native: tuple[int, int], multiple: int) -> Recording:
         """A run at a small size, or if there is none at the native one.
 

@@ -258,7 +258,7 @@ class PipelineModel:
 
     def _find_previews(self, runs: FirstRuns, single: Recording) -> Previews | None:
         """How to show latents; the card gets the feature. None: the pipeline has no previews."""
-        found = Previews.of(runs.latents, single.calls, runs.height, self._place_weights)
+        found = Previews.of(runs.latents, single.calls, self._place_weights)
         if found is not None:
             features = self.card.features | {Feature.PREVIEW.value}
             self.card = self.card.model_copy(update={"features": features})

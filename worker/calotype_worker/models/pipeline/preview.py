@@ -75,11 +75,11 @@ class Previews:
     scale: torch.Tensor  # (features,) float64, and with `shift` from the scheduler's latents to the autoencoder's
     shift: torch.Tensor
     colors: torch.Tensor  # (C + 1, 3) float64
-    factor: float  # pixels per latent cell
+    factor: int  # pixels per latent cell
 
     @classmethod
-    def of(cls, latents: Any, calls: Sequence[Call], height: int, place: Callable[[str], None]) -> Previews | None:
-        """From a first run of this height: its scheduler's last latents and its network calls.
+    def of(cls, latents: Any, calls: Sequence[Call], place: Callable[[str], None]) -> Previews | None:
+        """From a first run: its scheduler's last latents and its network calls.
 
         `place` brings a network to the device. None: it has no autoencoder, or another way from latents to images.
         """
@@ -93,10 +93,9 @@ class Previews:
         for layout in _LAYOUTS:
             found = _affine(layout, latents.detach().double().cpu(), own.detach().double().cpu())
             if found is not None:
-                factor = height / own.shape[-2]
                 try:
                     place(call.component)
-                    colors = _colors(call.module, round(factor), channels=own.shape[1], video=decoded.ndim == 5)
+                    colors, factor = _colors(call.module, channels=own.shape[1], video=decoded.ndim == 5)
                 except Exception as error:  # of an autoencoder that cannot do what others can
                     log.warning("no previews", exc_info=error)
                     return None
@@ -108,7 +107,9 @@ class Previews:
         features = self.layout.grid(latents.detach())
         if features is None:
             raise ValueError(f"latents of shape {tuple(latents.shape)} are not laid out as those of the first run")
-        h, w = round(height / self.factor), round(width / self.factor)
+        h, w = height // self.factor, width // self.factor
+        if self.layout.kind != "tokens":  # some pipelines make another size, and fit the image to that which was asked
+            h, w = latents.shape[-2:]
         frames = self.layout.back(features.double().cpu() * self.scale + self.shift, h, w)
         cells = frames[len(frames) // 2].flatten(1).T
         pixels = (_with_one(cells) @ self.colors).reshape(h, w, 3).nan_to_num().clamp(0, 1).mul(255).round()
@@ -131,19 +132,28 @@ def _affine(layout: _Layout, latents: torch.Tensor, decoded: torch.Tensor) -> tu
     return (scale, shift) if float(wrong) <= _TOLERANCE * float(wanted.std()) else None
 
 
-def _colors(autoencoder: Any, factor: int, *, channels: int, video: bool) -> torch.Tensor:
-    """The least-squares map from a cell of its latents to its pixels' mean color, from images of smooth colors."""
-    generator = torch.Generator().manual_seed(0)
-    coarse = torch.rand((8, 3, 4, 4), generator=generator)
-    images = torch.nn.functional.interpolate(coarse, size=16 * factor, mode="bilinear", align_corners=True)
+def _colors(autoencoder: Any, *, channels: int, video: bool) -> tuple[torch.Tensor, int]:
+    """The least-squares map from a cell of its latents to its pixels' mean color, and pixels per cell.
+
+    From images of smooth colors.
+    """
+    coarse = torch.rand((8, 3, 4, 4), generator=torch.Generator().manual_seed(0))
     weight = next(autoencoder.parameters())
-    inputs = (images * 2 - 1).to(weight.device, weight.dtype)
-    # One by one: not every autoencoder takes several.
-    encoded = [_encoded(autoencoder.encode(one.unsqueeze(2) if video else one)) for one in inputs.split(1)]
-    cells = torch.cat([one[:, :channels].reshape(1, channels, 16, 16) for one in encoded])
-    flat = cells.double().cpu().permute(0, 2, 3, 1).flatten(0, 2)
+
+    def encoded(side: int) -> tuple[torch.Tensor, torch.Tensor]:
+        images = torch.nn.functional.interpolate(coarse, size=side, mode="bilinear", align_corners=True)
+        inputs = (images * 2 - 1).to(weight.device, weight.dtype)
+        # One by one: not every autoencoder takes several.
+        found = [_encoded(autoencoder.encode(one.unsqueeze(2) if video else one)) for one in inputs.split(1)]
+        return images, torch.cat([one[:, :channels] for one in found])
+
+    images, cells = encoded(128)
+    factor = 128 // cells.shape[-1]
+    if cells.shape[-1] != 16:
+        images, cells = encoded(16 * factor)
+    flat = cells.reshape(len(images), channels, 16, 16).double().cpu().permute(0, 2, 3, 1).flatten(0, 2)
     wanted = torch.nn.functional.avg_pool2d(images, factor).double().permute(0, 2, 3, 1).flatten(0, 2)
-    return torch.linalg.lstsq(_with_one(flat), wanted).solution
+    return torch.linalg.lstsq(_with_one(flat), wanted).solution, factor
 
 
 def _encoded(output: Any) -> torch.Tensor:

@@ -140,6 +140,7 @@ def _parking(
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         current = getcurrent()
         if not isinstance(current, CallingGreenlet):
+            place_weights(component)
             return (module if method == "__call__" else getattr(module, method))(*args, **kwargs)
         if upcast:
             args, kwargs = _float32(args), _float32(kwargs)
