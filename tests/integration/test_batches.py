@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -32,6 +33,7 @@ from calotype import (
     WaitTimeout,
 )
 from calotype.batches.record import BatchFormat
+from calotype.resolver import Resolver
 from calotype.testing import JobContext
 from calotype.webhooks import tenant_secret
 from calotype_shared.queue.job_store import JobStore
@@ -266,6 +268,47 @@ def test_a_batch_expires_with_what_it_has(client: Client, settings: Settings) ->
     assert record.counts.succeeded == 10
     assert record.counts.expired + record.counts.cancelled == 50
     assert {error["error"]["code"] for error in batch.errors()} == {"batch_expired"}
+
+
+@pytest.fixture
+def slow_validation(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Ten lines a second, as with a slow storage that is asked for each line's upload; set when it has begun."""
+    entered, new_job = threading.Event(), Resolver.new_job
+
+    def slowly(*args: Any, **kwargs: Any) -> NewJob:
+        entered.set()
+        time.sleep(0.1)
+        return new_job(*args, **kwargs)
+
+    monkeypatch.setattr(Resolver, "new_job", slowly)
+    return entered
+
+
+def test_a_long_validation_keeps_its_lead(
+    client: Client, settings: Settings, slow_validation: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However few of its lines a second takes."""
+    monkeypatch.setattr("calotype.batches.run.LEASE_SECONDS", 4.0)
+    with SimulatedWorker(settings), Dispatcher(settings):
+        batch = client.batches.submit(lines(80))
+        assert batch.wait(240).counts.succeeded == 80
+    assert batch.status().fence == 1, "the lead was lost"
+
+
+def test_a_batch_ends_while_it_is_validated(
+    client: Client, settings: Settings, slow_validation: threading.Event
+) -> None:
+    """Expired or cancelled, it does not wait for its other lines."""
+    with Dispatcher(settings):
+        batch = client.batches.submit(lines(5000), expires_in=3600)
+        slow_validation.wait(120)
+        client._redis.hset(client._store.keys.batch(batch.id), "expires_at", 1)
+        assert batch.wait(120).state is BatchState.EXPIRED
+        slow_validation.clear()
+        other = client.batches.submit(lines(5000))
+        slow_validation.wait(120)
+        other.cancel()
+        assert other.wait(120).state is BatchState.CANCELLED
 
 
 def test_a_paused_batch_sends_nothing(client: Client, settings: Settings) -> None:

@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 MAX_LINES = 1_000_000
 _PART = 5_000  # lines
+_PART_BYTES = 8 * 2**20  # of a part in memory, here and in the dispatcher that reads it
 _CONTENT = "application/jsonl"
 
 
@@ -52,7 +53,7 @@ def batch_folder(batch_id: str) -> str:
 
 
 def write_plan(storage: Storage, batch: BatchRecord, resolver: Resolver, *, keep_on: Callable[[], None]) -> Planned:
-    """Validate every line of a batch's manifest. `keep_on` is called regularly and can raise to stop it.
+    """Validate every line of a batch's manifest. `keep_on` is called for every line and can raise to stop.
 
     Raises:
         InvalidRequest: the manifest as a whole cannot be used.
@@ -71,9 +72,9 @@ def write_plan(storage: Storage, batch: BatchRecord, resolver: Resolver, *, keep
             if data:
                 storage.put(f"{folder}{name}-{parts:06}.jsonl", bytes(data), _CONTENT)
                 data.clear()
-        keep_on()
 
     for line in read_lines(storage, batch.manifest, longest=LONGEST_LINE):
+        keep_on()
         if not line.data.strip():
             continue
         if total == MAX_LINES:
@@ -99,7 +100,7 @@ def write_plan(storage: Storage, batch: BatchRecord, resolver: Resolver, *, keep
                 f"caused an internal error ({type(bug).__name__})", field="line", value=line.number, remedy="report it"
             )
             errors += reader.refuse(line, refusal)
-        if in_part == _PART:
+        if in_part == _PART or len(jobs) + len(errors) > _PART_BYTES:
             flush()
     if in_part:
         flush()

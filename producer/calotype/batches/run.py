@@ -1,5 +1,6 @@
 """`BatchRun`: runs one batch from start to end, in the dispatcher that leads it.
 
+        ┌──────── late ───────────────┐
     validating ──► in_progress ──► finalizing ──► completed, expired
         │               │
         └───────────────┴────────► cancelling ──► cancelled
@@ -33,6 +34,7 @@ _LEAST = 64  # queued jobs of a batch, however long the queue is: the basis of i
 _HARVEST = 1_000  # results a part
 _FLUSH_SECONDS = (2.0, 60.0)  # results are readable after this time, however few; longer with more parts
 _PAUSE_SECONDS = 0.15
+_KEEP_SECONDS = 1.0  # between two looks at the batch while its manifest is validated
 _CONTENT = "application/jsonl"
 _MEANINGS = {
     BatchState.CANCELLED: ("batch_cancelled", "the batch was cancelled before this line was done"),
@@ -89,12 +91,12 @@ class BatchRun:
 
     def _advance(self, batch: BatchRecord) -> None:
         """One turn. Raises LeadLost."""
-        if batch.state is BatchState.VALIDATING:
+        if batch.state in (BatchState.VALIDATING, BatchState.IN_PROGRESS) and _is_late(batch):
+            self._batches.move(batch, BatchState.FINALIZING, {"ending": BatchState.EXPIRED.value})
+        elif batch.state is BatchState.VALIDATING:
             self._validate(batch)
         elif batch.state is BatchState.IN_PROGRESS:
-            if batch.expires_at is not None and batch.now >= batch.expires_at:
-                self._batches.move(batch, BatchState.FINALIZING, {"ending": BatchState.EXPIRED.value})
-            elif not self._turn(batch):
+            if not self._turn(batch):
                 self._stop.wait(_PAUSE_SECONDS)
         elif batch.state is BatchState.CANCELLING:
             self._close(batch, BatchState.CANCELLED)
@@ -104,9 +106,17 @@ class BatchRun:
     # ---- validating
 
     def _validate(self, batch: BatchRecord) -> None:
+        looked = time.monotonic()
+
         def keep_on() -> None:
+            nonlocal looked
+            if self._stop.is_set():
+                raise LeadLost(batch.id)
+            if time.monotonic() - looked < _KEEP_SECONDS:
+                return
+            looked = time.monotonic()
             now = self._lead()
-            if self._stop.is_set() or now is None or now.state is not BatchState.VALIDATING:
+            if now is None or now.state is not BatchState.VALIDATING or _is_late(now):
                 raise LeadLost(batch.id)
 
         try:
@@ -249,6 +259,10 @@ class BatchRun:
                 self._storage.delete_many(keys[start : start + 1000])
         except StorageUnavailable:
             return
+
+
+def _is_late(batch: BatchRecord) -> bool:
+    return batch.expires_at is not None and batch.now >= batch.expires_at
 
 
 class _Counted(Iterator[bytes]):
