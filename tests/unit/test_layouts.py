@@ -379,6 +379,10 @@ def test_other_kinds_of_controlnets_are_refused_by_name(whole: Path, tmp_path: P
     single = tmp_path / "other.safetensors"
     for state, said in (
         (weights | {"task_embedding": torch.zeros(6, 32)}, "is a ControlNetUnion"),
+        ({"lllite_unet_x.down.0.weight": torch.zeros(2)}, "is a ControlNet-LLLite"),
+        ({"adapter.body.0.in_conv.weight": torch.zeros(2)}, "is a T2I-Adapter"),
+        ({"ip_adapter.1.to_k_ip.weight": torch.zeros(2)}, "is an IP-Adapter"),
+        ({"double_blocks.0.img_attn.proj.weight": torch.zeros(2)}, "is a ControlNet for Flux"),
         (weights | {"extra.weight": torch.zeros(2)}, "holds more than its layers: extra.weight"),
         ({key: value for key, value in weights.items() if key != "conv_in.bias"}, "lacks conv_in.bias"),
     ):
@@ -387,3 +391,10 @@ def test_other_kinds_of_controlnets_are_refused_by_name(whole: Path, tmp_path: P
             with_control(whole, single)
     with pytest.raises(ModelLoadError, match=r"ControlNet 'lines': .*does not exist"):
         with_control(whole, tmp_path / "nowhere")
+
+
+def test_a_controlnet_of_the_hub_is_that_of_the_folder(hub: Hub, whole: Path, tmp_path: Path) -> None:
+    hub.root = write_tiny_controlnet(tmp_path / "lines", seed=21)
+    expected = controlled(with_control(whole, hub.root))
+    model = load_model("m", source=str(whole), adapters=Adapters(controls={"lines": "owner/tiny@v1"}))
+    assert apart(controlled(model), expected) == 0

@@ -92,7 +92,25 @@ def test_a_tiny_autoencoder_previews_and_does_not_claim_what_it_cannot(tmp_path:
     assert model.preview(torch.randn(4, 8, 8)).shape == (8, 8, 3)
 
 
-def test_an_autoencoder_that_cannot_be_used_is_refused(folder: Path) -> None:
+def test_an_asymmetric_autoencoder_is_used_as_diffusers_does(tmp_path: Path) -> None:
+    pipeline = tiny_pipeline()
+    torch.manual_seed(0)
+    pipeline.vae = diffusers.AsymmetricAutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        down_block_out_channels=(8,) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        up_block_out_channels=(16,) * 4,
+        layers_per_down_block=1,
+        layers_per_up_block=1,
+        norm_num_groups=4,
+    )
+    folder = tiny.write(pipeline, tmp_path / "asymmetric")
+    model: Any = load_model("m", source=str(folder))
+    assert Feature.IMAGE_TO_IMAGE in model.card.features
+    assert apart(draw(model), plain(folder)) <= 1
+
+
+def test_an_autoencoder_that_cannot_be_used_is_refused(folder: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     file = folder / "vae" / "diffusion_pytorch_model.safetensors"
@@ -101,9 +119,12 @@ def test_an_autoencoder_that_cannot_be_used_is_refused(folder: Path) -> None:
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(ModelLoadError, match=r"its autoencoder's images are not finite.*--dtype float32"):
         load_model("m", source=str(folder))
-    edit(folder / "model_index.json", vae=["diffusers", "ConsistencyDecoderVAE"])
-    with pytest.raises(ModelLoadError):
-        load_model("m", source=str(folder))
+    pipeline = tiny_pipeline()
+    pipeline.vae = diffusers.AutoencoderKLTemporalDecoder(
+        block_out_channels=(32,) * 4, down_block_types=("DownEncoderBlock2D",) * 4
+    )
+    with pytest.raises(ModelLoadError, match="its autoencoder is of class AutoencoderKLTemporalDecoder, and only"):
+        load_model("m", source=str(tiny.write(pipeline, tmp_path / "other")))
 
 
 def test_a_failed_preview_fails_its_request_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,14 @@ import pytest
 import torch
 
 from calotype_shared.errors import InvalidRequest, ModelLoadError
+from calotype_shared.schema.config import GenerationConfig
 from calotype_shared.schema.enums import SamplerType
+from calotype_shared.schema.resolve import resolve
 from calotype_worker.models import load_model
 from calotype_worker.sampling import Trajectory, build_table
 from calotype_worker.sampling.samplers import samplers_following
+from tests import family_models as tiny
+from tests.models import tiny_pipeline
 from tests.unit.published import apart, draw, plain, request, write_with
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -81,3 +87,44 @@ def test_samplers_that_would_ignore_a_part_of_the_schedule_are_not_offered() -> 
     for scheduler in (diffusers.DEISMultistepScheduler(**BETAS), diffusers.SASolverScheduler(**BETAS)):
         scheduler.set_timesteps(5)
         assert len(build_table(Trajectory.whole(scheduler))) == 5
+
+
+@pytest.mark.parametrize(
+    ("make", "defaults"),
+    [
+        (tiny_pipeline, (None, None, None)),  # a config's own: DDIM, 50 steps, 7.5
+        (tiny.tiny_sdxl, ("euler", None, 5.0)),
+        (tiny.tiny_sd3, ("euler", 28, 7.0)),
+        (tiny.tiny_flux, ("euler", 28, 3.5)),
+        (lambda: tiny.tiny_flux(guidance=False), ("euler", 4, 0.0)),
+        (
+            lambda: scheduled(diffusers.EulerAncestralDiscreteScheduler(timestep_spacing="trailing")),
+            ("euler_a", 4, 0.0),
+        ),
+        (lambda: scheduled(diffusers.LCMScheduler(clip_sample=False)), ("lcm", 4, 0.0)),
+        (lambda: scheduled(diffusers.TCDScheduler()), ("model", 4, 0.0)),
+        (lambda: scheduled(diffusers.DEISMultistepScheduler()), ("model", None, None)),
+    ],
+)
+def test_a_card_has_the_models_own_defaults(
+    make: Callable[[], Any], defaults: tuple[str | None, int | None, float | None], tmp_path: Path
+) -> None:
+    """From its pipeline's signature and scheduler; calotype.json overrides them, and jobs that say nothing get them."""
+    folder = tiny.write(make(), tmp_path / "model")
+    (folder / "calotype.json").write_text('{"native_sizes": [[64, 64]]}')
+    card = load_model("m", source=str(folder)).card
+    assert (card.default_sampler, card.default_steps, card.default_guidance) == defaults
+    resolved = resolve(GenerationConfig(prompt="a", model="m"), {"m": card})
+    wanted = tuple(own if own is not None else usual for own, usual in zip(defaults, ("ddim", 50, 7.5), strict=True))
+    assert (resolved.sampler, resolved.num_inference_steps, resolved.guidance_scale) == wanted
+
+    notes = {"default_sampler": "euler", "default_steps": 6, "default_guidance": 2.0}
+    (folder / "calotype.json").write_text(json.dumps(notes | {"native_sizes": [[64, 64]]}))
+    card = load_model("m", source=str(folder)).card
+    assert (card.default_sampler, card.default_steps, card.default_guidance) == ("euler", 6, 2.0)
+
+
+def scheduled(scheduler: Any) -> Any:
+    pipeline = tiny_pipeline()
+    pipeline.scheduler = scheduler
+    return pipeline

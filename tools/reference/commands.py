@@ -11,6 +11,7 @@ from calotype.cli.app import build_app
 from calotype.cli.exit_codes import MEANINGS
 from calotype_train.__main__ import build_app as training_app
 from calotype_worker.__main__ import build_app as worker_app
+from calotype_worker.model_check import build_app as check_app
 from tools.reference.markdown import code, generated, table
 
 # Typer's words for kinds of values -> ours.
@@ -27,7 +28,7 @@ _KINDS = {
 }
 
 # Commands that hand their options on to a process of their own.
-_OTHERS = {"calotype worker": worker_app, "calotype train": training_app}
+_OTHERS = {"calotype worker": worker_app, "calotype train": training_app, "calotype model check": check_app}
 
 _INTRODUCTION = """
 Settings come from environment variables ([settings](settings.md)). An option overrides its variable. Commands for use

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import calotype
-from calotype.cli import batch, dead, jobs, keys, serve
+from calotype.cli import batch, dead, jobs, keys, model, serve
 from calotype.cli.dispatcher import dispatcher
 from calotype.cli.exit_codes import ExitCode, exit_code, exit_code_help
 from calotype.cli.gateway import gateway
@@ -48,6 +48,7 @@ def build_app() -> typer.Typer:
     app.add_typer(batch.app, name="batch")
     app.add_typer(keys.app, name="keys")
     app.add_typer(dead.app, name="dead")
+    app.add_typer(model.app, name="model")
     app.command()(version)
     return app
 

@@ -136,6 +136,6 @@ def check_autoencoder(vae: Any, *, name: str) -> None:
     """Raises ModelLoadError if it is of a class that cannot be used."""
     if type(vae).__name__ not in _KNOWN:
         raise ModelLoadError(
-            f"model {name!r}: its autoencoder is a {type(vae).__name__}, and only {', '.join(_KNOWN)} are supported; "
-            "use another one in vae/, or run the model by its own pipeline with --run-as pipeline"
+            f"model {name!r}: its autoencoder is of class {type(vae).__name__}, and only {', '.join(_KNOWN)} are "
+            "supported; use another one in vae/, or run the model by its own pipeline with --run-as pipeline"
         )

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from calotype_worker.models.lora_file import FileLayer
+from calotype_worker.models.lora_convert import FileLayer
 
 _NORMS = (torch.nn.LayerNorm, torch.nn.GroupNorm)
 _DIMENSION = 4  # of a convolution's weight
@@ -57,10 +57,11 @@ class LoraLayer:
         if self.norm is not None:
             return rows * _normalized(module, inputs, *self.norm)
         added = torch.zeros_like(output)
+        factor = _each(weights * self.scale, output)
         if self.down is not None:
-            added = rows * self.scale * _product(module, self.down.to(inputs), self.up, inputs)
+            added = factor * _product(module, self.down.to(inputs), self.up, inputs)
         if self.bias is not None:
-            added = added + rows * self.scale * _by_output(self.bias.to(output), output)
+            added = added + factor * _by_output(self.bias.to(output), output)
         if self.dora is None:
             return added
         own = self.dora.factor((torch.ones_like(rows) if self.dora.fixed else rows).flatten().float() * self.scale)

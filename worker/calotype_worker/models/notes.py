@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -26,6 +26,12 @@ class Notes(BaseModel):
     default_sampler: str | None = None
     default_steps: Annotated[int, Field(ge=1, le=1000)] | None = None
     default_guidance: Annotated[float, Field(ge=0.0, le=100.0)] | None = None
+
+    # Records of how the bundled model was made, which nothing here reads.
+    recommended: dict[str, Any] | None = None
+    training: dict[str, Any] | None = None
+    vae: dict[str, Any] | None = None
+    score: dict[str, Any] | None = None
 
     def applied(self, card: ModelCard, *, name: str) -> ModelCard:
         """The card with these defaults.

@@ -80,18 +80,10 @@ def load_single_file(name: str, file: Path, dtype: torch.dtype) -> Any:
     Raises:
         ModelLoadError: it is a pickle, not a safetensors file, of an unknown family, incomplete, or has no configs.
     """
-    _check_kind(name, file)
-    header = read_header(f"model {name!r}", file)
-    keys = header.tensors.keys()
-    if not any(mark in key for key in keys for mark in _MARKS):
-        shown = ", ".join(sorted(keys)[:3])
-        raise ModelLoadError(
-            f"model {name!r}: {file.name!r} is not a checkpoint of a known family (its keys begin {shown}); give a "
-            "whole model, not a LoRA or a part, or a diffusers folder"
-        )
+    kind, class_name, header = kind_of(name, file)
     refuse_quantized(f"model {name!r}", file, header)
     with _as_safetensors(file) as path:
-        pipeline = _load(name, file, path, header, dtype)
+        pipeline = _load(name, file, path, kinds=(kind, class_name), header=header, dtype=dtype)
     network = getattr(pipeline, "unet", None) or pipeline.transformer
     _check_all_used(name, file, header, network)
     if hasattr(pipeline, "unet"):
@@ -99,28 +91,47 @@ def load_single_file(name: str, file: Path, dtype: torch.dtype) -> Any:
     return pipeline
 
 
-def _load(name: str, file: Path, path: str, header: Header, dtype: torch.dtype) -> Any:
-    """The pipeline of `file`, which diffusers opens as `path`."""
-    import diffusers  # noqa: PLC0415
-    from diffusers.loaders.single_file_utils import (  # noqa: PLC0415
-        infer_diffusers_model_type,
-        load_single_file_checkpoint,
-    )
+def kind_of(name: str, file: Path) -> tuple[str, str, Header]:
+    """What diffusers takes a file for, its pipeline class, and its header, which is all that is read.
 
-    kind = infer_diffusers_model_type(load_single_file_checkpoint(path))
+    Raises:
+        ModelLoadError: it is a pickle, not a safetensors file, or of a family that is not supported.
+    """
+    from diffusers.loaders.single_file_utils import infer_diffusers_model_type  # noqa: PLC0415
+
+    _check_kind(name, file)
+    header = read_header(f"model {name!r}", file)
+    if not any(mark in key for key in header.tensors for mark in _MARKS):
+        shown = ", ".join(sorted(header.tensors)[:3])
+        raise ModelLoadError(
+            f"model {name!r}: {file.name!r} is not a checkpoint of a known family (its keys begin {shown}); give a "
+            "whole model, not a LoRA or a part, or a diffusers folder"
+        )
+    kind = infer_diffusers_model_type(
+        {key: torch.empty(own.shape, device="meta") for key, own in header.tensors.items()}
+    )
     if kind not in _PIPELINES:
         raise ModelLoadError(
             f"model {name!r}: {file.name!r} is a {kind} checkpoint, which is not supported; supported: "
             f"{', '.join(_PIPELINES)}"
         )
+    return kind, _PIPELINES[kind], header
+
+
+def _load(name: str, file: Path, path: str, *, kinds: tuple[str, str], header: Header, dtype: torch.dtype) -> Any:
+    """The pipeline of `file`, which diffusers opens as `path`."""
+    import diffusers  # noqa: PLC0415
+
+    kind, class_name = kinds
+
     beside = file.with_suffix("")
     local = (beside / "model_index.json").is_file()
     options: dict[str, Any] = {"config": str(beside), "local_files_only": True} if local else {}
     if kind in ("v1", "v2", "inpainting", "inpainting_v2"):
         options["safety_checker"] = None
     try:
-        options |= _other_parts(name, file, header.tensors.keys(), _PIPELINES[kind], dtype)
-        return getattr(diffusers, _PIPELINES[kind]).from_single_file(path, torch_dtype=dtype, **options)
+        options |= _other_parts(name, file, header.tensors.keys(), class_name, dtype)
+        return getattr(diffusers, class_name).from_single_file(path, torch_dtype=dtype, **options)
     except ModelLoadError:
         raise
     except Exception as error:
