@@ -140,7 +140,7 @@ def test_an_image_that_was_overwritten_is_refused(client: Client, store: JobStor
     job = client.submit("a red circle")
     finish(store, storage, job.id)
     storage.put(job.status().images[0].key, b"something else", "image/png")
-    with pytest.raises(StorageUnavailable, match="not the image"):
+    with pytest.raises(StorageUnavailable, match="not what was stored"):
         job.images()
 
 

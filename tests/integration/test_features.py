@@ -146,7 +146,7 @@ def test_what_cannot_be_done_is_refused_at_submission(
     refused: dict[str, dict[str, Any]] = {
         r"init_image.*not a readable image.*PNG": {"init_image": b"not an image"},
         r"init_image.*not a readable image.*JPEG": {"init_image": buffer.getvalue()},
-        r"init_image.*more than 64000000 pixels": {"init_image": packed.getvalue()},
+        r"init_image.*more than 25000000 pixels": {"init_image": packed.getvalue()},
         r"init_image.*animated": {"init_image": moving.getvalue()},
         r"upload=.*does not exist": {"init_image": "a" * 64},
         r"mask_image=.*needs a source image": {"mask_image": SOURCE},

@@ -206,12 +206,13 @@ def install(app: FastAPI) -> None:
 
 def documented(*statuses: int, openai: bool = False) -> dict[int | str, dict[str, Any]]:
     """The error responses of a route, for the schema. Authentication, limits and outages apply to every route."""
-    everywhere = (400, 401, 403, 413, 429, 503)
+    everywhere = (400, 401, 403, 408, 413, 429, 503)
     described = {
         400: "The request is invalid. `detail` says why, and what would work.",
         401: "No valid API key.",
         403: "The key does not allow this.",
         404: "It does not exist, or it belongs to another tenant.",
+        408: "The body came too slowly.",
         409: "It conflicts with the current state.",
         413: "The request is too large.",
         422: "The job failed.",
