@@ -110,8 +110,8 @@ class Settings(StrictSettings):
     max_queued: Annotated[int, Field(ge=1)] = 100_000
     """Maximum number of queued jobs outside batches; each takes about 2 KB in Redis. Further jobs are refused, and
     the error says when to retry."""
-    max_queued_per_tenant: Annotated[int, Field(ge=1)] | None = None
-    """The same limit per tenant. None: no limit per tenant."""
+    max_queued_per_tenant: Annotated[int, Field(ge=1)] = 50_000
+    """The same limit per tenant."""
     max_open_batches: Annotated[int, Field(ge=1)] = 1_000
     """Maximum number of unfinished batches."""
     max_open_batches_per_tenant: Annotated[int, Field(ge=1)] = 100

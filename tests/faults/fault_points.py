@@ -19,6 +19,7 @@ from typing import Any
 POISON = "poison"  # a prompt with this word kills the process
 CURSED = "cursed"  # a prompt with this word makes the model raise
 STEPS_BEFORE = 3  # forward passes that go well before `step` is reached
+CALLS_BEFORE = 12  # network calls of pipeline models that go well before `call` is reached
 
 
 def install(name: str) -> None:
@@ -58,6 +59,14 @@ def _step() -> None:
 
     passes = iter(range(10**9))
     _wrap(StableDiffusion, "predict", after=lambda _: _reach("step") if next(passes) >= STEPS_BEFORE else None)
+
+
+def _call() -> None:
+    """In the middle of the runs of a pipeline model."""
+    from calotype_worker.engine.call_batch import CallBatch
+
+    calls = iter(range(10**9))
+    _wrap(CallBatch, "step", after=lambda _: _reach("call") if next(calls) >= CALLS_BEFORE else None)
 
 
 def _decode() -> None:
@@ -200,6 +209,7 @@ def _newer() -> None:
 _STOPS: dict[str, Callable[[], None]] = {
     "claimed": _claimed,
     "step": _step,
+    "call": _call,
     "decode": _decode,
     "upload": _upload,
     "uploaded": _uploaded,

@@ -18,6 +18,7 @@ from calotype.embedded.valkey import ValkeyServer
 from calotype_shared.errors import QueueFull, RedisUnavailable
 from calotype_shared.queue.connection import connect_redis
 from calotype_shared.queue.job_store import JobStore
+from calotype_shared.queue.submission import queue_full
 from calotype_shared.schema.enums import Feature, JobState
 from calotype_shared.schema.resolve import ResolvedConfig
 from calotype_shared.settings import Settings
@@ -66,6 +67,13 @@ def test_beyond_the_limit_nothing_is_queued_and_after_some_work_there_is_room(
         client.submit("one more", **FIELDS)
     drain(settings, store)
     assert len(client.submit_many(configs(10, 20))) == 10
+
+
+def test_a_time_to_retry_comes_from_the_backlog() -> None:
+    """Whoever waits for one place waits behind all others that do: not for the time of one job."""
+    for pending, rate, seconds in (("100000", "50", 20.0), ("100000", "5", 60.0), ("100", "50", 1.0), ("9", "", 10.0)):
+        full = queue_full(["full", "all", pending, "100000", rate], coming=1, accepted=())
+        assert full.retry_after_seconds == seconds
 
 
 def test_one_tenants_limit_does_not_touch_the_others(settings: Settings) -> None:

@@ -238,7 +238,9 @@ def test_cancelling_stops_what_waits_and_what_runs(client: Client, settings: Set
     assert len({error["line"] for error in errors}) == len(errors) == 300 - done
     assert {error["error"]["code"] for error in errors} == {"batch_cancelled"}
 
+    client._redis.hset(client._store.keys.batch(batch.id), "expires_after", 7200)
     again = batch.retry()
+    assert again.status().expires_after == 7200, "what was asked for is kept"
     with SimulatedWorker(settings), Dispatcher(settings):
         retried = again.wait(120)
     assert (retried.retry_of, retried.counts.succeeded) == (batch.id, 300 - done)
@@ -246,6 +248,9 @@ def test_cancelling_stops_what_waits_and_what_runs(client: Client, settings: Set
     assert sorted(both) == sorted(f"line-{number}" for number in range(1, 301))
     with pytest.raises(InvalidRequest, match="has no failed lines"):
         again.retry()
+    client._storage.delete(record.manifest)
+    with pytest.raises(InvalidRequest, match="its input file has been deleted"):
+        batch.retry()
 
 
 def test_a_batch_expires_with_what_it_has(client: Client, settings: Settings) -> None:

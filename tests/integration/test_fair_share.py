@@ -47,6 +47,17 @@ def take(store: JobStore, queue: str = "demo.bulk") -> Claim:
     return claim
 
 
+def test_work_that_did_not_begin_is_not_charged(client: Client, store: JobStore) -> None:
+    """A tenant that cancels what it has queued stands where it would stand without it; what ran stays charged."""
+    jobs = client.submit_many([config(10)] * 50, tenant="hasty")
+    begun = take(store)
+    client.cancel(jobs)
+    client.submit_many([config(10)] * 40, tenant="other")
+    client.submit_many([config(10)], tenant="hasty")
+    assert begun.record.tenant == "hasty"
+    assert "hasty" in [take(store).record.tenant for _ in range(3)]
+
+
 def test_tenants_share_a_queue_by_work_not_by_jobs(client: Client, store: JobStore) -> None:
     """A thousand jobs of one tenant do not keep another waiting, and long jobs count for more than short ones."""
     client.submit_many([config(10)] * 60, tenant="crowd")

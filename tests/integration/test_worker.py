@@ -20,6 +20,7 @@ from calotype_shared.errors import InvalidRequest, JobFailed
 from calotype_shared.queue.job_store import JobStore
 from calotype_shared.queue.message import message
 from calotype_shared.schema.enums import JobState, Lane
+from calotype_shared.settings import Settings
 from calotype_shared.storage.s3 import Storage
 from calotype_worker.output.image import read_provenance
 from tests.faults.harness import WorkerProcess
@@ -155,6 +156,17 @@ def test_interactive_jobs_go_first(start_worker: Callable[..., WorkerProcess], c
     client.wait([job.id for job in backlog], timeout=120)
     started = sorted(r.started_at or 0 for r in (job.status() for job in backlog))
     assert sum(t < (interactive.status().started_at or 0) for t in started) < 10
+
+
+def test_a_redis_that_has_lost_everything_knows_the_models_again(
+    start_worker: Callable[..., WorkerProcess], client: Client, redis: Redis, settings: Settings
+) -> None:
+    """Without a restart of the workers: in seconds, as docs/how-to/back-up.md says."""
+    start_worker()
+    for key in redis.scan_iter(f"{settings.key_prefix}*"):
+        redis.delete(key)
+    until(lambda: "tiny" in client.models())
+    assert client.submit(mixed(1)[0]).result(120)
 
 
 def test_two_workers_share_a_queue(start_worker: Callable[..., WorkerProcess], client: Client) -> None:

@@ -71,7 +71,10 @@ class Connection:
 
     def answer(self) -> bytes:
         """The first bytes of the response; empty if the connection was closed without one."""
-        return self.socket.recv(65_536)
+        try:
+            return self.socket.recv(65_536)
+        except ConnectionResetError:  # closed before all of what was sent had been read
+            return b""
 
 
 def until(check: Callable[[], bool], seconds: float = 60) -> None:

@@ -15,6 +15,7 @@ def load_models(options: WorkerSettings) -> list[AnyModel]:
         vae_slicing=options.vae_slicing,
         vae_tiling=options.vae_tiling,
         offload=options.offload,
+        budget=options.memory_budget,
     )
     accelerations = Accelerations(
         deep_cache=options.deep_cache,
@@ -41,6 +42,7 @@ def load_models(options: WorkerSettings) -> list[AnyModel]:
                 memory=memory,
                 accelerations=accelerations,
                 as_pipeline=options.run_as == "pipeline",
+                merging=not options.deterministic,
                 variant=options.variant,
             )
         )

@@ -74,8 +74,8 @@ class WorkerSettings(StrictSettings):
     quantized: Literal["off", "int8", "int8-dynamic", "float8"] = "off"
     """Acceleration: store the network's weights in 8 bits, by torchao."""
     memory_budget_gib: Annotated[float, Field(gt=0.0)] | None = None
-    """Limit for weights on the device, in GiB; other models wait in main memory. None: all models stay on the
-    device."""
+    """Limit for weights on the device, in GiB; other models, or with `offload` other components, wait in main memory.
+    None: all models stay on the device."""
     offload: Literal["none", "model", "sequential"] = "none"
     """Keep only the active part on the device: `model` by component, `sequential` by layer, which is far slower."""
     attention_slicing: bool = False
@@ -128,6 +128,11 @@ class WorkerSettings(StrictSettings):
             if (owner if slash else next(iter(self.sources))) == model:
                 found[name] = file
         return found
+
+    @property
+    def memory_budget(self) -> int | None:
+        """Bytes of weights on the device, at most; None: no limit."""
+        return None if self.memory_budget_gib is None else int(self.memory_budget_gib * 2**30)
 
     @property
     def jobs_in_flight(self) -> int:

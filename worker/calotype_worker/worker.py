@@ -82,10 +82,6 @@ def _facts(profile: Profile) -> dict[str, Any]:
     return {"size": f"{profile.width}x{profile.height}", "rows": profile.knee.rows, "milliseconds_by_rows": points}
 
 
-def _bytes(gib: float | None) -> int | None:
-    return None if gib is None else int(gib * 2**30)
-
-
 class Worker:
     """Construct it to load the model; `run` works until a signal ends it."""
 
@@ -99,7 +95,7 @@ class Worker:
         )
         storage = Storage(settings, attempts=2)  # callers retry
         spool = _make_spool(options)
-        pool = ModelPool(apart(lambda: load_models(options)), memory_budget=_bytes(options.memory_budget_gib))
+        pool = ModelPool(apart(lambda: load_models(options)), memory_budget=options.memory_budget)
         self._cards = {name: pool.get(name).card for name in pool.names}
         self._version = version("calotype")
         self._started_at = time.time()

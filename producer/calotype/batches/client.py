@@ -18,7 +18,14 @@ from calotype.batches.waiting import POLL_SECONDS, BatchWaiting
 from calotype.connections import Connections
 from calotype.handle import AnyBatchHandle, BatchRef, ids_of, one_id
 from calotype.resolver import idempotency
-from calotype_shared.errors import BatchNotFound, IdempotencyConflict, InvalidRequest, JobNotFound, QueueFull
+from calotype_shared.errors import (
+    BatchNotFound,
+    IdempotencyConflict,
+    InvalidRequest,
+    JobNotFound,
+    ObjectMissing,
+    QueueFull,
+)
 from calotype_shared.queue.submission import Idempotency
 from calotype_shared.schema.jobs import new_job_id
 from calotype_shared.storage.multipart import ObjectWriter, read_chunks, read_lines
@@ -173,10 +180,12 @@ class Batches:
         self._store.pause(one_id(batch, AnyBatchHandle), paused=False)
 
     def retry(self, batch: BatchRef, **options: Unpack[BatchOptions]) -> BatchHandle:
-        """Submit the lines of a final batch that did not succeed as a new batch. `options` as for `submit`.
+        """Submit the lines of a final batch that did not succeed as a new batch.
+
+        `options` as for `submit`; those that are not given are as they were.
 
         Raises:
-            InvalidRequest: the batch is not final, or every line succeeded.
+            InvalidRequest: the batch is not final, every line succeeded, or its input file has been deleted.
         """
         record = self.status(batch)
         if not record.state.final:
@@ -193,16 +202,23 @@ class Batches:
             )
         new_id = f"batch_{new_job_id()}"
         key = f"{batch_folder(new_id)}manifest.jsonl"
-        with ObjectWriter(self._storage, key) as writer:
-            for line in read_lines(self._storage, record.manifest):
-                if line.number in failed:
-                    writer.write(with_custom_id(line.data, failed[line.number]))
+        try:
+            with ObjectWriter(self._storage, key) as writer:
+                for line in read_lines(self._storage, record.manifest):
+                    if line.number in failed:
+                        writer.write(with_custom_id(line.data, failed[line.number]))
+        except ObjectMissing:
+            raise InvalidRequest(
+                "its input file has been deleted", field="batch", value=record.id, remedy="submit its lines again"
+            ) from None
         kept: BatchOptions = {
             "lane": record.lane,
             "tenant": record.tenant,
             "metadata": record.metadata,
             "window": record.window,
             "format": record.format,
+            "webhook_url": record.webhook,
+            "expires_in": record.expires_after,
         }
         fields = {**option_fields({**kept, **options}, self._resolver), "retry_of": record.id}
         return self._create(new_id, key, fields)

@@ -63,7 +63,7 @@ class BatchCounts(BaseModel):
 _TIMES = tuple(f"{state.value}_at" for state in BatchState if state is not BatchState.VALIDATING)
 _PLAIN = (
     *("state", "tenant", "lane", "format", "manifest", "plan", "cursor", "fence", "window"),
-    *("output", "errors", "retry_of", "input_file", "problem", "ending"),
+    *("output", "errors", "retry_of", "input_file", "problem", "ending", "webhook", "expires_after"),
 )
 
 
@@ -81,6 +81,7 @@ class BatchRecord(BaseModel):
     now: float  # when it was looked at
     created_at: float
     expires_at: float | None = None
+    expires_after: float | None = None  # seconds, as it was asked for
     in_progress_at: float | None = None
     finalizing_at: float | None = None
     cancelling_at: float | None = None
@@ -102,6 +103,7 @@ class BatchRecord(BaseModel):
     problem: str | None = None  # why it failed
     ending: BatchState = BatchState.COMPLETED  # the state after finalizing
     metadata: dict[str, Any] = {}
+    webhook: str | None = None
 
     @property
     def progress(self) -> float:

@@ -237,7 +237,15 @@ def jobs(
     say(", ".join(f"{count} {of.value}" for of, count in counts.items()))
 
 
-def models(as_json: AsJson = False) -> None:
+def models(
+    as_json: AsJson = False,
+    verbose: Annotated[
+        bool,
+        typer.Option(
+            "--verbose", help="Also which network calls of pipeline models are merged, and why others are not."
+        ),
+    ] = False,
+) -> None:
     """List the models that workers have announced, with the number of live workers for each."""
     with _client() as client:
         cards = client.models()
@@ -256,6 +264,13 @@ def models(as_json: AsJson = False) -> None:
             for name, card in cards.items()
         ),
     )
+    networks = [(name, network) for name, card in cards.items() for network in card.networks]
+    if verbose and networks:
+        print()
+        print_table(
+            ("MODEL", "NETWORK", "CALLS", "REASON"),
+            ((name, n.network, "merged" if n.merged else "alone", n.reason) for name, n in networks),
+        )
 
 
 def _follow_with_bar(client: Client, job_id: str, timeout: float | None) -> None:

@@ -39,6 +39,7 @@ from calotype_shared.storage.images import as_rgb, decoding
 router = APIRouter(prefix="/sdapi/v1", tags=["automatic1111"], route_class=GuardedRoute)
 
 _VIA = {"via": "sdapi"}  # in a job's metadata
+_PIECE = 2**20  # characters of base64 that are decoded at a time; a multiple of four
 _PREVIEWS = 8  # previews per job, for `progress`
 _LORA = re.compile(r"<lora:([^:<>]+)(?::([0-9.+-]+))?>")
 _REFUSED = ("enable_hr", "restore_faces", "tiling")
@@ -205,8 +206,11 @@ async def _upload(services: Services, encoded: str, field: str, *, invert: bool 
 
 def decoded(encoded: str, field: str) -> bytes:
     """The bytes of an image in a request. Raises InvalidRequest."""
-    try:
-        return base64.b64decode(encoded.partition(",")[2] if encoded.startswith("data:") else encoded, validate=True)
+    if encoded.startswith("data:"):
+        encoded = encoded.partition(",")[2]
+    try:  # in pieces, between which other threads run
+        pieces = (encoded[start : start + _PIECE] for start in range(0, len(encoded), _PIECE))
+        return b"".join(base64.b64decode(piece, validate=True) for piece in pieces)
     except (binascii.Error, ValueError):
         raise InvalidRequest(
             "is not valid base64", field=field, value=encoded[:40], remedy="send a PNG, JPEG or WebP file in base64"

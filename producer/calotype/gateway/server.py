@@ -73,6 +73,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._in_head, self._in_body = True, False
         self._stop_timer()
         super().on_message_complete()
+        if self.cycle is not None and self.cycle.response_complete:  # uvicorn's own time-out has ended with the body
+            self._expect(HEAD_SECONDS)
 
     def on_response_complete(self) -> None:
         if self._in_body and not self.transport.is_closing():

@@ -65,6 +65,15 @@ ENGINE_SECONDS = _counter(
     "phase",
     values=("encode", "step", "decode", "idle"),
 )
+MERGE_PATTERNS = _counter(
+    "merge_patterns",
+    "Kinds of network calls of pipeline models whose first merge was checked against separate calls, by outcome: "
+    "verified, or refused, which run alone from then on.",
+    "outcome",
+    "model",
+    "network",
+    values=("verified", "refused"),
+)
 INFLIGHT_REQUESTS = _gauge("inflight_requests", "Requests in the engine, waiting or in a step batch.")
 DEVICE_MEMORY_BYTES = _gauge(
     "device_memory_bytes",
@@ -129,7 +138,7 @@ WEBHOOKS = _counter(
 
 WORKER: tuple[Metric, ...] = (
     WORKER_INFO, BATCH_ROWS, STEP_SECONDS, RUN_SECONDS, ENCODE_SECONDS, DECODE_SECONDS, ADMISSION_WAIT_SECONDS,
-    PADDING_ROWS, IMAGES, OUT_OF_MEMORY, ENGINE_SECONDS, INFLIGHT_REQUESTS, DEVICE_MEMORY_BYTES,
+    PADDING_ROWS, IMAGES, OUT_OF_MEMORY, MERGE_PATTERNS, ENGINE_SECONDS, INFLIGHT_REQUESTS, DEVICE_MEMORY_BYTES,
     FETCH_SECONDS, PREPARE_SECONDS, ENCODE_IMAGE_SECONDS, UPLOAD_SECONDS, COMMIT_SECONDS, RUNNING_JOBS, ATTEMPTS,
     LEASE_RENEWALS, LOST_CLAIMS, FENCED_COMMITS, LEASE_REAPS, GAP_REPUBLISH, SPOOL_BYTES, SPOOL_LIMIT_BYTES,
     STORAGE_UNAVAILABLE, WORKER_DRAINING,

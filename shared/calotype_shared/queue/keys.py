@@ -42,6 +42,7 @@
 | `hooks` | zset | webhook deliveries, by the millisecond at which they are due | until delivered or dropped |
 | `hook:{id}` | hash | one delivery: address, job or batch, attempts so far | at most three days |
 | `gc` | hash | `name`, `bucket` and `runs` of collections: identifies the bucket that belongs to this Redis | forever |
+| `check` | any | written and deleted again by the check of a server's rights | a second |
 | `cancelled` | channel | ids of jobs that are cancelled while running | – |
 | `arrived:{queue}` | channel | the queue's name, when jobs enter it; interactive queues only | – |
 | `changed:{id}` | channel | the job's state, when its record changes or it has a new preview | – |

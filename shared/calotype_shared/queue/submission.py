@@ -44,8 +44,10 @@ def queue_full(answer: Sequence[str], *, coming: int, accepted: Sequence[str]) -
     if coming > int(most):
         remedy = f"submit them as a batch, or raise {setting}"
         return QueueFull(f"{coming} jobs exceed the limit of {most} queued jobs; {remedy}", _SLOWEST_SECONDS)
-    # The time until as many jobs have finished as are submitted, at the recent rate.
-    seconds = coming / float(rate) if rate and float(rate) else _UNKNOWN_SECONDS
+    # At the recent rate, the time until as many jobs have finished as are submitted; or, because others wait for the
+    # same places, until the backlog is shorter by a hundredth.
+    awaited = max(coming, int(pending) / 100)
+    seconds = awaited / float(rate) if rate and float(rate) else _UNKNOWN_SECONDS
     seconds = min(max(seconds, 1.0), _SLOWEST_SECONDS)
     remedy = f"retry in {math.ceil(seconds)} s, submit a batch, start more workers, or raise {setting}"
     before = f" after {len(accepted)} of these were accepted" if accepted else ""

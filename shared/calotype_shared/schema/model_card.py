@@ -7,6 +7,16 @@ from pydantic import BaseModel, ConfigDict, Field
 from calotype_shared.errors import InvalidRequest
 
 
+class NetworkMerging(BaseModel):
+    """Whether the calls of one network of a pipeline are merged, as its worker found at start."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    network: str
+    merged: bool
+    reason: str = ""  # why some or all calls run alone; empty: none do
+
+
 class ModelCard(BaseModel):
     """The capabilities of one model.
 
@@ -35,6 +45,7 @@ class ModelCard(BaseModel):
     default_sampler: str | None = None  # None: the config's own default, if the model has it
     default_steps: int | None = None
     default_guidance: float | None = None
+    networks: tuple[NetworkMerging, ...] = ()  # of a model that runs by its own pipeline
     description: str = ""
 
     def native_size(self, width: int | None, height: int | None) -> tuple[int, int]:

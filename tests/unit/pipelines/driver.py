@@ -15,7 +15,7 @@ from calotype_shared.schema.enums import SamplerType
 from calotype_worker.engine.call_batch import CallBatch
 from calotype_worker.engine.memory_limit import MemoryLimit
 from calotype_worker.engine.pipeline_run import PipelineRun
-from calotype_worker.models.latent import Adapters
+from calotype_worker.models.latent import Adapters, Memory
 from calotype_worker.models.pipeline.first_runs import probe_request
 from calotype_worker.models.pipeline.model import PipelineModel
 from calotype_worker.models.pipeline.network_calls import NetworkCalls
@@ -35,6 +35,7 @@ def load(
     merging: bool = True,
     side: int | None = None,
     adapters: Adapters | None = None,
+    memory: Memory | None = None,
 ) -> PipelineModel:
     """The pipeline as a model, on the CPU in its own precision; `side`: its native width and height in pixels."""
     pipeline.set_progress_bar_config(disable=True)
@@ -47,6 +48,7 @@ def load(
         notes={} if side is None else {"native_sizes": [[side, side]]},
         merging=merging,
         adapters=adapters,
+        memory=memory,
     )
 
 
@@ -71,7 +73,7 @@ def four(model: PipelineModel, **common: Any) -> list[GenerationRequest]:
 
 def batch(model: PipelineModel, *, max_rows: int = 32, limit: MemoryLimit | None = None) -> CallBatch:
     found = limit or MemoryLimit(32, on_lower=lambda tried, current: None)
-    return CallBatch(model.calls, order=model.order, max_rows=max_rows, limit=lambda place: found)
+    return CallBatch(model.calls, order=model.order, max_rows=max_rows, limit=lambda place: found, split=model.split)
 
 
 def run_of(model: PipelineModel, request: GenerationRequest) -> PipelineRun:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from calotype_shared.errors import GenerationFailed
+from calotype_worker.engine.call_batch import CallBatch
 from calotype_worker.engine.memory_limit import MemoryLimit
+from calotype_worker.engine.pipeline_run import PipelineRun
 from calotype_worker.models.pipeline.model import PipelineModel
-from tests.unit.pipelines.builders import sd
+from calotype_worker.models.pipeline.network_calls import alone
+from calotype_worker.models.pipeline.roles import Place
+from tests.unit.pipelines.builders import flux2, sd, wan
 from tests.unit.pipelines.driver import batch, counted, difference, four, load, run_of, together
 
 
@@ -20,25 +27,51 @@ def model() -> PipelineModel:
     return load(sd.stable_diffusion())
 
 
-def test_cancelled_at_any_call(model: PipelineModel) -> None:
-    """A request that is cancelled at any of its network calls leaves the others as they are alone."""
-    requests = four(model)
-    plain = [model.plain(request) for request in requests]
-    for calls in range(1, 9):
+@pytest.mark.parametrize(
+    ("build", "side"),
+    [
+        (sd.stable_diffusion, 64),
+        pytest.param(wan.wan, 32, marks=pytest.mark.slow),
+        pytest.param(flux2.flux2_klein, 64, marks=pytest.mark.slow),
+    ],
+)
+def test_cancelled_at_any_call(build: Callable[[], Any], side: int) -> None:
+    """A request for an image, a video or an edit that is cancelled at any of its network calls leaves the others."""
+    model = load(build(), side=side)
+    requests = four(model)[:3]
+    if model.arguments.edits:
+        reference = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        requests = [replace(request, images=(reference,)) for request in requests]
+    alone = [run_of(model, request) for request in requests]
+    for run in alone:
+        finish(batch(model), [run])
+    places: list[Place] = []
+    while len(places) < alone[1].calls:
         running = batch(model)
         runs = [run_of(model, request) for request in requests]
         with torch.no_grad():
             for run in runs:
                 running.join(run)
-            while runs[1].calls < calls and not runs[1].ended:
+            while runs[1].calls <= len(places):
                 running.step()
-            if not runs[1].ended:
-                running.leave(runs[1])
-            while running.runs:
-                running.step()
+            assert runs[1].call is not None
+            places.append(runs[1].call.place)
+            running.leave(runs[1])
+        finish(running)
         assert runs[1].ended
-        for index in (0, 2, 3):
-            assert difference(runs[index].result, plain[index]) <= 1e-5, calls
+        for index in (0, 2):
+            assert difference(runs[index].result, alone[index].result) <= 1e-5, places
+    denoiser = "unet" if "unet" in model.modules else "transformer"
+    assert {"text_encoder", denoiser, "vae"} <= {component for component, _ in places}
+
+
+def finish(running: CallBatch, runs: Sequence[PipelineRun] = ()) -> None:
+    """Until all runs of a batch have ended."""
+    with torch.no_grad():
+        for run in runs:
+            running.join(run)
+        while running.runs:
+            running.step()
 
 
 def test_failing_row(model: PipelineModel) -> None:
@@ -112,33 +145,77 @@ def test_mixing_network_is_not_merged() -> None:
         assert difference(run.result, expected) <= 1e-5
     assert calls.total() == sum(request.num_inference_steps + 1 for request in requests)  # PNDM takes one more
     assert "unet" in " ".join(model.summary()["alone"])
+    said = {network.network: network for network in model.card.networks}
+    assert (said["unet"].merged, said["text_encoder"].merged, said["vae"].merged) == (False, True, True)
+    assert "by " in said["unet"].reason
+    assert model.calls.trust.counts["unet", "refused"] >= 1
 
 
-def test_out_of_memory(model: PipelineModel) -> None:
-    """Calls that do not fit into memory together run in parts that do, and the limit is remembered."""
+@pytest.mark.parametrize("fits", [3, 2, 1])
+def test_out_of_memory(model: PipelineModel, fits: int) -> None:
+    """Calls that do not fit into memory run in parts that do, guided ones even row by row; the limit is remembered."""
     requests = four(model)
     plain = [model.plain(request) for request in requests]
+    tried: list[int] = []
 
     def tight(module: Any, args: Any) -> None:
-        if args[0].shape[0] > 3:
+        tried.append(args[0].shape[0])
+        if args[0].shape[0] > fits:
             raise torch.OutOfMemoryError("out of memory")
 
     lowered: list[tuple[int, int]] = []
     limit = MemoryLimit(32, on_lower=lambda tried, current: lowered.append((tried, current)))
+    free = MemoryLimit(32, on_lower=lambda tried, current: pytest.fail("only one network is short of memory"))
     hook = model.modules["unet"].register_forward_pre_hook(tight)
     try:
-        running = batch(model, limit=limit)
+        running = CallBatch(
+            model.calls,
+            order=model.order,
+            max_rows=32,
+            limit=lambda place: limit if place[0] == "unet" else free,
+            split=model.split,
+        )
+        finish(running, [run_of(model, request) for request in requests[:2]])
         runs = [run_of(model, request) for request in requests]
-        with torch.no_grad():
-            for run in runs:
-                running.join(run)
-            while running.runs:
-                running.step()
+        before, lowered_before = len(tried), len(lowered)
+        finish(running, runs)
     finally:
         hook.remove()
-    assert lowered
     for run, expected in zip(runs, plain, strict=True):
-        assert difference(run.result, expected) <= 1e-5
+        assert run.error is None
+        assert difference(run.result, expected) <= 3e-5
+    assert lowered
+    assert limit.current == {3: 3, 2: 1, 1: 1}[fits]  # half of what failed, or what went through: in rows
+    assert len(lowered) <= lowered_before + 3, "what did not fit is tried again and again"
+    assert max(tried[before:]) <= 7  # rows; seven of them are three guided requests and an unguided one
+
+
+def test_rows_that_depend_on_each_other_are_not_split() -> None:
+    """Two rows of one request that see each other: merging requests is right, but splitting a request is not."""
+    pipeline = sd.stable_diffusion()
+    forward = pipeline.unet.forward
+
+    @functools.wraps(forward)
+    def pairing(sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if sample.shape[0] % 2 == 0:
+            pairs = sample.reshape(-1, 2, *sample.shape[1:])
+            sample = (pairs - 0.1 * pairs.flip(1)).reshape(sample.shape)
+        return forward(sample, *args, **kwargs)
+
+    pipeline.unet.forward = pairing
+    model = load(pipeline)
+    run = run_of(model, four(model)[1])
+    with torch.no_grad():
+        run.begin()
+        while run.call is not None and run.call.component != "unet":
+            run.resume(alone(run.call))
+    assert run.call is not None
+    described = model.calls.describe(run.call)
+    assert described is not None
+    assert described.rows == 2
+    assert model.calls.cuts(described) is not None
+    assert not model.split.can(described)
+    run.cancel()
 
 
 def test_own_random_numbers(model: PipelineModel) -> None:
@@ -181,6 +258,9 @@ def test_changed_networks_are_no_one_elses() -> None:
     model = load(pipeline)
     assert model.changes
     assert model.summary()["merged"] is False
+    assert {(network.merged, network.reason) for network in model.card.networks} == {
+        (False, f"each run changes {model.changes}")
+    }
     requests = four(model)
     plain = [model.plain(request) for request in requests]
     running = batch(model)

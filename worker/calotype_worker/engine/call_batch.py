@@ -11,6 +11,7 @@ from calotype_worker.engine.memory_limit import MemoryLimit
 from calotype_worker.engine.pipeline_run import PipelineRun
 from calotype_worker.models.pipeline.network_calls import NetworkCalls, alone
 from calotype_worker.models.pipeline.roles import Place
+from calotype_worker.models.pipeline.row_split import RowSplit
 
 _LONGEST_WAIT = 16  # maximum number of other calls that a call waits for
 
@@ -39,11 +40,13 @@ class CallBatch:
         order: Callable[[Place], float],
         max_rows: int,
         limit: Callable[[Place], MemoryLimit],
+        split: RowSplit | None = None,
     ) -> None:
         self._calls = calls
         self._order = order
         self._max_rows = max_rows
-        self._limit = limit  # how many calls of one place fit into memory together
+        self._limit = limit  # how many rows of one place's calls fit into memory together
+        self._split = split  # for calls that do not fit by themselves
         self.runs: list[PipelineRun] = []  # in the order in which they joined
 
     def join(self, run: PipelineRun) -> None:
@@ -67,7 +70,7 @@ class CallBatch:
         chosen = self._mergeable(lead, waiting)
         place = _place(lead)
         outcomes = self._run(place, chosen)
-        rows = sum(run.described.rows if run.described is not None else 1 for run in chosen)
+        rows = sum(map(_rows, chosen))
         for run in waiting:
             run.waited += 1
         for run, outcome in zip(chosen, outcomes, strict=True):
@@ -117,15 +120,32 @@ class CallBatch:
 
         def work(part: Sequence[PipelineRun]) -> list[Any]:
             if len(part) == 1:
-                call = part[0].call
-                assert call is not None
-                return [alone(call)]
+                return [self._single(part[0], limit)]
             return self._calls.run([run.described for run in part if run.described is not None])
 
         def within_memory(part: Sequence[PipelineRun]) -> list[Any]:
-            return [result for results in limit.run(part, work) for result in results]
+            return [result for results in limit.run(part, work, rows=_rows) for result in results]
 
         return run_isolating_failures(runs, within_memory)
+
+    def _single(self, run: PipelineRun, limit: MemoryLimit) -> Any:
+        """One call: whole or, if it does not fit into memory, in parts of its rows, where that changes nothing."""
+        call, described = run.call, run.described
+        assert call is not None
+        if described is None or self._split is None or not self._split.can(described):
+            return alone(call)
+        split = self._split
+        limit.allow(described.rows)
+
+        def work(rows: Sequence[int]) -> Any:
+            return alone(call) if len(rows) == described.rows else split.part(described, rows[0], len(rows))
+
+        parts = limit.run(range(described.rows), work)
+        return parts[0] if len(parts) == 1 else split.joined(described, parts)
+
+
+def _rows(run: PipelineRun) -> int:
+    return 1 if run.described is None else run.described.rows
 
 
 def _place(run: PipelineRun) -> Place:

@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 
 import numpy as np
@@ -225,12 +225,31 @@ class Engine:
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join()
 
+    def merge_patterns(self) -> Mapping[tuple[str, ...], int]:
+        """How often merging was tried with a new pattern of network calls: by outcome, model and network. Any thread.
+
+        Outcomes are "verified" and "refused".
+        """
+        return {
+            (outcome, name, network): count
+            for name in self.models.names
+            if isinstance(model := self.models.get(name), PipelineModel)
+            for (network, outcome), count in model.calls.trust.counts.items()
+        }
+
     def _check_models(self) -> None:
-        """Raises InvalidRequest: a model's accelerations do not go with the settings."""
+        """Raises InvalidRequest: a model does not go with the settings."""
         for model in map(self.models.get, self.models.names):
             if isinstance(model, PipelineModel):
+                if self.settings.compile != "off":
+                    raise InvalidRequest(
+                        f"model {model.card.name!r} runs by its own pipeline, which is not compiled",
+                        field="compile",
+                        value=self.settings.compile,
+                        remedy="turn off compile, or serve this model by another worker",
+                    )
                 if self.settings.deterministic:
-                    model.calls.merging = False
+                    model.run_alone()
             else:
                 model.accelerations.check(
                     deterministic=self.settings.deterministic, compiled=self.settings.compile != "off"
@@ -298,7 +317,9 @@ class Engine:
             admitted = [self._states[request_id] for request_id in plan.admitted]
             with self._clock.turn(f"loading {plan.group.model}", cost=0.0):
                 model = self.models.use(plan.group.model)
-            cost = 0.0 if admitted else self._pacer.cost(plan.group)  # encoding of inputs is not measured
+            # Encoding of inputs is not measured, and a pipeline's calls are too different to tell from the last ones.
+            unknown = bool(admitted) or isinstance(model, PipelineModel)
+            cost = 0.0 if unknown else self._pacer.cost(plan.group)
             with self._clock.turn(f"a step of {plan.group.model}", cost=cost):
                 if isinstance(model, PipelineModel):
                     self._step_pipeline(model, plan, admitted)
@@ -409,6 +430,9 @@ class Engine:
             waiting=self._scheduler.waiting(),
             reason=plan.reason,
         )
+        if self._on_preview is not None:
+            for state, step, image in report.previews:
+                self._on_preview(state.id, step, image)
         for state, outcome in report.ended:
             if isinstance(outcome, Exception):
                 self._fail(state, outcome)

@@ -1,4 +1,4 @@
-"""How many items of one kind of work fit into the device's memory together, learned from passes that did not fit."""
+"""How many rows of one kind of work fit into the device's memory together, learned from passes that did not fit."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def free_failed_pass(error: BaseException) -> None:
 
 
 class MemoryLimit:
-    """Runs at most `current` items at a time, never more than `most`. Owned by the engine's thread.
+    """Runs items of at most `current` rows at a time, never more than `most`. Owned by the engine's thread.
 
     After running out of memory, the limit becomes half of the size that failed or, if larger, the largest size that has
     succeeded. The shortage may be temporary, so after 200 successful passes the limit is raised by a quarter. If
@@ -55,8 +55,22 @@ class MemoryLimit:
         self._patience = _PATIENCE
         self._raised = False  # the last change was upwards
 
-    def run(self, items: Sequence[Item], run: Callable[[Sequence[Item]], Result]) -> list[Result]:
+    def allow(self, rows: int) -> None:
+        """A single item has so many rows, and may run unless memory was too small."""
+        if rows > self._most:
+            self.current = rows if self.current == self._most else self.current
+            self._most = rows
+
+    def run(
+        self,
+        items: Sequence[Item],
+        run: Callable[[Sequence[Item]], Result],
+        *,
+        rows: Callable[[Item], int] = lambda _: 1,
+    ) -> list[Result]:
         """Call `run` on parts of the items that fit into memory, in order. Returns each part's result.
+
+        `rows(item)` is the item's size. A part has at least one item, whatever its size.
 
         Raises:
             Exception: what `run` raises, except running out of memory with more than one item.
@@ -64,7 +78,9 @@ class MemoryLimit:
         results: list[Result] = []
         done = 0
         while done < len(items):
-            part = items[done : done + self.current]
+            count = self._fitting(items[done:], rows)
+            part = items[done : done + count]
+            size = sum(map(rows, part))
             try:
                 results.append(run(part))
             except Exception as error:
@@ -72,13 +88,22 @@ class MemoryLimit:
                     raise
                 free_failed_pass(error)
                 if len(part) == 1:
-                    self._on_lower(1, 1)
+                    self._on_lower(size, size)
                     raise
-                self._lower(len(part))
+                self._lower(size)
             else:
-                done += len(part)
-                self._went_through(len(part))
+                done += count
+                self._went_through(size)
         return results
+
+    def _fitting(self, items: Sequence[Item], rows: Callable[[Item], int]) -> int:
+        """How many of the first items have at most `current` rows together; at least one."""
+        total = 0
+        for index, item in enumerate(items):
+            total += rows(item)
+            if total > self.current:
+                return max(1, index)
+        return len(items)
 
     def _lower(self, tried: int) -> None:
         if self._proven >= tried:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from calotype_shared.errors import InvalidRequest
@@ -26,6 +28,7 @@ class PipelineReport:
 
     ended: Sequence[tuple[RequestState, Output | Exception]]
     joined: int
+    previews: Sequence[tuple[RequestState, int, np.ndarray]]  # with the step; uint8 (h, w, 3)
     component: str
     calls: int
     rows: int
@@ -72,13 +75,16 @@ class PipelineBatches:
             ended = [] if report is None else [self._end(batch, run) for run in report.ended]
         if not batch.calls.runs and not batch.starting:
             del self._batches[group]
+        previews = []
         for run in batch.calls.runs:
             state = batch.states[run.request_id]
+            previews += [(state, step, image) for step, image in run.take_previews()]
             state.steps_before = run.steps_done
             state.total_steps = max(state.total_steps, run.total_steps)
         return PipelineReport(
             ended=ended,
             joined=joined,
+            previews=previews,
             component="" if report is None else report.place[0],
             calls=0 if report is None else report.calls,
             rows=0 if report is None else report.rows,
@@ -114,11 +120,18 @@ class PipelineBatches:
             order=model.order,
             max_rows=rows,
             limit=lambda place: self._budgets.limit((group, place), rows),
+            split=model.split,
         )
 
     def _start(self, batch: _Batch, state: RequestState) -> None:
         request = state.request
-        run = PipelineRun(state.id, seed=request.seed, watched=batch.model.watched(request))
+        run = PipelineRun(
+            state.id,
+            seed=request.seed,
+            watched=batch.model.watched(request),
+            preview=functools.partial(batch.model.preview, request),
+            preview_every=request.preview_every,
+        )
         run.work = batch.model.start(request, run.follow)
         batch.states[state.id], batch.runs[state.id] = state, run
         batch.calls.join(run)

@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-import functools
+import logging
 from collections.abc import Callable
-from types import MethodType
 from typing import Any
 
+import numpy as np
 from greenlet import GreenletExit, getcurrent
 
 from calotype_worker.models.pipeline.call import Described
+from calotype_worker.models.pipeline.followed import Step, follow
 from calotype_worker.models.pipeline.module_state import ModuleState
 from calotype_worker.models.pipeline.stand_in import Call, CallingGreenlet
 
+log = logging.getLogger(__name__)
+
 _LAST_CALLS = 8  # maximum number of network calls that a run may make while it ends
-
-
-class _Followed:
-    """A method of one object, replaced by a function. Copies of the object get the method itself."""
-
-    def __init__(self, method: MethodType, function: Callable[..., Any]) -> None:
-        functools.update_wrapper(self, method)  # with its signature, which pipelines look up
-        self._method = method
-        self._function = function
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._function(*args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return MethodType(self._method.__func__, memo[id(self._method.__self__)])
 
 
 class PipelineRun:
@@ -37,8 +25,19 @@ class PipelineRun:
     After `begin`, `resume` or `fail`, it is either suspended with `call` set, or has ended with `result` or `error`.
     """
 
-    def __init__(self, request_id: str, *, seed: int, watched: ModuleState | None = None) -> None:
-        """`work` must be set before `begin`. `watched`: the networks as others need them, where this changes them."""
+    def __init__(
+        self,
+        request_id: str,
+        *,
+        seed: int,
+        watched: ModuleState | None = None,
+        preview: Callable[[Step], np.ndarray | None] = lambda _: None,
+        preview_every: int = 0,
+    ) -> None:
+        """`work` must be set before `begin`. `watched`: the networks as others need them, where this changes them.
+
+        `preview` makes a rough image, uint8 (h, w, 3), after every `preview_every` steps.
+        """
         self.request_id = request_id
         self.work: Callable[[], Any]
         self.call: Call | None = None
@@ -50,6 +49,8 @@ class PipelineRun:
         self.changed = False  # whether it has changed the networks at any of them
         self.steps_done = 0
         self.total_steps = 0
+        self._preview, self._preview_every = preview, preview_every
+        self._previews: list[tuple[int, np.ndarray]] = []
         self._greenlet = CallingGreenlet(self._work, parent=getcurrent(), seed=seed, watched=watched)
 
     def _work(self) -> Any:
@@ -80,19 +81,28 @@ class PipelineRun:
         self.result = None
 
     def follow(self, scheduler: Any) -> None:
-        """Report the steps of its own scheduler as progress, not those of copies that the pipeline makes of it."""
-        step, set_timesteps = scheduler.step, scheduler.set_timesteps
+        """Report the steps of its own scheduler as progress, and make previews of some."""
+        follow(scheduler, begun=self._begun, stepped=self._stepped)
 
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            self.steps_done += 1
-            return step(*args, **kwargs)
+    def take_previews(self) -> list[tuple[int, np.ndarray]]:
+        """Those since the last time, each with its step."""
+        found, self._previews = self._previews, []
+        return found
 
-        def begun(*args: Any, **kwargs: Any) -> Any:
-            result = set_timesteps(*args, **kwargs)
-            self.total_steps = max(self.total_steps, self.steps_done + len(scheduler.timesteps))
-            return result
+    def _begun(self, steps: int) -> None:
+        self.total_steps = max(self.total_steps, self.steps_done + steps)
 
-        scheduler.step, scheduler.set_timesteps = _Followed(step, counted), _Followed(set_timesteps, begun)
+    def _stepped(self, step: Step) -> None:
+        self.steps_done += 1
+        if not self._preview_every or self.steps_done % self._preview_every or self.steps_done >= self.total_steps:
+            return
+        try:
+            image = self._preview(step)
+        except Exception as error:  # a preview is no reason for the request to fail
+            log.warning("preview failed", extra={"request_id": self.request_id}, exc_info=error)
+            return
+        if image is not None:
+            self._previews.append((self.steps_done, image))
 
     def _switch(self, switch: Callable[..., Any], *values: Any) -> None:
         self.call = self.described = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -52,7 +52,7 @@ def load_controlnets(sources: Mapping[str, str], *, dtype: torch.dtype, unet: An
         if path.suffix.lower() in SUFFIXES and not path.is_dir():
             net = _from_file(what, path, FrozenDict({**unet.config, "in_channels": channels}), dtype)
         else:
-            net = _from_folder(what, name, path, source, dtype)
+            net = from_folder(what, name, source, dtype, kinds=["ControlNetModel"])
             _check_shared(what, net.config, {**unet.config, "in_channels": channels})
         if getattr(net.config, "global_pool_conditions", False):
             raise ModelLoadError(
@@ -63,9 +63,15 @@ def load_controlnets(sources: Mapping[str, str], *, dtype: torch.dtype, unet: An
     return nets
 
 
-def _from_folder(what: str, name: str, path: Path, source: str, dtype: torch.dtype) -> Any:
-    from diffusers import ControlNetModel  # noqa: PLC0415
+def from_folder(what: str, name: str, source: str, dtype: torch.dtype, *, kinds: Sequence[str]) -> Any:
+    """A ControlNet of one of these classes of diffusers, from a folder or hub id.
 
+    Raises:
+        ModelLoadError: it cannot be loaded whole, or is of another class.
+    """
+    import diffusers  # noqa: PLC0415 - takes seconds
+
+    path = Path(source).expanduser()
     folder, snapshot = path, None
     if not path.is_dir():
         repository = None if path.is_absolute() or source.startswith((".", "~")) else hub.parse_id(source)
@@ -73,16 +79,16 @@ def _from_folder(what: str, name: str, path: Path, source: str, dtype: torch.dty
             raise ModelLoadError(f"{what}: {source!r} does not exist; check the path after '='")
         snapshot = hub.find(name, repository)
         folder = snapshot.folder
-    kind = read_config(what, folder / "config.json").get("_class_name")
-    if kind != "ControlNetModel":
+    kind = str(read_config(what, folder / "config.json").get("_class_name"))
+    if kind not in kinds:
         raise ModelLoadError(
-            f"{what}: {source!r} is a {kind}, which is not supported; use a ControlNetModel for this U-Net"
+            f"{what}: {source!r} is a {kind}, which is not supported; use a {' or '.join(kinds)} for this model"
         )
     own = [file for file in (snapshot.names if snapshot else names_in(folder)) if "/" not in file]
     variant, files = weights_of(what, folder, "", own, wanted=None)
     if snapshot:
         snapshot.download(name, files)
-    return load_whole(what, ControlNetModel, folder, files, variant=variant, dtype=dtype)
+    return load_whole(what, getattr(diffusers, kind), folder, files, variant=variant, dtype=dtype)
 
 
 def _check_shared(what: str, config: Any, unet: Mapping[str, Any]) -> None:

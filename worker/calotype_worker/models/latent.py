@@ -34,13 +34,15 @@ class Memory:
     """Options that save memory at the cost of speed. Except VAE tiling, they change images only by rounding.
 
     `offload`: "model" keeps only the active part on the device (text encoder, network or autoencoder),
-    "sequential" only the active layer, which is far slower.
+    "sequential" only the active layer, which is far slower. With "model", networks of pipeline models that fit into
+    `budget` (bytes) stay on the device.
     """
 
     attention_slicing: bool = False
     vae_slicing: bool = False
     vae_tiling: bool = False
     offload: Literal["none", "model", "sequential"] = "none"
+    budget: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -111,32 +111,29 @@ class LoraBank:
         finally:
             self._active = before
 
-    def check_files(self) -> None:
-        """Load each file once, so that later no layer gets its hook while the network runs.
-
-        Raises:
-            ModelLoadError: a file is broken or for another model.
-        """
-        for name in self.names:
-            self.get(name)
-
     def check(self) -> None:
         """Check every registered file by its header: keys, shapes, whether it is complete.
+
+        The layers get their hooks here, so that none gets one while its network runs.
 
         Raises:
             ModelLoadError: a file is missing, broken, or not a LoRA for this model.
         """
         for name in self._files:
-            self._fitted(name, values=False)
+            for key, (module, _) in self._fitted(name, values=False).items():
+                self._adapt(key, module)
 
     def _load(self, name: str) -> Lora:
         adapted = {}
         for key, (module, layer) in self._fitted(name, values=True).items():
             adapted[key] = layer
-            if key not in self._hooked:
-                self._hooked.add(key)
-                module.register_forward_hook(self._hook(key), with_kwargs=True)
+            self._adapt(key, module)
         return Lora(name=name, layers=adapted)
+
+    def _adapt(self, key: Place, module: torch.nn.Module) -> None:
+        if key not in self._hooked:
+            self._hooked.add(key)
+            module.register_forward_hook(self._hook(key), with_kwargs=True)
 
     def _fitted(self, name: str, *, values: bool) -> dict[Place, tuple[torch.nn.Module, LoraLayer]]:
         """The layers of a file with their modules. Without `values` the layers have shapes alone."""

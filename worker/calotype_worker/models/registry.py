@@ -107,13 +107,15 @@ def load_model(
     memory: Memory | None = None,
     accelerations: Accelerations = EXACT,
     as_pipeline: bool = False,
+    merging: bool = True,
     variant: str | None = None,
 ) -> AnyModel:
     """Load a model onto a device, with the LoRAs, textual inversions and ControlNets that were registered for it.
 
     A source is a folder, a hub id or a checkpoint file; `CLASS:SOURCE` runs it as that pipeline class of diffusers.
-    `as_pipeline` runs it as a diffusers pipeline even if Calotype has its own implementation of the family. Of a part
-    with weights in several variants, `variant` is loaded, such as fp16.
+    `as_pipeline` runs it as a diffusers pipeline even if Calotype has its own implementation of the family. Without
+    `merging`, network calls of a pipeline always run alone, with the bits of plain diffusers. Of a part with weights in
+    several variants, `variant` is loaded, such as fp16.
 
     Raises:
         ModelLoadError: the device does not exist, the source is missing or broken, its weights are pickled, or its
@@ -138,10 +140,10 @@ def load_model(
                 f"model {name!r}: --control is not possible with this source; give a folder and a pipeline class "
                 f"that has a ControlNet, as --model {name}=CLASS:FOLDER"
             )
-        if memory != Memory() or accelerations != EXACT:
+        if accelerations != EXACT:
             raise ModelLoadError(
-                f"model {name!r}: {class_name} runs by its own pipeline, without memory settings or accelerations; "
-                "leave out --offload, --deep-cache and the like"
+                f"model {name!r}: {class_name} runs by its own pipeline, without accelerations; leave out --deep-cache "
+                "and the like"
             )
         check_text(name, pipeline, required=False)
         model = PipelineModel(
@@ -151,6 +153,8 @@ def load_model(
             device=torch_device,
             dtype=torch_dtype,
             notes=notes.model_dump(exclude_none=True),
+            merging=merging,
+            memory=memory,
             adapters=adapters,
         )
         model.card = notes.applied(model.card, name=name)

@@ -79,7 +79,12 @@ class WorkerAdmin:
 
         self._registry.register(
             WorkerCollector(
-                info=info, device=torch.device(device), stats=engine.stats, counters=counters, gauges=gauges
+                info=info,
+                device=torch.device(device),
+                stats=engine.stats,
+                merge_patterns=engine.merge_patterns,
+                counters=counters,
+                gauges=gauges,
             )
         )
 

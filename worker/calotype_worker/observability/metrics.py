@@ -68,12 +68,14 @@ class WorkerCollector(Collector):
         info: Mapping[str, str],
         device: torch.device,
         stats: Callable[[], EngineStats],
+        merge_patterns: Callable[[], Mapping[tuple[str, ...], float]],
         counters: Counters,
         gauges: Mapping[names.Metric, Callable[[], float]],
     ) -> None:
         self._info = tuple(info[label] for label in names.WORKER_INFO.labels)
         self._device = device
         self._stats = stats
+        self._merge_patterns = merge_patterns
         self._counters = counters
         self._gauges = gauges
 
@@ -89,6 +91,7 @@ class WorkerCollector(Collector):
         yield family(names.WORKER_INFO, {self._info: 1})
         yield family(names.PADDING_ROWS, stats.padding_rows)
         yield family(names.OUT_OF_MEMORY, stats.out_of_memory)
+        yield family(names.MERGE_PATTERNS, self._merge_patterns())
         yield family(names.INFLIGHT_REQUESTS, stats.in_flight)
         yield family(names.IMAGES, _by_label(outcomes))
         yield family(names.ENGINE_SECONDS, _by_label(phases))

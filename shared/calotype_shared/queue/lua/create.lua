@@ -69,7 +69,7 @@ for i = 2, #ARGV, 7 do
 
   local fields = {'schema', SCHEMA, 'state', 'queued', 'lane', common.lane, 'queue', queue, 'tenant', tenant,
     'config', config, 'digest', digest, 'max_failures', common.max_failures, 'metadata', common.metadata,
-    'created_at', at, 'queued_at', at, 'tag', tag}
+    'created_at', at, 'queued_at', at, 'tag', tag, 'cost', cost}
   local function also(name, value)
     if value and value ~= '' then fields[#fields + 1], fields[#fields + 2] = name, value end
   end

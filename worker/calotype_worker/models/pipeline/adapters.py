@@ -116,5 +116,5 @@ def load_loras(name: str, pipeline: Any, modules: Mapping[str, torch.nn.Module],
             "model: --lora MODEL/NAME=FILE"
         )
     bank = LoraBank(pipeline, components, adapters.loras, capacity=adapters.lora_capacity)
-    bank.check_files()
+    bank.check()
     return bank

@@ -21,7 +21,9 @@ _FURTHER_IMAGES = ("example_image", "reference_image", "last_image", "image_2")
 _FRAME_RATES = ("frame_rate", "fps")
 _DURATIONS = ("audio_length_in_s", "audio_duration", "audio_end_in_s", "duration")
 _GUIDANCE = ("guidance_scale", "true_cfg_scale", "max_guidance_scale", "prior_guidance_scale")
-_CONTROL_IMAGES = ("control_image", "hint", "condtioning_image", "conditioning_frames")
+_CONTROL_VIDEOS = ("conditioning_frames", "control_video")
+_CONTROL_IMAGES = ("control_image", "hint", "condtioning_image", *_CONTROL_VIDEOS)
+_FRAMES = 9  # of a control video, where nothing says how many
 
 
 class Arguments:
@@ -201,9 +203,11 @@ class Arguments:
             found |= control_arguments(request, self.signature, image=self.control)
             if request.control_image is not None:
                 found[self.control] = _pil(request.control_image)
-            if self.control == "conditioning_frames" and self.control in found:  # the same image for all frames
-                frames = self.frames(request) or self.signature.default("num_frames") or 1
-                found[self.control] = [found[self.control]] * frames
+            if self.control in _CONTROL_VIDEOS and self.control in found:  # the same image for all frames
+                length = len(request.images) if self.video else self.frames(request)
+                found[self.control] = [found[self.control]] * (
+                    length or self.signature.default("num_frames") or _FRAMES
+                )
         return found
 
     def _refuse(self, request: GenerationRequest, model: str) -> None:

@@ -12,11 +12,13 @@ import torch
 from PIL import Image
 
 from calotype_shared.errors import InvalidRequest, ModelLoadError
+from calotype_worker.models.controlnet_load import from_folder
 from calotype_worker.models.pipeline.roles import Roles
 from calotype_worker.models.pipeline.signature import CallSignature
 from calotype_worker.request import GenerationRequest
 
 PART = "controlnet"  # the component's name in all classes
+_KINDS = re.compile(r"\b(?!\w*Multi)\w*ControlNet\w*Model\b")  # classes in an annotation, without lists of them
 _ALL = "controls"  # an attribute that pipelines get: the registered ones by name
 
 
@@ -28,7 +30,7 @@ def load_controls(
     `has_own`: the model's folder contains one.
 
     Raises:
-        ModelLoadError: one cannot be loaded or is of another class, or the pipeline takes none, or lacks one.
+        ModelLoadError: one cannot be loaded whole or is of another class, or the pipeline takes none, or lacks one.
     """
     import diffusers  # noqa: PLC0415 - takes seconds
 
@@ -43,33 +45,16 @@ def load_controls(
             f"model {model!r}: {class_name} needs a ControlNet, and the model's folder has none; add "
             f"--control {model}/NAME=FOLDER"
         )
-    found = {name: _load(name, source, dtype) for name, source in sources.items()}
-    for name, net in found.items():
-        if not re.search(rf"\b{type(net).__name__}\b", str(parameter)):
-            raise ModelLoadError(
-                f"ControlNet {name!r} is a {type(net).__name__}, which {class_name} does not take; use one that was "
-                "trained for this model"
-            )
+    kinds = sorted(set(_KINDS.findall(str(parameter))))
+    found = {
+        name: from_folder(f"ControlNet {name!r}", name, source, dtype, kinds=kinds) for name, source in sources.items()
+    }
     if len({type(net) for net in found.values()}) > 1:
         raise ModelLoadError(
             f"ControlNets {', '.join(map(repr, found))} are of different classes; register each class for a model of "
             "its own"
         )
     return found
-
-
-def _load(name: str, source: str, dtype: torch.dtype) -> torch.nn.Module:
-    from diffusers import AutoModel  # noqa: PLC0415
-
-    try:
-        net: torch.nn.Module = AutoModel.from_pretrained(source, torch_dtype=dtype, use_safetensors=True)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelLoadError(
-            f"ControlNet {name!r}: {source!r} could not be loaded: {reason}; "
-            "give a diffusers folder or hub id with safetensors weights"
-        ) from error
-    return net
 
 
 def attach(pipeline: Any, nets: Mapping[str, torch.nn.Module]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,14 @@ from calotype_worker.models.pipeline.stand_in import stand_in
 class StandIns:
     """The stand-ins of one pipeline's networks. They have no state of a request, so all requests share them."""
 
-    def __init__(self, pipeline: Any) -> None:
+    def __init__(
+        self,
+        pipeline: Any,
+        *,
+        device: torch.device | None = None,
+        place_weights: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """`place_weights` brings a component's weights to `device` before each of its calls."""
         _quiet(getattr(pipeline, "_blocks", None))
         self.modules: dict[str, torch.nn.Module] = {}  # the real ones, by name
         self._by_module: dict[int, torch.nn.Module] = {}
@@ -26,7 +33,9 @@ class StandIns:
             if upcast:
                 module.to(torch.float32)
                 self._upcast.append(module)
-            self._by_module[id(module)] = stand_in(name, module, upcast=upcast)
+            self._by_module[id(module)] = stand_in(
+                name, module, upcast=upcast, device=device, place_weights=place_weights
+            )
         self._pipeline = pipeline
 
     def copy(self) -> Any:

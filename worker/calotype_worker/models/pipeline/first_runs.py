@@ -8,11 +8,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 
 from calotype_shared.errors import ModelLoadError
 from calotype_shared.schema.enums import SamplerType
 from calotype_worker.models.pipeline.arguments import Arguments
 from calotype_worker.models.pipeline.copies import StandIns
+from calotype_worker.models.pipeline.followed import Step, follow
 from calotype_worker.models.pipeline.network_calls import NetworkCalls
 from calotype_worker.models.pipeline.probe import Recording, learn_roles, record, rehearse
 from calotype_worker.models.pipeline.roles import Roles
@@ -29,7 +31,11 @@ class FirstRuns:
     """Used once per pipeline: `alone`, then `roles` and `rehearse`."""
 
     def __init__(self, stand_ins: StandIns, arguments: Arguments, call: Callable[..., Any]) -> None:
-        """`call` runs a pipeline with arguments and `guidance`."""
+        """`call` runs a pipeline with arguments and `guidance`.
+
+        After `alone`, `latents` is what the scheduler of that run ended with.
+        """
+        self.latents: torch.Tensor | None = None
         self._stand_ins = stand_ins
         self._arguments = arguments
         self._call = call
@@ -49,7 +55,7 @@ class FirstRuns:
             for size in dict.fromkeys(((small[0], small[1]), native)):
                 self._size = size
                 try:
-                    return record(self._stand_ins, self._start(self._for()))
+                    return record(self._stand_ins, functools.partial(self._followed, self._start(self._for())))
                 except Exception as error:
                     problem = error
                     log.debug("first run failed", extra={"model": name, "size": size}, exc_info=error)
@@ -71,13 +77,27 @@ class FirstRuns:
                 return roles
         return Roles()
 
-    def rehearse(self, calls: NetworkCalls) -> None:
-        """Run three requests together."""
+    def rehearse(self, calls: NetworkCalls) -> str:
+        """Run three requests together. Returns the error that ended it; empty: none."""
         starts = [self._start(self._for(prompt=prompt, seed=seed)) for seed, prompt in enumerate(PROMPTS)]
         try:
             rehearse(self._stand_ins, calls, starts)
         except Exception as error:
-            log.warning("rehearsal failed", extra={"reason": f"{type(error).__name__}: {error}"})
+            problem = f"{type(error).__name__}: {error}"
+            log.warning("rehearsal failed", extra={"reason": problem})
+            return f"a rehearsal failed: {problem}"
+        return ""
+
+    def _followed(self, start: Callable[[Any], Any], pipeline: Any) -> Any:
+        """A run whose scheduler's last latents are kept."""
+
+        def stepped(step: Step) -> None:
+            self.latents = step.result
+
+        scheduler = getattr(pipeline, "scheduler", None)
+        if scheduler is not None:
+            follow(scheduler, begun=lambda steps: None, stepped=stepped)
+        return start(pipeline)
 
     def _check_arguments(self, name: str, kind: str, native: tuple[int, int]) -> None:
         self._size = native

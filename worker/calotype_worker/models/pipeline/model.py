@@ -8,24 +8,30 @@ import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from greenlet import getcurrent
 
 from calotype_shared.errors import GenerationFailed, InvalidRequest, ModelLoadError
 from calotype_shared.schema.enums import Feature, SamplerType
 from calotype_shared.schema.model_card import ModelCard
-from calotype_worker.models.latent import Adapters
+from calotype_worker.models.latent import Adapters, Memory
 from calotype_worker.models.pipeline.adapters import NO_LORAS, load_loras, load_words, loras_of
 from calotype_worker.models.pipeline.arguments import Arguments
 from calotype_worker.models.pipeline.card import card_of, native_sizes, samplers_of, size_multiple
 from calotype_worker.models.pipeline.controls import choose, share_roles
-from calotype_worker.models.pipeline.copies import StandIns, parts
+from calotype_worker.models.pipeline.copies import StandIns
 from calotype_worker.models.pipeline.first_runs import PROMPTS, FirstRuns
+from calotype_worker.models.pipeline.followed import Step
+from calotype_worker.models.pipeline.merging import DETERMINISTIC, all_alone, merging_of
 from calotype_worker.models.pipeline.module_state import ModuleState
 from calotype_worker.models.pipeline.network_calls import NetworkCalls
-from calotype_worker.models.pipeline.outputs import Output, read
+from calotype_worker.models.pipeline.outputs import Output, read, sample_rate
+from calotype_worker.models.pipeline.placement import Placement, save_memory, size_of
+from calotype_worker.models.pipeline.preview import Previews
 from calotype_worker.models.pipeline.probe import Recording
 from calotype_worker.models.pipeline.roles import Place, Roles
+from calotype_worker.models.pipeline.row_split import RowSplit
 from calotype_worker.models.pipeline.stand_in import CallingGreenlet
 from calotype_worker.models.pipeline.weights import PromptWeights
 from calotype_worker.request import GenerationRequest
@@ -51,12 +57,13 @@ class PipelineModel:
         dtype: torch.dtype,
         notes: Mapping[str, Any] | None = None,
         merging: bool = True,
+        memory: Memory | None = None,
         adapters: Adapters | None = None,
     ) -> None:
         """Probe the pipeline, which is on the CPU, and move it to `device`.
 
         Raises:
-            ModelLoadError: it fails when run, or does not take the adapters.
+            ModelLoadError: it fails when run, or does not take the adapters or an option of `memory`.
         """
         self.device = device
         self.dtype = dtype
@@ -64,12 +71,12 @@ class PipelineModel:
         adapters = adapters or Adapters()
         load_words(name, pipeline, adapters)
         self.arguments = Arguments(pipeline)
-        self._stand_ins = StandIns(pipeline)
+        self._stand_ins = StandIns(pipeline, device=device, place_weights=self._place_weights)
         for module in self.modules.values():
             module.eval()
             if type(module).__name__ == "ShapERenderer":
                 module.mesh_decoder.register_forward_hook(_refuse_empty)  # type: ignore[union-attr]
-        self.to(device)
+        self._placement = self._placed(name, memory or Memory(), adapters)
         self.loras = load_loras(name, pipeline, self.modules, adapters)
         self._samplers = samplers_of(pipeline)
         self._watched = ModuleState.of(self.modules)
@@ -89,15 +96,19 @@ class PipelineModel:
                 version=version,
                 adapters=adapters,
             )
+            self._previews = self._find_previews(runs, single)
             self._weights = self._read_weights(single)
             self._phases = single.phases()
             merging = merging and not self.changes
             roles = runs.roles(single) if merging else Roles()
             share_roles(roles, self.modules)
             self.calls = NetworkCalls(roles, merging=merging)
+            self.split = RowSplit(self.calls)
+            problem = runs.rehearse(self.calls) if merging else ""
             if merging:
-                runs.rehearse(self.calls)
-        self._sizes = {label: _size_of(module) for label, module in self.modules.items()}
+                self.split.learn(single.calls)
+        self.card = self.card.model_copy(update={"networks": merging_of(single, self.calls, problem)})
+        self._sizes = {label: size_of(module) for label, module in self.modules.items()}
         log.info("pipeline probed", extra={"model": name, "pipeline": type(pipeline).__name__, **self.summary()})
 
     @property
@@ -109,8 +120,14 @@ class PipelineModel:
         """Which calls are merged, and why others are not."""
         if self.changes:
             return {"merged": False, "reason": f"its runs change {self.changes}"}
-        refused = sorted({f"{pattern[0][0][0]}: {reason}" for pattern, reason in self.calls.trust.refused})  # type: ignore[index]
+        refused = sorted({f"{network}: {reason}" for network, reason in self.calls.trust.refused})
         return {"merged": self.calls.merging, "alone": refused}
+
+    def run_alone(self) -> None:
+        """Merge nothing from now on: each result is bit for bit that of diffusers. Before the engine starts."""
+        self.calls.merging = False
+        networks = all_alone([entry.network for entry in self.card.networks], DETERMINISTIC)
+        self.card = self.card.model_copy(update={"networks": networks})
 
     # ---- any thread
 
@@ -172,7 +189,7 @@ class PipelineModel:
         Raises:
             GenerationFailed: it has no output that can be stored.
         """
-        output = read(result, sample_rate=_sample_rate(self._pipeline))
+        output = read(result, sample_rate=sample_rate(self._pipeline))
         if self.arguments.renders and output.frames is not None:
             # The last view equals the first, which would make a loop stutter.
             return dataclasses.replace(output, frames=output.frames[:-1])
@@ -209,15 +226,43 @@ class PipelineModel:
         """
         return self._phases.get(place, 0) * 1e18 + self._sizes.get(place[0], 0)
 
+    def preview(self, request: GenerationRequest, step: Step) -> np.ndarray | None:
+        """A rough image after one of its steps, uint8 (h, w, 3), one pixel per latent cell; None: there is none."""
+        return None if self._previews is None else self._previews.image(step.clean(), request.width, request.height)
+
     def to(self, device: torch.device) -> None:
-        for module in self.modules.values():
-            module.to(device)
+        self._placement.to(device)
+
+    def _place_weights(self, network: str) -> None:
+        self._placement.use(network)
 
     @property
     def weight_bytes(self) -> int:
-        return sum(_size_of(module) for module in self.modules.values())
+        """The most that is on the device at once."""
+        return self._placement.weight_bytes
 
     # ---- loading
+
+    def _placed(self, name: str, memory: Memory, adapters: Adapters) -> Placement:
+        """The networks where they are to be at first."""
+        if adapters.loras and memory.offload == "sequential":
+            raise ModelLoadError(
+                f"model {name!r}: LoRAs of a pipeline do not go with --offload sequential; use --offload model, or "
+                "leave out --lora"
+            )
+        save_memory(name, self.modules, memory)
+        pinned = getattr(self._pipeline, "_exclude_from_cpu_offload", ())
+        placement = Placement(self.modules, self.device, memory, pinned=pinned)
+        placement.settle()
+        return placement
+
+    def _find_previews(self, runs: FirstRuns, single: Recording) -> Previews | None:
+        """How to show latents; the card gets the feature. None: the pipeline has no previews."""
+        found = Previews.of(runs.latents, single.calls, self._place_weights)
+        if found is not None:
+            features = self.card.features | {Feature.PREVIEW.value}
+            self.card = self.card.model_copy(update={"features": features})
+        return found
 
     def _read_weights(self, single: Recording) -> PromptWeights | None:
         """How to read weighted prompts; the card gets the feature. None: the pipeline cannot."""
@@ -253,19 +298,3 @@ def _refuse_empty(module: torch.nn.Module, inputs: Any, surface: Any) -> None:
             "the object has no surface, so there is no mesh to write; use another prompt or seed, or more steps, "
             "or output_format gif to see what the model made of it"
         )
-
-
-def _size_of(module: torch.nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters())
-
-
-def _sample_rate(pipeline: Any) -> int:
-    """Samples per second of a pipeline's sound."""
-    for label, part in parts(pipeline):
-        if label.rpartition(".")[2] in ("vocoder", "audio_vae", "vae"):
-            config = getattr(part, "config", None)
-            for name in ("output_sampling_rate", "sampling_rate", "sample_rate"):
-                found = getattr(config, name, None)
-                if isinstance(found, int):
-                    return found
-    return 16_000

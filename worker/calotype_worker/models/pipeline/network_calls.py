@@ -10,7 +10,7 @@ import torch
 
 from calotype_worker.models.pipeline.adapters import active_together, mixed_layers
 from calotype_worker.models.pipeline.call import Described, Describer
-from calotype_worker.models.pipeline.merge import CannotCut, cut, learn, merge, padded_paths
+from calotype_worker.models.pipeline.merge import CannotCut, Cuts, cut, learn, merge, padded_paths
 from calotype_worker.models.pipeline.roles import Kind, Roles
 from calotype_worker.models.pipeline.stand_in import Call
 from calotype_worker.models.pipeline.thread_state import ThreadState
@@ -73,12 +73,21 @@ class NetworkCalls:
                     break
         return [alone(call.call) for call in calls]
 
+    def cuts(self, call: Described) -> Cuts | None:
+        """How the result of such a call follows its rows; None: not known."""
+        for _, expand in _LEVELS:
+            verdict = self.trust.of(_pattern([call], expand=expand))
+            if verdict is not None and verdict.cuts is not None:
+                return verdict.cuts
+        return None
+
     def _merged(self, calls: Sequence[Described], *, expand: bool) -> Any:
         args, kwargs = merge(calls, expand=expand)
         call = calls[0].call
+        run = call.function()
         loras = active_together([(own.call.caller.loras, own.rows) for own in calls], call.component, call.module)
         with _autocast_of(call.caller.state), loras:
-            return call.function()(*args, **kwargs)
+            return run(*args, **kwargs)
 
     def _verify(self, calls: Sequence[Described], pattern: Hashable, *, expand: bool) -> list[Any]:
         """Run the calls separately, and check whether merging gives the same results."""
@@ -118,8 +127,14 @@ class NetworkCalls:
 
 def alone(call: Call) -> Any:
     """One call exactly as its pipeline made it, with its own random numbers."""
+    return run_as(call, rebuilt(call.args, {}), rebuilt(call.kwargs, {}))
+
+
+def run_as(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The call's network with these arguments, in the state and with the LoRAs of the run that made the call."""
+    run = call.function()
     with call.caller.calling(), call.caller.loras.active():
-        return call.function()(*rebuilt(call.args, {}), **rebuilt(call.kwargs, {}))
+        return run(*args, **kwargs)
 
 
 def _unlike(calls: Sequence[Described]) -> list[Described]:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from calotype_shared.errors import GenerationFailed
+from calotype_worker.models.pipeline.copies import parts
 from calotype_worker.request import Audio, Mesh
 
 _FIELDS = ("images", "image", "frames", "videos", "video", "audios")
@@ -68,6 +69,18 @@ def read(result: Any, *, sample_rate: int) -> Output:
     if pixels.ndim == 4 and pixels.shape[0] > 1:
         return Output(frames=pixels, audio=audio)
     return Output(image=pixels if pixels.ndim == 3 else pixels[0], audio=audio)
+
+
+def sample_rate(pipeline: Any) -> int:
+    """Samples per second of a pipeline's sound."""
+    for label, part in parts(pipeline):
+        if label.rpartition(".")[2] in ("vocoder", "audio_vae", "vae"):
+            config = getattr(part, "config", None)
+            for name in ("output_sampling_rate", "sampling_rate", "sample_rate"):
+                found = getattr(config, name, None)
+                if isinstance(found, int):
+                    return found
+    return 16_000
 
 
 def _named(result: Any) -> dict[str, Any]:

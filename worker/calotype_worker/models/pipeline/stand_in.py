@@ -7,7 +7,7 @@ dtypes and hooks are those of the network. Only `__call__`, `encode` and `decode
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -34,13 +34,15 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     caller: CallingGreenlet
+    place_weights: Callable[[str], None] = lambda _: None  # brings a component's weights to the device
 
     @property
     def place(self) -> tuple[str, str]:
         return self.component, self.method
 
     def function(self) -> Any:
-        """The callable to run: the real network, or its method."""
+        """The callable to run: the real network, or its method. Its weights are on the device from now on."""
+        self.place_weights(self.component)
         return self.module if self.method == "__call__" else getattr(self.module, self.method)
 
 
@@ -98,20 +100,30 @@ class CallingGreenlet(greenlet):
                     self._watched.refresh()
 
 
-def stand_in(component: str, module: torch.nn.Module, *, upcast: bool = False) -> torch.nn.Module:
+def stand_in(
+    component: str,
+    module: torch.nn.Module,
+    *,
+    upcast: bool = False,
+    device: torch.device | None = None,
+    place_weights: Callable[[str], None] = lambda _: None,
+) -> torch.nn.Module:
     """A stand-in for a network. Outside a request's greenlet, it calls the network itself.
 
+    `device`: it appears to be there, wherever its weights are until `place_weights` brings them.
     `upcast`: the network is in float32, but appears to pipelines as the float16 one that they would cast to
     float32 for each of its calls.
     """
     kind: Any = type(module)
     methods: dict[str, Any] = {
-        name: _parking(component, module, name, upcast=upcast)
+        name: _parking(component, module, name, upcast=upcast, place_weights=place_weights)
         for name in METHODS
         if callable(getattr(kind, name, None))
     }
     if upcast:
         methods["dtype"] = property(lambda self: torch.float16)
+    if device is not None:
+        methods["device"] = property(lambda self: device)
     # The engine decides where weights are: moving or casting a stand-in would affect all requests.
     methods["_apply"] = lambda self, *args, **kwargs: self
     methods["to"] = lambda self, *args, **kwargs: self
@@ -121,16 +133,27 @@ def stand_in(component: str, module: torch.nn.Module, *, upcast: bool = False) -
     return made
 
 
-def _parking(component: str, module: torch.nn.Module, method: str, *, upcast: bool) -> Any:
+def _parking(
+    component: str, module: torch.nn.Module, method: str, *, upcast: bool, place_weights: Callable[[str], None]
+) -> Any:
     @functools.wraps(getattr(type(module), method))
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         current = getcurrent()
         if not isinstance(current, CallingGreenlet):
+            place_weights(component)
             return (module if method == "__call__" else getattr(module, method))(*args, **kwargs)
         if upcast:
             args, kwargs = _float32(args), _float32(kwargs)
         return current.park(
-            Call(component=component, method=method, module=module, args=args, kwargs=kwargs, caller=current)
+            Call(
+                component=component,
+                method=method,
+                module=module,
+                args=args,
+                kwargs=kwargs,
+                caller=current,
+                place_weights=place_weights,
+            )
         )
 
     return call

@@ -6,8 +6,9 @@ Both cause a difference, and such a pattern is never merged again.
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 
 from calotype_worker.models.pipeline.merge import CannotCut, Cuts
 from calotype_worker.models.pipeline.tree import children
+
+log = logging.getLogger(__name__)
 
 _REMEMBERED = 4096
 # Relative to the largest value of the tensor. Larger batches use other kernels, which round differently: by 1e-6 in
@@ -36,11 +39,17 @@ class Trust:
 
     def __init__(self) -> None:
         self._verdicts: OrderedDict[Hashable, Verdict] = OrderedDict()  # the last used at the end
+        self._counts: dict[tuple[str, str], int] = {}
 
     @property
-    def refused(self) -> list[tuple[Hashable, str]]:
-        """Patterns that are not merged, and why."""
-        return [(pattern, found.reason) for pattern, found in self._verdicts.items() if found.cuts is None]
+    def refused(self) -> list[tuple[str, str]]:
+        """For each pattern that is not merged, its network and why."""
+        return [(_network(pattern), found.reason) for pattern, found in self._verdicts.items() if found.cuts is None]
+
+    @property
+    def counts(self) -> Mapping[tuple[str, str], int]:
+        """Patterns by network and outcome ("verified" or "refused"), ever since. Thread-safe."""
+        return self._counts.copy()
 
     def of(self, pattern: Hashable) -> Verdict | None:
         """The verdict about a pattern; None: never tried."""
@@ -54,12 +63,21 @@ class Trust:
 
     def refuse(self, pattern: Hashable, reason: str) -> None:
         self._set(pattern, Verdict(cuts=None, reason=reason))
+        log.info("calls that run alone", extra={"network": _network(pattern), "reason": reason})
 
     def _set(self, pattern: Hashable, verdict: Verdict) -> None:
+        outcome = _network(pattern), "refused" if verdict.cuts is None else "verified"
+        self._counts[outcome] = self._counts.get(outcome, 0) + 1
         self._verdicts[pattern] = verdict
         self._verdicts.move_to_end(pattern)
         while len(self._verdicts) > _REMEMBERED:
             self._verdicts.popitem(last=False)
+
+
+def _network(pattern: Hashable) -> str:
+    """The network of a pattern, which begins with the pattern of one call, and that with the call's place."""
+    found: Any = pattern
+    return str(found[0][0][0])
 
 
 def difference(own: Any, apart: Any) -> str:
