@@ -43,12 +43,6 @@ class Notes(BaseModel):
     vae: Mapping[str, Any] | None = None
     score: Mapping[str, Any] | None = None
 
-    # Records of how the bundled model was made, which nothing here reads.
-    recommended: dict[str, Any] | None = None
-    training: dict[str, Any] | None = None
-    vae: dict[str, Any] | None = None
-    score: dict[str, Any] | None = None
-
     def applied(self, card: ModelCard, *, name: str) -> ModelCard:
         """The card with these defaults.
 
