@@ -250,6 +250,14 @@ def test_flux_loras_keep_every_key(tmp_path: Path) -> None:
     file = tmp_path / "kohya.safetensors"
     save_file(state, file)
     load_model("m", source=str(folder), adapters=Adapters(loras={"x": file}))
+    nowhere = "lora_unet_double_blocks_0_nowhere"
+    pair = {
+        f"{nowhere}.lora_down.weight": noise(4, width, seed=4),
+        f"{nowhere}.lora_up.weight": noise(width, 4, seed=5),
+    }
+    save_file(state | pair, file)
+    with pytest.raises(ModelLoadError, match=rf"Incompatible keys detected: .*{nowhere}.lora_down.weight"):
+        load_model("m", source=str(folder), adapters=Adapters(loras={"x": file}))
     save_file(state | {f"{fused}.dora_scale": noise(3 * width, 1, seed=3)}, file)
     with pytest.raises(ModelLoadError, match=rf"layers that diffusers splits.*{fused}.dora_scale"):
         load_model("m", source=str(folder), adapters=Adapters(loras={"x": file}))

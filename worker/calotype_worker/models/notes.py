@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,16 @@ from calotype_shared.schema.model_card import ModelCard
 
 NAME = "calotype.json"
 Side = Annotated[int, Field(ge=8, le=16_384)]
+
+
+class Recommended(BaseModel):
+    """Settings of sample sheets during training; jobs get the defaults."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    num_inference_steps: Annotated[int, Field(ge=1, le=1000)] | None = None
+    guidance_scale: Annotated[float, Field(ge=0.0, le=100.0)] | None = None
+    sampler: str | None = None
 
 
 class Notes(BaseModel):
@@ -26,12 +37,11 @@ class Notes(BaseModel):
     default_sampler: str | None = None
     default_steps: Annotated[int, Field(ge=1, le=1000)] | None = None
     default_guidance: Annotated[float, Field(ge=0.0, le=100.0)] | None = None
-
-    # Records of how the bundled model was made, which nothing here reads.
-    recommended: dict[str, Any] | None = None
-    training: dict[str, Any] | None = None
-    vae: dict[str, Any] | None = None
-    score: dict[str, Any] | None = None
+    recommended: Recommended | None = None
+    # Records of how a model was made, which are not read: the bundled model's.
+    training: Mapping[str, Any] | None = None
+    vae: Mapping[str, Any] | None = None
+    score: Mapping[str, Any] | None = None
 
     def applied(self, card: ModelCard, *, name: str) -> ModelCard:
         """The card with these defaults.

@@ -89,6 +89,8 @@ def load_whole(
 
 
 def reason(error: Exception) -> str:
-    """The first line of an error's message, or its kind."""
+    """The first line of an error's message, with the next if it announces one; or its kind."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    return f"{lines[0]} {lines[1][:200]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
