@@ -111,7 +111,7 @@ def test_images_edits_and_sound(
     assert found is not None
     metrics = urllib.request.urlopen(f"http://127.0.0.1:{found[1]}/metrics", timeout=30).read().decode()
     counted = re.search(
-        r'merge_patterns_total\{outcome="verified",model="klein",network="transformer"\} (\d+)', metrics
+        r'merge_patterns_total\{model="klein",network="transformer",outcome="verified"\} (\d+)', metrics
     )
     assert counted is not None, metrics
     assert int(counted[1]) >= 1
@@ -150,7 +150,8 @@ def test_videos_meshes_and_blocks(start: Callable[..., WorkerProcess], client: C
     [made] = clip.result(timeout=180)
     moving = read_mp4(made.data)
     assert moving.frames.shape == (9, 32, 32, 3)
-    assert np.abs(moving.frames / 255 - expected.frames[0]).mean() < 0.03  # H.264 is lossy
+    made_gray, expected_gray = (frames.mean(axis=-1).ravel() for frames in (moving.frames, expected.frames[0]))
+    assert np.corrcoef(made_gray, expected_gray)[0, 1] > 0.95  # H.264 keeps few of the colors of noise
     assert (moving.provenance["seed"], made.ref.content_type) == (5, "video/mp4")
     sound, _ = read_audio(made.data)
     assert sound.rate == 16_000
