@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from calotype_shared.errors import GenerationFailed, InvalidRequest
+from calotype_shared.errors import InvalidRequest
 from calotype_shared.schema.enums import SamplerType
 from calotype_worker.engine import Engine
 from calotype_worker.models import PipelineModel, StepModel, load_model
@@ -108,43 +108,6 @@ def test_a_failing_preview(demo: PipelineModel, monkeypatch: pytest.MonkeyPatch)
         assert len(tried) == 4
     finally:
         engine.stop()
-
-
-def test_a_failing_preview_of_a_step_model(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the engine steps the model itself, the request fails alone."""
-    model = load_model("tiny", source=str(tiny_model))
-    assert isinstance(model, StepModel)
-    tried = []
-
-    def fail(_: torch.Tensor) -> Any:
-        tried.append(1)
-        raise RuntimeError("no such thing")
-
-    monkeypatch.setattr(model, "preview", fail)
-    engine = Engine(model, on_preview=lambda *_: pytest.fail("there was none"))
-    engine.start()
-    try:
-        failing, other = (engine.submit(request_of(name, preview_every=every)) for name, every in (("a", 1), ("b", 0)))
-        with pytest.raises(GenerationFailed, match="no such thing"):
-            failing.result(300)
-        assert other.result(300).image.shape == (64, 64, 3)
-        assert tried
-    finally:
-        engine.stop()
-
-
-def request_of(name: str, *, preview_every: int) -> GenerationRequest:
-    return GenerationRequest(
-        request_id=name,
-        prompt="a fox",
-        width=64,
-        height=64,
-        num_inference_steps=3,
-        guidance_scale=1.0,
-        seed=1,
-        sampler=SamplerType.DDIM,
-        preview_every=preview_every,
-    )
 
 
 def test_which_models_have_them() -> None:
