@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 
 from calotype_shared.errors import ModelLoadError
 
-# Of the encoder's embeddings. Encoders round their vocabulary up by at most a percent; a broken tokenizer has a few
-# special tokens only.
-_LEAST_SHARE = 0.9
+log = logging.getLogger(__name__)
+
+_LEAST_TOKENS = 16  # besides special ones, which are all that a tokenizer without its files has
+_USUAL_SHARE = 0.9  # of the encoder's embeddings: encoders round their vocabulary up by at most a percent
 _OLD_CLIP_END = 2  # an end token in old CLIP configs, which transformers replaces by the highest id
 _FILES = "vocab.json and merges.txt, or tokenizer.json, or spiece.model"
 
@@ -44,9 +46,11 @@ def _check_vocabulary(what: str, tokenizer: Any, encoder_name: str, encoder: Any
     embeddings = getattr(encoder.get_input_embeddings(), "num_embeddings", None)
     if embeddings is None:
         return
-    ids = tokenizer.get_vocab().values()
+    ids = set(tokenizer.get_vocab().values())
     size, highest = len(ids), max(ids, default=-1)
-    if size < _LEAST_SHARE * embeddings or highest >= embeddings:
+    if size < _USUAL_SHARE * embeddings:
+        log.warning("few tokens", extra={"tokenizer": what, "tokens": size, "embeddings": embeddings})
+    if len(ids - set(tokenizer.all_special_ids)) < _LEAST_TOKENS or highest >= embeddings:
         raise ModelLoadError(
             f"{what} has {size} tokens with ids up to {highest}, and {encoder_name} reads {embeddings}; use the "
             f"tokenizer of this text encoder, with all of its files ({_FILES})"
