@@ -4,7 +4,8 @@
 
 DIFFUSERS is a checkout of diffusers, whose own tests build tiny components of most classes. Each is filled with noise,
 saved, loaded as a worker does, and asked for four different requests at once; their results must equal those of plain
-diffusers, one by one. Tokenizers and encoders that those tests take from the hub are replaced by ours.
+diffusers, one by one. Tokenizers and encoders that those tests take from the hub are replaced by ours. Classes
+that cannot be tried in this way are tried with the tiny components of our own tests, where we have some.
 
 What it finds is in `results/every_pipeline.json`, from which `docs/models.md` is made. It continues an interrupted run.
 """
@@ -21,8 +22,10 @@ import signal
 import sys
 import tempfile
 import types
+import unittest.mock
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +42,10 @@ from calotype_worker.models.pipeline.model import PipelineModel  # noqa: E402
 from tests import family_models  # noqa: E402
 from tests.models import byte_tokenizer  # noqa: E402
 from tests.unit.pipelines import driver, parts, text_encoders  # noqa: E402
+from tests.unit.pipelines.test_pipelines import CASES  # noqa: E402
 
 _SECONDS = 180  # for a class
 _TOLERANCE = 5e-4  # of results in 0..1
-_TOKENS = 1024  # more than our tokenizers know
 _TOKENIZERS = (
     *("AutoTokenizer", "BertTokenizer", "CLIPTokenizer", "GemmaTokenizer", "LlamaTokenizer", "PreTrainedTokenizerFast"),
     *("Qwen2Tokenizer", "T5Tokenizer", "XLMRobertaTokenizer"),
@@ -143,9 +146,21 @@ def tried(test: Any) -> dict[str, Any]:
         model = _loaded(pipeline, size)
     except Exception as error:
         return {"state": "refused", "reason": _short(error)}
+    return _measured(model)
+
+
+def tried_ours(case: Any) -> dict[str, Any]:
+    """The same for one of our own tests' pipelines."""
+    with ExitStack() as patched:
+        for constant, value in case.small.items():
+            patched.enter_context(unittest.mock.patch(constant, value))
+        return _measured(driver.load(case.build(), side=case.side), parameters=case.parameters)
+
+
+def _measured(model: PipelineModel, **common: Any) -> dict[str, Any]:
     features = {"features": sorted(model.card.features), "formats": list(model.card.output_formats)}
     try:
-        requests = driver.four(model)
+        requests = driver.four(model, **common)
         plain = [model.plain(request) for request in requests]
     except Exception as error:
         return {"state": "plain diffusers fails", "reason": _short(error), **features}
@@ -179,14 +194,18 @@ def _loaded(pipeline: Any, size: list[int] | None) -> PipelineModel:
 
 def _enlarged(pipeline: Any) -> Any:
     """Our tokenizers know more tokens than some of their encoders."""
+    tokens = max(
+        (len(part) for name, part in pipeline.components.items() if "tokenizer" in name and hasattr(part, "__len__")),
+        default=0,
+    )
     for part in pipeline.components.values():
         if isinstance(part, transformers.PreTrainedModel):
             try:
                 table = part.get_input_embeddings()
             except NotImplementedError:
                 continue
-            if isinstance(table, torch.nn.Embedding) and table.num_embeddings < _TOKENS:
-                part.resize_token_embeddings(_TOKENS)
+            if isinstance(table, torch.nn.Embedding) and table.num_embeddings < tokens:
+                part.resize_token_embeddings(tokens)
     return pipeline
 
 
@@ -213,6 +232,47 @@ def _short(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
 
 
+def limited(try_one: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What it returns, within the time for a class."""
+
+    def stop(*_: object) -> None:
+        raise OutOfTimeError
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(_SECONDS)
+    try:
+        return try_one()
+    except OutOfTimeError:
+        return {"state": "not tried", "reason": f"its tiny components take longer than {_SECONDS} s"}
+    except Exception as error:
+        return {"state": "fails", "reason": _short(error)}
+    finally:
+        signal.alarm(0)
+        gc.collect()
+
+
+class Results:
+    """The file of results, written after every class."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._classes: dict[str, Any] = json.loads(file.read_text())["classes"] if file.exists() else {}
+
+    def state(self, name: str) -> str | None:
+        return self._classes[name]["state"] if name in self._classes else None
+
+    def add(self, name: str, result: Mapping[str, Any]) -> None:
+        print(name, result["state"], result.get("reason", result.get("difference")), flush=True)
+        self._classes[name] = result
+        found = {
+            "command": "python benchmarks/every_pipeline.py DIFFUSERS/tests",
+            **surroundings("cpu"),
+            "diffusers": diffusers.__version__,
+            "classes": dict(sorted(self._classes.items())),
+        }
+        self._file.write_text(json.dumps(found, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tests", type=Path)
@@ -221,42 +281,15 @@ def main() -> None:
     options = parser.parse_args()
     use_local_parts()
     torch.set_num_threads(1)
-    found = json.loads(options.out.read_text())["classes"] if options.out.exists() else {}
-
-    def stop(*_: object) -> None:
-        raise OutOfTimeError
-
-    signal.signal(signal.SIGALRM, stop)
-    seen = set()
+    results = Results(options.out)
     for test in test_classes(options.tests, options.only):
         name = test.pipeline_class.__name__
-        if test in seen or (name in found and (found[name]["state"] == "equal" or not options.only)):
-            continue
-        seen.add(test)
-        signal.alarm(_SECONDS)
-        try:
-            result = tried(test)
-        except OutOfTimeError:
-            result = {"state": "not tried", "reason": f"its tiny components take longer than {_SECONDS} s"}
-        except BaseException as error:
-            result = {"state": "fails", "reason": _short(error)}
-        finally:
-            signal.alarm(0)
-            gc.collect()
-        print(name, result["state"], result.get("reason", result.get("difference")), flush=True)
-        found[name] = result
-        options.out.write_text(
-            json.dumps(
-                {
-                    "command": "python benchmarks/every_pipeline.py DIFFUSERS/tests",
-                    **surroundings("cpu"),
-                    "diffusers": diffusers.__version__,
-                    "classes": dict(sorted(found.items())),
-                },
-                indent=1,
-            )
-            + "\n"
-        )
+        if hasattr(diffusers, name) and (results.state(name) is None or options.only):
+            results.add(name, limited(lambda test=test: tried(test)))  # type: ignore[misc]
+    for case in CASES.values():
+        name = type(case.build()).__name__
+        if results.state(name) not in ("equal", "differs") and options.only in name:
+            results.add(name, limited(lambda case=case: tried_ours(case)))  # type: ignore[misc]
 
 
 if __name__ == "__main__":
