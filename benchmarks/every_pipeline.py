@@ -194,11 +194,9 @@ def _loaded(pipeline: Any, size: list[int] | None) -> PipelineModel:
 
 def _enlarged(pipeline: Any) -> Any:
     """Our tokenizers know more tokens than some of their encoders."""
-    tokens = max(
-        (len(part) for name, part in pipeline.components.items() if "tokenizer" in name and hasattr(part, "__len__")),
-        default=0,
-    )
-    for part in pipeline.components.values():
+    parts_of = list(pipeline.components.values())
+    tokens = max((len(part) for part in parts_of if isinstance(part, transformers.PreTrainedTokenizerBase)), default=0)
+    for part in parts_of:
         if isinstance(part, transformers.PreTrainedModel):
             try:
                 table = part.get_input_embeddings()
