@@ -59,9 +59,11 @@ class FirstRuns:
                 except Exception as error:
                     problem = error
                     log.debug("first run failed", extra={"model": name, "size": size}, exc_info=error)
+        remedy = "check that the folder is complete and its parts fit together"
+        if "tiling" in str(problem):  # Allegro's autoencoder, for one, works only with it
+            remedy = "start the worker with --vae-tiling"
         raise ModelLoadError(
-            f"model {name!r}: a first run of {kind} failed: {type(problem).__name__}: {problem}; "
-            "check that the folder is complete and its parts fit together"
+            f"model {name!r}: a first run of {kind} failed: {type(problem).__name__}: {problem}; {remedy}"
         ) from problem
 
     def roles(self, single: Recording) -> Roles:
