@@ -119,6 +119,17 @@ def _slow_commit() -> None:
     _wrap(JobStore, "commit", before=hold, after=say)
 
 
+def _slow_prepare() -> None:
+    """What comes before the engine takes three seconds."""
+    from calotype_worker.engine import engine
+
+    def hold(*_: Any, **__: Any) -> None:
+        os.write(1, b"reached slow-prepare\n")
+        time.sleep(3)
+
+    _wrap(engine, "prepare", before=hold)
+
+
 def _skewed(seconds: float) -> None:
     """This machine's clock is wrong."""
     for name, unit in (("time", 1.0), ("time_ns", 1e9)):
@@ -215,6 +226,7 @@ _STOPS: dict[str, Callable[[], None]] = {
     "uploaded": _uploaded,
     "committed": _committed,
     "slow-commit": _slow_commit,
+    "slow-prepare": _slow_prepare,
     "commit-unanswered": _commit_unanswered,
     "clock-ahead": lambda: _skewed(600),
     "clock-behind": lambda: _skewed(-600),

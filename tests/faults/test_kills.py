@@ -75,6 +75,22 @@ def test_a_device_hangs(site: Site, table: Table) -> None:
     table.add("a device hangs", site.check(ids), recovery_seconds=took)
 
 
+def test_a_job_that_is_returned_while_it_is_prepared_never_runs(site: Site, table: Table) -> None:
+    """The engine does not have it yet when its requests are cancelled."""
+    worker = site.start_worker("--grace-seconds", "0.2", stop="slow-prepare")
+    ids = site.submit(1, num_inference_steps=900)
+    worker.wait_for("reached slow-prepare")
+    began = time.monotonic()
+    worker.send(signal.SIGTERM)
+    assert worker.wait(120) == 0, worker.text()
+    took = time.monotonic() - began
+    [record] = site.store.get_many(ids)
+    assert record is not None
+    assert record.state is JobState.QUEUED
+    site.client.cancel(ids[0])
+    table.add("a worker leaves while it prepares a job", site.check(ids, cancelled=ids), recovery_seconds=took)
+
+
 def test_a_hanging_device_does_not_hold_up_sigterm(site: Site, table: Table) -> None:
     """After the grace period the worker returns its jobs and ends, whatever its engine does."""
     hung = site.start_worker("--grace-seconds", "1", stop="step")

@@ -122,7 +122,7 @@ def test_only_the_parts_of_the_index_count(folder: Path, expected: Any) -> None:
             lambda folder: next((folder / "unet").glob("*.safetensors")).write_text(
                 "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
             ),
-            "'diffusion_pytorch_model.safetensors' is not a safetensors file; download it again",
+            "diffusion_pytorch_model.safetensors' is not a safetensors file; download it again",
         ),
         (
             lambda folder: (folder / "model_index.json").write_text(

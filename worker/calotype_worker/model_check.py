@@ -10,7 +10,8 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -60,17 +61,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _check(source: str, *, variant: str | None, as_pipeline: bool) -> Report:
-    warnings.filterwarnings("ignore")
-    sys.modules.setdefault("torchao", None)  # type: ignore[arg-type] # two seconds to import, and not needed
+    with _quiet():
+        from calotype_worker.models.check import check_source  # noqa: PLC0415 - seconds, and `--help` needs none of it
+
+        return check_source(source, variant=variant, as_pipeline=as_pipeline)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What libraries say about a model is not part of the report."""
+    skipped = "torchao" not in sys.modules
+    if skipped:
+        sys.modules["torchao"] = None  # type: ignore[assignment] # two seconds to import, and not needed
     logging.disable(logging.WARNING)
-    import diffusers  # noqa: PLC0415 - seconds, and `--help` needs none of it
-    import transformers  # noqa: PLC0415
-
-    diffusers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.set_verbosity_error()
-    from calotype_worker.models.check import check_source  # noqa: PLC0415
-
-    return check_source(source, variant=variant, as_pipeline=as_pipeline)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+        if skipped:
+            del sys.modules["torchao"]
 
 
 def _print(report: Report) -> None:

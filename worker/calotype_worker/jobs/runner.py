@@ -256,6 +256,8 @@ class JobRunner:
                     interactive=record.lane is Lane.INTERACTIVE,
                 )
                 futures.append(self._engine.submit(request))
+                if pending.job.given_up:  # while this was prepared, so the engine did not have it to cancel
+                    raise CancelledError
                 submitted.append(time.time())
         for index, future in enumerate(futures):
             generated = future.result()

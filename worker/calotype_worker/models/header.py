@@ -66,10 +66,12 @@ def read_header(what: str, file: Path) -> Header:
         ends = 8 + length + max((tensor["data_offsets"][1] for tensor in found.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ModelLoadError(
-            f"{what}: {file.name!r} is not a safetensors file; download it again, or convert it"
+            f"{what}: '{file.parent.name}/{file.name}' is not a safetensors file; download it again, or convert it"
         ) from error
     if size < ends:
-        raise ModelLoadError(f"{what}: {file.name!r} is truncated at {size} of {ends} bytes; download it again")
+        raise ModelLoadError(
+            f"{what}: '{file.parent.name}/{file.name}' is truncated at {size} of {ends} bytes; download it again"
+        )
     return Header(tensors=tensors, metadata=metadata)
 
 
@@ -84,8 +86,8 @@ def refuse_quantized(what: str, file: Path, header: Header) -> None:
     packed = [key for key in packed if not key.endswith("position_ids")]
     if found := (marked or packed):
         raise ModelLoadError(
-            f"{what}: {file.name!r} holds quantized weights ({named(found)}), whose scales would be ignored; use the "
-            "file in bfloat16, float16 or plain float8, with --quantized float8 to save memory"
+            f"{what}: '{file.parent.name}/{file.name}' holds quantized weights ({named(found)}), whose scales would be "
+            "ignored; use the file in bfloat16, float16 or plain float8, with --quantized float8 to save memory"
         )
 
 
