@@ -71,6 +71,7 @@ def levels(output: Output, image: np.ndarray) -> int:
     return int(np.abs(output.image.astype(int) - image.astype(int)).max())
 
 
+@pytest.mark.slow
 def test_two_pipelines_and_a_step_model(engine: Engine, models: ModelPool) -> None:
     """Requests of two pipelines and a family of the engine's own, at once: each as plain diffusers makes it alone."""
     requests = [*requests_of(models, "pipeline"), *requests_of(models, "flux")]
@@ -180,6 +181,7 @@ def test_meshes() -> None:
         engine.stop()
 
 
+@pytest.mark.slow
 def test_video_and_mesh(tmp_path: Path) -> None:
     """AnimateDiff and Shap-E run as any other: requests of other steps and guidance together, each as alone."""
     video = load_model("video", source=str(write_tiny_animatediff(tmp_path / "video")))

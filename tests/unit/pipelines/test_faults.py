@@ -60,7 +60,7 @@ def test_cancelled_at_any_call(build: Callable[[], Any], side: int) -> None:
         finish(running)
         assert runs[1].ended
         for index in (0, 2):
-            assert difference(runs[index].result, alone[index].result) <= 1e-5, places
+            assert difference(runs[index].result, alone[index].result) <= 3e-5, places
     denoiser = "unet" if "unet" in model.modules else "transformer"
     assert {"text_encoder", denoiser, "vae"} <= {component for component, _ in places}
 
@@ -98,7 +98,7 @@ def test_failing_row(model: PipelineModel) -> None:
         hook.remove()
     assert str(runs[3].error) == "a poisoned row"
     for index in (0, 1, 2):
-        assert difference(runs[index].result, plain[index]) <= 1e-5
+        assert difference(runs[index].result, plain[index]) <= 3e-5
 
 
 def with_latents(work: Any, value: float) -> Any:
@@ -123,7 +123,7 @@ def test_poisoned_row(model: PipelineModel) -> None:
     with pytest.raises(GenerationFailed, match="not finite"):
         model.read(runs[2].result)
     for index in (0, 1, 3):
-        assert difference(runs[index].result, plain[index]) <= 1e-5
+        assert difference(runs[index].result, plain[index]) <= 3e-5
 
 
 def test_mixing_network_is_not_merged() -> None:
@@ -142,7 +142,7 @@ def test_mixing_network_is_not_merged() -> None:
     with counted(model, "unet") as calls:
         runs = together(model, requests)
     for run, expected in zip(runs, plain, strict=True):
-        assert difference(run.result, expected) <= 1e-5
+        assert difference(run.result, expected) <= 3e-5
     assert calls.total() == sum(request.num_inference_steps + 1 for request in requests)  # PNDM takes one more
     assert "unet" in " ".join(model.summary()["alone"])
     said = {network.network: network for network in model.card.networks}

@@ -63,6 +63,7 @@ def placements(model: PipelineModel) -> Iterator[dict[str, set[frozenset[str]]]]
             hook.remove()
 
 
+@pytest.mark.slow
 def test_offloaded_by_network() -> None:
     """Only the network that is called is on the device; with a budget, as many as fit. Results are the same."""
     near = load(sd.stable_diffusion())
