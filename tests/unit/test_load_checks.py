@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -15,8 +16,9 @@ from calotype_shared.errors import GenerationFailed, ModelLoadError
 from calotype_shared.schema.enums import Feature
 from calotype_worker.engine import Engine
 from calotype_worker.models import load_model
+from calotype_worker.models.text_check import check_text
 from tests import family_models as tiny
-from tests.models import tiny_pipeline, write_tiny_sd
+from tests.models import byte_tokenizer, tiny_pipeline, write_tiny_sd
 from tests.unit.published import apart, draw, plain, request
 
 
@@ -67,6 +69,18 @@ def test_a_missing_length_is_that_of_the_text_encoder(folder: Path, tmp_path: Pa
     expected = draw(load_model("m", source=str(flux)))
     edit(flux / "tokenizer" / "tokenizer_config.json", model_max_length=...)
     assert apart(draw(load_model("m", source=str(flux))), expected) == 0
+
+
+def test_an_encoder_that_does_not_name_its_embeddings_is_loaded() -> None:
+    """As Kandinsky's, whose class is diffusers' own."""
+
+    class Own(torch.nn.Module):
+        config = SimpleNamespace()
+
+        def get_input_embeddings(self) -> torch.nn.Module:
+            raise NotImplementedError
+
+    check_text("m", SimpleNamespace(components={"text_encoder": Own(), "tokenizer": byte_tokenizer()}))
 
 
 def test_a_text_encoder_without_tokenizer_is_refused(folder: Path) -> None:
