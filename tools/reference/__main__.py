@@ -7,7 +7,18 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tools.reference import commands, decisions, diagrams, errors, http, python_api, records, results, settings
+from tools.reference import (
+    commands,
+    decisions,
+    diagrams,
+    errors,
+    http,
+    pipelines,
+    python_api,
+    records,
+    results,
+    settings,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,6 +32,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "docs/reference/states-and-keys.md": records.page,
     "docs/reference/errors.md": errors.page,
     "docs/decisions/index.md": decisions.page,
+    "docs/models.md": pipelines.page,
     "docs/images/job-states.svg": diagrams.job_states,
     "docs/images/step-batch.svg": diagrams.step_batch,
     "docs/performance.md": results.filled("docs/performance.md"),
