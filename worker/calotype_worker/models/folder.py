@@ -6,6 +6,7 @@ It needs only the names of the files and the small JSON files, so that it serves
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import re
 from collections.abc import Collection
@@ -95,6 +96,15 @@ def read_index(name: str, folder: Path) -> dict[str, Any]:
         raise ModelLoadError(f"model {name!r}: {str(file)!r} is not readable as JSON with a _class_name") from error
 
 
+def _has_default(pipeline_class: Any, part_name: str) -> bool:
+    """Whether a pipeline class makes the part itself where a folder has none, as LongCat does its scheduler."""
+    import diffusers  # noqa: PLC0415 - takes seconds
+
+    kind = getattr(diffusers, str(pipeline_class), None)
+    parameter = inspect.signature(kind).parameters.get(part_name) if isinstance(kind, type) else None
+    return parameter is not None and parameter.default is not inspect.Parameter.empty
+
+
 def read_layout(
     name: str,
     folder: Path,
@@ -120,6 +130,8 @@ def read_layout(
             continue
         library, class_name = value
         own = sorted(path.removeprefix(f"{part_name}/") for path in names if path.startswith(f"{part_name}/"))
+        if not own and _has_default(index.get("_class_name"), part_name):
+            continue
         if not own:
             raise ModelLoadError(
                 f"model {name!r}: {INDEX} names the part {part_name!r}, and there is no {part_name}/; download the "
