@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import pytest
@@ -45,6 +46,7 @@ def test_documents_are_read_as_json_reads_them(value: Any, ascii_only: bool) -> 
         (b"[" * (DEEPEST + 1) + b"]" * (DEEPEST + 1), f"deeper than {DEEPEST}"),
         (b"[" * 15_000, f"deeper than {DEEPEST}"),
         (b"[" + b'"",' * MOST_VALUES * 3 + b"1]", f"more than {MOST_VALUES} values"),
+        (b'["' + b'\\"[' * 15_000, "Unterminated string"),
         (b'{"a": ' + b"9" * 5_000 + b"}", "integer"),
         (b'"' + b"a" * 100_000, "Unterminated string"),
         (b'"' + b"a" * 100_000 + b'\\"', "Unterminated string"),
@@ -55,7 +57,19 @@ def test_the_rest_is_refused(data: bytes, said: str) -> None:
         strict_loads(data)
 
 
+def test_depth_does_not_depend_on_the_recursion_limit() -> None:
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(30_000)
+    try:
+        with pytest.raises(json.JSONDecodeError, match=f"deeper than {DEEPEST}"):
+            strict_loads(b"[" * 15_000)
+    finally:
+        sys.setrecursionlimit(limit)
+
+
 def test_the_deepest_document_and_a_long_string_are_read() -> None:
     assert strict_loads(b"[" * DEEPEST + b"]" * DEEPEST)
+    assert strict_loads(b'["' + b"[" * 100 + b'", "\\"' + b"{" * 100 + b'"]')
+    assert strict_loads(b"[" + b"[], " * 100 + b"[]]")
     body = {"images": ["data:image/png;base64," + "QUJD" * 100_000], "prompt": 'a \\" quote', "b": 2}
     assert strict_loads(json.dumps(body).encode()) == body

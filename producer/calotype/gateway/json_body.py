@@ -16,6 +16,7 @@ from typing import Any
 MOST_VALUES = 20_000  # of one document: reading more would hold up all other requests for longer than 10 ms
 DEEPEST = 64
 _LONG = 32 * 2**10  # bytes of a string that is cut out; no text is as long
+_STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', re.DOTALL)
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -41,16 +42,14 @@ def _parsed(text: str) -> Any:
     nested = text.count("[") + text.count("{")
     if nested + text.count(",") + text.count(":") > MOST_VALUES:
         raise JSONDecodeError(f"more than {MOST_VALUES} values", "", 0)
+    if nested > DEEPEST and _is_deep(text):
+        raise JSONDecodeError(f"nested deeper than {DEEPEST}", "", 0)
     try:
         value = json.loads(text, parse_constant=_refused, parse_float=_finite)
-    except RecursionError:
-        raise JSONDecodeError(f"nested deeper than {DEEPEST}", "", 0) from None
     except JSONDecodeError:
         raise
     except ValueError as error:  # an integer of thousands of digits
         raise JSONDecodeError(str(error).partition(";")[0], "", 0) from None
-    if nested > DEEPEST and _is_deep(value):
-        raise JSONDecodeError(f"nested deeper than {DEEPEST}", "", 0)
     if "\\u" in text and _SURROGATE.search(text):
         try:
             json.dumps(value, ensure_ascii=False).encode()
@@ -110,15 +109,11 @@ def _finite(text: str) -> float:
     return value
 
 
-def _is_deep(value: Any) -> bool:
-    level = [value]
-    for _ in range(DEEPEST):
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, (dict, list))
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-        ]
-        if not level:
-            return False
-    return any(isinstance(value, (dict, list)) for value in level)
+def _is_deep(text: str) -> bool:
+    """Looked at before parsing: how deep Python's parser goes depends on a limit that any library may raise."""
+    depth = 0
+    for match in _STRING_OR_BRACKET.finditer(text):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(match[0], 0)
+        if depth > DEEPEST:
+            return True
+    return False
