@@ -70,6 +70,7 @@ def test_a_device_hangs(site: Site, table: Table) -> None:
     records = site.wait(ids)
     took = time.monotonic() - began
     assert hung.wait(120) == EXIT_STUCK
+    assert "fault_points.py" in hung.text(), "the log shows where the engine hangs"
     assert "worker exits: its engine hangs" in hung.text()
     assert any(record.crashes for record in records), "the job may be the reason"
     table.add("a device hangs", site.check(ids), recovery_seconds=took)
@@ -100,6 +101,7 @@ def test_a_hanging_device_does_not_hold_up_sigterm(site: Site, table: Table) -> 
     began = time.monotonic()
     hung.send(signal.SIGTERM)
     assert hung.wait(120) == EXIT_STUCK
+    assert "fault_points.py" in hung.text(), "the log shows where the engine hangs"
     site.start_worker()
     records = site.wait(ids)
     took = time.monotonic() - began

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import random
@@ -292,6 +293,7 @@ def _leave_for_dead(error: BaseException) -> None:
 
 def _leave_hung(what: str) -> None:
     """The device hangs: as for a lost device. Its claims count as crashes, for one of its jobs may be the reason."""
+    faulthandler.dump_traceback()  # where each thread waits
     _exit_fatally("worker exits: its engine hangs", what)
 
 

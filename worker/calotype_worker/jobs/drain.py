@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import signal
@@ -20,7 +21,8 @@ EXIT_NOW = 75  # a second signal
 EXIT_STUCK = 70  # after the grace period a device, the storage or Redis did not let the worker end
 _LEAVE_NOW_SECONDS = 0.6
 _HAND_BACK_SECONDS = 5.0  # time reserved before the machine is reclaimed, for returning unfinished jobs
-_END_SECONDS = 10.0  # after the grace period for returning jobs, and as much again for ending the process
+_RETURN_SECONDS = 15.0  # after the grace period, for returning jobs
+_END_SECONDS = 10.0  # after that, for ending the process
 _LOOK_SECONDS = 0.05
 
 
@@ -70,12 +72,14 @@ class Drain:
         log.info("worker drains", extra={"reason": reason, "jobs": holding, "grace": grace_seconds})
         self.wait_for_jobs(until=time.monotonic() + grace_seconds)
         self._heartbeat.release_all()
-        self.wait_for_jobs(until=time.monotonic() + _END_SECONDS)
+        self.wait_for_jobs(until=time.monotonic() + _RETURN_SECONDS)
         if stuck := len(self._heartbeat.running()):
             log.critical("worker exits: jobs do not end", extra={"worker": self._worker, "jobs": stuck})
+            faulthandler.dump_traceback()  # where each thread waits
             self._leave_now(EXIT_STUCK)
         time.sleep(_END_SECONDS)  # this thread ends with the process
         log.critical("worker exits: it does not end by itself", extra={"worker": self._worker})
+        faulthandler.dump_traceback()
         self._leave_now(EXIT_STUCK)
 
     def _leave_now(self, status: int) -> None:
