@@ -76,6 +76,14 @@ def test_a_job_goes_from_queued_to_succeeded(store: JobStore) -> None:
     assert store.counts()[JobState.SUCCEEDED] == 1
 
 
+def test_a_job_that_ended_before_any_progress_has_its_steps(store: JobStore) -> None:
+    (job_id,) = store.create([CONFIG])
+    claim = store.claim("demo.bulk", worker="w1", lease_seconds=20)
+    assert claim is not None
+    assert store.commit(claim, images=[IMAGE], timings={}, steps=12)
+    assert (store.get(job_id).step, store.get(job_id).total_steps) == (12, 12)
+
+
 def test_a_message_is_pushed_with_the_record(store: JobStore, redis: Redis) -> None:
     """One message a job in its lane's list, each with a number of its own; jobs are claimed in their order."""
     ids = store.create([CONFIG] * 450)

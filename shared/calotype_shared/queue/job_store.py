@@ -236,11 +236,13 @@ class JobStore(JobReader):
             self._run("progress", values)
 
     @said_clearly
-    def commit(self, claim: Claim, *, images: Sequence[ImageRef], timings: Mapping[str, float]) -> bool:
-        """Commit these images. False if the claim was lost: then the images are not used."""
+    def commit(self, claim: Claim, *, images: Sequence[ImageRef], timings: Mapping[str, float], steps: int = 0) -> bool:
+        """Commit these images, made in so many steps. False if the claim was lost: then the images are not used."""
         shown = json.dumps([image.model_dump() for image in images])
         times = json.dumps({name: round(seconds, 6) for name, seconds in timings.items()})
-        return bool(self._run("commit", [claim.job_id, claim.attempt, claim.token, shown, times, self._retention]))
+        return bool(
+            self._run("commit", [claim.job_id, claim.attempt, claim.token, shown, times, self._retention, steps])
+        )
 
     @said_clearly
     def fail(self, claim: Claim, error: JobError, *, retry: bool) -> JobState | None:

@@ -38,6 +38,7 @@ class PendingResult:
     files: list[File] = field(default_factory=list)
     images: list[ImageRef] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)  # seconds by phase
+    steps: int = 0  # network evaluations of the images so far
     commit_unknown: bool = False  # a commit was sent and its response was lost
 
     @property

@@ -266,6 +266,7 @@ class JobRunner:
                 files, reference = self._encoder.encode(claim, index, generated)
             pending.files += files
             pending.images.append(reference)
+            pending.steps += generated.steps_taken
             for name, value in generated.timings.items():
                 timings[name] = timings.get(name, 0.0) + value
             with self._phase(pending, "upload"):
@@ -310,7 +311,7 @@ class JobRunner:
 
         def commit() -> bool:
             try:
-                return self._store.commit(claim, images=pending.images, timings=pending.timings)
+                return self._store.commit(claim, images=pending.images, timings=pending.timings, steps=pending.steps)
             except ServiceUnavailable:
                 pending.commit_unknown = True
                 raise
