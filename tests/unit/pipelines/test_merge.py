@@ -116,3 +116,10 @@ def test_mixing_is_found(found: list[dict[str, Any]]) -> None:
     for _ in range(3):
         for own, expected in zip(run(network, found, calls), apart, strict=True):
             assert difference(own, expected) <= 1e-5
+
+
+def test_a_vector_for_the_networks_layers_is_shared() -> None:
+    """Its length has nothing to do with the rows, although one row divides it."""
+    arguments = {"sample": torch.ones(1, 3, 2), "scales": torch.ones(4), "timesteps": torch.ones(1, 2)}
+    found = {path: role.kind for path, _, role in Roles().of(("network", "__call__"), arguments)}
+    assert found == {("sample",): Kind.ROWS, ("scales",): Kind.SHARED, ("timesteps",): Kind.ROWS}

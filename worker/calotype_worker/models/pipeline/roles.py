@@ -122,7 +122,9 @@ def _role(value: Any, known: Role | None, rows: int, *, probed: bool) -> Role:
             return Role(Kind.SCALAR)
         # It was in none of the runs: blocks run other calls for other inputs, for example.
         length = value.shape[0]
-        guessed = length == rows if probed else bool(length) and length % rows == 0
+        # A vector of another length holds one value for each layer or block, as Wan VACE's scales do.
+        exact = probed or value.ndim == 1
+        guessed = length == rows if exact else bool(length) and length % rows == 0
         return _ROWS if guessed else _SHARED
     if isinstance(value, torch.Generator):
         return Role(Kind.GENERATOR)
