@@ -284,6 +284,7 @@ def slow_validation(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     return entered
 
 
+@pytest.mark.slow
 def test_a_long_validation_keeps_its_lead(
     client: Client, settings: Settings, slow_validation: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -136,6 +136,7 @@ def test_a_killed_worker_is_replaced(run: Run, up: Up) -> None:
     assert not Path(f"/proc/{worker['pid']}").exists()
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_loaded_ends_up_with_the_workers_own_words(tmp_path: Path) -> None:
     """Status 4, the worker's message on standard error, and both servers stopped again."""
     (tmp_path / "broken").mkdir()

@@ -58,6 +58,7 @@ def start_demo(corner: Path, prompts: list[dict[str, object]]) -> subprocess.Pop
     )
 
 
+@pytest.mark.slow
 def test_the_demo_makes_its_images_and_stops_everything(corner: Path) -> None:
     """Each image and the contact sheet are written, the table is printed, and no process or file stays behind."""
     demo = start_demo(corner, _PROMPTS)

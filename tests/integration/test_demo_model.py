@@ -42,6 +42,7 @@ def images() -> dict[str, np.ndarray]:
         engine.stop()
 
 
+@pytest.mark.slow
 def test_images_follow_prompts_never_trained_on(images: dict[str, np.ndarray], tmp_path: Path) -> None:
     """Shape, color and background read from pixels. Chance would be 12%, 8% and 8%."""
     hits = {"shape": 0, "color": 0, "background": 0}

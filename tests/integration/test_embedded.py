@@ -46,6 +46,7 @@ def _until(condition: Callable[[], bool], seconds: float = 15) -> bool:
     return condition()
 
 
+@pytest.mark.slow
 def test_servers_keep_their_data_over_a_restart_and_leave_no_process(tmp_path: Path) -> None:
     """A second start on the same directory, at other ports, finds the first one's job data, object and keys."""
     with EmbeddedServers.start(tmp_path) as servers:
@@ -139,6 +140,7 @@ def test_a_command_that_does_not_exist_is_reported(tmp_path: Path) -> None:
         ChildProcess("absent", ["/no-such-server"], log=tmp_path / "log")
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_while_starting_shows_its_last_words(tmp_path: Path) -> None:
     """A data directory that Valkey cannot use becomes one error with Valkey's own log lines."""
     broken = tmp_path / "valkey" / "appendonlydir"

@@ -168,6 +168,7 @@ def test_a_sandbox_has_servers_of_its_own(monkeypatch: pytest.MonkeyPatch) -> No
         Redis.from_url(sandbox.settings.redis_url).ping()
 
 
+@pytest.mark.slow
 def test_the_how_to_runs(tmp_path: Path) -> None:
     """Pasted into an empty folder by a user who has no server anywhere."""
     system = {name: value for name, value in os.environ.items() if not name.startswith("CALOTYPE_")}

@@ -221,14 +221,14 @@ def test_an_interactive_job_does_not_wait_for_a_bulk_load(
 ) -> None:
     """It is claimed at once and takes the next place in the step batch, though every place for bulk jobs is taken."""
     start_worker("--max-rows", "4")
-    first = [20, 40, 60, 80]  # so that the four rows after them end one by one, and not soon
+    first = [20, 600, 700, 800]  # one ends soon; the next long after the claim, and those after it one by one
     bulk = client.submit_many(
         [
             {"prompt": f"bulk {i}", "model": "tiny", "num_inference_steps": steps, "sampler": "ddim"}
-            for i, steps in enumerate([*first, *[160] * 40])
+            for i, steps in enumerate([*first, *[900] * 40])
         ]
     )
-    until(lambda: bulk[3].status().state.final)
+    until(lambda: bulk[0].status().state.final)
     interactive = client.submit("now", model="tiny", num_inference_steps=5, sampler="ddim")
     record = interactive.wait(120)
     assert record.started_at is not None

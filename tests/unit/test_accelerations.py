@@ -373,6 +373,7 @@ PROMPTS = [
 ]
 
 
+@pytest.mark.slow
 def test_images_of_the_demo_model_are_near_the_exact_ones() -> None:
     """Mean absolute error in levels, over eight prompts; caching one step for the whole image must miss the bound."""
     requests = [

@@ -220,6 +220,7 @@ async def use_async(client: AsyncClient) -> None:
 """
 
 
+@pytest.mark.slow
 def test_mypy_takes_what_is_right_and_refuses_what_is_not(tmp_path: Path) -> None:
     """A wrong field, a wrong type, another kind's handle; each for its own reason."""
     (tmp_path / "good.py").write_text(GOOD.strip())

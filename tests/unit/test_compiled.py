@@ -109,6 +109,7 @@ def step(compiled: CompiledStep, rows: int, shape: tuple[int, int, int]) -> bool
     return found is not None
 
 
+@pytest.mark.slow
 def test_more_graphs_than_pytorch_makes_by_default(tiny_step_model: StepModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three networks, two sizes, a graph for each of several numbers of rows; sizes that are not native go without."""
     monkeypatch.setattr(
