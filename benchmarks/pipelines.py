@@ -158,15 +158,17 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "pipelines.json")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    found = {}
+    command = " ".join(["python benchmarks/pipelines.py", *arguments])
+    found: dict[str, Any] = {}
     for name, build in BUILDERS.items():
         with tempfile.TemporaryDirectory() as folder:
             build().save_pretrained(folder)
             (Path(folder) / "calotype.json").write_text(json.dumps({"native_sizes": [[SIDE, SIDE]]}))
             found[name] = measure(Path(folder), options.requests, options.rounds)
         print(name, json.dumps(found[name]), flush=True)
-    command = " ".join(["python benchmarks/pipelines.py", *arguments])
-    options.out.write_text(json.dumps({"command": command, **surroundings("cpu"), "families": found}, indent=2) + "\n")
+        # After each family: the large ones take long, and a run that is stopped keeps what it has.
+        results = {"command": command, **surroundings("cpu"), "families": found}
+        options.out.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calotype_shared.errors import InvalidRequest
-from calotype_shared.schema.prompt import parse_weights
+from calotype_shared.schema.prompt import parse_weights, refuse_other_notation
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,27 @@ def test_weights_out_of_range_are_refused(prompt: str) -> None:
     """With the field, the prompt and what would do."""
     with pytest.raises(InvalidRequest, match=r"negative_prompt=.*out of range; use weights from 0 to 10"):
         parse_weights(prompt, field="negative_prompt")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "remedy"),
+    [
+        ("a cat <lora:ink:0.8>", "field loras"),
+        ("a <hypernet:x:1> cat", "field loras"),
+        ("a [cat:dog:0.5]", "one prompt"),
+        ("[a, b : c : 12] d", "one prompt"),
+    ],
+)
+def test_notation_that_would_be_text_is_refused(prompt: str, remedy: str) -> None:
+    with pytest.raises(InvalidRequest, match=rf"negative_prompt=.*{remedy}"):
+        refuse_other_notation(prompt, field="negative_prompt")
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a [cat]", "a <b> c", r"\[a:b:0.5\]", "ratio 1:2:3", "[a: b, c]", "ROMEO AND JULIET"]
+)
+def test_other_text_is_kept(prompt: str) -> None:
+    refuse_other_notation(prompt, field="prompt")
 
 
 @given(st.text(alphabet=r"ab ()[]\:1.", max_size=30))

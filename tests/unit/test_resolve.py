@@ -133,6 +133,7 @@ def test_a_resolved_config_may_be_submitted_again() -> None:
         ([card(features={Feature.INPAINTING})], {}, "model='demo': .* does not support text_to_image"),
         ([card()], {"prompt": "a (red:99) cat"}, r"prompt=.* weight 99 is out of range"),
         ([card(features=PLAIN)], {"negative_prompt": "a (red:1.3) cat"}, "negative_prompt=.* is a prompt weight"),
+        ([card()], {"prompt": "a cat <lora:ink:1>"}, "prompt=.*'<lora:ink:1>' has no effect in a prompt; .* loras"),
         ([VIDEO], {"width": 64, "refiner": {"model": "demo"}}, "model='demo': is not a known model"),
         ([VIDEO, card()], {"refiner": {"model": "demo"}}, "refiner='refiner': model 'video' does not support this"),
         ([card(), VIDEO], {"refiner": {"model": "video"}}, "refiner='video': .* cannot be used as a refiner"),

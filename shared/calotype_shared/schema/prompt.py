@@ -23,6 +23,8 @@ _STEP = 1.1  # of one pair of brackets without a number
 
 _TOKEN = re.compile(r"\\[\\()\[\]]|:\s*([+-]?\d*\.?\d+)\s*\)|[()\[\]]|[^\\()\[\]:]+|.", re.DOTALL)
 
+_EXTRA_NETWORK = re.compile(r"<(lora|lyco|hypernet):[^<>]+>", re.IGNORECASE)
+_EDITING = re.compile(r"(?<!\\)\[[^\[\]]*:[^\[\]:]*:\s*\d*\.?\d+\s*\]")
 _NUMBERED = re.compile(r"(?<!\\)\([^()]*:\s*\d*\.?\d+\s*\)")
 
 
@@ -56,6 +58,21 @@ def parse_weights(prompt: str, *, field: str = "prompt") -> list[Fragment]:
         else:
             pieces.append(Fragment(token, 1.0))
     return _joined(pieces)
+
+
+def refuse_other_notation(prompt: str, *, field: str) -> None:
+    """Refuse AUTOMATIC1111's notation for LoRAs and prompt editing, which would silently be text.
+
+    Raises:
+        InvalidRequest: the prompt has `<lora:name:0.8>` or `[from:to:0.5]` in it.
+    """
+    for pattern, problem, remedy in (
+        (_EXTRA_NETWORK, "has no effect in a prompt", "remove it, and name the LoRA in the field loras"),
+        (_EDITING, "changes the prompt between steps, which is not supported", r"write one prompt; \[ is a bracket"),
+    ):
+        found = pattern.search(prompt)
+        if found:
+            raise InvalidRequest(f"{found[0]!r} {problem}", field=field, value=prompt, remedy=remedy)
 
 
 def refuse_weights(prompt: str, *, field: str) -> None:

@@ -16,7 +16,7 @@ from calotype_shared.errors import InvalidRequest, UnknownModel
 from calotype_shared.schema.config import DEFAULT_STRENGTH, MAX_SEED, GenerationConfig, Seed, Share, Side
 from calotype_shared.schema.enums import Feature, OutputFormat, SamplerType
 from calotype_shared.schema.model_card import ModelCard
-from calotype_shared.schema.prompt import parse_weights, refuse_weights
+from calotype_shared.schema.prompt import parse_weights, refuse_other_notation, refuse_weights
 
 DRAWN_SEED_BITS = 32
 IMAGE_FIELDS = ("init_image", "mask_image", "images", "control_image")
@@ -252,8 +252,9 @@ def _check_schedule(asked: Asked, card: ModelCard) -> None:
 
 def _check_prompts(asked: Asked, card: ModelCard) -> None:
     check_prompt = parse_weights if Feature.PROMPT_WEIGHTS in card.features else refuse_weights
-    check_prompt(asked.prompt, field="prompt")
-    check_prompt(asked.negative_prompt, field="negative_prompt")
+    for field, prompt in (("prompt", asked.prompt), ("negative_prompt", asked.negative_prompt)):
+        refuse_other_notation(prompt, field=field)
+        check_prompt(prompt, field=field)
 
 
 def _check_one_of(field: str, value: str, known: Collection[str], card: ModelCard) -> None:
