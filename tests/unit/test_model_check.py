@@ -95,3 +95,14 @@ def test_the_command_says_it_in_a_line_and_a_status(tmp_path: Path, capsys: pyte
     report = json.loads(capsys.readouterr().out)
     assert "holds quantized weights" in report["problems"][0]
     assert main([str(tmp_path / "nothing"), "--nonsense"]) == 2
+
+
+def test_a_lora_is_named_and_its_unknown_keys_are_problems(tmp_path: Path) -> None:
+    module = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    pair = {f"{module}.lora_A.weight": torch.ones(4, 32), f"{module}.lora_B.weight": torch.ones(32, 4)}
+    save_file(pair, tmp_path / "whole.safetensors")
+    report = check_source(str(tmp_path / "whole.safetensors"))
+    assert (report.what, report.problems) == ("a LoRA, for --lora", [])
+    save_file(pair | {"strange.weight": torch.ones(2)}, tmp_path / "strange.safetensors")
+    (problem,) = check_source(str(tmp_path / "strange.safetensors")).problems
+    assert "strange.weight" in problem

@@ -12,7 +12,8 @@ import torch
 
 from calotype_shared.errors import ModelLoadError
 from calotype_worker.models.folder import Layout, Part, read_config
-from calotype_worker.models.header import Stored, named, read_header, refuse_quantized
+from calotype_worker.models.header import Header, Stored, named, read_header, refuse_quantized
+from calotype_worker.models.lora_file import count_modules, is_lora
 from calotype_worker.models.notes import read_notes
 from calotype_worker.models.parts import reason
 from calotype_worker.models.registry import FAMILIES
@@ -52,7 +53,9 @@ def check_source(source: str, *, variant: str | None = None, as_pipeline: bool =
         by_steps = () if as_pipeline else tuple(FAMILIES)
         located = locate(_NAME, source, by_steps=by_steps, variant=variant, download=False)
         _collect(report, lambda: read_notes(_NAME, located.path))
-        if located.single_file:
+        if located.single_file and is_lora(header := read_header(_model(), located.path)):
+            _check_lora(report, located.path, header)
+        elif located.single_file:
             _check_file(report, located.path)
         elif located.layout is None:
             report.what = "a modular pipeline"
@@ -63,6 +66,13 @@ def check_source(source: str, *, variant: str | None = None, as_pipeline: bool =
     except ModelLoadError as error:
         report.problems.append(_said(error))
     return report
+
+
+def _check_lora(report: Report, file: Path, header: Header) -> None:
+    report.what = "a LoRA, for --lora"
+    report.parts.append(_described(file.name, "LoRA", list(header.tensors.values())))
+    report.unchecked.append("whether a model has its layers; a worker checks this at start")
+    _collect(report, lambda: count_modules(f"{_model()}: {file.name!r}", header))
 
 
 def _check_file(report: Report, file: Path) -> None:

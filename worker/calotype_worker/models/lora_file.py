@@ -87,6 +87,23 @@ def read_layers(
     return layers
 
 
+def is_lora(header: Header) -> bool:
+    """Whether a file holds LoRA, LoHa or LoKr matrices."""
+    return any(
+        _PLAIN.match(key) or ((found := _OTHER.match(key)) and found["part"].startswith(("hada_", "lokr_")))
+        for key in header.tensors
+    )
+
+
+def count_modules(what: str, header: Header) -> int:
+    """The number of modules that a LoRA file changes; `what` begins the message.
+
+    Raises:
+        ModelLoadError: a tensor has no known meaning, or its other half is missing.
+    """
+    return len(_modules(what, header))
+
+
 def _modules(what: str, header: Header) -> dict[str, Module]:
     """The file's tensors by module. Raises ModelLoadError if a tensor has no known meaning."""
     modules: dict[str, Module] = {}
