@@ -139,7 +139,7 @@ def test_what_cannot_be_done_is_said(api: webuiapi.WebUIApi, gateway: Gateway) -
     """Instead of another image than the one asked for."""
     for options, said in (
         ({"enable_hr": True}, "enable_hr=True: is not available here"),
-        ({"sampler_name": "DPM2 a"}, "sampler_name='DPM2 a'"),
+        ({"sampler_name": "DPM adaptive"}, "sampler_name='DPM adaptive'"),
         ({"scheduler": "exponential"}, "scheduler='exponential'"),
         ({"subseed_strength": 0.5}, "variation seeds"),
         ({"override_settings": {"sd_model_checkpoint": "v1-5"}}, "use one of: demo"),

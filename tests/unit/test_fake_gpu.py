@@ -215,7 +215,7 @@ def test_samplers_without_a_table_step_there(shop: Shop) -> None:
     """Scheduler objects keep their own numbers here."""
     requests = [
         request(sampler.value, sampler=sampler)
-        for sampler in SAMPLERS
+        for sampler in list(SAMPLERS)[:12]
         if sampler.value in shop.near("sd").card.samplers
     ]
     assert len(requests) > 8

@@ -186,7 +186,7 @@ def test_a_refiner_takes_over_the_unfinished_latents(tmp_path: Path) -> None:
             negative_prompt="blurry" if index else "",
             width=64,
             height=64,
-            num_inference_steps=10 + index,
+            num_inference_steps=10 + index % 7,
             guidance_scale=3.0,
             seed=index,
             sampler=sampler,
@@ -227,7 +227,8 @@ def test_a_refiner_takes_over_the_unfinished_latents(tmp_path: Path) -> None:
         ).images
         expected = refiner(**both, image=latents, denoising_start=request.refiner_start).images[0]
         assert levels(result.image, np.asarray(expected)) <= TOLERANCE
-        if request.sampler not in (SamplerType.HEUN, SamplerType.PNDM):  # which evaluate more often than they step
+        # These evaluate more often than they step.
+        if request.sampler not in (SamplerType.HEUN, SamplerType.PNDM, SamplerType.DPM2, SamplerType.DPM2_A):
             assert result.steps_taken == request.num_inference_steps
     assert levels(without.image, made[0].image) > 12, "the refiner did nothing"
     assert Feature.TEXT_TO_IMAGE not in pool.get("refiner").card.features

@@ -6,6 +6,7 @@ broken on purpose, which must miss by far.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -86,7 +87,7 @@ def make(name: str, **changes: Any) -> GenerationRequest:
 SOURCE, OTHER = sample_image(1), sample_image(2)
 IMAGE_TO_IMAGE = [
     make(f"i2i-{sampler.value}", init_image=SOURCE, strength=strength, sampler=sampler)
-    for sampler, strength in zip(SAMPLERS, (0.3, 0.5, 0.75, 0.9, 0.6, 0.8, 0.4, 0.95, 0.7, 0.5), strict=True)
+    for sampler, strength in zip(SAMPLERS, itertools.cycle((0.3, 0.5, 0.75, 0.9, 0.6, 0.8, 0.4)))
 ]
 INPAINTING = [
     make(f"inpaint-{sampler.value}", init_image=SOURCE, mask=MASK, strength=strength, sampler=sampler)

@@ -33,11 +33,12 @@ COSXL = {"sigma_min": 0.002, "sigma_max": 120.0, "sigma_data": 1.0, "prediction_
         (diffusers.EDMDPMSolverMultistepScheduler(), "dpmpp_2m"),
         (
             diffusers.DPMSolverMultistepScheduler(**BETAS, algorithm_type="sde-dpmsolver++", use_karras_sigmas=True),
-            "model",
+            "dpmpp_2m_sde_karras",
         ),
         (diffusers.DPMSolverMultistepScheduler(**BETAS, use_karras_sigmas=True), "dpmpp_2m_karras"),
-        (diffusers.TCDScheduler(**BETAS), "model"),
-        (diffusers.KDPM2AncestralDiscreteScheduler(**BETAS), "model"),
+        (diffusers.TCDScheduler(**BETAS), "tcd"),
+        (diffusers.KDPM2AncestralDiscreteScheduler(**BETAS), "dpm2_a"),
+        (diffusers.DPMSolverMultistepScheduler(**BETAS, solver_order=1), "model"),
         (diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"), "unipc"),
     ],
     ids=lambda given: given if isinstance(given, str) else type(given).__name__,
@@ -102,8 +103,8 @@ def test_samplers_that_would_ignore_a_part_of_the_schedule_are_not_offered() -> 
             ("euler_a", 4, 0.0),
         ),
         (lambda: scheduled(diffusers.LCMScheduler(clip_sample=False)), ("lcm", 4, 0.0)),
-        (lambda: scheduled(diffusers.TCDScheduler()), ("model", 4, 0.0)),
-        (lambda: scheduled(diffusers.DEISMultistepScheduler()), ("model", None, None)),
+        (lambda: scheduled(diffusers.TCDScheduler()), ("tcd", 4, 0.0)),
+        (lambda: scheduled(diffusers.DEISMultistepScheduler()), ("deis", None, None)),
     ],
 )
 def test_a_card_has_the_models_own_defaults(

@@ -31,8 +31,20 @@ export const SAMPLERS = {
   heun: "Heun",
   dpmpp_2m: "DPM++ 2M",
   dpmpp_2m_karras: "DPM++ 2M Karras",
+  dpmpp_2m_sde: "DPM++ 2M SDE",
+  dpmpp_2m_sde_karras: "DPM++ 2M SDE Karras",
+  dpmpp_3m: "DPM++ 3M",
+  dpmpp_3m_sde: "DPM++ 3M SDE",
+  dpmpp_2s: "DPM++ 2S",
+  dpm2: "DPM2",
+  dpm2_a: "DPM2 ancestral",
+  deis: "DEIS",
+  sa_solver: "SA-Solver",
+  euler_karras: "Euler Karras",
   unipc: "UniPC",
+  unipc_3: "UniPC, third order",
   lcm: "LCM",
+  tcd: "TCD",
 };
 
 export const STATES = {

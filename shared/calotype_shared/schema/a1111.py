@@ -16,12 +16,39 @@ NAMES: Mapping[SamplerType, str] = {
     SamplerType.HEUN: "Heun",
     SamplerType.DPMPP_2M: "DPM++ 2M",
     SamplerType.DPMPP_2M_KARRAS: "DPM++ 2M Karras",
+    SamplerType.DPMPP_2M_SDE: "DPM++ 2M SDE",
+    SamplerType.DPMPP_2M_SDE_KARRAS: "DPM++ 2M SDE Karras",
+    SamplerType.DPMPP_3M: "DPM++ 3M",
+    SamplerType.DPMPP_3M_SDE: "DPM++ 3M SDE",
+    SamplerType.DPMPP_2S: "DPM++ 2S",
+    SamplerType.DPM2: "DPM2",
+    SamplerType.DPM2_A: "DPM2 a",
+    SamplerType.DEIS: "DEIS",
+    SamplerType.SA_SOLVER: "SA-Solver",
+    SamplerType.EULER_KARRAS: "Euler Karras",
     SamplerType.UNIPC: "UniPC",
+    SamplerType.UNIPC_3: "UniPC 3",
     SamplerType.LCM: "LCM",
+    SamplerType.TCD: "TCD",
     SamplerType.MODEL: "Model's own",
 }
-_ALIASES = {"k_euler": "Euler", "k_euler_a": "Euler a", "k_heun": "Heun", "k_dpmpp_2m": "DPM++ 2M", "pndm": "PLMS"}
-SCHEDULERS = ("automatic", "karras")  # Karras' noise levels exist here for DPM++ 2M only
+_ALIASES = {
+    "k_euler": "Euler",
+    "k_euler_a": "Euler a",
+    "k_heun": "Heun",
+    "k_dpmpp_2m": "DPM++ 2M",
+    "k_dpmpp_2m_sde": "DPM++ 2M SDE",
+    "k_dpmpp_3m_sde": "DPM++ 3M SDE",
+    "k_dpm_2": "DPM2",
+    "k_dpm_2_a": "DPM2 a",
+    "pndm": "PLMS",
+}
+SCHEDULERS = ("automatic", "karras")  # Karras' noise levels exist here for the samplers in _KARRAS
+_KARRAS: Mapping[SamplerType, SamplerType] = {
+    SamplerType.EULER: SamplerType.EULER_KARRAS,
+    SamplerType.DPMPP_2M: SamplerType.DPMPP_2M_KARRAS,
+    SamplerType.DPMPP_2M_SDE: SamplerType.DPMPP_2M_SDE_KARRAS,
+}
 
 
 def aliases(sampler: SamplerType) -> list[str]:
@@ -45,12 +72,11 @@ def sampler_named(name: str, scheduler: str = "automatic") -> SamplerType:
             value=name,
             remedy=f"use one of: {', '.join(NAMES.values())}",
         )
-    if scheduler.lower() == "karras" and sampler is SamplerType.DPMPP_2M:
-        return SamplerType.DPMPP_2M_KARRAS
-    if scheduler.lower() not in ("automatic", "") and not (
-        scheduler.lower() == "karras" and sampler is SamplerType.DPMPP_2M_KARRAS
-    ):
-        raise InvalidRequest(
-            f"is not available for {NAMES[sampler]}", field="scheduler", value=scheduler, remedy="use automatic"
-        )
-    return sampler
+    schedule = scheduler.lower()
+    if schedule in ("automatic", "") or (schedule == "karras" and sampler in _KARRAS.values()):
+        return sampler
+    if schedule == "karras" and sampler in _KARRAS:
+        return _KARRAS[sampler]
+    raise InvalidRequest(
+        f"is not available for {NAMES[sampler]}", field="scheduler", value=scheduler, remedy="use automatic"
+    )

@@ -30,23 +30,43 @@ class Sampler:
 # their default), which StableDiffusionPipeline's constructor corrects only for the scheduler it is given.
 _UNCLIPPED = {"clip_sample": False}
 
+
+def _dpm_solver(algorithm: str, *, order: int, karras: bool = False) -> Sampler:
+    return Sampler(
+        scheduler=diffusers.DPMSolverMultistepScheduler,
+        overrides={"algorithm_type": algorithm, "solver_order": order, "use_karras_sigmas": karras},
+    )
+
+
 SAMPLERS: dict[SamplerType, Sampler] = {
     SamplerType.DDPM: Sampler(scheduler=diffusers.DDPMScheduler, overrides=_UNCLIPPED),
     SamplerType.DDIM: Sampler(scheduler=diffusers.DDIMScheduler, overrides=_UNCLIPPED),
     SamplerType.PNDM: Sampler(scheduler=diffusers.PNDMScheduler, overrides={"skip_prk_steps": True}),
-    SamplerType.EULER: Sampler(scheduler=diffusers.EulerDiscreteScheduler),
+    SamplerType.EULER: Sampler(scheduler=diffusers.EulerDiscreteScheduler, overrides={"use_karras_sigmas": False}),
     SamplerType.EULER_A: Sampler(scheduler=diffusers.EulerAncestralDiscreteScheduler),
     SamplerType.HEUN: Sampler(scheduler=diffusers.HeunDiscreteScheduler, overrides=_UNCLIPPED),
-    SamplerType.DPMPP_2M: Sampler(
-        scheduler=diffusers.DPMSolverMultistepScheduler,
-        overrides={"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": False},
-    ),
-    SamplerType.DPMPP_2M_KARRAS: Sampler(
-        scheduler=diffusers.DPMSolverMultistepScheduler,
-        overrides={"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": True},
-    ),
+    SamplerType.DPMPP_2M: _dpm_solver("dpmsolver++", order=2),
+    SamplerType.DPMPP_2M_KARRAS: _dpm_solver("dpmsolver++", order=2, karras=True),
     SamplerType.UNIPC: Sampler(scheduler=diffusers.UniPCMultistepScheduler, overrides={"solver_order": 2}),
     SamplerType.LCM: Sampler(scheduler=diffusers.LCMScheduler, overrides=_UNCLIPPED),
+    SamplerType.EULER_KARRAS: Sampler(
+        scheduler=diffusers.EulerDiscreteScheduler, overrides={"use_karras_sigmas": True}
+    ),
+    SamplerType.DPMPP_2M_SDE: _dpm_solver("sde-dpmsolver++", order=2),
+    SamplerType.DPMPP_2M_SDE_KARRAS: _dpm_solver("sde-dpmsolver++", order=2, karras=True),
+    SamplerType.DPMPP_3M: _dpm_solver("dpmsolver++", order=3),
+    SamplerType.DPMPP_3M_SDE: _dpm_solver("sde-dpmsolver++", order=3),
+    SamplerType.DPMPP_2S: Sampler(
+        scheduler=diffusers.DPMSolverSinglestepScheduler,
+        # Without a last step of lower order it cannot end at a noise level of zero; it says so with each set of steps.
+        overrides={"algorithm_type": "dpmsolver++", "solver_order": 2, "lower_order_final": True},
+    ),
+    SamplerType.DPM2: Sampler(scheduler=diffusers.KDPM2DiscreteScheduler),
+    SamplerType.DPM2_A: Sampler(scheduler=diffusers.KDPM2AncestralDiscreteScheduler),
+    SamplerType.DEIS: Sampler(scheduler=diffusers.DEISMultistepScheduler, overrides={"solver_order": 2}),
+    SamplerType.SA_SOLVER: Sampler(scheduler=diffusers.SASolverScheduler),
+    SamplerType.UNIPC_3: Sampler(scheduler=diffusers.UniPCMultistepScheduler, overrides={"solver_order": 3}),
+    SamplerType.TCD: Sampler(scheduler=diffusers.TCDScheduler, overrides=_UNCLIPPED),
 }
 
 
