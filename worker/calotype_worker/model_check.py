@@ -99,7 +99,8 @@ def _print(report: Report) -> None:
         print(f"  not checked: {text}")
     for problem in report.problems:
         print(f"  PROBLEM: {problem}")
-    print("will not load" if report.problems else "will load")
+    sure = "will load, as far as was checked" if report.unchecked else "will load"
+    print("will not load" if report.problems else sure)
 
 
 if __name__ == "__main__":

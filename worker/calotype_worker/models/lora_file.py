@@ -88,11 +88,9 @@ def read_layers(
 
 
 def is_lora(header: Header) -> bool:
-    """Whether a file holds LoRA, LoHa or LoKr matrices."""
-    return any(
-        _PLAIN.match(key) or ((found := _OTHER.match(key)) and found["part"].startswith(("hada_", "lokr_")))
-        for key in header.tensors
-    )
+    """Whether half of a file's tensors are LoRA, LoHa or LoKr matrices. A checkpoint may hold some among its own."""
+    found = [key for key in header.tensors if _PLAIN.match(key) or re.search(r"\.(hada|lokr)_\w+$", key)]
+    return bool(found) and 2 * len(found) >= len(header.tensors)
 
 
 def count_modules(what: str, header: Header) -> int:
