@@ -10,7 +10,6 @@ from redis import Redis
 
 from calotype import Client, IdempotencyConflict, InvalidRequest, JobState, Lane, Settings
 from calotype_shared.queue.job_store import Claim, JobStore
-from calotype_shared.schema.enums import SamplerType
 from calotype_shared.schema.jobs import ImageRef, JobError
 from calotype_shared.schema.model_card import ModelCard
 from calotype_shared.schema.resolve import ResolvedConfig
@@ -25,7 +24,7 @@ CARD = ModelCard(
     native_sizes=((64, 64),),
     max_pixels=512 * 512,
     max_prompt_tokens=77,
-    samplers=tuple(sampler for sampler in SamplerType if sampler is not SamplerType.MODEL),
+    samplers=("ddpm", "ddim", "pndm", "euler", "euler_a", "heun", "dpmpp_2m", "dpmpp_2m_karras", "unipc", "lcm"),
 )
 
 
