@@ -17,10 +17,26 @@ from calotype_shared.storage.images import decoding
 
 MAX_N = 10
 # OpenAI's values of `quality`, as Calotype's presets.
-_QUALITIES = {"low": "fast", "medium": "balanced", "high": "high", "standard": "balanced", "hd": "high"}
+_QUALITIES = {
+    "low": "fast",
+    "medium": "balanced",
+    "standard": "balanced",
+    "high": "high",
+    "hd": "high",
+    "xhigh": "high",
+    "max": "high",
+}
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 # OpenAI's fields without a meaning here; accepted so that existing clients work unchanged.
-_WITHOUT_EFFECT = {"background", "moderation", "output_compression", "style", "user", "input_fidelity"}
+_WITHOUT_EFFECT = {
+    "complexity",
+    "input_fidelity",
+    "moderation",
+    "prompt_rewriter",
+    "safety_identifier",
+    "style",
+    "user",
+}
 
 
 class Generation(NamedTuple):
@@ -42,6 +58,14 @@ def read_generation(body: Mapping[str, Any]) -> Generation:
     response_format = values.pop("response_format", "b64_json")
     if response_format not in ("b64_json", "url"):
         raise _wrong("response_format", response_format, "use b64_json or url")
+    background = values.pop("background", "auto")
+    if background not in ("auto", "opaque"):
+        raise _wrong("background", background, "use auto or opaque; models here make images without transparency")
+    compression = values.pop("output_compression", 100)
+    if isinstance(compression, bool) or not isinstance(compression, int) or not 0 <= compression <= 100:
+        raise _wrong("output_compression", compression, "use 0 to 100; it has no effect yet")
+    if (frames := values.pop("frame_count", 1)) != 1:
+        values["num_frames"] = frames
     stream = bool(values.pop("stream", False))
     partial_images = values.pop("partial_images", 0)
     if not isinstance(partial_images, int) or not 0 <= partial_images <= 3:

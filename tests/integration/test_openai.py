@@ -31,7 +31,9 @@ def gateway(
     servers: EmbeddedServers, forge: Forge, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Gateway]:
     folder = tmp_path_factory.mktemp("openai")
-    with serving(servers, forge, folder, f"tiny={tiny_model}", auth="keys") as gateway:
+    with serving(
+        servers, forge, folder, f"tiny={tiny_model}", auth="keys", aliases={"gpt-image-1.5": "tiny"}
+    ) as gateway:
         yield gateway
 
 
@@ -99,6 +101,27 @@ def test_who_stops_listening_stops_the_job(client: openai.OpenAI, gateway: Gatew
     until(lambda: [job.state.value for job in gateway.client.jobs(limit=2)] == ["cancelled"] * 2)
 
 
+def test_a_keyed_request_survives_its_connection(client: openai.OpenAI) -> None:
+    """Repeated with its key it gives the image of the first try."""
+    keyed: dict[str, Any] = {
+        "prompt": "keyed",
+        "extra_body": {"num_inference_steps": 400, "guidance_scale": 1.0},
+        "extra_headers": {"Idempotency-Key": "once"},
+    }
+    with pytest.raises(openai.APITimeoutError):
+        client.with_options(timeout=0.3).images.generate(model="tiny", **keyed)
+    [item] = client.with_options(timeout=120).images.generate(model="tiny", **keyed).data or []
+    assert opened(base64.b64decode(item.b64_json or "")).shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize("fields", [{}, {"model": "gpt-image-1.5"}, {"model": "tiny"}])
+def test_which_model_is_meant(client: openai.OpenAI, fields: dict[str, Any]) -> None:
+    """The only one where none is named, an alias, its own name; with parameters of theirs that mean nothing here."""
+    theirs = {"safety_identifier": "u1", "frame_count": 1, "output_compression": 50, "background": "opaque"}
+    answer = client.images.generate(prompt="a cat", extra_body={**QUICK, **theirs, "quality": "max"}, **fields)
+    assert len(answer.data or []) == 1
+
+
 def test_edit(client: openai.OpenAI) -> None:
     """Where their mask is transparent is painted anew, the rest is kept to the level."""
     source = io.BytesIO()
@@ -123,6 +146,13 @@ def test_edit(client: openai.OpenAI) -> None:
     assert np.array_equal(opened(base64.b64decode((whole.data or [])[0].b64_json or "")), sample_image(4))
 
 
+def test_an_edit_of_several_images_names_who_takes_them(client: openai.OpenAI) -> None:
+    source = io.BytesIO()
+    Image.fromarray(sample_image(4)).save(source, "PNG")
+    with pytest.raises(openai.BadRequestError, match="several: none is served"):
+        client.images.edit(model="tiny", image=[source.getvalue(), source.getvalue()], prompt="a dog")
+
+
 def test_models(client: openai.OpenAI) -> None:
     """Listed, and one by one."""
     assert [model.id for model in client.models.list()] == ["tiny"]
@@ -137,6 +167,8 @@ def test_models(client: openai.OpenAI) -> None:
     [
         ({"size": "60x64"}, openai.BadRequestError, "width", "use 56 or 64"),
         ({"size": "large"}, openai.BadRequestError, "size", "WIDTHxHEIGHT"),
+        ({"background": "transparent"}, openai.BadRequestError, "background", "auto or opaque"),
+        ({"output_compression": 500}, openai.BadRequestError, "output_compression", "0 to 100"),
         ({"n": 11}, openai.BadRequestError, "n", "use 1 to 10"),
         ({"model": "dall-e-3"}, openai.NotFoundError, "model", "no worker has announced this model"),
         ({"extra_body": {"color": "red"}}, openai.BadRequestError, "color", "remove it"),

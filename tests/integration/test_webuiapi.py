@@ -100,6 +100,68 @@ def test_loras_and_controlnets(api: webuiapi.WebUIApi) -> None:
     assert not np.array_equal(np.asarray(controlled.image), np.asarray(free.image))
 
 
+def base64_of(image: Image.Image, kind: str = "PNG") -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def test_a_mask_of_strokes_on_transparent_repaints_the_strokes(api: webuiapi.WebUIApi) -> None:
+    """White strokes on a transparent canvas, as editors send them, in base64 with line breaks."""
+    source = Image.new("RGB", (128, 128), (30, 60, 200))
+    mask = Image.new("RGBA", (128, 128), (255, 255, 255, 0))
+    mask.paste((255, 255, 255, 255), (64, 0, 128, 128))
+    encoded = base64_of(mask)
+    result = api.post_and_get_api_result(
+        f"{api.baseurl}/img2img",
+        {
+            "prompt": "a red circle", "steps": 4, "init_images": [base64_of(source)], **SIZE,
+            "mask": "\n".join(encoded[start : start + 76] for start in range(0, len(encoded), 76)) + "\n",
+        },
+        False,
+    )  # fmt: skip
+    shown = np.asarray(result.image)
+    assert np.array_equal(shown[:, :64], np.asarray(source)[:, :64])
+    assert not np.array_equal(shown[:, 64:], np.asarray(source)[:, 64:])
+
+
+def test_scripts_that_are_off_and_those_that_repeat_fields(api: webuiapi.WebUIApi) -> None:
+    """What the web UI's own pages send with each request."""
+    scripts = {
+        "Refiner": {"args": [False, "", 0.8]},
+        "Soft Inpainting": {"args": [False, 1, 0.5, 4, 0, 0.5, 2]},
+        "Extra options": {"args": []},
+        "Sampler": {"args": [3, "DDIM", "Automatic"]},
+        "Seed": {"args": [77, False, -1, 0.5, 0, 0]},
+    }
+    result = api.txt2img(prompt="a red circle", alwayson_scripts=scripts, **SIZE)
+    assert (result.info["steps"], result.info["sampler_name"], result.info["seed"]) == (3, "DDIM", 77)
+
+
+def test_the_parameters_of_webp_and_jpeg_are_read(api: webuiapi.WebUIApi, gateway: Gateway) -> None:
+    job = gateway.client.submit("a red ☃ circle", model="demo", num_inference_steps=3, output_format="webp")
+    [image] = job.result(120)
+    answer = gateway.http.post(
+        "/sdapi/v1/png-info", json={"image": base64.b64encode(image.data).decode()}, auth=("any", api.session.auth[1])
+    )
+    assert answer.json()["info"].startswith("a red ☃ circle\nSteps: 3, Sampler: ")
+
+
+def test_a_wait_that_ends_before_its_job_is_answered_504(api: webuiapi.WebUIApi, gateway: Gateway) -> None:
+    services = gateway.app.state.services
+    usual = services.gateway
+    services.gateway = usual.model_copy(update={"max_wait_seconds": 0.2})
+    try:
+        with pytest.raises(RuntimeError) as late:
+            api.txt2img(prompt="x", steps=150, **SIZE)
+    finally:
+        services.gateway = usual
+    status, body = late.value.args
+    job_id = gateway.client.jobs(limit=1)[0].id
+    assert (status, f"job {job_id} is still" in body) == (504, True)
+    gateway.client.cancel(job_id)
+
+
 def test_progress_and_interrupt(api: webuiapi.WebUIApi, gateway: Gateway) -> None:
     """How far a request is, with a preview; and its end, at once."""
     assert api.get_progress()["progress"] == 0.0

@@ -51,6 +51,8 @@ def test_images_stand_upright_and_opaque() -> None:
     clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
     name, data = normalize_image(encoded(clear, "PNG"))
     assert open_upload(data, name).getpixel((0, 0)) == (255, 255, 255)
+    name, data = normalize_image(encoded(Image.new("RGBA", (8, 8), (255, 255, 255, 0)), "PNG"), field="mask_image")
+    assert open_upload(data, name).getpixel((0, 0)) == (0, 0, 0), "of a mask, what is transparent is kept"
     for mode in ("L", "P", "1", "LA"):
         upload_id, stored = normalize_image(encoded(Image.new(mode, (8, 8)), "PNG"))
         assert open_upload(stored, upload_id).mode == "RGB"

@@ -55,6 +55,8 @@ def kind(schema: dict[str, Any]) -> str:
             names.append("secret")
         elif arm.get("type") == "array":
             names.append("list, separated by commas")
+        elif arm.get("type") == "object":
+            names.append("pairs `a=b`, separated by commas")
         else:
             words = {"string": "text", "integer": "integer", "number": "number", "boolean": "true or false"}
             names.append(words[arm["type"]])
@@ -62,7 +64,7 @@ def kind(schema: dict[str, Any]) -> str:
 
 
 def default(value: object) -> str:
-    if value is None or value in ("", frozenset()):
+    if value is None or value in ("", frozenset(), {}):
         return "none"
     if isinstance(value, bool):
         return code(str(value).lower())

@@ -23,6 +23,7 @@ from calotype_shared.schema.config import GenerationConfig
 LONGEST_LINE = 2**20  # bytes
 MAX_CUSTOM_ID = 512  # characters
 OPENAI_URL = "/v1/images/generations"
+_LINE_BREAKS = re.compile("[\x85\u2028\u2029]")
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: allowed in JSON, but not in UTF-8
 
 
@@ -125,7 +126,9 @@ def parse_line(data: bytes) -> Mapping[str, Any]:
 
 def dump(line: Mapping[str, Any]) -> bytes:
     """One line of a results file."""
-    return json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+    text = json.dumps(line, ensure_ascii=False, separators=(",", ":"))
+    # Readers that split text into lines, as Python's splitlines() does, would break at these.
+    return _LINE_BREAKS.sub(lambda found: f"\\u{ord(found[0]):04x}", text).encode() + b"\n"
 
 
 def problem(error: CalotypeError) -> dict[str, str]:

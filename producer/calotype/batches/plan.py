@@ -7,6 +7,7 @@ It is valid only once the batch's record names it, so an interrupted validation 
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import logging
@@ -75,6 +76,8 @@ def write_plan(storage: Storage, batch: BatchRecord, resolver: Resolver, *, keep
 
     for line in read_lines(storage, batch.manifest, longest=LONGEST_LINE):
         keep_on()
+        if line.number == 1:
+            _refuse_other_encodings(line.data, batch)
         if not line.data.strip():
             continue
         if total == MAX_LINES:
@@ -105,6 +108,14 @@ def write_plan(storage: Storage, batch: BatchRecord, resolver: Resolver, *, keep
     if in_part:
         flush()
     return Planned(folder, total, invalid)
+
+
+def _refuse_other_encodings(data: bytes, batch: BatchRecord) -> None:
+    """Raises InvalidRequest for UTF-16 and UTF-32, by the mark at the start or the zero bytes that ASCII has there."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data[:4]:
+        raise InvalidRequest(
+            "is UTF-16 or UTF-32, not UTF-8", field="manifest", value=batch.manifest, remedy="save it as UTF-8"
+        )
 
 
 class _Reader:

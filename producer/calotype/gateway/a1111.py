@@ -9,39 +9,32 @@ fix, tiling, face restoration, variation seeds, scripts.
 from __future__ import annotations
 
 import base64
-import binascii
-import io
 import json
-import re
 import time
-from collections.abc import Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.concurrency import run_in_threadpool
 
+from calotype.gateway.a1111_inputs import controls_of, loras_in, repeated_fields, stored
 from calotype.gateway.auth import Caller, Reader, Writer
 from calotype.gateway.errors import documented
 from calotype.gateway.front import GuardedRoute
-from calotype.gateway.jobs import finished, submit
+from calotype.gateway.jobs import finished, still_running, submit
 from calotype.gateway.state import Services, ServicesDep
-from calotype.gateway.uploads import store_image
 from calotype.jobs import require_success
 from calotype_shared.errors import InvalidRequest
 from calotype_shared.schema import a1111
 from calotype_shared.schema.config import MAX_IMAGES
 from calotype_shared.schema.enums import JobState, OutputFormat
 from calotype_shared.schema.jobs import JobRecord
-from calotype_shared.storage.images import as_rgb, decoding
 
 router = APIRouter(prefix="/sdapi/v1", tags=["automatic1111"], route_class=GuardedRoute)
 
 _VIA = {"via": "sdapi"}  # in a job's metadata
-_PIECE = 2**20  # characters of base64 that are decoded at a time; a multiple of four
 _PREVIEWS = 8  # previews per job, for `progress`
-_LORA = re.compile(r"<lora:([^:<>]+)(?::([0-9.+-]+))?>")
 _REFUSED = ("enable_hr", "restore_faces", "tiling")
 _Optional = dict[str, Any] | None
 
@@ -102,16 +95,26 @@ async def img2img(wanted: Img2Img, request: Request, caller: Writer, services: S
     if not wanted.init_images:
         raise InvalidRequest("is missing", field="init_images", value=[], remedy="give one image in base64")
     fields = await _fields(wanted, caller, services)
-    fields["init_image"] = await _upload(services, wanted.init_images[0], "init_images")
+    fields["init_image"] = await stored(services, wanted.init_images[0], "init_images")
     fields["strength"] = wanted.denoising_strength
     if wanted.mask:
         invert = bool(wanted.inpainting_mask_invert)
-        fields["mask_image"] = await _upload(services, wanted.mask, "mask", invert=invert)
+        fields["mask_image"] = await stored(services, wanted.mask, "mask", invert=invert)
     return await _answer(wanted, fields, request, caller, services)
 
 
 async def _fields(wanted: Txt2Img, caller: Caller, services: Services) -> dict[str, Any]:
     """The config that a request means, as fields."""
+    if changed := repeated_fields(wanted.alwayson_scripts or {}):
+        try:
+            wanted = type(wanted).model_validate(wanted.model_dump() | changed)
+        except ValidationError:
+            raise InvalidRequest(
+                "sets a field to what it cannot be",
+                field="alwayson_scripts",
+                value=changed,
+                remedy="give the arguments of Sampler and Seed as the web UI does, or leave them out",
+            ) from None
     for name in _REFUSED:
         if getattr(wanted, name):
             raise InvalidRequest("is not available here", field=name, value=True, remedy="leave it out")
@@ -128,7 +131,7 @@ async def _fields(wanted: Txt2Img, caller: Caller, services: Services) -> dict[s
         )
     chosen = (wanted.override_settings or {}).get("sd_model_checkpoint")
     model = await chosen_model(services, caller.tenant, chosen)
-    prompt, loras = _loras(wanted.prompt)
+    prompt, loras = loras_in(wanted.prompt)
     return {
         "model": model,
         "prompt": prompt,
@@ -143,85 +146,10 @@ async def _fields(wanted: Txt2Img, caller: Caller, services: Services) -> dict[s
         "seed": None if wanted.seed < 0 else wanted.seed,
         "num_images": wanted.batch_size * wanted.n_iter,
         "loras": loras,
-        "controls": await _controls(wanted.alwayson_scripts or {}, services),
+        "controls": await controls_of(wanted.alwayson_scripts or {}, services),
         "preview_every": max(1, wanted.steps // _PREVIEWS),
         "output_format": OutputFormat.PNG,
     }
-
-
-def _loras(prompt: str) -> tuple[str, list[dict[str, Any]]]:
-    """The prompt without its `<lora:name:weight>`, and those."""
-    loras = [{"name": name, "weight": weight or 1.0} for name, weight in _LORA.findall(prompt)]
-    return _LORA.sub("", prompt).strip(), loras
-
-
-async def _controls(scripts: Mapping[str, Any], services: Services) -> list[dict[str, Any]]:
-    """The units of ControlNet. Any other enabled script is refused."""
-    controls = []
-    for name, script in scripts.items():
-        arguments = script.get("args", []) if isinstance(script, Mapping) else script
-        if not isinstance(arguments, (list, type(None))):
-            raise InvalidRequest(
-                "is not a list of arguments", field="alwayson_scripts", value=arguments, remedy="give args as a list"
-            )
-        active = [argument for argument in arguments or [] if argument]
-        if name.lower() != "controlnet" and active:
-            raise InvalidRequest("is not available here", field="alwayson_scripts", value=name, remedy="leave it out")
-        for unit in active:
-            if not isinstance(unit, Mapping):
-                raise InvalidRequest(
-                    "is not a unit", field="alwayson_scripts", value=unit, remedy="give model and image"
-                )
-            if not unit.get("enabled", True):
-                continue
-            image = unit.get("image") or unit.get("input_image")
-            if isinstance(image, Mapping):
-                image = image.get("image")
-            if unit.get("module", "none") not in ("none", None) or not isinstance(image, str):
-                raise InvalidRequest(
-                    "needs a preprocessed control image",
-                    field="alwayson_scripts",
-                    value=unit.get("module"),
-                    remedy="send it as image, with module none",
-                )
-            controls.append(
-                {
-                    "name": unit.get("model"),
-                    "image": await _upload(services, image, "alwayson_scripts"),
-                    "scale": unit.get("weight", 1.0),
-                    "start": unit.get("guidance_start", 0.0),
-                    "end": unit.get("guidance_end", 1.0),
-                }
-            )
-    return controls
-
-
-async def _upload(services: Services, encoded: str, field: str, *, invert: bool = False) -> str:
-    data = await services.in_images(decoded, encoded, field)
-    if invert:
-        data = await services.in_images(_inverted, data, field)
-    upload_id, _ = await store_image(services, data, field=field)
-    return upload_id
-
-
-def decoded(encoded: str, field: str) -> bytes:
-    """The bytes of an image in a request. Raises InvalidRequest."""
-    if encoded.startswith("data:"):
-        encoded = encoded.partition(",")[2]
-    try:  # in pieces, between which other threads run
-        pieces = (encoded[start : start + _PIECE] for start in range(0, len(encoded), _PIECE))
-        return b"".join(base64.b64decode(piece, validate=True) for piece in pieces)
-    except (binascii.Error, ValueError):
-        raise InvalidRequest(
-            "is not valid base64", field=field, value=encoded[:40], remedy="send a PNG, JPEG or WebP file in base64"
-        ) from None
-
-
-def _inverted(data: bytes, field: str) -> bytes:
-    buffer = io.BytesIO()
-    with decoding(data, field) as image:
-        as_rgb(image).convert("L").point([255 - value for value in range(256)]).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 async def _answer(
@@ -230,6 +158,8 @@ async def _answer(
     job = await submit(services, caller, fields, images=fields["num_images"], metadata=_VIA)
     seconds = services.gateway.max_wait_seconds
     record = await finished(services, job.id, caller.tenant, request, seconds=seconds, check=False, cancel=True)
+    if not record.state.final:
+        raise still_running(record)
     if record.state is not JobState.CANCELLED:  # an interrupted request returns the images that exist
         require_success(record)
     images = []
@@ -283,6 +213,7 @@ async def chosen_model(services: Services, tenant: str, chosen: str | None = Non
     if chosen is None:
         return known[0] if known else "demo"
     name = str(chosen).split(" ", maxsplit=1)[0]
+    name = name if name in known else services.gateway.aliases.get(name, name)
     if known and name not in known:
         raise InvalidRequest(
             "is not a known checkpoint",

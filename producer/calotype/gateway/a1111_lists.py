@@ -9,13 +9,15 @@ import PIL.Image
 from fastapi import APIRouter, Body
 from pydantic import BaseModel, Field
 
-from calotype.gateway.a1111 import chosen_model, decoded
+from calotype.gateway.a1111 import chosen_model
+from calotype.gateway.a1111_inputs import decoded
 from calotype.gateway.auth import Reader, Writer
 from calotype.gateway.errors import documented
 from calotype.gateway.front import GuardedRoute
 from calotype.gateway.state import ServicesDep
 from calotype_shared.errors import InvalidRequest
 from calotype_shared.schema import a1111
+from calotype_shared.storage.image_file import read_texts
 from calotype_shared.storage.images import FORMATS
 
 router = APIRouter(prefix="/sdapi/v1", tags=["automatic1111"], route_class=GuardedRoute)
@@ -137,7 +139,7 @@ def _texts(encoded: str) -> dict[str, str]:
     data = decoded(encoded, "image")
     try:
         with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            return {str(name): text for name, text in image.info.items() if isinstance(text, str)}
+            return read_texts(image)
     except Exception as error:  # Pillow's plugins raise almost anything for a broken file
         raise InvalidRequest(
             "is not a readable image", field="image", value=f"{len(data)} bytes", remedy="send a PNG, JPEG or WebP file"

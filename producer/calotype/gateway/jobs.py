@@ -179,9 +179,14 @@ async def finished(
             await watch.wait(pause, at_least=_SHORTEST_PAUSE)
     if check:
         if not record.state.final:
-            raise WaitTimeout(f"job {job_id} is still {record.state.value}; check it later at /v1/jobs/{job_id}")
+            raise still_running(record)
         require_success(record)
     return record
+
+
+def still_running(record: JobRecord) -> WaitTimeout:
+    """The error of a wait that ended before the job did."""
+    return WaitTimeout(f"job {record.id} is still {record.state.value}; check it later at /v1/jobs/{record.id}")
 
 
 @router.get("/jobs", operation_id="listJobs", response_model=JobList, responses=documented())

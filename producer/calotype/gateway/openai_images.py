@@ -24,6 +24,7 @@ from calotype.gateway.uploads import store_image
 from calotype.jobs import require_success
 from calotype.openai_images import Generation, image_data, inverted_mask, read_generation
 from calotype_shared.errors import CalotypeError, InvalidRequest, UnknownModel
+from calotype_shared.schema.enums import Feature
 from calotype_shared.schema.jobs import JobRecord
 
 router = APIRouter(prefix="/v1", tags=["openai"], route_class=GuardedRoute)
@@ -86,18 +87,35 @@ async def edit(request: Request, caller: Writer, services: ServicesDep) -> Respo
         images = await _images(form)
     if not images.get("image"):
         raise InvalidRequest("is missing", field="image", value=None, remedy="send the image to edit as a file")
-    if len(images["image"]) > 1:
-        raise InvalidRequest(
-            "is given more than once",
-            field="image",
-            value=len(images["image"]),
-            remedy="send one image",
-        )
-    fields["init_image"], _ = await store_image(services, images["image"][0])
+    references = await _by_reference(services, fields.get("model"), len(images["image"]))
+    stored = [(await store_image(services, image))[0] for image in images["image"]]
+    fields |= {"images": stored} if references else {"init_image": stored[0]}
     if images.get("mask"):
         white_where_painted = await services.in_images(inverted_mask, images["mask"][0])
         fields["mask_image"], _ = await store_image(services, white_where_painted, field="mask")
     return await _answer(read_generation(fields), request, caller, services, kind="image_edit")
+
+
+async def _by_reference(services: Services, name: str | None, count: int) -> bool:
+    """Whether a model takes the images of an edit as references, instead of one as the source of image-to-image.
+
+    Raises:
+        InvalidRequest: there are several, and it takes none as references.
+    """
+    cards = await services.in_redis(services.client.models)
+    model = await services.model(name)
+    features = cards[model].features if model in cards else frozenset()
+    if Feature.EDIT in features and (count > 1 or Feature.IMAGE_TO_IMAGE not in features):
+        return True
+    if count > 1:
+        able = [known for known, card in cards.items() if Feature.EDIT in card.features]
+        raise InvalidRequest(
+            f"is given {count} times, and model {model!r} takes one",
+            field="image",
+            value=count,
+            remedy=f"send one image, or use a model that takes several: {', '.join(able) or 'none is served'}",
+        )
+    return False
 
 
 def _form_fields(form: FormData) -> dict[str, Any]:
@@ -126,21 +144,20 @@ async def _images(form: FormData) -> dict[str, list[bytes]]:
 
 async def _answer(wanted: Generation, request: Request, caller: Caller, services: Services, *, kind: str) -> Response:
     config = wanted.config
+    named = config.model if "model" in config.model_fields_set else None
+    config = config.model_copy(update={"model": await services.model(named)})
     if wanted.stream and wanted.partial_images:
         every = max(1, config.num_inference_steps // (wanted.partial_images + 1))
         config = config.model_copy(update={"preview_every": config.preview_every or every})
-    job = await submit(
-        services,
-        caller,
-        config,
-        images=config.image_count,
-        idempotency_key=request.headers.get("idempotency-key"),
-    )
+    key = request.headers.get("idempotency-key")
+    job = await submit(services, caller, config, images=config.image_count, idempotency_key=key)
+    # Whoever repeats a request with its key gets the job, so it goes on when the client hangs up.
+    cancel = key is None
     if wanted.stream:
-        events = _stream(services, job.id, request, caller, wanted, kind)
+        events = _stream(services, job.id, request, caller, wanted, kind, cancel=cancel)
         return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
     seconds = services.gateway.max_wait_seconds
-    record = await finished(services, job.id, caller.tenant, request, seconds=seconds, cancel=True)
+    record = await finished(services, job.id, caller.tenant, request, seconds=seconds, cancel=cancel)
     data = await _data(services, record, wanted)
     return JSONResponse({"created": int(record.finished_at or 0), "data": data, **_shown(record)})
 
@@ -163,9 +180,9 @@ def _shown(record: JobRecord) -> dict[str, Any]:
 
 
 async def _stream(  # noqa: PLR0917
-    services: Services, job_id: str, request: Request, caller: Caller, wanted: Generation, kind: str
+    services: Services, job_id: str, request: Request, caller: Caller, wanted: Generation, kind: str, *, cancel: bool
 ) -> AsyncIterator[str]:
-    """The previews as partial images, then the images. A client that disconnects cancels the job."""
+    """The previews as partial images, then the images. With `cancel`, a client that disconnects ends the job."""
     sent, shown, done = 0, set(), False
     try:
         while True:
@@ -190,7 +207,7 @@ async def _stream(  # noqa: PLR0917
         body = {"message": problem.detail, "type": "server_error", "code": problem.code, "param": problem.field}
         yield f"event: error\ndata: {json.dumps({'type': 'error', 'error': body})}\n\n"
     finally:
-        if not done:
+        if cancel and not done:
             await asyncio.shield(services.in_redis(services.client.cancel, job_id))
 
 

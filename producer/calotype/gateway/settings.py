@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
@@ -24,6 +25,10 @@ class GatewaySettings(StrictSettings):
     """Whether requests need an API key. `auto`: `off` on a loopback address, otherwise `keys`."""
     allowed_hosts: Annotated[frozenset[str], NoDecode] = frozenset()
     """Additional host names accepted in requests when keys are off, separated by commas."""
+    aliases: Annotated[Mapping[str, str], NoDecode] = {}
+    """Other names of models for the OpenAI and AUTOMATIC1111 APIs, as `gpt-image-1.5=flux,dall-e-3=demo`."""
+    default_model: str | None = None
+    """Model of the OpenAI API's requests that name none. None: the only model, or `demo`."""
     max_json_bytes: Annotated[int, Field(ge=1_024)] = 2**20
     """Maximum size of a request body without images."""
     max_body_bytes: Annotated[int, Field(ge=1_024)] = 64 * 2**20
@@ -52,6 +57,16 @@ class GatewaySettings(StrictSettings):
     """Port for `/metrics`, `/healthz`, `/readyz` and `/backlog`, separate from the API. None: disabled."""
     metrics_host: str = "127.0.0.1"
     """Address that the metrics port listens on; use `0.0.0.0` in a container."""
+
+    @field_validator("aliases", mode="before")
+    @classmethod
+    def _pairs(cls, given: object) -> object:
+        if not isinstance(given, str):
+            return given
+        pairs = [pair.partition("=")[::2] for pair in given.split(",") if pair.strip()]
+        if not all(name.strip() and model.strip() for name, model in pairs):
+            raise ValueError("write NAME=MODEL, separated by commas")
+        return {name.strip(): model.strip() for name, model in pairs}
 
     @field_validator("allowed_hosts", mode="before")
     @classmethod

@@ -21,6 +21,7 @@ from calotype.client import Client
 from calotype.files import FileStore
 from calotype.gateway.limits import Pool
 from calotype.gateway.metrics import GatewayMetrics
+from calotype.gateway.model_names import meant_model
 from calotype.gateway.settings import GatewaySettings
 from calotype_shared.errors import no_such_batch, no_such_job
 from calotype_shared.observability.telemetry import make_telemetry
@@ -82,6 +83,11 @@ class Services:
         if not fields or fields.get("tenant", "default") != tenant:
             raise no_such_job(job_id)
         return read_record(job_id, fields)
+
+    async def model(self, name: str | None) -> str:
+        """The model that a request means by this name; None: it names none."""
+        known = await self.in_redis(self.client.models)
+        return meant_model(name, known, self.gateway.aliases, self.gateway.default_model)
 
     async def batch(self, batch_id: str, tenant: str) -> BatchRecord:
         """A tenant's batch as it is now. Raises BatchNotFound."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import secrets
 import struct
 import time
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
@@ -23,6 +23,10 @@ from calotype_shared.storage.images import MAX_BYTES, normalize_image, upload_ke
 router = APIRouter(prefix="/v1/uploads", tags=["uploads"], route_class=GuardedRoute)
 
 _LINK_SECONDS = 900
+Kind = Annotated[
+    Literal["image", "mask"],
+    Query(description="What it is used as: transparent parts become white, those of a mask black (not repainted)."),
+]
 
 
 class Upload(BaseModel):
@@ -68,11 +72,11 @@ _IMAGE = {"schema": {"type": "string", "format": "binary"}}
         }
     },
 )
-async def upload(request: Request, caller: Writer, services: ServicesDep) -> Response:
+async def upload(request: Request, caller: Writer, services: ServicesDep, kind: Kind = "image") -> Response:
     """Store an image: a PNG, JPEG or WebP file as the body, or as `image` of a form."""
     form = request.headers.get("content-type", "").startswith("multipart/form-data")
     data = await _from_form(request) if form else await request.body()
-    return JSONResponse(await _stored(services, data), 201)
+    return JSONResponse(await _stored(services, data, kind), 201)
 
 
 async def _from_form(request: Request) -> bytes:
@@ -104,7 +108,7 @@ async def presign(caller: Writer, services: ServicesDep) -> Response:
 @router.post(
     "/complete", operation_id="completeUpload", status_code=201, response_model=Upload, responses=documented(404)
 )
-async def complete(done: Token, caller: Writer, services: ServicesDep) -> Response:
+async def complete(done: Token, caller: Writer, services: ServicesDep, kind: Kind = "image") -> Response:
     """Check the image that was put there, and store it."""
     key = _incoming(caller.tenant, done.token)
     if not await services.in_storage(services.storage.exists, key):
@@ -112,7 +116,7 @@ async def complete(done: Token, caller: Writer, services: ServicesDep) -> Respon
     # One byte more than allowed is enough to know that it is too large, without fetching all of it.
     data = await services.in_storage(services.storage.get_range, key, 0, MAX_BYTES + 1)
     try:
-        return JSONResponse(await _stored(services, data), 201)
+        return JSONResponse(await _stored(services, data, kind), 201)
     finally:
         await services.in_storage(services.storage.delete, key)
 
@@ -128,7 +132,7 @@ async def store_image(services: Services, data: bytes, *, field: str = "image") 
     return upload_id, stored
 
 
-async def _stored(services: Services, data: bytes) -> dict[str, Any]:
-    upload_id, stored = await store_image(services, data)
+async def _stored(services: Services, data: bytes, kind: str) -> dict[str, Any]:
+    upload_id, stored = await store_image(services, data, field=kind)
     width, height = struct.unpack(">II", stored[16:24])  # at this offset in every PNG
     return {"id": upload_id, "width": width, "height": height}

@@ -26,6 +26,7 @@ MAX_PIXELS = PIXELS_AT_ONCE = 25_000_000
 _MAX_STORED_PIXELS = 64_000_000  # what earlier versions stored
 _STRIP_ROWS = 64
 FORMATS = ("PNG", "JPEG", "WEBP")
+MASKS = ("mask", "mask_image")  # fields whose images are masks
 
 
 def upload_key(upload_id: str) -> str:
@@ -35,7 +36,8 @@ def upload_key(upload_id: str) -> str:
 def normalize_image(data: bytes, *, field: str = "image") -> tuple[str, bytes]:
     """An image file as an upload: its id and the bytes to store.
 
-    The image is rotated by its EXIF data and converted to RGB (transparent parts over white), without metadata.
+    The image is rotated by its EXIF data and converted to RGB, without metadata. Transparent parts become white; those
+    of a mask (`field` is one of `MASKS`) black, so that white strokes on a transparent image are what is repainted.
 
     Raises:
         InvalidRequest: too large, not a PNG, JPEG or WebP file, more than `MAX_PIXELS` pixels, animated, or broken.
@@ -47,7 +49,7 @@ def normalize_image(data: bytes, *, field: str = "image") -> tuple[str, bytes]:
     buffer = io.BytesIO()
     with decoding(data, field) as image:
         # Always encoded in the same way, because the hash is of these bytes.
-        plain = as_rgb(image)
+        plain = as_rgb(image, over="black" if field in MASKS else "white")
         if plain is not image:
             image.close()
         plain.save(buffer, "PNG", compress_level=6)
@@ -89,8 +91,8 @@ def decoding(data: bytes, field: str = "image", *, most: int = MAX_PIXELS) -> It
         yield image
 
 
-def as_rgb(image: Image) -> Image:
-    """RGB without metadata, transparent parts over white. `image` may be changed, and must not be used any more.
+def as_rgb(image: Image, *, over: str = "white") -> Image:
+    """RGB without metadata, transparent parts over that color. `image` may be changed, and must not be used any more.
 
     Made a strip at a time: beside `image` there is at most one other copy of all pixels.
     """
@@ -102,16 +104,16 @@ def as_rgb(image: Image) -> Image:
     plain = PIL.Image.new("RGB", image.size)
     for top in range(0, image.height, _STRIP_ROWS):
         strip = image.crop((0, top, image.width, min(top + _STRIP_ROWS, image.height)))
-        plain.paste(_strip_as_rgb(strip), (0, top))
+        plain.paste(_strip_as_rgb(strip, over), (0, top))
     return plain
 
 
-def _strip_as_rgb(strip: Image) -> Image:
+def _strip_as_rgb(strip: Image, over: str) -> Image:
     import PIL.Image  # noqa: PLC0415
 
     if strip.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in strip.info:
-        over = PIL.Image.new("RGBA", strip.size, "white")
-        return PIL.Image.alpha_composite(over, strip.convert("RGBA")).convert("RGB")
+        below = PIL.Image.new("RGBA", strip.size, over)
+        return PIL.Image.alpha_composite(below, strip.convert("RGBA")).convert("RGB")
     if strip.mode.startswith("I"):  # 16 bits, which Pillow would clip instead of scaling
         return strip.convert("I").point(lambda value: value / 257).convert("L").convert("RGB")
     return strip.convert("RGB")
