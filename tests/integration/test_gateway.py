@@ -47,9 +47,9 @@ def guarded(servers: EmbeddedServers, gateway: Gateway) -> Iterator[Gateway]:
     guarded.stop()
 
 
-def png(pixels: np.ndarray) -> bytes:
+def png(image: np.ndarray | Image.Image) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -140,6 +140,9 @@ def test_images_go_in_both_ways(gateway: Gateway, way: str) -> None:
     data = png(sample_image(4))
     if way == "through":
         answer = gateway.http.post("/v1/uploads", content=data, headers={"content-type": "image/png"})
+        clear = Image.new("RGBA", (64, 64), (255, 255, 255, 0))
+        mask = gateway.http.post("/v1/uploads?kind=mask", content=png(clear), headers={"content-type": "image/png"})
+        assert mask.json()["id"] == gateway.client.upload(clear, field="mask_image") != gateway.client.upload(clear)
     elif way == "form":
         answer = gateway.http.post("/v1/uploads", files={"image": data})
         wrong = gateway.http.post("/v1/uploads", files={"photo": data})

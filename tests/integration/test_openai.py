@@ -18,6 +18,7 @@ from PIL import Image
 
 from calotype.api_keys import Scope
 from calotype.embedded import EmbeddedServers
+from calotype_shared.storage.images import normalize_image
 from tests.faults.harness import Forge
 from tests.integration.conftest import until
 from tests.integration.gateway import Gateway, serving
@@ -105,13 +106,19 @@ def test_a_keyed_request_survives_its_connection(client: openai.OpenAI) -> None:
     """Repeated with its key it gives the image of the first try."""
     keyed: dict[str, Any] = {
         "prompt": "keyed",
-        "extra_body": {"num_inference_steps": 400, "guidance_scale": 1.0},
+        "extra_body": {"num_inference_steps": 900, "guidance_scale": 1.0, "sampler": "ddim"},
         "extra_headers": {"Idempotency-Key": "once"},
     }
     with pytest.raises(openai.APITimeoutError):
         client.with_options(timeout=0.3).images.generate(model="tiny", **keyed)
     [item] = client.with_options(timeout=120).images.generate(model="tiny", **keyed).data or []
     assert opened(base64.b64decode(item.b64_json or "")).shape == (64, 64, 3)
+    streamed = {**keyed, "extra_headers": {"Idempotency-Key": "streamed"}, "stream": True, "partial_images": 3}
+    stream = client.images.generate(model="tiny", **streamed)
+    next(iter(stream))
+    stream.close()
+    *_, last = client.with_options(timeout=120).images.generate(model="tiny", **streamed)
+    assert last.type == "image_generation.completed"
 
 
 @pytest.mark.parametrize("fields", [{}, {"model": "gpt-image-1.5"}, {"model": "tiny"}])
@@ -281,3 +288,21 @@ def test_cancelling_a_batch(client: openai.OpenAI, gateway: Gateway) -> None:
             client.with_options(api_key=other).batches.retrieve(batch_id)
         reported.add(refused.value.message.replace(batch_id, "…"))
     assert len(reported) == 1, reported
+
+
+def test_several_images_of_an_edit_are_references(client: openai.OpenAI, gateway: Gateway) -> None:
+    """For a model that takes them. Nobody serves it here, so the job is looked at in the queue."""
+    card = gateway.client.models()["tiny"].model_copy(update={"name": "editor", "features": frozenset({"edit"})})
+    gateway.client._store.announce_model(card)
+    files = []
+    for seed in (1, 2):
+        buffer = io.BytesIO()
+        Image.fromarray(sample_image(seed)).save(buffer, "PNG")
+        files.append(buffer.getvalue())
+    keyed = {"Idempotency-Key": "references"}
+    with pytest.raises(openai.APITimeoutError):
+        client.with_options(timeout=5).images.edit(model="editor", image=files, prompt="a dog", extra_headers=keyed)
+    [job] = gateway.client.jobs(limit=1)
+    assert job.config.images == tuple(normalize_image(file)[0] for file in files)
+    assert job.config.init_image is None
+    gateway.client.cancel(job.id)

@@ -204,6 +204,8 @@ def test_what_cannot_be_done_is_said(api: webuiapi.WebUIApi, gateway: Gateway) -
         ({"sampler_name": "DPM adaptive"}, "sampler_name='DPM adaptive'"),
         ({"scheduler": "exponential"}, "scheduler='exponential'"),
         ({"subseed_strength": 0.5}, "variation seeds"),
+        ({"override_settings": {"CLIP_stop_at_last_layers": 2}}, "{'CLIP_stop_at_last_layers': 2}: is not available"),
+        ({"override_settings": {"sd_vae": "anime.pt"}}, "{'sd_vae': 'anime.pt'}: is not available"),
         ({"override_settings": {"sd_model_checkpoint": "v1-5"}}, "use one of: demo"),
         ({"width": 131}, "width=131"),
     ):
@@ -211,5 +213,9 @@ def test_what_cannot_be_done_is_said(api: webuiapi.WebUIApi, gateway: Gateway) -
             api.txt2img(prompt="x", alwayson_scripts={}, **{**SIZE, **options})
         status, body = refused.value.args
         assert (status, said in json.loads(body)["detail"]) == (400, True)
+    with pytest.raises(RuntimeError, match=r"refiner_checkpoint=.*xl-refiner.* is not available here"):
+        api.post_and_get_api_result(
+            f"{api.baseurl}/txt2img", {"prompt": "x", "refiner_checkpoint": "xl-refiner"}, use_async=False
+        )
     answer = requests.post(f"{gateway.url}/sdapi/v1/txt2img", json={"prompt": "x"}, timeout=10)
     assert answer.status_code == 401

@@ -35,7 +35,13 @@ router = APIRouter(prefix="/sdapi/v1", tags=["automatic1111"], route_class=Guard
 
 _VIA = {"via": "sdapi"}  # in a job's metadata
 _PREVIEWS = 8  # previews per job, for `progress`
-_REFUSED = ("enable_hr", "restore_faces", "tiling")
+_REFUSED = ("enable_hr", "restore_faces", "tiling", "refiner_checkpoint")
+# Settings that would change the image, with the values that change nothing. All others have no effect.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "CLIP_stop_at_last_layers": (1, None),
+    "eta_noise_seed_delta": (0, None),
+    "sd_vae": ("Automatic", "None", "", None),
+}
 _Optional = dict[str, Any] | None
 
 
@@ -59,6 +65,7 @@ class Txt2Img(BaseModel):
     enable_hr: bool | None = False
     restore_faces: bool | None = False
     tiling: bool | None = False
+    refiner_checkpoint: str | None = None
     subseed_strength: float | None = 0.0
     script_name: str | None = None
     alwayson_scripts: _Optional = None
@@ -117,7 +124,15 @@ async def _fields(wanted: Txt2Img, caller: Caller, services: Services) -> dict[s
             ) from None
     for name in _REFUSED:
         if getattr(wanted, name):
-            raise InvalidRequest("is not available here", field=name, value=True, remedy="leave it out")
+            raise InvalidRequest(
+                "is not available here", field=name, value=getattr(wanted, name), remedy="leave it out"
+            )
+    overrides = wanted.override_settings or {}
+    for name, neutral in _NEUTRAL.items():
+        if overrides.get(name) not in neutral:
+            raise InvalidRequest(
+                "is not available here", field="override_settings", value={name: overrides[name]}, remedy="leave it out"
+            )
     if wanted.subseed_strength:
         raise InvalidRequest(
             "variation seeds are not available here",
@@ -129,7 +144,7 @@ async def _fields(wanted: Txt2Img, caller: Caller, services: Services) -> dict[s
         raise InvalidRequest(
             "is not available here", field="script_name", value=wanted.script_name, remedy="leave it out"
         )
-    chosen = (wanted.override_settings or {}).get("sd_model_checkpoint")
+    chosen = overrides.get("sd_model_checkpoint")
     model = await chosen_model(services, caller.tenant, chosen)
     prompt, loras = loras_in(wanted.prompt)
     return {

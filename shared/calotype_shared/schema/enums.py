@@ -16,10 +16,10 @@ class SamplerType(StrEnum):
     HEUN = "heun"  # Karras et al. 2022, second order: 2N - 1 network calls
     DPMPP_2M = "dpmpp_2m"  # DPM-Solver++(2M), Lu et al. 2022
     DPMPP_2M_KARRAS = "dpmpp_2m_karras"  # the same on Karras' noise levels
-    DPMPP_2M_SDE = "dpmpp_2m_sde"  # the stochastic form of DPM-Solver++(2M)
+    DPMPP_2M_SDE = "dpmpp_2m_sde"  # the stochastic form of DPM-Solver++(2M); wants 20 steps or more
     DPMPP_2M_SDE_KARRAS = "dpmpp_2m_sde_karras"  # the same on Karras' noise levels
-    DPMPP_3M = "dpmpp_3m"  # third order; unstable with few steps or much guidance
-    DPMPP_3M_SDE = "dpmpp_3m_sde"  # the stochastic form, third order
+    DPMPP_3M = "dpmpp_3m"  # third order
+    DPMPP_3M_SDE = "dpmpp_3m_sde"  # the stochastic form, third order; wants 20 steps or more
     DPMPP_2S = "dpmpp_2s"  # DPM-Solver++(2S), single step
     DPM2 = "dpm2"  # Karras et al. 2022, DPM-Solver-2: 2N - 1 network calls
     DPM2_A = "dpm2_a"  # the same with ancestral noise
@@ -27,7 +27,7 @@ class SamplerType(StrEnum):
     SA_SOLVER = "sa_solver"  # Stochastic Adams, Xue et al. 2023
     EULER_KARRAS = "euler_karras"  # Euler on Karras' noise levels
     UNIPC = "unipc"  # UniPC, Zhao et al. 2023
-    UNIPC_3 = "unipc_3"  # the same, third order
+    UNIPC_3 = "unipc_3"  # the same, third order; for little guidance
     LCM = "lcm"  # Latent Consistency Models, Luo et al. 2023
     TCD = "tcd"  # Trajectory Consistency Distillation, Zheng et al. 2024, without noise (eta 0)
     MODEL = "model"  # the model's own scheduler, if it is not one of these

@@ -13,7 +13,7 @@ import torch
 from calotype_shared.errors import ModelLoadError
 from calotype_worker.models.folder import Layout, Part, read_config
 from calotype_worker.models.header import Header, Stored, named, read_header, refuse_quantized
-from calotype_worker.models.lora_file import count_modules, is_lora
+from calotype_worker.models.lora_file import check_tensors, is_lora
 from calotype_worker.models.notes import read_notes
 from calotype_worker.models.parts import reason
 from calotype_worker.models.registry import FAMILIES
@@ -72,7 +72,7 @@ def _check_lora(report: Report, file: Path, header: Header) -> None:
     report.what = "a LoRA, for --lora"
     report.parts.append(_described(file.name, "LoRA", list(header.tensors.values())))
     report.unchecked.append("whether a model has its layers; a worker checks this at start")
-    _collect(report, lambda: count_modules(f"{_model()}: {file.name!r}", header))
+    _collect(report, lambda: check_tensors(f"{_model()}: {file.name!r}", header))
 
 
 def _check_file(report: Report, file: Path) -> None:

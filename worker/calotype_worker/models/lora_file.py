@@ -93,13 +93,13 @@ def is_lora(header: Header) -> bool:
     return bool(found) and 2 * len(found) >= len(header.tensors)
 
 
-def count_modules(what: str, header: Header) -> int:
-    """The number of modules that a LoRA file changes; `what` begins the message.
+def check_tensors(what: str, header: Header) -> None:
+    """Check that each tensor of a LoRA file has a meaning; `what` begins the message.
 
     Raises:
         ModelLoadError: a tensor has no known meaning, or its other half is missing.
     """
-    return len(_modules(what, header))
+    _modules(what, header)
 
 
 def _modules(what: str, header: Header) -> dict[str, Module]:
